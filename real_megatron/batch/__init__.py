@@ -1,0 +1,1 @@
+"""Trajectories, groups and their packing into micro-batches. Torch only."""

@@ -1,0 +1,47 @@
+"""The data that flows between rollout, packing and the policy."""
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class Trajectory:
+    """One response to a prompt, as token ids, cut at (and including) the score anchor.
+
+    With the anchor as its last tokens, the distribution that follows the response's answer position is the score
+    distribution π(k | x, c, anchor).
+    """
+
+    response_ids: list[int]
+    """Response tokens. For RL: CoT and anchor. For SFT the score token and the end of sequence may follow."""
+    answer_index: int | None
+    """Index into `response_ids` of the last anchor token: its next-token distribution is the score distribution.
+    None when the response has no anchor (rule `penalize`)."""
+    loss_mask: list[bool] = field(default_factory=list)
+    """Per response token: True where log π(token) carries a token loss (sampled tokens; not a forced anchor)."""
+    old_logprobs: list[float] | None = None
+    """Per response token: log-probability under the engine that sampled it (natural log); None for given CoTs."""
+    ref_logprobs: list[float] | None = None
+    """Per response token: log-probability under the reference policy, when a KL term is used."""
+    finish_reason: str = "stop"
+    """`stop` (anchor reached), `length`, `eos` (ended without an anchor) or `given` (a data set's CoT)."""
+    forced_anchor: bool = False
+    """True when the anchor was appended by the rule `force`."""
+    weight_version: int = 0
+    """Version of the weights that sampled this response."""
+    advantage: float | None = None
+    """Precomputed advantage: set only when a group is split over micro-batches (scoring pass)."""
+
+    def __post_init__(self) -> None:
+        if not self.loss_mask:
+            self.loss_mask = [True] * len(self.response_ids)
+
+
+@dataclass
+class Group:
+    """All responses to one prompt, with the prompt's label: the unit of packing."""
+
+    prompt_ids: list[int]
+    trajectories: list[Trajectory]
+    label: float
+    """The ground-truth score y*, on the scale's numeric values."""
+    example_id: str = ""

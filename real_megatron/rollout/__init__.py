@@ -1,0 +1,1 @@
+"""Rollout engines: generation of responses, scoring of answers, weight updates."""

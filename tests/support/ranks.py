@@ -1,0 +1,115 @@
+"""A pool of spawned gloo workers that lives as long as the test session.
+
+Importing torch and Megatron-Core costs seconds per process, so the workers are started once and each call forms a
+fresh process group among the first `world_size` of them.
+"""
+
+import atexit
+import datetime
+import multiprocessing as mp
+import socket
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+TIMEOUT_S = 300
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def _worker(conn: Connection) -> None:
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    while True:
+        task = conn.recv()
+        if task is None:
+            return
+        rank, world_size, port, fn, args = task
+        try:
+            store = dist.TCPStore(
+                "127.0.0.1", port, world_size, is_master=rank == 0, timeout=datetime.timedelta(seconds=TIMEOUT_S)
+            )
+            dist.init_process_group(
+                "gloo",
+                store=store,
+                rank=rank,
+                world_size=world_size,
+                timeout=datetime.timedelta(seconds=TIMEOUT_S),
+            )
+            try:
+                result = fn(*args)
+            finally:
+                dist.destroy_process_group()
+            conn.send((True, result))
+        except BaseException:
+            conn.send((False, traceback.format_exc()))
+
+
+class RankPool:
+    """Workers that run `fn(*args)` on ranks 0..world_size-1 of a gloo world and return their results in rank order."""
+
+    def __init__(self) -> None:
+        self._context = mp.get_context("spawn")
+        self._workers: list[tuple[mp.process.BaseProcess, Connection]] = []
+
+    def run(self, world_size: int, fn: Callable[..., Any], *args: Any) -> list[Any]:
+        while len(self._workers) < world_size:
+            parent, child = self._context.Pipe()
+            # Not daemonic: Megatron's asynchronous checkpoint writers are children of the workers.
+            process = self._context.Process(target=_worker, args=(child,))
+            process.start()
+            child.close()
+            self._workers.append((process, parent))
+        port = _free_port()
+        for rank, (_, conn) in enumerate(self._workers[:world_size]):
+            conn.send((rank, world_size, port, fn, args))
+        results, failures = [], []
+        for rank, (process, conn) in enumerate(self._workers[:world_size]):
+            # Once a rank has failed the others may hang in a collective: give them a moment, then start afresh.
+            if not conn.poll(5 if failures else TIMEOUT_S):
+                failures.append(f"rank {rank} of {world_size}: no answer")
+                continue
+            try:
+                ok, value = conn.recv()
+            except EOFError:
+                ok, value = False, f"the worker died (exit code {process.exitcode})"
+            if ok:
+                results.append(value)
+            else:
+                failures.append(f"rank {rank} of {world_size}:\n{value}")
+        if failures:
+            self.close(kill=True)
+            raise RuntimeError("\n".join(failures))
+        return results
+
+    def close(self, kill: bool = False) -> None:
+        for process, conn in self._workers:
+            if kill:
+                process.kill()
+            else:
+                try:
+                    conn.send(None)
+                except OSError:
+                    pass
+        for process, conn in self._workers:
+            process.join(10)
+            if process.is_alive():
+                process.kill()
+            conn.close()
+        self._workers = []
+
+
+_pool = RankPool()
+atexit.register(_pool.close)
+
+
+def run_ranks(world_size: int, fn: Callable[..., Any], *args: Any) -> list[Any]:
+    """Run module-level `fn(*args)` on `world_size` gloo ranks; return the picklable results in rank order."""
+    return _pool.run(world_size, fn, *args)
