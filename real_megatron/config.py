@@ -1,0 +1,186 @@
+"""Typed run configuration: YAML files, `a.b=c` overrides, strict keys.
+
+Every section is one pydantic model; every field's description becomes a line of docs/configuration.md.
+"""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Section(BaseModel):
+    """A part of the configuration: unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", validate_assignment=True)
+
+
+class ModelConfig(Section):
+    """The model that is trained."""
+
+    path: str = Field("", description="Directory of the Hugging Face checkpoint to start from.")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="Parameter and GEMM dtype; auto: bfloat16 with a GPU, float32 without."
+    )
+    spec: Literal["auto", "local", "transformer_engine"] = Field(
+        "auto", description="Megatron layer spec; auto: Transformer Engine where it and a GPU exist, else local."
+    )
+    vocab_multiple: int = Field(
+        64, ge=1, description="The vocabulary is padded to a multiple of this number times the tensor-parallel size."
+    )
+    recompute: Literal["none", "selective", "full"] = Field("none", description="Megatron activation recomputation.")
+    recompute_layers: int = Field(1, ge=1, description="Layers per recomputed block when recompute is full.")
+    head: Literal["auto", "logits", "linear"] = Field(
+        "auto", description="Form of the output head: stored logits, or fused with the LM-head GEMM; auto: linear."
+    )
+    head_memory_mib: int = Field(256, ge=1, description="Byte budget of the linear head's chunks, in MiB.")
+    fp32_logits: bool = Field(False, description="Linear head: keep logits in float32 when GEMM inputs are bfloat16.")
+
+
+class ParallelConfig(Section):
+    """How the model is spread over ranks. Data parallelism takes the ranks that are left."""
+
+    tensor: int = Field(1, ge=1, description="Tensor-parallel size (TP).")
+    pipeline: int = Field(1, ge=1, description="Pipeline-parallel size (PP).")
+    virtual_pipeline: int | None = Field(
+        None, ge=2, description="Model chunks per pipeline rank (interleaved schedule)."
+    )
+    context: int = Field(1, ge=1, description="Context-parallel size (CP); needs Transformer Engine.")
+    expert: int = Field(1, ge=1, description="Expert-parallel size (EP) of mixture-of-experts models.")
+    sequence_parallel: bool = Field(False, description="Shard activations over TP ranks between layers (SP).")
+    distributed_optimizer: bool = Field(True, description="Shard optimizer state over data-parallel ranks.")
+
+
+class OptimizerConfig(Section):
+    """Megatron's Adam with warm-up and decay."""
+
+    lr: float = Field(1e-6, gt=0, description="Peak learning rate.")
+    min_lr: float = Field(0.0, ge=0, description="Learning rate at the end of the decay.")
+    warmup_steps: int = Field(0, ge=0, description="Steps of linear warm-up.")
+    schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="Shape of the decay.")
+    weight_decay: float = Field(0.1, ge=0, description="Decoupled weight decay.")
+    beta1: float = Field(0.9, description="Adam's first-moment decay.")
+    beta2: float = Field(0.95, description="Adam's second-moment decay.")
+    eps: float = Field(1e-8, gt=0, description="Adam's epsilon.")
+    clip_grad: float = Field(1.0, ge=0, description="Gradient norm limit; 0 switches clipping off.")
+
+
+class BatchConfig(Section):
+    """Size and packing of a step's batch."""
+
+    prompts: int = Field(256, ge=1, description="Prompts per step (global). For SFT: examples per step.")
+    max_tokens: int = Field(16384, ge=1, description="Token budget of a micro-batch.")
+    updates: int = Field(
+        1, ge=1, description="Optimizer updates per rollout batch; more than 1 needs an importance ratio."
+    )
+    share_prompt: bool = Field(True, description="The responses of a group share one copy of their prompt.")
+
+
+class ScaleConfig(Section):
+    """The score scale and how its texts are found in a response."""
+
+    scores: list[str] = Field(["1", "2", "3", "4", "5"], description="Score texts, lowest first.")
+    values: list[float] | None = Field(
+        None, description="Numeric value of each score; default: the number itself, or 1, 2, … for letters."
+    )
+    anchor: str = Field("[RESULT] ", description="Text that precedes the score in a response.")
+
+
+class ObjectiveConfig(Section):
+    """What is optimised (DESIGN.md, The mathematics)."""
+
+    name: Literal["real", "rloo", "grpo", "jepo", "raft", "tract", "sft"] = Field("real", description="Objective.")
+    beta: float = Field(1.0, ge=0, description="β, weight of Term 2; 1 is the exact gradient.")
+    lam: float = Field(1.0, ge=0, description="λ, weight of log π(y*) in the reward.")
+    term1: bool = Field(True, description="Include Term 1 (policy gradient on the CoT).")
+    probabilities: Literal["full", "renormalized"] = Field(
+        "full", description="RAIL over the whole vocabulary's probabilities, or renormalised over the score tokens."
+    )
+    baseline: Literal["rloo", "group_mean", "none"] = Field("rloo", description="Baseline of the advantage.")
+    std_normalize: bool = Field(False, description="Divide advantages by the group's standard deviation.")
+    clamp: float | None = Field(None, gt=0, description="Clamp advantages to [-clamp, clamp].")
+    token_mean: bool = Field(False, description="Average Term 1 over tokens instead of summing within a response.")
+    kl: float = Field(0.0, ge=0, description="Weight of the KL term to the reference policy.")
+    ratio: Literal["none", "ppo", "truncated_is"] = Field(
+        "none", description="Importance ratio to the sampling policy: none, PPO clipping, truncated weights."
+    )
+    clip: float = Field(0.2, gt=0, description="PPO clip range ε.")
+    is_cap: float = Field(2.0, gt=0, description="Cap of truncated importance weights.")
+    no_anchor: Literal["penalize", "force", "drop"] = Field(
+        "penalize", description="Response without an anchor: lowest reward and no Term 2; anchor appended; dropped."
+    )
+
+
+class RolloutConfig(Section):
+    """Generation of responses."""
+
+    engine: Literal["transformers", "sglang", "vllm"] = Field("transformers", description="Rollout engine.")
+    n: int = Field(8, ge=1, description="Responses per prompt (K).")
+    temperature: float = Field(1.0, gt=0, description="Sampling temperature.")
+    top_p: float = Field(1.0, gt=0, le=1, description="Nucleus sampling mass.")
+    max_prompt_tokens: int = Field(2048, ge=1, description="Longer prompts are dropped, counted and logged.")
+    max_new_tokens: int = Field(1024, ge=1, description="Longest response.")
+    batch_size: int = Field(256, ge=1, description="Sequences generated at once by the embedded engine.")
+
+
+class DataSource(Section):
+    """One data set."""
+
+    format: Literal["jsonl", "feedback_collection", "feedback_bench", "flask", "vicuna_bench", "mt_bench"] = Field(
+        "jsonl", description="Record format."
+    )
+    path: str = Field(..., description="Local file, or the data set's name on the hub.")
+    split: str = Field("train", description="Split, for hub data sets.")
+    limit: int | None = Field(None, ge=1, description="Use the first N records only.")
+
+
+class DataConfig(Section):
+    """Training and evaluation data."""
+
+    train: list[DataSource] = Field(default_factory=list, description="Training data sets.")
+    eval: dict[str, DataSource] = Field(default_factory=dict, description="Named evaluation data sets.")
+    template: str = Field("plain", description="Prompt template: a built-in name or a file.")
+
+
+class CheckpointConfig(Section):
+    """Checkpoints (Megatron torch_dist) and export."""
+
+    every: int = Field(0, ge=0, description="Save every N steps; 0: at the end only.")
+    keep: int = Field(2, ge=1, description="Checkpoints kept.")
+    resume: bool = Field(True, description="Continue from the newest complete checkpoint in the output directory.")
+    save_hf: bool = Field(True, description="Write a Hugging Face checkpoint at the end.")
+
+
+class MetricsConfig(Section):
+    """Where metrics go. metrics.jsonl is always written."""
+
+    tensorboard: bool = Field(True, description="Write TensorBoard event files.")
+    wandb_project: str | None = Field(None, description="wandb project; unset: wandb is not used.")
+
+
+class EvaluationConfig(Section):
+    """Evaluation during and after training."""
+
+    every: int = Field(0, ge=0, description="Evaluate every N steps; 0: at the end only.")
+    samples: int = Field(1, ge=1, description="CoTs per example.")
+    temperature: float = Field(1.0, ge=0, description="Sampling temperature of evaluation CoTs; 0: greedy.")
+    bootstrap: int = Field(1000, ge=1, description="Bootstrap resamples for the confidence intervals.")
+
+
+class RunConfig(Section):
+    """A whole run."""
+
+    seed: int = Field(0, description="Seed of data order and sampling.")
+    output: Path = Field(Path("runs/default"), description="Directory for metrics, checkpoints and reports.")
+    steps: int = Field(100, ge=1, description="Training steps.")
+    model: ModelConfig = Field(default_factory=ModelConfig, description="Model.")
+    parallel: ParallelConfig = Field(default_factory=ParallelConfig, description="Parallelism.")
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig, description="Optimizer.")
+    batch: BatchConfig = Field(default_factory=BatchConfig, description="Batch.")
+    scale: ScaleConfig = Field(default_factory=ScaleConfig, description="Score scale.")
+    objective: ObjectiveConfig = Field(default_factory=ObjectiveConfig, description="Objective.")
+    rollout: RolloutConfig = Field(default_factory=RolloutConfig, description="Rollout.")
+    data: DataConfig = Field(default_factory=DataConfig, description="Data.")
+    evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig, description="Evaluation.")
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig, description="Checkpoints.")
+    metrics: MetricsConfig = Field(default_factory=MetricsConfig, description="Metrics.")
