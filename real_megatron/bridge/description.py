@@ -1,0 +1,63 @@
+"""What a Hugging Face configuration means in Megatron-Core terms."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import PretrainedConfig
+
+
+class UnsupportedModel(ValueError):
+    """The model, or a feature that its configuration switches on, cannot be expressed in Megatron-Core here."""
+
+
+@dataclass(frozen=True)
+class ModelDescription:
+    """A Hugging Face model as Megatron-Core builds it.
+
+    transformer_config: keyword arguments of megatron.core.transformer.TransformerConfig; only what the architecture
+        fixes, nothing about parallelism, precision or speed.
+    sliding_window: per layer, the number of tokens that a token sees, itself included; None: all before it.
+    hf_config: kept for rotary embeddings, whose frequencies come from transformers' own formulas.
+    """
+
+    family: str
+    transformer_config: dict[str, Any]
+    vocab_size: int
+    tied: bool
+    max_positions: int
+    sliding_window: tuple[int | None, ...]
+    hf_config: PretrainedConfig = field(repr=False)
+
+    @property
+    def num_layers(self) -> int:
+        """Number of decoder layers."""
+        return self.transformer_config["num_layers"]
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the residual stream."""
+        return self.transformer_config["hidden_size"]
+
+    @property
+    def num_heads(self) -> int:
+        """Number of query heads."""
+        return self.transformer_config["num_attention_heads"]
+
+    @property
+    def num_groups(self) -> int:
+        """Number of key/value heads."""
+        return self.transformer_config["num_query_groups"]
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.transformer_config["kv_channels"]
+
+    @property
+    def num_experts(self) -> int:
+        """Experts of a mixture-of-experts layer; 0 for a dense model."""
+        return self.transformer_config.get("num_moe_experts") or 0
+
+    def is_moe_layer(self, layer: int) -> bool:
+        """Whether layer `layer` (0-based) is a mixture of experts."""
+        return bool(self.num_experts) and bool(self.transformer_config["moe_layer_freq"][layer])

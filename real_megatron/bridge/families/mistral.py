@@ -1,0 +1,13 @@
+"""Mistral 7B v0.1 to v0.3: Llama with a sliding window (v0.1 only) on every layer."""
+
+from transformers import PretrainedConfig
+
+from real_megatron.bridge.description import ModelDescription
+from real_megatron.bridge.families.dense import describe_dense
+
+MODEL_TYPE = "mistral"
+
+
+def describe(config: PretrainedConfig) -> ModelDescription:
+    """See bridge.describe."""
+    return describe_dense(config, sliding_window=[config.sliding_window] * config.num_hidden_layers)
