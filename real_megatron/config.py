@@ -1,18 +1,15 @@
 """Typed run configuration: YAML files, `a.b=c` overrides, strict keys.
 
-Every section is one pydantic model; every field's description becomes a line of docs/configuration.md.
+Every section is one pydantic model; every field's description becomes a line of docs/configuration.md:
+`python -m real_megatron.config > docs/configuration.md`.
 """
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field, model_validator
 
-
-class Section(BaseModel):
-    """A part of the configuration: unknown keys are errors."""
-
-    model_config = ConfigDict(extra="forbid", validate_assignment=True)
+from real_megatron.sections import Section, describe_keys
 
 
 class ModelConfig(Section):
@@ -45,10 +42,17 @@ class ParallelConfig(Section):
     virtual_pipeline: int | None = Field(
         None, ge=2, description="Model chunks per pipeline rank (interleaved schedule)."
     )
-    context: int = Field(1, ge=1, description="Context-parallel size (CP); needs Transformer Engine.")
     expert: int = Field(1, ge=1, description="Expert-parallel size (EP) of mixture-of-experts models.")
     sequence_parallel: bool = Field(False, description="Shard activations over TP ranks between layers (SP).")
     distributed_optimizer: bool = Field(True, description="Shard optimizer state over data-parallel ranks.")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.sequence_parallel and self.tensor == 1:
+            raise ValueError("sequence_parallel shards over tensor-parallel ranks: set tensor above 1 or switch it off")
+        if self.virtual_pipeline and self.pipeline == 1:
+            raise ValueError("virtual_pipeline splits pipeline ranks: set pipeline above 1 or leave it unset")
+        return self
 
 
 class OptimizerConfig(Section):
@@ -59,10 +63,16 @@ class OptimizerConfig(Section):
     warmup_steps: int = Field(0, ge=0, description="Steps of linear warm-up.")
     schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="Shape of the decay.")
     weight_decay: float = Field(0.1, ge=0, description="Decoupled weight decay.")
-    beta1: float = Field(0.9, description="Adam's first-moment decay.")
-    beta2: float = Field(0.95, description="Adam's second-moment decay.")
+    beta1: float = Field(0.9, ge=0, lt=1, description="Adam's first-moment decay.")
+    beta2: float = Field(0.95, ge=0, lt=1, description="Adam's second-moment decay.")
     eps: float = Field(1e-8, gt=0, description="Adam's epsilon.")
     clip_grad: float = Field(1.0, ge=0, description="Gradient norm limit; 0 switches clipping off.")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.min_lr > self.lr:
+            raise ValueError(f"min_lr {self.min_lr:g} is above lr {self.lr:g}: the decay ends at min_lr, lower it")
+        return self
 
 
 class BatchConfig(Section):
@@ -83,7 +93,15 @@ class ScaleConfig(Section):
     values: list[float] | None = Field(
         None, description="Numeric value of each score; default: the number itself, or 1, 2, … for letters."
     )
-    anchor: str = Field("[RESULT] ", description="Text that precedes the score in a response.")
+    anchor: str = Field("[RESULT] ", min_length=1, description="Text that precedes the score in a response.")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if len(self.scores) < 2 or len(set(self.scores)) < len(self.scores):
+            raise ValueError(f"scores must be two or more different texts, not {self.scores}")
+        if self.values is not None and len(self.values) != len(self.scores):
+            raise ValueError(f"values has {len(self.values)} numbers for {len(self.scores)} scores: give one a score")
+        return self
 
 
 class ObjectiveConfig(Section):
@@ -142,6 +160,25 @@ class DataConfig(Section):
     template: str = Field("plain", description="Prompt template: a built-in name or a file.")
 
 
+class SftConfig(Section):
+    """Supervised fine-tuning: where the CoTs come from."""
+
+    cots: Literal["given", "generated"] = Field(
+        "given",
+        description="CoTs of the data set, or sampled before training by cot_model (TRACT's second stage).",
+    )
+    cot_model: str | None = Field(
+        None, description="Hugging Face checkpoint that writes the CoTs when cots is generated: TRACT's first stage."
+    )
+    cots_per_example: int = Field(1, ge=1, description="CoTs sampled per example when cots is generated.")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.cots == "generated" and self.cot_model is None:
+            raise ValueError("cots is generated: name the checkpoint that writes them in cot_model")
+        return self
+
+
 class CheckpointConfig(Section):
     """Checkpoints (Megatron torch_dist) and export."""
 
@@ -172,7 +209,8 @@ class RunConfig(Section):
 
     seed: int = Field(0, description="Seed of data order and sampling.")
     output: Path = Field(Path("runs/default"), description="Directory for metrics, checkpoints and reports.")
-    steps: int = Field(100, ge=1, description="Training steps.")
+    steps: int = Field(100, ge=1, description="Training steps: rollout batches, or batches of SFT examples.")
+    epochs: float | None = Field(None, gt=0, description="Passes over the training data; when set, it replaces steps.")
     model: ModelConfig = Field(default_factory=ModelConfig, description="Model.")
     parallel: ParallelConfig = Field(default_factory=ParallelConfig, description="Parallelism.")
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig, description="Optimizer.")
@@ -180,7 +218,39 @@ class RunConfig(Section):
     scale: ScaleConfig = Field(default_factory=ScaleConfig, description="Score scale.")
     objective: ObjectiveConfig = Field(default_factory=ObjectiveConfig, description="Objective.")
     rollout: RolloutConfig = Field(default_factory=RolloutConfig, description="Rollout.")
+    sft: SftConfig = Field(default_factory=SftConfig, description="Supervised fine-tuning.")
     data: DataConfig = Field(default_factory=DataConfig, description="Data.")
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig, description="Evaluation.")
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig, description="Checkpoints.")
     metrics: MetricsConfig = Field(default_factory=MetricsConfig, description="Metrics.")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        objective, rollout, batch = self.objective, self.rollout, self.batch
+        if self.is_rl:
+            if rollout.n < 2 and objective.baseline != "none":
+                raise ValueError(
+                    f"rollout.n is {rollout.n}: the {objective.baseline} baseline compares responses to one prompt; "
+                    "set rollout.n to 2 or more, or objective.baseline to none"
+                )
+            if batch.updates > 1 and objective.ratio == "none":
+                raise ValueError(
+                    f"batch.updates is {batch.updates}: after the first update the responses are no longer the "
+                    "policy's own; set objective.ratio to ppo or truncated_is"
+                )
+        elif batch.updates > 1:
+            raise ValueError(
+                f"batch.updates is {batch.updates}: {objective.name} has no rollouts to reuse, set it to 1"
+            )
+        elif objective.kl > 0:
+            raise ValueError(f"objective.kl: {objective.name} has no KL term, set it to 0")
+        return self
+
+    @property
+    def is_rl(self) -> bool:
+        """Whether the objective trains on sampled responses (real, rloo, grpo, jepo)."""
+        return self.objective.name not in ("raft", "tract", "sft")
+
+
+if __name__ == "__main__":
+    print(describe_keys(RunConfig), end="")

@@ -1,0 +1,257 @@
+"""Strict configuration sections: YAML files and `a.b=c` overrides into pydantic models; errors name the place.
+
+Knows no particular section: `config.py` declares those.
+"""
+
+import difflib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, Self, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used. The message names the file or override, the key and the mend."""
+
+
+class Section(BaseModel):
+    """A part of the configuration: unknown keys are errors, assignments are validated."""
+
+    model_config = ConfigDict(
+        extra="forbid", validate_assignment=True, validate_default=True, coerce_numbers_to_str=True
+    )
+
+    @classmethod
+    def from_yaml(cls, path: str | Path | None, overrides: Sequence[str] = ()) -> Self:
+        """Read a YAML file (None: defaults only), apply overrides `a.b=value` (values are YAML) and validate.
+
+        Raises:
+            ConfigError: the file cannot be read, a key is unknown or repeated, a value does not fit. Every fault found
+                is listed, each with its file and line, or its override.
+        """
+        tree, lines = _read(path)
+        sources: dict[tuple[str, ...], str] = {}
+        for override in overrides:
+            _apply(tree, override, sources)
+        try:
+            return cls.model_validate(tree)
+        except ValidationError as error:
+            faults = [_explain(cls, fault, path, lines, sources) for fault in error.errors()]
+            raise ConfigError("\n".join(dict.fromkeys(faults))) from None
+
+    def to_yaml(self) -> str:
+        """The resolved configuration as YAML, defaults included; `from_yaml` reads it back to an equal one."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+
+
+def known_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
+    """Dotted names of all leaf keys and sections of a model."""
+    keys = []
+    for name, field in model.model_fields.items():
+        keys.append(prefix + name)
+        inner = section_type(field.annotation)
+        if inner is not None and get_origin(field.annotation) not in (list, dict):
+            keys += known_keys(inner, f"{prefix}{name}.")
+    return keys
+
+
+def section_type(annotation: Any) -> type[BaseModel] | None:
+    """The section inside an annotation `S`, `S | None`, `list[S]` or `dict[str, S]`; None when there is none."""
+    if isinstance(annotation, type) and get_origin(annotation) is None:
+        return annotation if issubclass(annotation, BaseModel) else None
+    if get_origin(annotation) in (list, dict, Union, UnionType):
+        for argument in get_args(annotation):
+            inner = section_type(argument)
+            if inner is not None:
+                return inner
+    return None
+
+
+def _read(path: str | Path | None) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
+    """Parse a YAML file into a tree and the line number of each key path."""
+    if path is None:
+        return {}, {}
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot read the configuration ({error})") from None
+    lines: dict[tuple[str, ...], int] = {}
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        if node is not None:
+            _number(path, node, (), lines)
+        tree = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from None
+    if tree is None:
+        return {}, lines
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: the file must hold `key: value` lines, not a {type(tree).__name__}")
+    return tree, lines
+
+
+def _number(path: str | Path, node: yaml.Node, at: tuple[str, ...], lines: dict[tuple[str, ...], int]) -> None:
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            here = (*at, str(key.value))
+            line = key.start_mark.line + 1
+            if here in lines:
+                raise ConfigError(
+                    f"{path}:{line}: `{'.'.join(here)}` is set twice (first on line {lines[here]}); keep one"
+                )
+            lines[here] = line
+            _number(path, value, here, lines)
+    elif isinstance(node, yaml.SequenceNode):
+        for index, value in enumerate(node.value):
+            here = (*at, str(index))
+            lines[here] = value.start_mark.line + 1
+            _number(path, value, here, lines)
+
+
+def _apply(tree: dict[str, Any], override: str, sources: dict[tuple[str, ...], str]) -> None:
+    """Set one `a.b=value` in the tree, creating sections on the way; list items are addressed by number."""
+    dotted, equals, text = override.partition("=")
+    keys = tuple(part.strip() for part in dotted.split("."))
+    if not equals or not all(keys):
+        raise ConfigError(f"override `{override}`: write it as key=value, for example optimizer.lr=1e-6")
+    try:
+        value = yaml.safe_load(text) if text.strip() else ""
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override `{override}`: the value is not valid YAML: {error}") from None
+    node: Any = tree
+    for depth, key in enumerate(keys):
+        last = depth == len(keys) - 1
+        if isinstance(node, list):
+            if not key.isdigit() or int(key) > len(node):
+                raise ConfigError(
+                    f"override `{override}`: `{'.'.join(keys[:depth])}` is a list of {len(node)} items; "
+                    f"`{key}` must be a number from 0 to {len(node)}"
+                )
+            if int(key) == len(node):
+                node.append({})
+            index: Any = int(key)
+        elif isinstance(node, dict):
+            index = key
+            if not last and node.get(key) is None:
+                node[key] = [] if keys[depth + 1].isdigit() else {}
+        else:
+            raise ConfigError(f"override `{override}`: `{'.'.join(keys[:depth])}` is a value, it has no keys")
+        if last:
+            node[index] = value
+        node = node[index]
+    sources[keys] = override
+
+
+def _explain(
+    model: type[BaseModel],
+    fault: Any,
+    path: str | Path | None,
+    lines: dict[tuple[str, ...], int],
+    sources: dict[tuple[str, ...], str],
+) -> str:
+    """One line for one pydantic error: where, which key, what is wrong, and the nearest known key."""
+    loc = tuple(str(part) for part in fault["loc"])
+    known = [key for key in sources if loc[: len(key)] == key]
+    if known:
+        where = f"override `{sources[known[-1]]}`"
+    elif path is None:
+        where = "configuration"
+    else:
+        numbered = [loc[:n] for n in range(len(loc), 0, -1) if loc[:n] in lines]
+        where = f"{path}:{lines[numbered[0]]}" if numbered else str(path)
+    key = ".".join(loc)
+    if fault["type"] == "extra_forbidden":
+        return f"{where}: unknown key `{key}`{_nearest(model, loc)}"
+    if fault["type"] == "missing":
+        return f"{where}: `{key}` is required and not set"
+    message = fault["msg"].removeprefix("Value error, ")
+    if fault["type"] == "value_error":  # raised by a section's own check: it says itself what is wrong
+        return f"{where}: {key + ': ' if key else ''}{message}"
+    return f"{where}: `{key}`: {message} (got {fault['input']!r})"
+
+
+def _nearest(model: type[BaseModel], loc: tuple[str, ...]) -> str:
+    """Suggest the sibling that is spelt nearest, else the same name elsewhere, else list the siblings."""
+    holder: Any = model
+    for part in loc[:-1]:
+        field = holder.model_fields.get(part) if holder else None
+        if field is not None:  # other parts are list numbers and dictionary names inside the last field
+            holder = section_type(field.annotation)
+    siblings = list(holder.model_fields) if holder else []
+    prefix = "".join(part + "." for part in loc[:-1])
+    close = difflib.get_close_matches(loc[-1], siblings, n=1)
+    if close:
+        return f"; did you mean `{prefix}{close[0]}`?"
+    everywhere = {key.rsplit(".", 1)[-1]: key for key in reversed(known_keys(model))}
+    close = difflib.get_close_matches(loc[-1], everywhere, n=1, cutoff=0.75)
+    if close:
+        return f"; did you mean `{everywhere[close[0]]}`?"
+    return f"; known keys here: {', '.join(siblings)}"
+
+
+def describe_keys(model: type[BaseModel]) -> str:
+    """Markdown reference of every section and key of a model: type, default and description."""
+    parts = [
+        "# Configuration\n",
+        "Written by `python -m real_megatron.config > docs/configuration.md`; do not edit by hand.\n",
+        "A run is described by a YAML file of these sections. Keys that are not set keep their default, unknown keys "
+        "are errors, and `section.key=value` after the file on the command line overrides one value (list items by "
+        "number: `data.train.0.limit=100`). Paths are relative to the directory the command runs in. Every run saves "
+        "the whole resolved configuration as `config.yaml` in its output directory.\n",
+        _table("Top level", model, ""),
+    ]
+    pending = [(name, field) for name, field in model.model_fields.items() if section_type(field.annotation)]
+    while pending:
+        name, field = pending.pop(0)
+        inner = section_type(field.annotation)
+        assert inner is not None
+        item = {list: "[i]", dict: ".NAME"}.get(get_origin(field.annotation), "")
+        parts.append(_table(f"`{name}{item}`", inner, f"{inner.__doc__}\n\n"))
+        nested = [(f"{name}.{n}", f) for n, f in inner.model_fields.items() if section_type(f.annotation)]
+        pending = nested + pending
+    return "\n".join(parts)
+
+
+def _table(title: str, model: type[BaseModel], text: str) -> str:
+    rows = []
+    for name, field in model.model_fields.items():
+        if field.is_required():
+            default = "required"
+        elif section_type(field.annotation):
+            default = ""
+        else:
+            value = field.get_default(call_default_factory=True)
+            default = f"`{json.dumps(value if not isinstance(value, Path) else str(value), ensure_ascii=False)}`"
+        bounds = [
+            f"{sign} {getattr(rule, attribute):g}"
+            for rule in field.metadata
+            for attribute, sign in (("gt", ">"), ("ge", "≥"), ("lt", "<"), ("le", "≤"))
+            if getattr(rule, attribute, None) is not None
+        ]
+        kind = ", ".join([_type_name(field.annotation), *bounds])
+        rows.append(f"| `{name}` | {kind} | {default} | {field.description} |")
+    table = "\n".join(["| Key | Type | Default | Meaning |", "|---|---|---|---|", *rows])
+    return f"## {title}\n\n{text}{table}\n"
+
+
+def _type_name(annotation: Any) -> str:
+    if annotation is type(None):
+        return "null"
+    inner = section_type(annotation)
+    if get_origin(annotation) is Literal:
+        return ", ".join(f"`{choice}`" for choice in get_args(annotation))
+    if get_origin(annotation) in (Union, UnionType):
+        return " or ".join(_type_name(argument) for argument in get_args(annotation))
+    if get_origin(annotation) is list:
+        return "list of " + ("sections" if inner else _type_name(get_args(annotation)[0]))
+    if get_origin(annotation) is dict:
+        return "name → " + ("section" if inner else _type_name(get_args(annotation)[1]))
+    if inner is not None:
+        return "section"
+    return {Path: "path", str: "text", int: "integer", float: "number", bool: "true/false"}.get(
+        annotation, getattr(annotation, "__name__", str(annotation))
+    )
