@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# The whole check, on a machine with nothing but Python 3.11: environment, lint, format, tests.
+#   bash tests/run.sh [--sglang] [pytest arguments]
+# --sglang also installs a CPU build of the SGLang server in .venv-sglang and runs the tests that talk to it.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+markers="not sglang"
+if [ "${1:-}" = "--sglang" ]; then
+    shift
+    markers=""
+    bash tools/install_sglang_cpu.sh
+fi
+bash tools/setup_env.sh requirements-dev.txt
+.venv/bin/ruff check .
+.venv/bin/ruff format --check .
+# The rank tests spawn their own workers; one math thread a process keeps two cores from fighting over each other.
+export OMP_NUM_THREADS=1
+.venv/bin/python -m pytest -n 2 --dist loadfile -m "$markers" "$@"

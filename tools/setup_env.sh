@@ -1,0 +1,41 @@
+#!/usr/bin/env bash
+# Creates .venv in the repository root with pinned dependencies and the package itself (editable).
+# Does nothing when it is already there: a stamp holds the hash of what was installed.
+#   bash tools/setup_env.sh [requirements.txt | requirements-dev.txt]
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+requirements=${1:-requirements.txt}
+stamp=".venv/.installed-$requirements"
+hash=$(cat requirements*.txt setup.py pyproject.toml | sha256sum)
+if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$hash" ]; then
+    exit 0
+fi
+
+if [ ! -x .venv/bin/python ]; then
+    python=""
+    for candidate in python3.11 python3.12 python3; do
+        if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+            python=$candidate
+            break
+        fi
+    done
+    if [ -z "$python" ]; then
+        echo "real_megatron needs Python 3.11 or newer, and none is on PATH: install it, then run this again." >&2
+        exit 1
+    fi
+    echo "Creating .venv with $("$python" --version)"
+    if ! "$python" -m venv .venv; then
+        rm -rf .venv
+        echo "$python cannot create a virtual environment; on Debian and Ubuntu: apt-get install python3-venv" >&2
+        exit 1
+    fi
+fi
+
+pip=(.venv/bin/python -m pip install --quiet --disable-pip-version-check)
+echo "Installing $(grep '^torch==' requirements.txt)"
+"${pip[@]}" -c requirements.txt "$(grep '^torch==' requirements.txt)"
+echo "Installing $requirements"
+"${pip[@]}" -r "$requirements"
+echo "Installing real_megatron"
+"${pip[@]}" --no-deps --no-build-isolation -e .
+echo "$hash" >"$stamp"
