@@ -1,0 +1,103 @@
+"""Where a rank's columns lie in the vocabulary, and the one collective of the forward pass."""
+
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from real_megatron.head.rows import GatherRows
+
+
+class Shard(NamedTuple):
+    """This rank holds the vocabulary ids `first_id … first_id + columns - 1` in its first `columns` columns.
+
+    What lies beyond `columns` is Megatron's padding: real weights that stand for no token.
+    """
+
+    first_id: int
+    columns: int
+
+
+def vocabulary_shard(
+    local_columns: int, rows: GatherRows, vocab_size: int, padded_vocab_size: int | None, group: ProcessGroup | None
+) -> Shard:
+    """The shard of this rank of `group`. ValueError where the columns cannot be a vocabulary-parallel shard."""
+    rank, size = (0, 1) if group is None else (group.rank(), group.size())
+    if vocab_size < 1:
+        raise ValueError(f"vocab_size must be positive, got {vocab_size}")
+    if rows.id_range is not None and (rows.id_range[0] < 0 or rows.id_range[1] >= vocab_size):
+        raise ValueError(
+            f"ids reach from {rows.id_range[0]} to {rows.id_range[1]}, outside [0, vocab_size={vocab_size})"
+        )
+    if padded_vocab_size is not None and local_columns * size != padded_vocab_size:
+        raise ValueError(
+            f"{local_columns} local columns on {size} ranks are not the padded vocabulary of {padded_vocab_size}: pass "
+            "this rank's own shard (parallel_output=True), not gathered logits"
+        )
+    if local_columns * size < vocab_size:
+        raise ValueError(f"{local_columns} local columns on {size} ranks cannot hold a vocabulary of {vocab_size}")
+    if size > 1 and local_columns >= vocab_size and padded_vocab_size is None:
+        raise ValueError(
+            f"each of {size} ranks has {local_columns} columns, as many as the whole vocabulary of {vocab_size}: these "
+            "look like gathered logits, whose gradient would be wrong; pass this rank's own shard (parallel_output="
+            "True), or name padded_vocab_size if the vocabulary really is padded this far"
+        )
+    first_id = rank * local_columns
+    return Shard(first_id, min(max(vocab_size - first_id, 0), local_columns))
+
+
+def all_gather_packed(packed: Tensor, group: ProcessGroup | None) -> Tensor:
+    """[n] on each rank of `group` → [size, n], in rank order; no communication for one rank or nothing to send."""
+    if group is None or group.size() == 1:
+        return packed.unsqueeze(0)
+    gathered = packed.new_empty(group.size(), packed.numel())
+    if packed.numel():
+        dist.all_gather_into_tensor(gathered.view(-1), packed, group=group)
+    return gathered
+
+
+class RowStats(NamedTuple):
+    """Merged over ranks: `max` [R], `sum` = Σ exp(z - max) [R], `logits` [nnz] and, where values were given,
+    `expectation` = Σ_j value_j · p_j [R]."""
+
+    max: Tensor
+    sum: Tensor
+    logits: Tensor
+    expectation: Tensor | None
+
+    def log_probs(self, row_index: Tensor) -> Tensor:
+        """[nnz]. Subtracts the maximum first, so that the error does not grow with the size of the logits."""
+        return (self.logits - self.max[row_index]) - self.sum.log()[row_index]
+
+
+def merge_packed(gathered: Tensor, num_rows: int, nnz: int, has_values: bool) -> RowStats:
+    """Merge packed statistics `[parts, k·R + nnz]` of all ranks: max, sum, (value-weighted sum,) gathered logits.
+
+    Sums run in rank order on every rank, so all ranks hold the same bits.
+    """
+    sections = [num_rows] * (3 if has_values else 2) + [nnz]
+    maxima, sums, *weighted, logits = gathered.split(sections, dim=1)
+    maximum = maxima.amax(0)
+    # A rank with nothing but -inf (or nothing but padding) has sum 0; exp(-inf - max) keeps it out. If all ranks are
+    # like that, -inf - -inf makes the row NaN, as log_softmax does.
+    scale = torch.exp(maxima - maximum)
+    total = _sum_in_rank_order(sums * scale)
+    expectation = _sum_in_rank_order(weighted[0] * scale) / total if has_values else None
+    return RowStats(maximum, total, logits.amax(0), expectation)
+
+
+def _sum_in_rank_order(per_rank: Tensor) -> Tensor:
+    total = per_rank[0]
+    for term in per_rank[1:]:
+        total = total + term
+    return total
+
+
+def reduce_scatter_rows(full: Tensor, group: ProcessGroup) -> tuple[Tensor, dist.Work]:
+    """Start to sum `full` [R, H] over `group` and keep this rank's R/size rows; wait on the returned work first."""
+    if full.shape[0] % group.size():
+        raise ValueError(f"{full.shape[0]} rows do not divide over {group.size()} ranks")
+    own = full.new_empty(full.shape[0] // group.size(), *full.shape[1:])
+    return own, dist.reduce_scatter_tensor(own, full, group=group, async_op=True)
