@@ -1,0 +1,116 @@
+"""From an engine's responses to trajectories: cut at the score anchor, with a stated rule for those without one."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, Protocol
+
+from transformers import PreTrainedTokenizerBase
+
+from real_megatron.batch.types import Trajectory
+from real_megatron.rollout.engine import Response, RolloutEngine, SamplingParams
+
+NoAnchorRule = Literal["penalize", "force", "drop"]
+
+
+class AnchoredScale(Protocol):
+    """What is needed of `real_megatron.scores.ScoreScale`."""
+
+    anchor_text: str
+    anchor_ids: list[int]
+
+    def cut(self, tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> int | None: ...
+
+
+@dataclass
+class Sampled:
+    """Trajectories per prompt, in the prompts' order, and what happened on the way."""
+
+    trajectories: list[list[Trajectory]]
+    """`n` per prompt; fewer, possibly none, under the rule `drop`."""
+    metrics: dict[str, float]
+    """Shares of all responses: `no_anchor` (of which `truncated` by length, `split_anchor`: the anchor ends inside a
+    token), `forced`, `dropped`; `empty_groups` (count); `response_tokens` (mean) and `response_tokens_max`."""
+
+
+def sample_trajectories(
+    engine: RolloutEngine,
+    tokenizer: PreTrainedTokenizerBase,
+    scale: AnchoredScale,
+    prompts: Sequence[list[int]],
+    params: SamplingParams,
+    rule: NoAnchorRule = "penalize",
+    seeds: Sequence[int] | None = None,
+) -> Sampled:
+    """Sample `params.n` responses per prompt, stopped at the score anchor, as trajectories.
+
+    A response that has no anchor at a token boundary: `penalize` keeps it whole, without an answer position; `force`
+    appends the anchor, without token loss (a final end-of-sequence token gives way to it); `drop` leaves it out.
+
+    Raises RuntimeError when the engine does not return exactly what was asked for.
+    """
+    if rule not in ("penalize", "force", "drop"):
+        raise ValueError(f"no-anchor rule {rule!r}: use penalize, force or drop")
+    groups = engine.generate(prompts, replace(params, stop=(scale.anchor_text,)), seeds)
+    check_complete(groups, len(prompts), params.n)
+    counts = dict.fromkeys(("no_anchor", "truncated", "split_anchor", "forced", "dropped"), 0)
+    trajectories: list[list[Trajectory]] = []
+    for group in groups:
+        kept = []
+        for response in group:
+            cut = scale.cut(tokenizer, response.token_ids)
+            if cut is None:
+                counts["no_anchor"] += 1
+                counts["truncated"] += response.finish_reason == "length"
+                counts["split_anchor"] += response.finish_reason == "stop"
+                if rule == "drop":
+                    counts["dropped"] += 1
+                    continue
+                counts["forced"] += rule == "force"
+            kept.append(_trajectory(response, cut, scale.anchor_ids if rule == "force" else None))
+        trajectories.append(kept)
+    total = max(1, len(prompts) * params.n)
+    lengths = [len(response.token_ids) for group in groups for response in group]
+    metrics = {name: count / total for name, count in counts.items()}
+    metrics["empty_groups"] = float(sum(not group for group in trajectories))
+    metrics["response_tokens"] = sum(lengths) / total
+    metrics["response_tokens_max"] = float(max(lengths, default=0))
+    return Sampled(trajectories, metrics)
+
+
+def check_complete(groups: list[list[Response]], prompts: int, n: int) -> None:
+    """Raise RuntimeError unless there are `n` well-formed responses for each of `prompts` prompts."""
+    if len(groups) != prompts:
+        raise RuntimeError(f"the rollout engine returned {len(groups)} groups for {prompts} prompts")
+    for i, group in enumerate(groups):
+        if len(group) != n:
+            raise RuntimeError(f"the rollout engine returned {len(group)} responses for prompt {i}, asked for {n}")
+        for response in group:
+            if not response.token_ids or len(response.token_ids) != len(response.logprobs):
+                raise RuntimeError(
+                    f"the rollout engine returned {len(response.token_ids)} tokens with "
+                    f"{len(response.logprobs)} log-probabilities for prompt {i}"
+                )
+
+
+def _trajectory(response: Response, cut: int | None, anchor: list[int] | None) -> Trajectory:
+    ids, logprobs = response.token_ids, response.logprobs
+    forced = cut is None and anchor is not None
+    if forced:
+        sampled = len(ids) - (response.finish_reason == "eos")
+        ids = ids[:sampled] + anchor
+        # Positions without token loss: the value is never read.
+        logprobs = logprobs[:sampled] + [0.0] * len(anchor)
+        mask = [True] * sampled + [False] * len(anchor)
+    else:
+        ids, logprobs = ids[:cut], logprobs[:cut]
+        mask = [True] * len(ids)
+    reason = "stop" if cut is not None else "length" if response.finish_reason == "length" else "eos"
+    return Trajectory(
+        response_ids=ids,
+        answer_index=None if cut is None and not forced else len(ids) - 1,
+        loss_mask=mask,
+        old_logprobs=logprobs,
+        finish_reason=reason,
+        forced_anchor=forced,
+        weight_version=response.weight_version,
+    )

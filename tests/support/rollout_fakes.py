@@ -1,0 +1,55 @@
+"""Engines and scales for tests: the smallest things that keep the contract."""
+
+from dataclasses import dataclass, field
+
+import torch
+
+from real_megatron.rollout.engine import Response
+
+
+@dataclass
+class DecodingScale:
+    """A score anchor found by decoding every prefix."""
+
+    anchor_text: str
+    anchor_ids: list[int]
+
+    def cut(self, tokenizer, ids):
+        for t in range(1, len(ids) + 1):
+            text = tokenizer.decode(ids[:t])
+            if self.anchor_text in text:
+                return t if text.endswith(self.anchor_text) else None
+        return None
+
+
+@dataclass
+class ScriptedEngine:
+    """Returns prepared responses and remembers what it was asked."""
+
+    responses: list[list[Response]] = field(default_factory=list)
+    asked: list = field(default_factory=list)
+    weights: dict = field(default_factory=dict)
+    version: int = 0
+
+    def generate(self, prompts, params, seeds=None):
+        self.asked.append((list(prompts), params, seeds))
+        return self.responses
+
+    def next_token_logprobs(self, sequences, ids):
+        return torch.tensor([[-float(len(s)) - i for i in ids] for s in sequences])
+
+    def update_weights(self, tensors, version):
+        self.weights = dict(tensors)
+        self.version = version
+
+    def sleep(self):
+        self.asked.append("sleep")
+
+    def wake(self):
+        self.asked.append("wake")
+
+    def health(self):
+        self.asked.append("health")
+
+    def close(self):
+        self.asked.append("close")
