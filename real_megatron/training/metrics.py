@@ -1,0 +1,141 @@
+"""Metric sinks: metrics.jsonl always, TensorBoard by default, wandb when configured."""
+
+import json
+import math
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+from real_megatron.config import MetricsConfig
+from real_megatron.sections import ConfigError
+
+
+class Sink(Protocol):
+    """Takes one row of numbers per step."""
+
+    def write(self, step: int, values: dict[str, float]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class JsonlSink:
+    """One JSON object a line: `step` and the step's metrics. Flushed line by line, so that a killed run keeps its rows.
+
+    A resumed run first drops the rows after the step it resumes from (they will come again), so each step of each kind
+    of row stands in the file once.
+    """
+
+    def __init__(self, path: Path, resume_step: int = 0) -> None:
+        if path.exists():
+            kept = [line for line in path.read_text().splitlines() if _step_of(line) <= resume_step]
+            fresh = path.with_suffix(".tmp")
+            fresh.write_text("".join(line + "\n" for line in kept if resume_step))
+            os.replace(fresh, path)
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        # JSON has no NaN: null says that the number does not exist.
+        row = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        self._file.write(json.dumps({"step": step, **row}) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class TensorBoardSink:
+    """TensorBoard event files."""
+
+    def __init__(self, directory: Path, resume_step: int = 0) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(directory), purge_step=resume_step + 1 if resume_step else None)
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WandbSink:
+    """A wandb run, named after the output directory; a resumed run continues it."""
+
+    def __init__(self, project: str, directory: Path, config: dict[str, Any]) -> None:
+        try:
+            import wandb
+        except ImportError:
+            raise ConfigError(
+                "metrics.wandb_project is set, but wandb is not installed: pip install wandb, or unset the key"
+            ) from None
+        marker = directory / "wandb-id"
+        run_id = marker.read_text().strip() if marker.exists() else None
+        self._run = wandb.init(
+            project=project, name=directory.name, dir=str(directory), config=config, id=run_id, resume="allow"
+        )
+        marker.write_text(self._run.id)
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        self._run.log(values, step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class Metrics:
+    """All configured sinks. Ranks other than 0 write nothing."""
+
+    def __init__(self, sinks: Sequence[Sink]) -> None:
+        self._sinks = sinks
+
+    @classmethod
+    def open(
+        cls, config: MetricsConfig, output: Path, rank: int, run_config: dict[str, Any], resume_step: int = 0
+    ) -> Self:
+        if rank:
+            return cls([])
+        output.mkdir(parents=True, exist_ok=True)
+        sinks: list[Sink] = [JsonlSink(output / "metrics.jsonl", resume_step)]
+        if config.tensorboard:
+            sinks.append(TensorBoardSink(output / "tensorboard", resume_step))
+        if config.wandb_project:
+            sinks.append(WandbSink(config.wandb_project, output, run_config))
+        return cls(sinks)
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        for sink in self._sinks:
+            sink.write(step, values)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for sink in self._sinks:
+            sink.close()
+
+
+def distinct_n(texts: Iterable[Sequence[int]], n: int) -> float:
+    """Share of different n-grams among all n-grams of the token sequences (Li et al. 2016, distinct-n); NaN if none.
+
+    Near 1: every CoT is different. Falling: the CoTs become copies of each other or repeat themselves.
+    """
+    seen: set[tuple[int, ...]] = set()
+    total = 0
+    for ids in texts:
+        for start in range(len(ids) - n + 1):
+            seen.add(tuple(ids[start : start + n]))
+            total += 1
+    return len(seen) / total if total else math.nan
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return math.inf  # a line cut short by a crash

@@ -1,0 +1,70 @@
+"""Metric sinks: rows survive a crash and a resume, other ranks are silent, missing packages are named."""
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+
+from real_megatron.config import MetricsConfig
+from real_megatron.sections import ConfigError
+from real_megatron.training.metrics import JsonlSink, Metrics, distinct_n
+
+
+def rows(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_rows_are_on_disk_before_the_run_ends_and_nan_is_null(tmp_path: Path) -> None:
+    sink = JsonlSink(tmp_path / "metrics.jsonl")
+    sink.write(1, {"loss": 0.5, "kl": math.nan})
+    assert rows(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": 0.5, "kl": None}]
+
+
+def test_a_resumed_run_drops_the_rows_that_will_come_again(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    sink = JsonlSink(path)
+    for step in (1, 2, 3):
+        sink.write(step, {"loss": float(step)})
+    sink.close()
+    with path.open("a") as file:
+        file.write('{"step": 4, "lo')
+    sink = JsonlSink(path, resume_step=2)
+    sink.write(3, {"loss": 30.0})
+    assert rows(path) == [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 2.0}, {"step": 3, "loss": 30.0}]
+
+
+def test_a_run_from_the_start_begins_an_empty_file(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 0}\n{"step": 1}\n')
+    JsonlSink(path).write(1, {"loss": 2.0})
+    assert rows(path) == [{"step": 1, "loss": 2.0}]
+
+
+def test_only_rank_0_writes(tmp_path: Path) -> None:
+    with Metrics.open(MetricsConfig(), tmp_path / "out", rank=1, run_config={}) as metrics:
+        metrics.write(1, {"loss": 1.0})
+    assert not (tmp_path / "out").exists()
+
+
+def test_tensorboard_holds_the_same_numbers(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with Metrics.open(MetricsConfig(), tmp_path, rank=0, run_config={}) as metrics:
+        metrics.write(1, {"train/loss": 0.25})
+        metrics.write(2, {"train/loss": 0.5})
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(1, 0.25), (2, 0.5)]
+
+
+def test_wandb_that_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ConfigError, match="wandb is not installed"):
+        Metrics.open(MetricsConfig(wandb_project="p"), tmp_path, rank=0, run_config={})
+
+
+def test_distinct_n() -> None:
+    assert distinct_n([[1, 2, 3], [1, 2, 4]], 2) == 3 / 4
+    assert distinct_n([[1, 1, 1, 1]], 1) == 1 / 4
+    assert math.isnan(distinct_n([[1]], 2))

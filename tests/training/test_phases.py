@@ -1,0 +1,26 @@
+"""The phases of a step sum to the step."""
+
+import pytest
+
+from real_megatron.training import phases
+from real_megatron.training.phases import PhaseTimer
+
+
+def test_phases_and_the_rest_sum_to_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 1.0, 3.0, 3.0, 4.0, 10.0, 11.0, 13.0, 20.0])
+    monkeypatch.setattr(phases.time, "perf_counter", lambda: next(clock))
+    timer = PhaseTimer()
+    with timer.phase("rollout"):
+        pass
+    with timer.phase("update"):
+        pass
+    assert timer.finish() == {"rollout": 2.0, "update": 1.0, "other": 7.0, "step": 10.0}
+    with timer.phase("update"):
+        pass
+    assert timer.finish() == {"update": 2.0, "other": 8.0, "step": 10.0}
+
+
+def test_phases_do_not_nest() -> None:
+    timer = PhaseTimer()
+    with timer.phase("a"), pytest.raises(AssertionError, match="nest"), timer.phase("b"):
+        pass
