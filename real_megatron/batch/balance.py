@@ -1,0 +1,44 @@
+"""Which groups share a micro-batch, and which data-parallel rank runs it."""
+
+import heapq
+import math
+from collections.abc import Sequence
+
+
+def balance(costs: Sequence[float], budget: float, ranks: int, multiple: int = 1) -> list[list[list[int]]]:
+    """Spread items over micro-batches of data-parallel ranks.
+
+    Returns, per rank, its micro-batches as lists of item indices. Every rank has the same number of micro-batches, a
+    multiple of `multiple` (the interleaved pipeline schedule needs one of the pipeline size); the number is the
+    smallest at which no micro-batch exceeds `budget` (or holds more than one item). Items are dealt by longest
+    processing time first (Graham, 1969): each item, largest first, goes to the emptiest micro-batch. Micro-batches are
+    then dealt to ranks the same way. Deterministic, so that every rank computes the same plan.
+    """
+    step = ranks * multiple
+    count = max(1, math.ceil(sum(costs) / budget / step)) * step
+    while True:
+        bins = _longest_first(costs, count)
+        if all(len(b) <= 1 or sum(costs[i] for i in b) <= budget for b in bins):
+            break
+        count += step
+    loads = [sum(costs[i] for i in b) for b in bins]
+    plan = _longest_first(loads, ranks, capacity=count // ranks)
+    return [[sorted(bins[i]) for i in sorted(mine)] for mine in plan]
+
+
+def imbalance(costs: Sequence[float], plan: Sequence[Sequence[Sequence[int]]]) -> float:
+    """Share of the busiest rank's work for which an average rank waits: 1 − mean / max of the ranks' summed costs."""
+    loads = [sum(costs[i] for microbatch in mine for i in microbatch) for mine in plan]
+    return 1.0 - sum(loads) / len(loads) / max(loads) if max(loads) > 0 else 0.0
+
+
+def _longest_first(costs: Sequence[float], count: int, capacity: int | None = None) -> list[list[int]]:
+    """Deal items to `count` bins, largest first, each to the least loaded bin (with room for it)."""
+    bins: list[list[int]] = [[] for _ in range(count)]
+    heap = [(0.0, b) for b in range(count)]
+    for item in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
+        load, b = heapq.heappop(heap)
+        bins[b].append(item)
+        if capacity is None or len(bins[b]) < capacity:
+            heapq.heappush(heap, (load + costs[item], b))
+    return bins

@@ -1,0 +1,1 @@
+"""The trained model on Megatron-Core: runtime, model, attention, training step, checkpoint."""

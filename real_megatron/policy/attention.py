@@ -1,0 +1,111 @@
+"""Attention over packed micro-batches with shared prompts, as a Megatron-Core `core_attention` module.
+
+Megatron-Core's local attention has no packed sequences, and no stock attention lets the responses of a group share
+their prompt's keys and values. This module takes the micro-batch's `Layout` instead of a mask.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+from real_megatron.batch.layout import Layout
+from real_megatron.head import GatherRows
+
+
+@dataclass
+class PackedParams(PackedSeqParams):
+    """What a micro-batch's forward pass needs beside token ids.
+
+    It travels through Megatron's `packed_seq_params`, which every layer and the output head receive, also when
+    activations are recomputed. The format is not `thd`: Megatron then treats the packed tokens as one sequence, and
+    leaves attention and positions to this package.
+    """
+
+    layout: Layout | None = None
+    row_positions: Tensor | None = None
+    """Token rows that reach the output head, int64 `[R]`."""
+    rows: GatherRows | None = None
+    """Vocabulary ids asked of each of those rows."""
+
+
+class PackedAttention(nn.Module):
+    """Grouped-query attention under a `Layout`.
+
+    `windows` holds, per layer of the whole model, the number of keys a query sees at most (itself included), or None.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+        windows: tuple[int | None, ...] = (),
+    ) -> None:
+        super().__init__()
+        self.scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
+        self.window = windows[layer_number - 1] if windows else None
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedParams | None = None,
+    ) -> Tensor:
+        """query `[T, 1, heads, d]`, key and value `[T, 1, kv_heads, d]` → `[T, 1, heads · d]`."""
+        layout = packed_seq_params.layout
+        out = segment_attention(query[:, 0], key[:, 0], value[:, 0], layout, self.scale, self.window)
+        return out.reshape(out.size(0), 1, -1)
+
+
+def segment_attention(
+    query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float, window: int | None = None
+) -> Tensor:
+    """Attention segment by segment through torch's scaled_dot_product_attention.
+
+    query `[T, heads, d]`, key and value `[T, kv_heads, d]` → `[T, heads, d]`. `split` (rather than slices) keeps the
+    backward pass linear in T.
+    """
+    queries, keys, values = (x.transpose(0, 1).split(layout.lengths, dim=1) for x in (query, key, value))
+    outputs = []
+    for i, segment in enumerate(layout.segments):
+        q, k, v = queries[i], keys[i], values[i]
+        if segment.parent is not None:
+            k = torch.cat((keys[segment.parent], k), dim=1)
+            v = torch.cat((values[segment.parent], v), dim=1)
+        causal = segment.parent is None and (window is None or window >= segment.length)
+        mask = None if causal else _mask(q.size(1), k.size(1), window, q.device)
+        outputs.append(
+            F.scaled_dot_product_attention(
+                q[None],
+                k[None],
+                v[None],
+                attn_mask=mask,
+                is_causal=causal,
+                scale=scale,
+                enable_gqa=q.size(0) > k.size(0),
+            )[0]
+        )
+    return torch.cat(outputs, dim=1).transpose(0, 1)
+
+
+def _mask(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
+    """Causal mask aligned at the last key, bool `[queries, keys]`, limited to `window` keys."""
+    distance = torch.arange(keys - queries, keys, device=device)[:, None] - torch.arange(keys, device=device)[None, :]
+    mask = distance >= 0
+    return mask if window is None else mask & (distance < window)

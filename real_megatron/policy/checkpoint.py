@@ -1,0 +1,103 @@
+"""Training checkpoints through Megatron's dist_checkpointing: written at one parallel layout, read at any other."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from torch import nn
+
+from real_megatron.policy import cpu
+
+# `fully_reshardable` optimizer state can be read at any TP, PP and DP.
+METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
+
+
+def save(
+    directory: str | Path,
+    chunks: list[nn.Module],
+    optimizer: MegatronOptimizer,
+    scheduler: OptimizerParamScheduler,
+    state: dict[str, Any],
+) -> None:
+    """Write model, optimizer, schedule, random states and the caller's `state` (plain data). Collective."""
+    Path(directory).mkdir(parents=True, exist_ok=True)
+    with cpu.device_mode():
+        sharded = _sharded_state(chunks, optimizer, is_loading=False)
+        sharded["scheduler"] = scheduler.state_dict()
+        sharded["state"] = {**state, "layout": _layout()}
+        dist_checkpointing.save(sharded, str(directory), content_metadata=METADATA)
+
+
+def load(
+    directory: str | Path,
+    chunks: list[nn.Module],
+    optimizer: MegatronOptimizer,
+    scheduler: OptimizerParamScheduler,
+) -> dict[str, Any]:
+    """Read what `save` wrote into the running model; returns the caller's state. Collective.
+
+    Random states are restored when the layout is the one that wrote them; at another layout they have no meaning and
+    the run's seeds stand.
+    """
+    with cpu.device_mode():
+        state = dist_checkpointing.load_common_state_dict(str(directory))["state"]
+        same_layout = state.pop("layout") == _layout()
+        sharded = _sharded_state(chunks, optimizer, is_loading=True)
+        if not same_layout:
+            del sharded["random"]
+        loaded = dist_checkpointing.load(sharded, str(directory))
+        for index, chunk in enumerate(chunks):
+            chunk.load_state_dict(loaded[f"model{index}"], strict=True)
+        optimizer.load_state_dict(loaded["optimizer"])
+        scheduler.load_state_dict(loaded["scheduler"])
+        if same_layout:
+            torch.set_rng_state(loaded["random"]["cpu"])
+            torch.cuda.set_rng_state(loaded["random"]["device"])
+            get_cuda_rng_tracker().set_states(loaded["random"]["tracker"])
+    return state
+
+
+def _sharded_state(chunks: list[nn.Module], optimizer: MegatronOptimizer, is_loading: bool) -> dict[str, Any]:
+    models = {f"model{i}": chunk.sharded_state_dict(metadata=METADATA) for i, chunk in enumerate(chunks)}
+    merged = {key: value for model in models.values() for key, value in model.items()} if len(chunks) > 1 else None
+    return {
+        **models,
+        "optimizer": optimizer.sharded_state_dict(merged or models["model0"], is_loading=is_loading, metadata=METADATA),
+        "random": _random_state(),
+    }
+
+
+def _random_state() -> ShardedObject:
+    """One object per (pipeline, tensor) rank; data-parallel ranks hold replicas."""
+    data = {
+        "cpu": torch.get_rng_state(),
+        "device": torch.cuda.get_rng_state(),
+        "tracker": get_cuda_rng_tracker().get_states(),
+    }
+    pipeline, tensor = (
+        parallel_state.get_pipeline_model_parallel_rank(),
+        parallel_state.get_tensor_model_parallel_rank(),
+    )
+    return ShardedObject(
+        "random",
+        data,
+        (
+            parallel_state.get_pipeline_model_parallel_world_size(),
+            parallel_state.get_tensor_model_parallel_world_size(),
+        ),
+        (pipeline, tensor),
+        replica_id=parallel_state.get_data_parallel_rank(with_context_parallel=True),
+    )
+
+
+def _layout() -> dict[str, int]:
+    return {
+        "tensor": parallel_state.get_tensor_model_parallel_world_size(),
+        "pipeline": parallel_state.get_pipeline_model_parallel_world_size(),
+        "data": parallel_state.get_data_parallel_world_size(),
+    }

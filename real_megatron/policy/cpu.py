@@ -1,0 +1,79 @@
+"""Lets Megatron-Core run on CPU with gloo. Active only where no CUDA device exists.
+
+Megatron-Core names CUDA in a handful of places even when every tensor is on CPU: the current device, allocation with
+`device="cuda"`, CUDA random states, streams, and the tensor types that gradient clipping asserts. Each is mapped to its
+CPU counterpart here, in the running process; nothing on disk is touched.
+"""
+
+import contextlib
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+
+class CpuDeviceMode(TorchFunctionMode):
+    """Sends `device="cuda"` arguments and `.cuda()` calls to the CPU, and names CPU tensor types as CUDA ones."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is torch.Tensor.cuda:
+            return args[0]
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            # Gradient clipping asserts `grad.type() == "torch.cuda.FloatTensor"`.
+            return func(*args).replace("torch.", "torch.cuda.", 1)
+        if "device" in kwargs and _is_cuda(kwargs["device"]):
+            kwargs = {**kwargs, "device": "cpu"}
+        if func is torch.Tensor.to and len(args) > 1 and _is_cuda(args[1]):
+            args = (args[0], "cpu", *args[2:])
+        return func(*args, **kwargs)
+
+
+def _is_cuda(device: Any) -> bool:
+    if isinstance(device, str):
+        return device.startswith("cuda")
+    return isinstance(device, torch.device) and device.type == "cuda"
+
+
+class _NoStream:
+    """Stands for a CUDA stream or event: everything on CPU is already in order."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def wait_stream(self, stream: Any) -> None: ...
+
+    def wait_event(self, event: Any) -> None: ...
+
+    def record(self, *args: Any) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+
+def install() -> None:
+    """Map the CUDA functions that Megatron-Core calls to CPU ones, once per process."""
+    if torch.cuda.is_available() or getattr(torch.cuda, "_maps_to_cpu", False):
+        return
+    torch.cuda._maps_to_cpu = True
+    torch.cuda.current_device = lambda: "cpu"
+    torch.cuda.device_count = lambda: 0
+    torch.cuda.synchronize = lambda *args, **kwargs: None
+    torch.cuda.Stream = torch.cuda.Event = _NoStream
+    torch.cuda.current_stream = torch.cuda.default_stream = lambda *args, **kwargs: _NoStream()
+    torch.cuda.stream = lambda stream: contextlib.nullcontext()
+    torch.cuda.manual_seed = torch.cuda.manual_seed_all = lambda seed: torch.default_generator.manual_seed(seed)
+    torch.cuda.get_rng_state = lambda device="cuda": torch.get_rng_state()
+    torch.cuda.set_rng_state = lambda state, device="cuda": torch.set_rng_state(state)
+    torch.cuda.nvtx.range_push = torch.cuda.nvtx.range_pop = lambda *args, **kwargs: None
+
+    from megatron.core.tensor_parallel import random as megatron_random
+
+    megatron_random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
+    megatron_random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
+
+
+def device_mode() -> contextlib.AbstractContextManager:
+    """Context in which Megatron-Core code runs: `CpuDeviceMode` without a CUDA device, nothing with one.
+
+    Scoped rather than global, because the mode costs some Python time on every torch call.
+    """
+    return contextlib.nullcontext() if torch.cuda.is_available() else CpuDeviceMode()

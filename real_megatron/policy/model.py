@@ -1,0 +1,189 @@
+"""The Megatron-Core model of a judge: GPTModel with packed attention, positions from the micro-batch, and our head."""
+
+from functools import partial
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
+from megatron.core.transformer import ModuleSpec, TransformerConfig
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+from torch import Tensor
+
+from real_megatron.bridge import ModelDescription
+from real_megatron.config import ModelConfig, ParallelConfig
+from real_megatron.head import gathered_log_softmax, linear_gathered_log_softmax
+from real_megatron.policy import cpu, rope
+from real_megatron.policy.attention import PackedAttention, PackedParams
+from real_megatron.policy.norm import RMSNorm
+from real_megatron.policy.runtime import default_dtype, has_transformer_engine
+
+
+class JudgeModel(GPTModel):
+    """GPTModel whose forward returns gathered log-softmax values instead of logits.
+
+    Megatron-Core 0.16 has no hook for a custom output head, so `_postprocess` is overridden; later versions have
+    `output_processor`. `_preprocess` is overridden for rotary positions that restart inside a micro-batch.
+    """
+
+    def __init__(
+        self, *args, description: ModelDescription, head: str, head_memory_bytes: int, fp32_logits: bool, **kwargs
+    ) -> None:
+        super().__init__(*args, position_embedding_type="none", **kwargs)
+        self.true_vocab_size = description.vocab_size
+        self.head = head
+        self.head_memory_bytes = head_memory_bytes
+        self.fp32_logits = fp32_logits
+        self.frequencies = rope.inverse_frequencies(description.hf_config)
+
+    def _preprocess(
+        self, input_ids, position_ids, decoder_input=None, inference_context=None, packed_seq_params=None, **kwargs
+    ):
+        self.frequencies = self.frequencies.to(position_ids.device)
+        outputs = super()._preprocess(input_ids, position_ids, decoder_input, None, None, **kwargs)
+        return outputs[0], rope.rotary_embedding(self.frequencies, position_ids[0]), *outputs[2:]
+
+    def _postprocess(self, hidden_states, *args, packed_seq_params: PackedParams | None = None, **kwargs):
+        if not self.post_process or packed_seq_params.rows is None:
+            return super()._postprocess(hidden_states, *args, packed_seq_params=None, **kwargs)
+        return self.gathered_log_softmax(hidden_states, packed_seq_params)
+
+    def gathered_log_softmax(self, hidden: Tensor, params: PackedParams) -> Tensor:
+        """hidden `[T (or T/tp), 1, H]` → log-probs of the ids that `params.rows` asks for, float32 `[nnz]`.
+
+        Only the rows in `params.row_positions` reach the output layer. Each rank's gradient of the hidden rows covers
+        its own vocabulary shard; Megatron's mappings sum it over tensor-parallel ranks.
+        """
+        if self.config.sequence_parallel:
+            hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True)
+            hidden = hidden[:, 0].index_select(0, params.row_positions)
+        else:
+            hidden = copy_to_tensor_model_parallel_region(hidden[:, 0].index_select(0, params.row_positions))
+        tied = self.share_embeddings_and_output_weights
+        weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
+        group = parallel_state.get_tensor_model_parallel_group()
+        if self.head == "linear":
+            return linear_gathered_log_softmax(
+                hidden,
+                weight,
+                params.rows,
+                vocab_size=self.true_vocab_size,
+                group=group,
+                memory_budget_bytes=self.head_memory_bytes,
+                fp32_logits=self.fp32_logits,
+            )
+        logits = torch.nn.functional.linear(hidden, weight)
+        return gathered_log_softmax(logits, params.rows, vocab_size=self.true_vocab_size, group=group)
+
+
+def padded_vocab_size(vocab_size: int, multiple: int, tensor_parallel: int) -> int:
+    """Vocabulary rows of the whole model: the true size, rounded up to a multiple of `multiple` on each rank."""
+    step = multiple * tensor_parallel
+    return (vocab_size + step - 1) // step * step
+
+
+def build_model(description: ModelDescription, parallel: ParallelConfig, model: ModelConfig) -> list[JudgeModel]:
+    """This rank's model chunks (one, or `virtual_pipeline` of them), with all weights zero: the bridge fills them.
+
+    `runtime.initialize` must have formed Megatron's groups.
+    """
+    config = transformer_config(description, parallel, model)
+    use_te = model.spec == "transformer_engine" or (model.spec == "auto" and has_transformer_engine())
+    chunks = []
+    with cpu.device_mode():
+        for stage in range(parallel.virtual_pipeline or 1):
+            vp_stage = stage if parallel.virtual_pipeline else None
+            chunk = JudgeModel(
+                config=config,
+                transformer_layer_spec=_block_spec(config, description, use_te, vp_stage),
+                vocab_size=padded_vocab_size(description.vocab_size, model.vocab_multiple, parallel.tensor),
+                max_sequence_length=description.max_positions,
+                pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
+                post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
+                share_embeddings_and_output_weights=description.tied,
+                vp_stage=vp_stage,
+                description=description,
+                head="linear" if model.head == "auto" else model.head,
+                head_memory_bytes=model.head_memory_mib * 2**20,
+                fp32_logits=model.fp32_logits,
+            )
+            for parameter in chunk.parameters():
+                parameter.data.zero_()
+            chunks.append(chunk.to(config.params_dtype).to(torch.cuda.current_device()))
+    return chunks
+
+
+def transformer_config(
+    description: ModelDescription, parallel: ParallelConfig, model: ModelConfig
+) -> TransformerConfig:
+    """The architecture of `description` with this run's parallelism, precision and recomputation."""
+    dtype = default_dtype(model.dtype)
+    on_gpu = torch.cuda.is_available()
+    recompute = {}
+    if model.recompute == "full":
+        recompute = dict(
+            recompute_granularity="full", recompute_method="uniform", recompute_num_layers=model.recompute_layers
+        )
+    elif model.recompute == "selective":
+        recompute = dict(recompute_granularity="selective", recompute_modules=["core_attn"])
+    return TransformerConfig(
+        **description.transformer_config,
+        **recompute,
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,
+        expert_model_parallel_size=parallel.expert,
+        sequence_parallel=parallel.sequence_parallel,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype is torch.bfloat16,
+        # Micro-batches are packed to different lengths; the stages tell each other.
+        variable_seq_lengths=True,
+        moe_token_dispatcher_type="alltoall",
+        # The objective divides by the global batch's totals itself: gradients are summed, not averaged.
+        calculate_per_token_loss=True,
+        use_cpu_initialization=not on_gpu,
+        perform_initialization=False,
+        gradient_accumulation_fusion=False,
+        bias_activation_fusion=on_gpu,
+        bias_dropout_fusion=on_gpu,
+        masked_softmax_fusion=False,
+        deallocate_pipeline_outputs=True,
+    )
+
+
+def _block_spec(
+    config: TransformerConfig, description: ModelDescription, use_te: bool, vp_stage: int | None
+) -> TransformerBlockSubmodules:
+    """Megatron's layer spec with our core attention, and our RMSNorm where the spec is the local one."""
+    build = (
+        get_gpt_layer_with_transformer_engine_spec
+        if use_te
+        else partial(get_gpt_layer_local_spec, normalization="RMSNorm")
+    )
+    attention = ModuleSpec(module=PackedAttention, params={"windows": description.sliding_window})
+    first = get_transformer_layer_offset(config, vp_stage=vp_stage)
+    layers = []
+    for index in range(first, first + get_num_layers_to_build(config, vp_stage=vp_stage)):
+        experts = description.num_experts if description.is_moe_layer(index) else None
+        layer = build(num_experts=experts, moe_grouped_gemm=use_te, qk_layernorm=config.qk_layernorm)
+        parts = layer.submodules.self_attention.submodules
+        parts.core_attention = attention
+        if not use_te:
+            layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
+            if config.qk_layernorm:
+                parts.q_layernorm = parts.k_layernorm = RMSNorm
+        layers.append(layer)
+    if use_te:
+        from megatron.core.extensions.transformer_engine import TENorm as Norm
+    else:
+        Norm = RMSNorm
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=Norm)

@@ -1,0 +1,67 @@
+"""Megatron-Core's data-parallel wrapper, Adam and learning-rate schedule, from the run configuration."""
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from torch import nn
+
+from real_megatron.config import OptimizerConfig, ParallelConfig
+
+
+def wrap_ddp(chunks: list[nn.Module], parallel: ParallelConfig) -> list[DistributedDataParallel]:
+    """Wrap each model chunk; gradients are summed over data-parallel ranks in float32."""
+    config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=torch.cuda.is_available(),
+        use_distributed_optimizer=parallel.distributed_optimizer,
+    )
+    return [
+        # Only the first chunk is bucketed: with several, their communication already overlaps chunk by chunk.
+        DistributedDataParallel(chunk.config, config, chunk, disable_bucketing=index > 0)
+        for index, chunk in enumerate(chunks)
+    ]
+
+
+def build_optimizer(
+    chunks: list[DistributedDataParallel], config: OptimizerConfig, parallel: ParallelConfig
+) -> MegatronOptimizer:
+    dtype = chunks[0].config.params_dtype
+    return get_megatron_optimizer(
+        MegatronOptimizerConfig(
+            optimizer="adam",
+            lr=config.lr,
+            min_lr=config.min_lr,
+            weight_decay=config.weight_decay,
+            adam_beta1=config.beta1,
+            adam_beta2=config.beta2,
+            adam_eps=config.eps,
+            clip_grad=config.clip_grad,
+            bf16=dtype is torch.bfloat16,
+            params_dtype=dtype,
+            use_distributed_optimizer=parallel.distributed_optimizer,
+        ),
+        chunks,
+    )
+
+
+def build_scheduler(optimizer: MegatronOptimizer, config: OptimizerConfig, updates: int) -> OptimizerParamScheduler:
+    """Linear warm-up, then `config.schedule` down to `min_lr` over `updates` optimizer updates."""
+    if config.warmup_steps >= updates:
+        raise ValueError(
+            f"optimizer.warmup_steps = {config.warmup_steps} must be less than the run's {updates} optimizer updates."
+        )
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=config.lr,
+        min_lr=config.min_lr,
+        lr_warmup_steps=config.warmup_steps,
+        lr_decay_steps=updates,
+        lr_decay_style=config.schedule,
+        start_wd=config.weight_decay,
+        end_wd=config.weight_decay,
+        wd_incr_steps=updates,
+        wd_incr_style="constant",
+    )

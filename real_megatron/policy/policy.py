@@ -1,0 +1,259 @@
+"""The trained policy: one object that holds Megatron's model, optimizer and schedule, and runs steps."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.distributed import finalize_model_grads
+from torch import Tensor
+from transformers import AutoConfig
+
+from real_megatron import bridge
+from real_megatron.batch.balance import balance, imbalance
+from real_megatron.batch.packing import PackedMicrobatch, pack, tokens_of
+from real_megatron.batch.types import Group
+from real_megatron.config import RunConfig
+from real_megatron.objective import Objective, ScoredBatch, Totals
+from real_megatron.policy import checkpoint, cpu, runtime
+from real_megatron.policy.forward import run_microbatches
+from real_megatron.policy.model import build_model
+from real_megatron.policy.optimizer import build_optimizer, build_scheduler, wrap_ddp
+
+
+@dataclass
+class TrajectoryLogprobs:
+    """What a forward pass says about one trajectory."""
+
+    tokens: list[float]
+    """log π(token) of each loss-carrying response token (natural log)."""
+    scores: list[float] | None
+    """log π(k) of each score at the answer position, or None without an answer."""
+
+
+class Policy:
+    """A Megatron-Core model that trains on groups.
+
+    Every rank of the run holds one and calls the same methods with the same arguments: they are collective.
+
+    config: the run's configuration; `config.model.path` names a Hugging Face checkpoint, whose weights are loaded.
+    score_ids, score_values: vocabulary ids and numeric values of the scores, lowest first.
+    updates: optimizer updates of the whole run, for the learning-rate schedule.
+    """
+
+    def __init__(
+        self, config: RunConfig, score_ids: Sequence[int], score_values: Sequence[float], updates: int
+    ) -> None:
+        self.config = config
+        self.score_ids = list(score_ids)
+        self.runtime = runtime.initialize(config.parallel, config.seed)
+        self.values = torch.tensor(score_values, dtype=torch.float32, device=self.runtime.device)
+        self.description = bridge.describe(AutoConfig.from_pretrained(config.model.path))
+        self.chunks = build_model(self.description, config.parallel, config.model)
+        bridge.load_hf(self.chunks, self.description, config.model.path)
+        with cpu.device_mode():
+            self.ddp_chunks = wrap_ddp(self.chunks, config.parallel)
+            self.optimizer = build_optimizer(self.ddp_chunks, config.optimizer, config.parallel)
+            self.scheduler = build_scheduler(self.optimizer, config.optimizer, updates)
+        for chunk in self.ddp_chunks:
+            chunk.config.finalize_model_grads_func = _sum_model_grads
+            chunk.config.grad_scale_func = self.optimizer.scale_loss
+            chunk.config.no_sync_func = (
+                [c.no_sync for c in self.ddp_chunks] if len(self.ddp_chunks) > 1 else chunk.no_sync
+            )
+
+    def train_step(self, groups: Sequence[Group], objective: Objective) -> dict[str, float]:
+        """One optimizer update on the global batch `groups` (the same list on every rank).
+
+        Returns the objective's metrics over the global batch, and `loss`, `grad_norm`, `lr`, `microbatches`,
+        `imbalance`, `split_groups`, `tokens`. Raises FloatingPointError, on every rank and before the weights are
+        touched, when the loss or the gradient norm is not finite.
+        """
+        totals = Totals.of(groups)
+        pieces, split = self._split_large(groups, objective)
+        microbatches, plan_metrics = self._plan(pieces)
+
+        def consume(microbatch: PackedMicrobatch, logprobs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            loss, metrics = objective(self._scored(microbatch, logprobs), totals)
+            return loss, {**metrics, "loss": torch.stack((loss.detach(), loss.new_ones(())))}
+
+        with cpu.device_mode():
+            for chunk in self.ddp_chunks:
+                chunk.train()
+                chunk.zero_grad_buffer()
+            self.optimizer.zero_grad()
+        results = run_microbatches(self.ddp_chunks, microbatches, consume, self.runtime.device)
+        metrics = self._reduce(results)
+        loss = metrics["loss"]
+        with cpu.device_mode():
+            self.optimizer.prepare_grads()
+            grad_norm = float(self.optimizer.get_grad_norm())
+            if not math.isfinite(loss) or not math.isfinite(grad_norm):
+                raise FloatingPointError(
+                    f"loss {loss}, gradient norm {grad_norm}: not finite. The weights are as before this step; resume "
+                    "from the last checkpoint with a lower optimizer.lr, or look at this batch's rows."
+                )
+            self.optimizer.step()
+            self.scheduler.step(increment=1)
+        return {
+            **metrics,
+            **plan_metrics,
+            "grad_norm": grad_norm,
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "split_groups": float(split),
+        }
+
+    def logprobs(self, groups: Sequence[Group]) -> list[list[TrajectoryLogprobs]]:
+        """Forward only: log-probs of every group's trajectories, on every rank."""
+        pieces = [piece for group in groups for piece in self._cut(group)]
+        costs = [tokens_of(piece, self.config.batch.share_prompt) for piece in pieces]
+        plan = self._balance(costs)
+        mine = plan[self.runtime.data_rank]
+
+        def consume(microbatch: PackedMicrobatch, logprobs: Tensor) -> tuple[Tensor, list[TrajectoryLogprobs]]:
+            return logprobs.new_zeros(()), _per_trajectory(microbatch, logprobs.float().cpu(), len(self.score_ids))
+
+        with torch.no_grad():
+            for chunk in self.ddp_chunks:
+                chunk.eval()
+            microbatches = [self._pack([pieces[i] for i in items]) for items in mine]
+            results = run_microbatches(self.ddp_chunks, microbatches, consume, self.runtime.device, forward_only=True)
+        found: dict[int, list[TrajectoryLogprobs]] = {}
+        for items, result in zip(mine, results, strict=False):
+            remaining = iter(result)
+            for item in items:
+                found[item] = [next(remaining) for _ in pieces[item].trajectories]
+        merged = self._merge(found)
+        ordered = iter(merged[i] for i in range(len(pieces)))
+        return [[t for _ in self._cut(group) for t in next(ordered)] for group in groups]
+
+    def export(self) -> Iterator[tuple[str, Tensor]]:
+        """The weights as a stream of (Hugging Face name, full tensor), on every rank."""
+        return bridge.export_hf(self.chunks, self.description)
+
+    def save(self, directory: str | Path, state: dict[str, Any]) -> None:
+        """Write a training checkpoint with the caller's `state` (plain data)."""
+        checkpoint.save(directory, self.ddp_chunks, self.optimizer, self.scheduler, state)
+
+    def load(self, directory: str | Path) -> dict[str, Any]:
+        """Continue from a training checkpoint, written at this or another parallel layout; returns its `state`."""
+        return checkpoint.load(directory, self.ddp_chunks, self.optimizer, self.scheduler)
+
+    def _scored(self, microbatch: PackedMicrobatch, logprobs: Tensor) -> ScoredBatch:
+        device, scores = self.runtime.device, len(self.score_ids)
+        tokens = microbatch.token_trajectory.numel()
+        answers = logprobs[tokens:].view(-1, scores)
+        answered = microbatch.answer_trajectory.to(device)
+        count = microbatch.num_trajectories
+        has_answer = torch.zeros(count, dtype=torch.bool, device=device)
+        has_answer[answered] = True
+
+        def move(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x.to(device)
+
+        return ScoredBatch(
+            token_logprobs=logprobs[:tokens],
+            token_trajectory=microbatch.token_trajectory.to(device),
+            score_logprobs=answers.new_zeros(count, scores).index_copy(0, answered, answers),
+            has_answer=has_answer,
+            labels=microbatch.labels.to(device),
+            group=microbatch.group.to(device),
+            values=self.values,
+            old_logprobs=move(microbatch.old_logprobs),
+            ref_logprobs=move(microbatch.ref_logprobs),
+            advantages=move(microbatch.advantages),
+        )
+
+    def _pack(self, groups: Sequence[Group]) -> PackedMicrobatch:
+        parallel = self.config.parallel
+        multiple = parallel.tensor if parallel.sequence_parallel else 1
+        return pack(groups, self.score_ids, self.config.batch.share_prompt, multiple)
+
+    def _balance(self, costs: Sequence[float]) -> list[list[list[int]]]:
+        parallel = self.config.parallel
+        return balance(
+            costs,
+            self.config.batch.max_tokens,
+            self.runtime.data_size,
+            multiple=parallel.pipeline if parallel.virtual_pipeline else 1,
+        )
+
+    def _plan(self, groups: Sequence[Group]) -> tuple[list[PackedMicrobatch], dict[str, float]]:
+        """This rank's micro-batches of the global batch, and what the plan looks like."""
+        costs = [float(tokens_of(group, self.config.batch.share_prompt)) for group in groups]
+        plan = self._balance(costs)
+        microbatches = [self._pack([groups[i] for i in items]) for items in plan[self.runtime.data_rank]]
+        return microbatches, {
+            "microbatches": float(sum(len(mine) for mine in plan)),
+            "imbalance": imbalance(costs, plan),
+            "tokens": sum(costs),
+        }
+
+    def _cut(self, group: Group) -> list[Group]:
+        """The group, or pieces of it that fit the token budget (a single trajectory always makes a piece)."""
+        share = self.config.batch.share_prompt
+        if tokens_of(group, share) <= self.config.batch.max_tokens:
+            return [group]
+        pieces: list[Group] = []
+        for trajectory in group.trajectories:
+            grown = replace(group, trajectories=[*pieces[-1].trajectories, trajectory]) if pieces else None
+            if grown and tokens_of(grown, share) <= self.config.batch.max_tokens:
+                pieces[-1] = grown
+            else:
+                pieces.append(replace(group, trajectories=[trajectory]))
+        return pieces
+
+    def _reduce(self, results: Sequence[dict[str, Tensor]]) -> dict[str, float]:
+        """Sum (sum, weight) metrics over micro-batches and data-parallel ranks; tell every pipeline stage."""
+        reduced: dict[str, float] = {}
+        if self.runtime.is_last_stage:
+            names = sorted({name for result in results for name in result})
+            everyone: list[Any] = [None] * self.runtime.data_size
+            dist.all_gather_object(everyone, names, group=parallel_state.get_data_parallel_group())
+            names = sorted({name for theirs in everyone for name in theirs})
+            zero = torch.zeros(2, dtype=torch.float64, device=self.runtime.device)
+            table = torch.stack([sum((r[name].double() for r in results if name in r), start=zero) for name in names])
+            dist.all_reduce(table, group=parallel_state.get_data_parallel_group())
+            for name, (total, weight) in zip(names, table.tolist(), strict=True):
+                # The loss is a sum of contributions that are already divided by the global batch's totals.
+                reduced[name] = total if name == "loss" else total / weight if weight else float("nan")
+        return self._from_last_stage(reduced)
+
+    def _merge(self, found: dict[int, Any]) -> dict[int, Any]:
+        """Union of the data-parallel ranks' dictionaries, from the last stage to every rank."""
+        merged: dict[int, Any] = {}
+        if self.runtime.is_last_stage:
+            everyone: list[Any] = [None] * self.runtime.data_size
+            dist.all_gather_object(everyone, found, group=parallel_state.get_data_parallel_group())
+            for part in everyone:
+                merged.update(part)
+        return self._from_last_stage(merged)
+
+    def _from_last_stage(self, value: Any) -> Any:
+        holder = [value]
+        dist.broadcast_object_list(
+            holder,
+            src=parallel_state.get_pipeline_model_parallel_last_rank(),
+            group=parallel_state.get_pipeline_model_parallel_group(),
+        )
+        return holder[0]
+
+
+def _sum_model_grads(chunks: list[torch.nn.Module], num_tokens: Tensor | None = None, **kwargs: Any) -> None:
+    """Megatron's gradient reduction without its division by a token count: the objective has divided already."""
+    finalize_model_grads(chunks, None, **kwargs)
+
+
+def _per_trajectory(microbatch: PackedMicrobatch, logprobs: Tensor, scores: int) -> list[TrajectoryLogprobs]:
+    results = [TrajectoryLogprobs([], None) for _ in range(microbatch.num_trajectories)]
+    tokens = microbatch.token_trajectory.numel()
+    for trajectory, value in zip(microbatch.token_trajectory.tolist(), logprobs[:tokens].tolist(), strict=True):
+        results[trajectory].tokens.append(value)
+    answers = logprobs[tokens:].view(-1, scores).tolist()
+    for trajectory, values in zip(microbatch.answer_trajectory.tolist(), answers, strict=True):
+        results[trajectory].scores = values
+    return results

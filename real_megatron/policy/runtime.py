@@ -1,0 +1,92 @@
+"""Process groups, device and dtype: NCCL and bfloat16 with a GPU, gloo and float32 without."""
+
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+
+from real_megatron.config import ParallelConfig
+from real_megatron.policy import cpu
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Where this process stands in the world."""
+
+    device: torch.device
+    rank: int
+    world_size: int
+    data_rank: int
+    data_size: int
+
+    @property
+    def is_last_stage(self) -> bool:
+        return parallel_state.is_pipeline_last_stage(ignore_virtual=True)
+
+
+def initialize(parallel: ParallelConfig, seed: int = 0) -> Runtime:
+    """Join (or start) the process group and form Megatron's groups.
+
+    Under torchrun the world comes from its environment; a single process starts a world of one. Raises ValueError when
+    the parallel sizes do not divide the world.
+    """
+    cpu.install()
+    if not dist.is_initialized():
+        start_process_group()
+    world_size = dist.get_world_size()
+    model_size = parallel.tensor * parallel.pipeline
+    if world_size % model_size:
+        raise ValueError(
+            f"parallel.tensor × parallel.pipeline = {model_size} does not divide the {world_size} ranks of this run; "
+            f"start a multiple of {model_size} ranks."
+        )
+    parallel_state.destroy_model_parallel()
+    with cpu.device_mode():
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=parallel.tensor,
+            pipeline_model_parallel_size=parallel.pipeline,
+            virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,
+            expert_model_parallel_size=parallel.expert,
+        )
+        tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+    return Runtime(
+        device=default_device(),
+        rank=dist.get_rank(),
+        world_size=world_size,
+        data_rank=parallel_state.get_data_parallel_rank(),
+        data_size=parallel_state.get_data_parallel_world_size(),
+    )
+
+
+def start_process_group() -> None:
+    """`init_process_group` from torchrun's environment, or a world of one process."""
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    if "RANK" in os.environ:
+        dist.init_process_group(backend)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+
+
+def default_device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def default_dtype(name: str) -> torch.dtype:
+    """The dtype of `model.dtype`: `auto` is bfloat16 with a GPU and float32 without."""
+    if name == "auto":
+        name = "bfloat16" if torch.cuda.is_available() else "float32"
+    return getattr(torch, name)
+
+
+def has_transformer_engine() -> bool:
+    if not torch.cuda.is_available():
+        return False
+    try:
+        import transformer_engine.pytorch  # noqa: F401
+    except ImportError:
+        return False
+    return True
