@@ -2,5 +2,15 @@
 
 from real_megatron.bridge.description import ModelDescription, UnsupportedModel
 from real_megatron.bridge.families import describe
+from real_megatron.bridge.parameters import padded_vocab, parameter_count, parameters
+from real_megatron.bridge.table import Parameter
 
-__all__ = ["ModelDescription", "UnsupportedModel", "describe"]
+__all__ = [
+    "ModelDescription",
+    "Parameter",
+    "UnsupportedModel",
+    "describe",
+    "padded_vocab",
+    "parameter_count",
+    "parameters",
+]

@@ -4,8 +4,10 @@ from transformers import PretrainedConfig
 
 from real_megatron.bridge.description import ModelDescription
 from real_megatron.bridge.families.dense import describe_dense
+from real_megatron.bridge.families.rows import ATTENTION, EMBEDDING, MLP, OUTPUT
 
 MODEL_TYPE = "mistral"
+TABLE = (*EMBEDDING, *ATTENTION, *MLP, *OUTPUT)
 
 
 def describe(config: PretrainedConfig) -> ModelDescription:

@@ -4,8 +4,10 @@ from transformers import PretrainedConfig
 
 from real_megatron.bridge.description import ModelDescription
 from real_megatron.bridge.families.dense import describe_dense
+from real_megatron.bridge.families.rows import ATTENTION, EMBEDDING, MLP, OUTPUT, QKV_BIAS
 
 MODEL_TYPE = "qwen2"
+TABLE = (*EMBEDDING, *ATTENTION, *QKV_BIAS, *MLP, *OUTPUT)
 
 
 def layer_windows(config: PretrainedConfig) -> list[int | None]:

@@ -5,8 +5,10 @@ from transformers import PretrainedConfig
 from real_megatron.bridge.description import ModelDescription
 from real_megatron.bridge.families.dense import describe_dense, refuse
 from real_megatron.bridge.families.qwen2 import layer_windows
+from real_megatron.bridge.families.rows import ATTENTION, EMBEDDING, MLP, OUTPUT, QK_NORM
 
 MODEL_TYPE = "qwen3"
+TABLE = (*EMBEDDING, *ATTENTION, *QK_NORM, *MLP, *OUTPUT)
 
 
 def describe(config: PretrainedConfig) -> ModelDescription:

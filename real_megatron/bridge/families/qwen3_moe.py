@@ -4,8 +4,11 @@ from transformers import PretrainedConfig
 
 from real_megatron.bridge.description import ModelDescription
 from real_megatron.bridge.families.dense import describe_dense, moe_config, refuse
+from real_megatron.bridge.families.rows import ATTENTION, EMBEDDING, MLP, OUTPUT, QK_NORM, moe
 
 MODEL_TYPE = "qwen3_moe"
+EXPERTS = moe("mlp.gate", "mlp.experts.{expert}", ("gate_proj", "up_proj", "down_proj"))
+TABLE = (*EMBEDDING, *ATTENTION, *QK_NORM, *MLP, *EXPERTS, *OUTPUT)
 
 
 def describe(config: PretrainedConfig) -> ModelDescription:

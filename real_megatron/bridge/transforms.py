@@ -1,0 +1,212 @@
+"""How Hugging Face tensors become one Megatron tensor, how tensor parallelism (TP) cuts it, and the way back.
+
+Each transform knows its Megatron tensor as a whole. The shard of one TP rank is one or more *pieces*, blocks of that
+whole: a distributed checkpoint stores pieces, a running model holds them concatenated along axis 0. Reading a piece
+touches only the rows or columns of the Hugging Face tensors that it needs. Nothing is computed, so every way and back
+is bit-identical.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+Shape = tuple[int, ...]
+# read(i, axis, start, stop): that slice of the i-th Hugging Face tensor.
+Reader = Callable[[int, int, int, int], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A block of the whole Megatron tensor."""
+
+    offset: Shape
+    shape: Shape
+
+
+def _share(length: int, rank: int, size: int) -> tuple[int, int]:
+    """Bounds of `rank`'s equal share of an axis."""
+    if length % size:
+        raise ValueError(f"an axis of length {length} cannot be cut into {size} equal shards")
+    return length // size * rank, length // size * (rank + 1)
+
+
+class Transform(ABC):
+    """The whole Megatron tensor: `shape`; the tensors that it comes from: `hf_shapes`."""
+
+    shape: Shape
+    hf_shapes: tuple[Shape, ...]
+    kind: str
+    split_axis: int | None = 0
+
+    @abstractmethod
+    def pieces(self, rank: int, size: int) -> list[Piece]:
+        """The pieces of TP rank `rank` of `size`."""
+
+    @abstractmethod
+    def read(self, piece: Piece, read: Reader) -> torch.Tensor:
+        """The content of one piece."""
+
+    @abstractmethod
+    def split(self, whole: torch.Tensor) -> list[torch.Tensor]:
+        """The Hugging Face tensors inside the whole Megatron tensor (contiguous; views where possible)."""
+
+    def shard_shape(self, size: int) -> Shape:
+        """Shape of one TP rank's tensor in a running model."""
+        pieces = self.pieces(0, size)
+        return (sum(piece.shape[0] for piece in pieces), *pieces[0].shape[1:])
+
+    def shard(self, rank: int, size: int, read: Reader) -> torch.Tensor:
+        """The tensor that TP rank `rank` of `size` holds in a running model."""
+        parts = [self.read(piece, read) for piece in self.pieces(rank, size)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def merge(self, shards: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The whole Megatron tensor from the shards of all TP ranks."""
+        if len(shards) == 1 and len(self.pieces(0, 1)) == 1:
+            return shards[0]
+        whole = shards[0].new_empty(self.shape)
+        for rank, shard in enumerate(shards):
+            start = 0
+            for piece in self.pieces(rank, len(shards)):
+                block = tuple(slice(at, at + length) for at, length in zip(piece.offset, piece.shape, strict=True))
+                whole[block] = shard[start : start + piece.shape[0]]
+                start += piece.shape[0]
+        return whole
+
+
+class Whole(Transform):
+    """One tensor, the same on every TP rank."""
+
+    kind = "replicated"
+    split_axis = None
+
+    def __init__(self, *shape: int) -> None:
+        self.shape = shape
+        self.hf_shapes = (shape,)
+
+    def pieces(self, rank: int, size: int) -> list[Piece]:
+        return [Piece((0,) * len(self.shape), self.shape)]
+
+    def read(self, piece: Piece, read: Reader) -> torch.Tensor:
+        return read(0, 0, 0, self.shape[0])
+
+    def split(self, whole: torch.Tensor) -> list[torch.Tensor]:
+        return [whole]
+
+    def merge(self, shards: Sequence[torch.Tensor]) -> torch.Tensor:
+        return shards[0]
+
+
+class Columns(Transform):
+    """One tensor whose axis 1, the input of a row-parallel linear layer, is cut by TP."""
+
+    kind = "row-parallel"
+    split_axis = 1
+
+    def __init__(self, rows: int, columns: int) -> None:
+        self.shape = (rows, columns)
+        self.hf_shapes = (self.shape,)
+
+    def pieces(self, rank: int, size: int) -> list[Piece]:
+        start, stop = _share(self.shape[1], rank, size)
+        return [Piece((0, start), (self.shape[0], stop - start))]
+
+    def read(self, piece: Piece, read: Reader) -> torch.Tensor:
+        return read(0, 1, piece.offset[1], piece.offset[1] + piece.shape[1])
+
+    def split(self, whole: torch.Tensor) -> list[torch.Tensor]:
+        return [whole]
+
+
+class GateUp(Transform):
+    """Gate and up projection of a gated MLP: [gate; up]. Each TP rank holds its share of both: [gate_r; up_r].
+
+    columns: the width of the input; none for biases.
+    """
+
+    kind = "gate + up"
+
+    def __init__(self, width: int, *columns: int) -> None:
+        self.width = width
+        self.shape = (2 * width, *columns)
+        self.hf_shapes = ((width, *columns),) * 2
+
+    def pieces(self, rank: int, size: int) -> list[Piece]:
+        start, stop = _share(self.width, rank, size)
+        rest = self.shape[1:]
+        return [Piece((base + start, *(0,) * len(rest)), (stop - start, *rest)) for base in (0, self.width)]
+
+    def read(self, piece: Piece, read: Reader) -> torch.Tensor:
+        tensor, start = divmod(piece.offset[0], self.width)
+        return read(tensor, 0, start, start + piece.shape[0])
+
+    def split(self, whole: torch.Tensor) -> list[torch.Tensor]:
+        return [whole[: self.width], whole[self.width :]]
+
+
+class Qkv(Transform):
+    """Query, key and value projections, interleaved per query group: [q of group 0; k 0; v 0; q of group 1; …].
+
+    With fewer groups than TP ranks the cut falls inside a group, as Megatron-Core does it. columns: the width of the
+    input; none for biases.
+    """
+
+    kind = "q + k + v"
+
+    def __init__(self, heads: int, groups: int, head_dim: int, *columns: int) -> None:
+        self.groups, self.q_rows, self.kv_rows = groups, heads // groups * head_dim, head_dim
+        self.shape = (groups * (self.q_rows + 2 * self.kv_rows), *columns)
+        kv_shape = (groups * self.kv_rows, *columns)
+        self.hf_shapes = ((heads * head_dim, *columns), kv_shape, kv_shape)
+
+    def pieces(self, rank: int, size: int) -> list[Piece]:
+        start, stop = _share(self.shape[0], rank, size)
+        rest = self.shape[1:]
+        return [Piece((start, *(0,) * len(rest)), (stop - start, *rest))]
+
+    def read(self, piece: Piece, read: Reader) -> torch.Tensor:
+        parts = []
+        at, stop = piece.offset[0], piece.offset[0] + piece.shape[0]
+        while at < stop:
+            group, row = divmod(at, self.q_rows + 2 * self.kv_rows)
+            if row < self.q_rows:
+                tensor, rows = 0, self.q_rows
+            else:
+                tensor, row = divmod(row - self.q_rows, self.kv_rows)
+                tensor, rows = tensor + 1, self.kv_rows
+            count = min(rows - row, stop - at)
+            parts.append(read(tensor, 0, group * rows + row, group * rows + row + count))
+            at += count
+        return torch.cat(parts)
+
+    def split(self, whole: torch.Tensor) -> list[torch.Tensor]:
+        grouped = whole.unflatten(0, (self.groups, -1))
+        parts = grouped.split([self.q_rows, self.kv_rows, self.kv_rows], dim=1)
+        return [part.flatten(0, 1).contiguous() for part in parts]
+
+
+class Vocabulary(Transform):
+    """Embedding or output layer: TP cuts the vocabulary, padded with rows of zeros to `padded` rows."""
+
+    kind = "vocabulary"
+
+    def __init__(self, rows: int, columns: int, padded: int | None = None) -> None:
+        self.rows = rows
+        self.shape = (padded or rows, columns)
+        self.hf_shapes = ((rows, columns),)
+
+    def pieces(self, rank: int, size: int) -> list[Piece]:
+        start, stop = _share(self.shape[0], rank, size)
+        return [Piece((start, 0), (stop - start, self.shape[1]))]
+
+    def read(self, piece: Piece, read: Reader) -> torch.Tensor:
+        start = min(piece.offset[0], self.rows)
+        stop = min(piece.offset[0] + piece.shape[0], self.rows)
+        filled = read(0, 0, start, stop)
+        missing = piece.shape[0] - filled.shape[0]
+        return filled if not missing else torch.cat([filled, filled.new_zeros(missing, self.shape[1])])
+
+    def split(self, whole: torch.Tensor) -> list[torch.Tensor]:
+        return [whole[: self.rows]]
