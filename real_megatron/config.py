@@ -5,7 +5,7 @@ Every section is one pydantic model; every field's description becomes a line of
 """
 
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -105,28 +105,71 @@ class ScaleConfig(Section):
 
 
 class ObjectiveConfig(Section):
-    """What is optimised (DESIGN.md, The mathematics)."""
+    """What is optimised (DESIGN.md, The mathematics).
+
+    `name` also chooses the defaults of the other fields: grpo, rloo and jepo are the same code as real with another
+    reward and advantage. Fields that are given win over the name's defaults.
+    """
 
     name: Literal["real", "rloo", "grpo", "jepo", "raft", "tract", "sft"] = Field("real", description="Objective.")
+    reward: str = Field(
+        "real",
+        description="Reward: real, binary (default of rloo and grpo), binary_greedy, answer_logprob (default of jepo), "
+        "or module:name for one that the imported module registers.",
+    )
     beta: float = Field(1.0, ge=0, description="β, weight of Term 2; 1 is the exact gradient.")
-    lam: float = Field(1.0, ge=0, description="λ, weight of log π(y*) in the reward.")
+    lam: float = Field(
+        1.0, ge=0, description="λ, weight of log π(y*) in the reward; raft, tract: weight of the next-token loss."
+    )
     term1: bool = Field(True, description="Include Term 1 (policy gradient on the CoT).")
     probabilities: Literal["full", "renormalized"] = Field(
         "full", description="RAIL over the whole vocabulary's probabilities, or renormalised over the score tokens."
     )
-    baseline: Literal["rloo", "group_mean", "none"] = Field("rloo", description="Baseline of the advantage.")
-    std_normalize: bool = Field(False, description="Divide advantages by the group's standard deviation.")
+    baseline: Literal["rloo", "group_mean", "none"] = Field(
+        "rloo", description="Baseline of the advantage; default of grpo: group_mean."
+    )
+    std_normalize: bool = Field(
+        False, description="Divide advantages by the group's standard deviation; default of grpo: true."
+    )
     clamp: float | None = Field(None, gt=0, description="Clamp advantages to [-clamp, clamp].")
-    token_mean: bool = Field(False, description="Average Term 1 over tokens instead of summing within a response.")
+    token_mean: bool = Field(
+        False, description="Average Term 1 over the batch's tokens instead of summing within a response."
+    )
     kl: float = Field(0.0, ge=0, description="Weight of the KL term to the reference policy.")
     ratio: Literal["none", "ppo", "truncated_is"] = Field(
-        "none", description="Importance ratio to the sampling policy: none, PPO clipping, truncated weights."
+        "none",
+        description="Importance ratio to the sampling policy: none, PPO clipping (default of grpo), truncated weights.",
     )
     clip: float = Field(0.2, gt=0, description="PPO clip range ε.")
     is_cap: float = Field(2.0, gt=0, description="Cap of truncated importance weights.")
+    is_level: Literal["sequence", "token"] = Field(
+        "sequence",
+        description="Truncated weights of whole responses (unbiased below the cap) or of tokens (less variance).",
+    )
     no_anchor: Literal["penalize", "force", "drop"] = Field(
         "penalize", description="Response without an anchor: lowest reward and no Term 2; anchor appended; dropped."
     )
+    no_anchor_reward: float | None = Field(
+        None,
+        description="Reward of a response without an anchor under penalize; unset: the reward's own floor, "
+        "for real -(max - min)^2 of the scale plus lam * log(0.001).",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_of_name(cls, data: Any) -> Any:
+        defaults: dict[str, dict[str, Any]] = {
+            "rloo": {"reward": "binary"},
+            "grpo": {"reward": "binary", "baseline": "group_mean", "std_normalize": True, "ratio": "ppo"},
+            "jepo": {"reward": "answer_logprob"},
+        }
+        return {**defaults.get(data.get("name"), {}), **data} if isinstance(data, dict) else data
+
+    @model_validator(mode="after")
+    def _learns_something(self) -> Self:
+        if not self.term1 and not self.beta:
+            raise ValueError("term1 is off and beta is 0: nothing would be learnt; switch one of them on")
+        return self
 
 
 class RolloutConfig(Section):
@@ -226,24 +269,14 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        objective, rollout, batch = self.objective, self.rollout, self.batch
         if self.is_rl:
-            if rollout.n < 2 and objective.baseline != "none":
-                raise ValueError(
-                    f"rollout.n is {rollout.n}: the {objective.baseline} baseline compares responses to one prompt; "
-                    "set rollout.n to 2 or more, or objective.baseline to none"
-                )
-            if batch.updates > 1 and objective.ratio == "none":
-                raise ValueError(
-                    f"batch.updates is {batch.updates}: after the first update the responses are no longer the "
-                    "policy's own; set objective.ratio to ppo or truncated_is"
-                )
-        elif batch.updates > 1:
+            return self
+        if self.batch.updates > 1:
             raise ValueError(
-                f"batch.updates is {batch.updates}: {objective.name} has no rollouts to reuse, set it to 1"
+                f"batch.updates is {self.batch.updates}: {self.objective.name} has no rollouts to reuse, set it to 1"
             )
-        elif objective.kl > 0:
-            raise ValueError(f"objective.kl: {objective.name} has no KL term, set it to 0")
+        if self.objective.kl > 0:
+            raise ValueError(f"objective.kl: {self.objective.name} has no KL term, set it to 0")
         return self
 
     @property

@@ -4,6 +4,7 @@ Knows no particular section: `config.py` declares those.
 """
 
 import difflib
+import inspect
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -210,7 +211,7 @@ def describe_keys(model: type[BaseModel]) -> str:
         inner = section_type(field.annotation)
         assert inner is not None
         item = {list: "[i]", dict: ".NAME"}.get(get_origin(field.annotation), "")
-        parts.append(_table(f"`{name}{item}`", inner, f"{inner.__doc__}\n\n"))
+        parts.append(_table(f"`{name}{item}`", inner, f"{inspect.getdoc(inner)}\n\n"))
         nested = [(f"{name}.{n}", f) for n, f in inner.model_fields.items() if section_type(f.annotation)]
         pending = nested + pending
     return "\n".join(parts)

@@ -25,8 +25,6 @@ def test_the_default_is_valid_and_survives_a_file(tmp_path: Path) -> None:
         (["scale.values=[1, 2]"], "scale: values has 2 numbers for 5 scores"),
         (["scale.scores=[1, 1]"], "scale: scores must be two or more different texts"),
         (["sft.cots=generated"], "sft: cots is generated: name the checkpoint"),
-        (["rollout.n=1"], "rollout.n is 1: the rloo baseline compares"),
-        (["batch.updates=2"], "set objective.ratio to ppo or truncated_is"),
         (["objective.name=raft", "batch.updates=2", "objective.ratio=ppo"], "raft has no rollouts to reuse"),
         (["objective.name=sft", "objective.kl=0.1"], "sft has no KL term"),
     ],
@@ -35,9 +33,3 @@ def test_contradictions_are_refused_with_the_mend(overrides: list[str], message:
     with pytest.raises(ConfigError) as error:
         RunConfig.from_yaml(None, overrides)
     assert message in str(error.value)
-
-
-def test_what_one_objective_needs_is_not_asked_of_another() -> None:
-    RunConfig.from_yaml(None, ["rollout.n=1", "objective.baseline=none"])
-    RunConfig.from_yaml(None, ["rollout.n=1", "objective.name=tract"])
-    RunConfig.from_yaml(None, ["batch.updates=4", "objective.ratio=truncated_is"])

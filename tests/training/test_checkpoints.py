@@ -1,0 +1,42 @@
+"""A checkpoint exists whole or not at all."""
+
+from pathlib import Path
+
+import pytest
+
+from real_megatron.training.checkpoints import CheckpointStore
+
+
+def write(path: Path) -> None:
+    (path / "data").write_text(path.name)
+
+
+def test_the_newest_is_the_highest_step_and_the_oldest_go(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path / "checkpoints", keep=2)
+    assert store.newest() is None
+    for step in (5, 10, 999_999, 1_000_000):  # the last outgrows the padded name
+        store.save(step, write)
+    assert store.newest() == (1_000_000, tmp_path / "checkpoints/step-1000000")
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step-1000000", "step-999999"]
+
+
+def test_a_save_that_dies_is_never_resumed_from(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, keep=1)
+    store.save(1, write)
+
+    def die(path: Path) -> None:
+        write(path)
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        store.save(2, die)
+    assert store.newest() == (1, tmp_path / "step-000001")
+    store.save(3, write)
+    assert [p.name for p in tmp_path.iterdir()] == ["step-000003"]
+
+
+def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, keep=2)
+    store.save(1, write)
+    store.save(1, lambda path: (path / "data").write_text("second") and None)
+    assert (tmp_path / "step-000001/data").read_text() == "second"
