@@ -1,0 +1,59 @@
+"""Metrics as (sum, weight) pairs, and their reduction to numbers."""
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from real_megatron.objective.rail import expected_score, label_index, label_logprob, score_entropy, score_mass
+from real_megatron.objective.types import Metrics, ScoredBatch
+
+
+def pair(values: Tensor, weights: Tensor | None = None) -> Tensor:
+    """[2]: the (weighted) sum of `values` [n] and the sum of the weights (default: n)."""
+    values = values.detach()
+    if weights is None:
+        return torch.stack([values.sum(), values.new_tensor(values.numel())])
+    weights = weights.to(values.dtype)
+    return torch.stack([(values * weights).sum(), weights.sum()])
+
+
+def part(contribution: Tensor, share: float) -> Tensor:
+    """[2] of a loss contribution from a micro-batch that holds `share` of the batch: the parts add up to (loss, 1)."""
+    return torch.stack([contribution.detach(), contribution.new_tensor(share)])
+
+
+def score_metrics(scored: ScoredBatch, probabilities: str) -> Metrics:
+    """How good the score distributions are; every mean is over the responses that have an answer, but `valid`, the
+    share of such responses, and `response_tokens`, the mean number of loss-carrying tokens, are over all."""
+    with torch.no_grad():
+        has, values, labels = scored.has_answer, scored.values, scored.labels
+        logp = torch.where(has[:, None], scored.score_logprobs, 0.0)
+        prediction = expected_score(logp, values, probabilities)
+        error = prediction - labels
+        hit = (logp.argmax(-1) == label_index(labels, values)).to(logp.dtype)
+        tokens = logp.new_tensor([scored.token_logprobs.numel(), scored.size])
+        return {
+            "expected_score": pair(prediction, has),
+            "squared_error": pair(error**2, has),
+            "absolute_error": pair(error.abs(), has),
+            "label_logprob": pair(label_logprob(logp, values, labels), has),
+            "accuracy": pair(hit, has),
+            "score_entropy": pair(score_entropy(logp), has),
+            "score_mass": pair(score_mass(logp), has),
+            "valid": pair(has.to(logp.dtype)),
+            "response_tokens": tokens,
+        }
+
+
+def summarize(metrics: Mapping[str, Tensor]) -> dict[str, float]:
+    """Numbers from pairs that were added over micro-batches and ranks. Pairs without weight are left out.
+
+    `advantage_square` becomes `advantage_std`, the standard deviation over the batch, which is no mean.
+    """
+    result = {name: float(total) / float(weight) for name, (total, weight) in metrics.items() if float(weight) != 0}
+    square = result.pop("advantage_square", None)
+    if square is not None:
+        result["advantage_std"] = math.sqrt(max(square - result["advantage"] ** 2, 0.0))
+    return result

@@ -1,0 +1,44 @@
+"""RAIL, regression-aware inference: the expected score ŷ and other readings of the score distribution.
+
+`score_logprobs` [N, S] are log π(k | x, c, anchor) over the whole vocabulary, `values` [S]; results [N] in the same
+dtype. Source: arXiv 2603.17145; Lukasik et al., "Regression-aware inference with LLMs" (EMNLP 2024).
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Probabilities = Literal["full", "renormalized"]
+
+
+def expected_score(score_logprobs: Tensor, values: Tensor, probabilities: Probabilities = "full") -> Tensor:
+    """ŷ = Σ_k v_k π(k). `full`: π over the whole vocabulary, as in the paper, so probability that leaks off the score
+    tokens pulls ŷ towards 0. `renormalized`: π over the score tokens only."""
+    if probabilities == "renormalized":
+        p = torch.softmax(score_logprobs, dim=-1)
+    else:
+        p = score_logprobs.exp()
+    return p @ values.to(p.dtype)
+
+
+def score_mass(score_logprobs: Tensor) -> Tensor:
+    """Σ_k π(k): the probability that the next token is a score at all, in (0, 1]."""
+    return score_logprobs.exp().sum(-1)
+
+
+def score_entropy(score_logprobs: Tensor) -> Tensor:
+    """Entropy, in nats, of the distribution renormalised over the score tokens; between 0 and log S."""
+    log_p = torch.log_softmax(score_logprobs, dim=-1)
+    return -(log_p.exp() * log_p).sum(-1)
+
+
+def label_index(labels: Tensor, values: Tensor) -> Tensor:
+    """[N] index of the score nearest to each label; the first of two equally near ones (labels averaged over
+    annotators may lie between scores)."""
+    return (values[None, :] - labels[:, None]).abs().argmin(dim=-1)
+
+
+def label_logprob(score_logprobs: Tensor, values: Tensor, labels: Tensor) -> Tensor:
+    """log π(y*) over the whole vocabulary, of the score nearest to the label."""
+    return score_logprobs.gather(-1, label_index(labels, values)[:, None])[:, 0]

@@ -1,0 +1,147 @@
+"""The reinforcement-learning objective: REAL, and with another reward or advantage RLOO, GRPO and JEPO."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from real_megatron.objective import policy_gradient as pg
+from real_megatron.objective.advantages import Baseline, advantages, minimum_group_size
+from real_megatron.objective.kl import k3
+from real_megatron.objective.metrics import pair, part, score_metrics
+from real_megatron.objective.rewards import Reward, RewardOptions, compute_rewards
+from real_megatron.objective.types import Metrics, ScoredBatch, Totals
+
+
+@dataclass(frozen=True)
+class ReinforceObjective:
+    """The generalized policy gradient of arXiv 2603.17145:
+
+        loss = −(1/N) Σ_i [ A_i · Σ_t log π(c_{i,t}) + β · r_i(θ) ]      A_i = r_i − baseline, a constant
+
+    over all N responses of the batch. Term 1 explores CoTs, Term 2 refines the prediction; with β = 1, the baseline
+    `rloo` or `none` and neither normalisation nor clamping, the expected gradient is that of −E[r].
+
+    Both terms take the same rewards, computed once. A response without an answer has the reward's floor, a constant: it
+    takes part in the baseline and has no Term 2. One with a forced anchor counts like any other; its anchor tokens
+    carry no loss because they were not sampled. Dropped ones are not in the batch. With `token_mean` Term 1 and the KL
+    term are averaged over the batch's tokens; Term 2 is always a mean over responses, whatever their length.
+    """
+
+    reward: Reward
+    options: RewardOptions = RewardOptions()
+    beta: float = 1.0
+    term1: bool = True
+    baseline: Baseline = "rloo"
+    std_normalize: bool = False
+    clamp: float | None = None
+    token_mean: bool = False
+    kl: float = 0.0
+    ratio: pg.Ratio = "none"
+    clip: float = 0.2
+    is_cap: float = 2.0
+    is_level: str = "sequence"
+    """`sequence`: a response's weight π(c)/μ(c) multiplies all its terms; `token`: each token's own, not Term 2."""
+    floor: float | None = None
+    """Reward of a response without an answer; None: the reward function's own floor."""
+
+    @property
+    def needs_advantages(self) -> bool:
+        """Responses of a group are compared with each other: Term 1 with a baseline."""
+        return self.term1 and minimum_group_size(self.baseline, self.std_normalize) > 1
+
+    @property
+    def needs_old_logprobs(self) -> bool:
+        """`ScoredBatch.old_logprobs` must be given."""
+        return self.ratio != "none"
+
+    @property
+    def needs_ref_logprobs(self) -> bool:
+        """`ScoredBatch.ref_logprobs` must be given."""
+        return self.kl > 0
+
+    def _rewards(self, scored: ScoredBatch) -> Tensor:
+        return compute_rewards(
+            self.reward,
+            scored.score_logprobs,
+            scored.has_answer,
+            scored.values,
+            scored.labels,
+            self.options,
+            self.floor,
+        )
+
+    def rewards(self, scored: ScoredBatch) -> Tensor:
+        """[N] rewards without gradient: the scoring pass of groups that are split over micro-batches."""
+        scored.validate()
+        with torch.no_grad():
+            return self._rewards(scored)
+
+    def advantages(self, rewards: Tensor, group: Tensor) -> Tensor:
+        """[N] advantages of rewards [N] of whole groups [N], as this objective is configured."""
+        return advantages(rewards, group, baseline=self.baseline, std_normalize=self.std_normalize, clamp=self.clamp)
+
+    def __call__(self, scored: ScoredBatch, totals: Totals) -> tuple[Tensor, Metrics]:
+        """See `Objective`. Raises ValueError for values that are not finite, log-probs that are missing, and groups
+        that are too small for the baseline."""
+        scored.validate()
+        self._require(scored)
+        tokens, trajectory, n = scored.token_logprobs, scored.token_trajectory, scored.size
+        per_token = 1.0 / max(totals.tokens if self.token_mean else totals.trajectories, 1.0)
+        per_trajectory = 1.0 / max(totals.trajectories, 1.0)
+
+        r = self._rewards(scored)
+        ratios = pg.log_ratio(tokens, scored.old_logprobs)
+        token_weight, trajectory_weight = torch.ones_like(tokens), torch.ones_like(r)
+        cut = torch.zeros_like(tokens)
+        if self.ratio == "truncated_is":
+            if self.is_level == "sequence":
+                sequence = pg.sequence_log_ratio(ratios, trajectory, n)
+                trajectory_weight = pg.truncated_weight(sequence, self.is_cap).to(r.dtype)
+                token_weight = trajectory_weight[trajectory].to(tokens.dtype)
+                cut = (sequence.exp() > self.is_cap).to(tokens.dtype)[trajectory]
+            else:
+                token_weight = pg.truncated_weight(ratios, self.is_cap)
+                cut = (ratios.exp() > self.is_cap).to(tokens.dtype)
+
+        # The zeros keep both inputs in the graph when a term is off or no response is valid: backward always works.
+        answers = torch.where(scored.has_answer[:, None], scored.score_logprobs, 0.0)
+        loss = 0.0 * tokens.sum() + 0.0 * answers.sum()
+        metrics: Metrics = {}
+        share = n * per_trajectory
+        if self.term1:
+            a = self.advantages(r, scored.group) if scored.advantages is None else scored.advantages
+            token_a = a.to(tokens.dtype)[trajectory]
+            if self.ratio == "ppo":
+                term, cut = pg.ppo_loss(tokens, scored.old_logprobs, token_a, self.clip)
+            else:
+                term, _ = pg.plain_loss(tokens, token_a)
+            term1 = (token_weight * term).sum() * per_token
+            loss = loss + term1
+            metrics |= {"loss_term1": part(term1, share), "advantage": pair(a), "advantage_abs": pair(a.abs())}
+            metrics["advantage_square"] = pair(a**2)
+        if self.beta:
+            term2 = -self.beta * (trajectory_weight * r).sum() * per_trajectory
+            loss = loss + term2
+            metrics["loss_term2"] = part(term2, share)
+        if self.kl:
+            divergence = k3(tokens, scored.ref_logprobs)
+            term_kl = self.kl * (token_weight * divergence).sum() * per_token
+            loss = loss + term_kl
+            metrics |= {"loss_kl": part(term_kl, share), "kl": pair(divergence)}
+        known = torch.full_like(ratios, float(scored.old_logprobs is not None))
+        metrics |= {"loss": part(loss, share), "reward": pair(r)} | score_metrics(scored, self.options.probabilities)
+        metrics |= {"ratio": pair(ratios.exp(), known), "clip_fraction": pair(cut, known)}
+        return loss, metrics
+
+    def _require(self, scored: ScoredBatch) -> None:
+        if self.needs_ref_logprobs and scored.ref_logprobs is None:
+            raise ValueError(
+                "objective.kl > 0 but the batch has no reference log-probabilities: score every trajectory with the "
+                "reference policy, or set objective.kl to 0"
+            )
+        if self.needs_old_logprobs and scored.old_logprobs is None:
+            raise ValueError(
+                f"objective.ratio is {self.ratio!r} but the batch has no log-probabilities of the sampling policy: "
+                "the rollout engine must return them, or set objective.ratio to none"
+            )

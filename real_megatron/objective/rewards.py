@@ -1,0 +1,126 @@
+"""Rewards: differentiable functions of the score distribution and the label, by name.
+
+A reward is one function `(score_logprobs [N, S], values [S], labels [N], options) -> [N]`, plus the reward of a
+response without an answer. Register another with `@register_reward` and name it in `objective.reward`; "module:name"
+imports the module first.
+"""
+
+import importlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from real_megatron.objective.rail import Probabilities, expected_score, label_index, label_logprob
+
+LOGPROB_FLOOR = math.log(1e-3)
+"""log π(y*) has no lowest value: a response without an answer is taken to give the label this probability."""
+
+
+@dataclass(frozen=True)
+class RewardOptions:
+    """Settings that rewards share."""
+
+    lam: float = 1.0
+    """λ, weight of log π(y*)."""
+    probabilities: Probabilities = "full"
+    """Variant of ŷ."""
+
+
+RewardFunction = Callable[[Tensor, Tensor, Tensor, RewardOptions], Tensor]
+FloorFunction = Callable[[Tensor, RewardOptions], Tensor | float]
+
+
+@dataclass(frozen=True)
+class Reward:
+    """A named reward and its floor, the reward of a response that has no answer."""
+
+    function: RewardFunction
+    floor: FloorFunction
+
+
+REWARDS: dict[str, Reward] = {}
+
+
+def register_reward(name: str, floor: float | FloorFunction) -> Callable[[RewardFunction], RewardFunction]:
+    """Decorator that adds a reward. `floor`: a number, or a function of (values [S], options)."""
+
+    def add(function: RewardFunction) -> RewardFunction:
+        REWARDS[name] = Reward(function, floor if callable(floor) else lambda values, options: float(floor))
+        return function
+
+    return add
+
+
+def find_reward(name: str) -> Reward:
+    """The reward registered as `name`, or as the part after "module:" once that module is imported."""
+    module, _, short = name.rpartition(":")
+    if module:
+        importlib.import_module(module)
+    if short not in REWARDS:
+        raise ValueError(f"objective.reward: unknown reward {name!r}; known: {', '.join(sorted(REWARDS))}")
+    return REWARDS[short]
+
+
+def compute_rewards(
+    reward: Reward,
+    score_logprobs: Tensor,
+    has_answer: Tensor,
+    values: Tensor,
+    labels: Tensor,
+    options: RewardOptions,
+    floor: float | None = None,
+) -> Tensor:
+    """[N] rewards with gradient; responses without an answer get the floor (`floor`, or the reward's own), a constant.
+
+    Rows without an answer are replaced before the function sees them, so that nothing in them, not even a NaN,
+    reaches a value or a gradient.
+    """
+    uniform = -math.log(score_logprobs.shape[-1])
+    safe = torch.where(has_answer[:, None], score_logprobs, uniform)
+    r = reward.function(safe, values, labels, options)
+    lowest = reward.floor(values, options) if floor is None else floor
+    return torch.where(has_answer, r, torch.as_tensor(lowest, dtype=r.dtype, device=r.device))
+
+
+def lowest_squared_error(values: Tensor, options: RewardOptions) -> Tensor:
+    """−(high − low)², the worst prediction for the worst label. With `full` probabilities ŷ tends to 0 as probability
+    leaks off the score tokens, so 0 counts as a value there."""
+    high, low = values.max(), values.min()
+    if options.probabilities == "full":
+        high, low = high.clamp(min=0), low.clamp(max=0)
+    return -((high - low) ** 2)
+
+
+@register_reward("real", floor=lambda values, o: lowest_squared_error(values, o) + o.lam * LOGPROB_FLOOR)
+def real(score_logprobs: Tensor, values: Tensor, labels: Tensor, options: RewardOptions) -> Tensor:
+    """r = −(ŷ − y*)² + λ log π(y*): the regression-aware reward of arXiv 2603.17145."""
+    error = expected_score(score_logprobs, values, options.probabilities) - labels
+    r = -(error**2)
+    if options.lam:
+        r = r + options.lam * label_logprob(score_logprobs, values, labels)
+    return r
+
+
+@register_reward("answer_logprob", floor=LOGPROB_FLOOR)
+def answer_logprob(score_logprobs: Tensor, values: Tensor, labels: Tensor, options: RewardOptions) -> Tensor:
+    """r = log π(y*): the answer log-likelihood of JEPO, whose mean over CoTs is a lower bound of log π(y* | x)."""
+    return label_logprob(score_logprobs, values, labels)
+
+
+@register_reward("binary", floor=0.0)
+def binary(score_logprobs: Tensor, values: Tensor, labels: Tensor, options: RewardOptions) -> Tensor:
+    """r = π(y*): the 0/1 reward 1[score = y*] with the sampled score integrated out.
+
+    E_score 1[score = y*] = π(y*), so with β = 1 Terms 1 and 2 have the same expectation as REINFORCE on CoT and score
+    token with the 0/1 reward, with less variance: a binary baseline that does train its score token.
+    """
+    return label_logprob(score_logprobs, values, labels).exp()
+
+
+@register_reward("binary_greedy", floor=0.0)
+def binary_greedy(score_logprobs: Tensor, values: Tensor, labels: Tensor, options: RewardOptions) -> Tensor:
+    """r = 1 if the most probable score is the nearest to the label, else 0. Piecewise constant: no Term 2."""
+    return (score_logprobs.argmax(dim=-1) == label_index(labels, values)).to(score_logprobs.dtype)

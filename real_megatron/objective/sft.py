@@ -1,0 +1,49 @@
+"""Supervised objectives on given responses: SFT, and regression-aware fine-tuning (RAFT, TRACT)."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from real_megatron.objective.metrics import pair, part, score_metrics
+from real_megatron.objective.rail import Probabilities, expected_score, label_logprob
+from real_megatron.objective.types import Metrics, ScoredBatch, Totals
+
+
+@dataclass(frozen=True)
+class SupervisedObjective:
+    """loss = squared · mean_i (ŷ_i − y*_i)² + lam · mean next-token negative log-likelihood.
+
+    The next-token mean is over all loss-carrying tokens of the batch, the score token among them; its log-probability
+    comes from `score_logprobs` (the score nearest to the label), never from a token row. The squared error is a mean
+    over responses. SFT: squared = 0, lam = 1. RAFT trains on a data set's CoTs, TRACT on the model's own
+    (Chiang et al. 2025): the same loss on other data.
+    """
+
+    squared: float = 0.0
+    lam: float = 1.0
+    probabilities: Probabilities = "full"
+
+    needs_advantages = False
+    needs_old_logprobs = False
+    needs_ref_logprobs = False
+
+    def __call__(self, scored: ScoredBatch, totals: Totals) -> tuple[Tensor, Metrics]:
+        """See `Objective`. Raises ValueError for values that are not finite and for responses without a score."""
+        scored.validate()
+        if not bool(scored.has_answer.all()):
+            rows = (~scored.has_answer).nonzero()[:, 0].tolist()[:8]
+            raise ValueError(
+                f"trajectories {rows} have no score anchor: a supervised target is CoT, anchor and score; leave such "
+                "examples out of the data"
+            )
+        answer_nll = -label_logprob(scored.score_logprobs, scored.values, scored.labels)
+        nll = torch.cat([-scored.token_logprobs, answer_nll])
+        error = expected_score(scored.score_logprobs, scored.values, self.probabilities) - scored.labels
+        term_nll = self.lam * nll.sum() / max(totals.tokens + totals.trajectories, 1.0)
+        term_squared = self.squared * (error**2).sum() / max(totals.trajectories, 1.0)
+        loss = term_nll + term_squared
+        share = scored.size / max(totals.trajectories, 1.0)
+        metrics = {"loss": part(loss, share), "loss_nll": part(term_nll, share), "nll": pair(nll)}
+        metrics["loss_squared"] = part(term_squared, share)
+        return loss, metrics | score_metrics(scored, self.probabilities)

@@ -1,0 +1,198 @@
+"""The score scale: score texts, their token ids in context, their numeric values, and the anchor before them.
+
+A judge's response is `CoT + anchor + score`. Everything is found by tokenising those texts with the model's own
+tokenizer, never by rules about model names.
+"""
+
+import bisect
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+CONTEXT = "\n"
+"""A response's anchor stands in the middle of a text; tokenizers that mark the start of a text would mark it there too
+if it were tokenised alone."""
+
+
+@dataclass(frozen=True)
+class ScoreScale:
+    """The score tokens K of a tokenizer and the anchor that precedes them. Build it with `ScoreScale.resolve`."""
+
+    texts: list[str]
+    """Score texts as configured, for example `["1", "2", "3", "4", "5"]`."""
+    values: list[float]
+    """Numeric value v_k of each score."""
+    score_ids: list[int]
+    """Token id of each score, as it follows the anchor; all distinct."""
+    anchor_ids: list[int]
+    """Canonical tokens of the effective anchor, as they continue a response."""
+    anchor_text: str
+    """Text of the effective anchor, as the tokenizer decodes it: what `cut` looks for. Shorter than the configured
+    anchor where its end merges into the score token (`"[RESULT] "` is `"[RESULT]"` if `" 4"` is one token)."""
+
+    @classmethod
+    def resolve(
+        cls, tokenizer: Any, scores: Sequence[str], values: Sequence[float] | None = None, anchor: str = "[RESULT] "
+    ) -> "ScoreScale":
+        """Find the score tokens and the effective anchor.
+
+        `tokenizer` is any Hugging Face tokenizer. Each `anchor + score` is tokenised; the longest common token prefix
+        within the anchor is the effective anchor and each score must be exactly one further token. `values` default
+        to the numbers themselves, or 1, 2, … when no score text is a number.
+
+        Raises ValueError, naming the text, its tokens and the mend, when the scale does not fit the tokenizer.
+        """
+        texts = list(scores)
+        numbers = _values(texts, values)
+        if not _visible(anchor):
+            raise ValueError(f"the anchor {anchor!r} has no visible character; give a text such as '[RESULT] '")
+        encoded = _encode_all(tokenizer, [anchor + text for text in texts])
+        context, rows = encoded
+        length = _common_prefix(rows)
+        while length and not _visible(anchor).startswith(_visible(_text_after(tokenizer, context, rows[0][:length]))):
+            length -= 1
+        anchor_ids = rows[0][:length]
+        anchor_text = _text_after(tokenizer, context, anchor_ids) if anchor_ids else ""
+        if not _visible(anchor_text):
+            raise ValueError(
+                f"the tokens of the scores after the anchor {anchor!r} have no common beginning with visible text: "
+                f"{_show(tokenizer, rows[0])}, {_show(tokenizer, rows[1])}; end the anchor differently, for example "
+                "with ': ' or '] '"
+            )
+        score_ids = []
+        for text, row in zip(texts, rows, strict=True):
+            rest = row[length:]
+            if len(rest) != 1:
+                raise ValueError(
+                    f"score {text!r} is {len(rest)} tokens after the anchor {anchor_text!r}: "
+                    f"{_show(tokenizer, rest)}; every score must be one token. Use a scale that is, such as 0-9 or "
+                    "letters A-J with their values, or end the anchor differently"
+                )
+            if rest[0] == tokenizer.unk_token_id:
+                raise ValueError(
+                    f"score {text!r} is the unknown token {_show(tokenizer, rest)} in this tokenizer; "
+                    "use score texts that its vocabulary has"
+                )
+            if rest[0] in score_ids:
+                twin = texts[score_ids.index(rest[0])]
+                raise ValueError(
+                    f"scores {twin!r} and {text!r} are the same token {_show(tokenizer, rest)} after the anchor "
+                    f"{anchor_text!r}; use score texts that the tokenizer tells apart"
+                )
+            score_ids.append(rest[0])
+        return cls(texts, numbers, score_ids, anchor_ids, anchor_text)
+
+    def cut(self, tokenizer: Any, ids: Sequence[int]) -> int | None:
+        """Where a response's score is due: the smallest t for which `ids[:t]` decodes to a text that ends with the
+        effective anchor. None when the anchor is absent or ends only inside of tokens.
+
+        The text is searched, not the token ids: sampled tokens may spell the anchor in more than one way.
+        """
+        ids = list(ids)
+        text = _decode(tokenizer, ids)
+        start = text.find(self.anchor_text)
+        while start >= 0:
+            t = _token_boundary(tokenizer, ids, text[: start + len(self.anchor_text)])
+            if t is not None:
+                return t
+            start = text.find(self.anchor_text, start + 1)
+        return None
+
+    def label_index(self, label: float) -> int:
+        """Index of the score whose value is nearest to `label`; the first of two equally near ones."""
+        return min(range(len(self.values)), key=lambda k: abs(self.values[k] - label))
+
+    def validate_label(self, label: float, where: str) -> None:
+        """Raise ValueError, naming `where` (a file and row), unless `label` lies within the scale's values."""
+        low, high = min(self.values), max(self.values)
+        if not low <= label <= high:
+            raise ValueError(
+                f"{where}: label {label} is outside of the score scale [{low:g}, {high:g}]; correct the label or "
+                "configure scale.scores and scale.values"
+            )
+
+
+def _values(texts: list[str], values: Sequence[float] | None) -> list[float]:
+    if len(texts) < 2:
+        raise ValueError(f"a score scale needs at least two scores, got {texts}")
+    duplicates = sorted({text for text in texts if texts.count(text) > 1})
+    if duplicates:
+        raise ValueError(f"scale.scores lists {duplicates} more than once; list each score once")
+    blank = [text for text in texts if not text.strip()]
+    if blank:
+        raise ValueError(f"scale.scores holds an empty text {blank[0]!r}; each score needs a visible text")
+    if values is None:
+        numbers = [_number(text) for text in texts]
+        if all(number is None for number in numbers):
+            return [float(k + 1) for k in range(len(texts))]
+        words = [text for text, number in zip(texts, numbers, strict=True) if number is None]
+        if words:
+            raise ValueError(f"scores {words} are no numbers while others are; give scale.values for all of them")
+        result = [number for number in numbers if number is not None]
+    else:
+        result = [float(value) for value in values]
+        if len(result) != len(texts):
+            raise ValueError(f"scale.values has {len(result)} entries for {len(texts)} scores; give one per score")
+    if not all(math.isfinite(value) for value in result):
+        raise ValueError(f"scale.values must be finite numbers, got {result}")
+    if len(set(result)) != len(result):
+        raise ValueError(f"the score values {result} are not distinct; give each score its own value in scale.values")
+    return result
+
+
+def _number(text: str) -> float | None:
+    try:
+        number = float(text)
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _decode(tokenizer: Any, ids: list[int]) -> str:
+    return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+def _encode_all(tokenizer: Any, texts: list[str]) -> tuple[list[int], list[list[int]]]:
+    """Tokens of CONTEXT, and of each text as its continuation; no context where tokens span the boundary."""
+    context: list[int] = []
+    rows = []
+    for text in texts:
+        ids = tokenizer.encode(CONTEXT + text, add_special_tokens=False)
+        t = _token_boundary(tokenizer, ids, CONTEXT)
+        if t is None:
+            return [], [tokenizer.encode(text, add_special_tokens=False) for text in texts]
+        context = ids[:t]
+        rows.append(ids[t:])
+    return context, rows
+
+
+def _text_after(tokenizer: Any, context: list[int], ids: list[int]) -> str:
+    return _decode(tokenizer, context + ids)[len(_decode(tokenizer, context)) if context else 0 :]
+
+
+def _common_prefix(rows: list[list[int]]) -> int:
+    length = min(len(row) for row in rows)
+    return next((t for t in range(length) if any(row[t] != rows[0][t] for row in rows)), length)
+
+
+def _visible(text: str) -> str:
+    """Text as compared across tokenizers: some drop or add spaces or fold case when they decode."""
+    return "".join(text.split()).casefold()
+
+
+def _show(tokenizer: Any, ids: list[int]) -> list[str]:
+    return tokenizer.convert_ids_to_tokens(ids)
+
+
+def _token_boundary(tokenizer: Any, ids: list[int], prefix: str) -> int | None:
+    """Smallest t for which ids[:t] decodes to exactly `prefix`, or None.
+
+    The decoded length grows with t except inside of a character that byte tokens spell (at most 4 tokens, whose parts
+    may decode to more replacement characters than the whole), so the bisection is followed by a scan nearby.
+    """
+    guess = bisect.bisect_left(range(1, len(ids) + 1), len(prefix), key=lambda t: len(_decode(tokenizer, ids[:t]))) + 1
+    for t in range(max(1, guess - 4), min(len(ids), guess + 4) + 1):
+        if _decode(tokenizer, ids[:t]) == prefix:
+            return t
+    return None
