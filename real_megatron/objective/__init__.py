@@ -1,7 +1,7 @@
 """The mathematics of training: rewards, advantages, losses. Torch only: no Megatron, no I/O."""
 
 from real_megatron.objective.advantages import advantages, minimum_group_size
-from real_megatron.objective.build import build_objective
+from real_megatron.objective.build import build_objective, check
 from real_megatron.objective.metrics import summarize
 from real_megatron.objective.rewards import REWARDS, RewardOptions, register_reward
 from real_megatron.objective.types import Metrics, Objective, ScoredBatch, Totals
@@ -15,6 +15,7 @@ __all__ = [
     "Totals",
     "advantages",
     "build_objective",
+    "check",
     "minimum_group_size",
     "register_reward",
     "summarize",
