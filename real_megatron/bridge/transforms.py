@@ -62,11 +62,11 @@ class Transform(ABC):
         parts = [self.read(piece, read) for piece in self.pieces(rank, size)]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def merge(self, shards: Sequence[torch.Tensor]) -> torch.Tensor:
-        """The whole Megatron tensor from the shards of all TP ranks."""
-        if len(shards) == 1 and len(self.pieces(0, 1)) == 1:
+    def merge(self, shards: Sequence[torch.Tensor], out: torch.Tensor | None = None) -> torch.Tensor:
+        """The whole Megatron tensor from the shards of all TP ranks, in `out` if given."""
+        if len(shards) == 1 and out is None:
             return shards[0]
-        whole = shards[0].new_empty(self.shape)
+        whole = shards[0].new_empty(self.shape) if out is None else out
         for rank, shard in enumerate(shards):
             start = 0
             for piece in self.pieces(rank, len(shards)):
@@ -95,8 +95,8 @@ class Whole(Transform):
     def split(self, whole: torch.Tensor) -> list[torch.Tensor]:
         return [whole]
 
-    def merge(self, shards: Sequence[torch.Tensor]) -> torch.Tensor:
-        return shards[0]
+    def merge(self, shards: Sequence[torch.Tensor], out: torch.Tensor | None = None) -> torch.Tensor:
+        return shards[0] if out is None else out.copy_(shards[0])
 
 
 class Columns(Transform):

@@ -89,5 +89,4 @@ def moe_config(config: PretrainedConfig, *, width: int, normalised: bool, layers
         moe_layer_freq=[int(moe) for moe in layers],
         moe_router_load_balancing_type="none",
         moe_aux_loss_coeff=0.0,
-        moe_token_dispatcher_type="alltoall",
     )
