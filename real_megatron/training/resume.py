@@ -1,0 +1,58 @@
+"""Which configuration a checkpoint may be resumed with: the same run, perhaps spread and saved differently."""
+
+from typing import Any
+
+from real_megatron.config import RunConfig
+from real_megatron.sections import ConfigError
+
+# What may differ: none of it changes which updates the run makes (but for the order of floating-point sums).
+FREE = (
+    "output",
+    "parallel",
+    "model.dtype",
+    "model.spec",
+    "model.vocab_multiple",
+    "model.recompute",
+    "model.recompute_layers",
+    "model.head",
+    "model.head_memory_mib",
+    "model.fp32_logits",
+    "batch.max_tokens",
+    "batch.share_prompt",
+    "rollout.engine",
+    "rollout.batch_size",
+    "data.eval",
+    "evaluation",
+    "checkpoint",
+    "metrics",
+)
+
+
+def check_same_run(saved: dict[str, Any], config: RunConfig, where: str) -> None:
+    """Raise ConfigError, listing each difference, unless `config` continues the run whose configuration was saved.
+
+    saved: `config.model_dump(mode="json")` of the run that wrote the checkpoint. The number of steps may change where
+    the learning rate does not decay towards it.
+    """
+    free = FREE + (("steps", "epochs") if config.optimizer.schedule == "constant" else ())
+    before, now = _flatten(saved), _flatten(config.model_dump(mode="json"))
+    differences = [
+        f"  {key}: {before.get(key)!r} in the checkpoint, {now.get(key)!r} now"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key) and not any(key == name or key.startswith(name + ".") for name in free)
+    ]
+    if differences:
+        raise ConfigError(
+            f"{where} belongs to another run:\n"
+            + "\n".join(differences)
+            + "\nChange these keys back, or start a new run with another output directory."
+        )
+
+
+def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict) or not tree:
+        return {prefix: tree}
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flatten(value, f"{prefix}.{key}" if prefix else key)
+    return flat

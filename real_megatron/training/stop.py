@@ -1,0 +1,49 @@
+"""SIGTERM (a scheduler that takes the machine back) becomes a save and a clean end."""
+
+import signal
+import threading
+from types import FrameType, TracebackType
+from typing import Any, Self
+
+import torch
+import torch.distributed as dist
+
+
+class Terminated(Exception):
+    """The run was asked to stop; it has saved a checkpoint and can be resumed."""
+
+
+class StopSignal:
+    """Listens for SIGTERM while it is open. The running step is finished first.
+
+    A second SIGTERM takes its ordinary course. Outside of the main thread, where Python delivers no signals, it hears
+    nothing.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._heard = False
+        self._previous: Any = None
+
+    def requested(self) -> bool:
+        """Whether any rank has heard the signal. Collective: all ranks get the same answer."""
+        if not dist.is_initialized() or dist.get_world_size() == 1:
+            return self._heard
+        flag = torch.tensor([float(self._heard)], device=self._device)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        return bool(flag.item())
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            self._previous = signal.signal(signal.SIGTERM, self._hear)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._previous is not None:
+            signal.signal(signal.SIGTERM, self._previous)
+
+    def _hear(self, number: int, frame: FrameType | None) -> None:
+        self._heard = True
+        signal.signal(signal.SIGTERM, self._previous)

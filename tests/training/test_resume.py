@@ -1,0 +1,53 @@
+"""A checkpoint continues its own run only; how the run is spread and saved may change."""
+
+from typing import Any
+
+import pytest
+
+from real_megatron.config import RunConfig
+from real_megatron.sections import ConfigError
+from real_megatron.training.resume import FREE, check_same_run
+
+
+def resumed(*overrides: str, base: tuple[str, ...] = ()) -> None:
+    saved: dict[str, Any] = RunConfig.from_yaml(None, base).model_dump(mode="json")
+    check_same_run(saved, RunConfig.from_yaml(None, [*base, *overrides]), "step-000004")
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["parallel.tensor=2", "output=elsewhere", "checkpoint.every=3", "data.eval.dev.path=x", "model.dtype=bfloat16"],
+)
+def test_what_changes_no_update_may_change(override: str) -> None:
+    resumed(override)
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("objective.beta=0.5", "objective.beta: 1.0 in the checkpoint, 0.5 now"),
+        ("seed=3", "seed: 0 in the checkpoint, 3 now"),
+        ("batch.prompts=8", "batch.prompts: 256 in the checkpoint, 8 now"),
+        ("data.train.0.path=x", "data.train: "),
+        ("model.path=other", "model.path: '' in the checkpoint, 'other' now"),
+    ],
+)
+def test_what_makes_it_another_run_is_refused_by_name(override: str, line: str) -> None:
+    with pytest.raises(ConfigError, match="step-000004 belongs to another run") as error:
+        resumed(override)
+    assert line in str(error.value) and "another output directory" in str(error.value)
+
+
+def test_more_steps_only_where_the_schedule_does_not_decay() -> None:
+    resumed("steps=500")
+    with pytest.raises(ConfigError, match="steps: 100 in the checkpoint, 500 now"):
+        resumed("steps=500", base=("optimizer.schedule=cosine",))
+
+
+def test_the_free_keys_exist() -> None:
+    tree = RunConfig().model_dump()
+    for key in FREE:
+        node = tree
+        for part in key.split("."):
+            assert part in node, key
+            node = node[part]
