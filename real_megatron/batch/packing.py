@@ -145,7 +145,9 @@ def _per_token(trajectories: list[Trajectory], name: str) -> Tensor | None:
 
 
 def _advantages(trajectories: list[Trajectory]) -> Tensor | None:
-    if all(t.advantage is None for t in trajectories):
+    values = [t.advantage for t in trajectories if t.advantage is not None]
+    if not values:
         return None
-    # A micro-batch may hold split groups (with advantages) beside whole ones: NaN marks those still to be computed.
-    return torch.tensor([float("nan") if t.advantage is None else t.advantage for t in trajectories])
+    if len(values) < len(trajectories):
+        raise ValueError("split groups (with advantages) and whole groups (without) cannot share a micro-batch")
+    return torch.tensor(values, dtype=torch.float32)

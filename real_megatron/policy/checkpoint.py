@@ -1,5 +1,7 @@
 """Training checkpoints through Megatron's dist_checkpointing: written at one parallel layout, read at any other."""
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +9,7 @@ import torch
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from torch import nn
@@ -53,7 +56,8 @@ def load(
         loaded = dist_checkpointing.load(sharded, str(directory))
         for index, chunk in enumerate(chunks):
             chunk.load_state_dict(loaded[f"model{index}"], strict=True)
-        optimizer.load_state_dict(loaded["optimizer"])
+        with _torch_adam_steps(optimizer):
+            optimizer.load_state_dict(loaded["optimizer"])
         scheduler.load_state_dict(loaded["scheduler"])
         if same_layout:
             torch.set_rng_state(loaded["random"]["cpu"])
@@ -70,6 +74,34 @@ def _sharded_state(chunks: list[nn.Module], optimizer: MegatronOptimizer, is_loa
         "optimizer": optimizer.sharded_state_dict(merged or models["model0"], is_loading=is_loading, metadata=METADATA),
         "random": _random_state(),
     }
+
+
+@contextlib.contextmanager
+def _torch_adam_steps(optimizer: MegatronOptimizer) -> Iterator[None]:
+    """Let Megatron's distributed optimizer read reshardable state into torch's own Adam.
+
+    Torch's Adam (used where neither Transformer Engine nor Apex is installed) keeps a `step` per parameter, which
+    Megatron-Core 0.16 restores from the parameter groups but then also looks for among the saved tensors.
+    """
+    parts = [part for part in getattr(optimizer, "chained_optimizers", [optimizer]) if _is_sharded_torch_adam(part)]
+    for part in parts:
+
+        def set_states(model_param, tensors, part=part):
+            current = part._get_main_param_and_optimizer_states(model_param)
+            type(part)._set_main_param_and_optimizer_states(part, model_param, {"step": current["step"], **tensors})
+
+        part._set_main_param_and_optimizer_states = set_states
+    try:
+        yield
+    finally:
+        for part in parts:
+            del part._set_main_param_and_optimizer_states
+
+
+def _is_sharded_torch_adam(optimizer: MegatronOptimizer) -> bool:
+    return isinstance(optimizer, DistributedOptimizer) and isinstance(
+        optimizer.optimizer, (torch.optim.Adam, torch.optim.AdamW)
+    )
 
 
 def _random_state() -> ShardedObject:

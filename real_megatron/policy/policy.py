@@ -73,13 +73,15 @@ class Policy:
         `imbalance`, `split_groups`, `tokens`. Raises FloatingPointError, on every rank and before the weights are
         touched, when the loss or the gradient norm is not finite.
         """
-        totals = Totals.of(groups)
-        pieces, split = self._split_large(groups, objective)
-        microbatches, plan_metrics = self._plan(pieces)
+        totals = Totals(
+            groups=len(groups),
+            trajectories=sum(len(group.trajectories) for group in groups),
+            tokens=sum(sum(t.loss_mask) for group in groups for t in group.trajectories),
+        )
+        microbatches, plan_metrics = self._plan(groups, objective)
 
         def consume(microbatch: PackedMicrobatch, logprobs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-            loss, metrics = objective(self._scored(microbatch, logprobs), totals)
-            return loss, {**metrics, "loss": torch.stack((loss.detach(), loss.new_ones(())))}
+            return objective(self._scored(microbatch, logprobs), totals)
 
         with cpu.device_mode():
             for chunk in self.ddp_chunks:
@@ -104,7 +106,6 @@ class Policy:
             **plan_metrics,
             "grad_norm": grad_norm,
             "lr": self.optimizer.param_groups[0]["lr"],
-            "split_groups": float(split),
         }
 
     def logprobs(self, groups: Sequence[Group]) -> list[list[TrajectoryLogprobs]]:
@@ -137,11 +138,11 @@ class Policy:
 
     def save(self, directory: str | Path, state: dict[str, Any]) -> None:
         """Write a training checkpoint with the caller's `state` (plain data)."""
-        checkpoint.save(directory, self.ddp_chunks, self.optimizer, self.scheduler, state)
+        checkpoint.save(directory, self.chunks, self.optimizer, self.scheduler, state)
 
     def load(self, directory: str | Path) -> dict[str, Any]:
         """Continue from a training checkpoint, written at this or another parallel layout; returns its `state`."""
-        return checkpoint.load(directory, self.ddp_chunks, self.optimizer, self.scheduler)
+        return checkpoint.load(directory, self.chunks, self.optimizer, self.scheduler)
 
     def _scored(self, microbatch: PackedMicrobatch, logprobs: Tensor) -> ScoredBatch:
         device, scores = self.runtime.device, len(self.score_ids)
@@ -182,16 +183,55 @@ class Policy:
             multiple=parallel.pipeline if parallel.virtual_pipeline else 1,
         )
 
-    def _plan(self, groups: Sequence[Group]) -> tuple[list[PackedMicrobatch], dict[str, float]]:
-        """This rank's micro-batches of the global batch, and what the plan looks like."""
-        costs = [float(tokens_of(group, self.config.batch.share_prompt)) for group in groups]
-        plan = self._balance(costs)
-        microbatches = [self._pack([groups[i] for i in items]) for items in plan[self.runtime.data_rank]]
+    def _plan(self, groups: Sequence[Group], objective: Objective) -> tuple[list[PackedMicrobatch], dict[str, float]]:
+        """This rank's micro-batches of the global batch, and what the plan looks like.
+
+        Groups beyond the token budget are split; where rewards are compared within groups, a scoring pass computes the
+        pieces' advantages first. Pieces and whole groups do not share a micro-batch: the first bring advantages.
+        """
+        share = self.config.batch.share_prompt
+        large = [group for group in groups if tokens_of(group, share) > self.config.batch.max_tokens]
+        whole = [group for group in groups if tokens_of(group, share) <= self.config.batch.max_tokens]
+        if large and objective.needs_advantages:
+            large = self._with_advantages(large, objective)
+        pieces = [piece for group in large for piece in self._cut(group)]
+        microbatches: list[PackedMicrobatch] = []
+        count, waiting, tokens = 0, 0.0, 0.0
+        for part in (whole, pieces):
+            if not part:
+                continue
+            costs = [float(tokens_of(group, share)) for group in part]
+            plan = self._balance(costs)
+            microbatches += [self._pack([part[i] for i in items]) for items in plan[self.runtime.data_rank]]
+            count += sum(len(mine) for mine in plan)
+            waiting += imbalance(costs, plan) * sum(costs)
+            tokens += sum(costs)
         return microbatches, {
-            "microbatches": float(sum(len(mine) for mine in plan)),
-            "imbalance": imbalance(costs, plan),
-            "tokens": sum(costs),
+            "microbatches": float(count),
+            "imbalance": waiting / tokens,
+            "tokens": tokens,
+            "split_groups": float(len(large)),
         }
+
+    def _with_advantages(self, groups: Sequence[Group], objective: Objective) -> list[Group]:
+        """The groups, each trajectory with the advantage that a scoring pass gives it."""
+        scores = [t.scores for group in self.logprobs(groups) for t in group]
+        zeros = [0.0] * len(self.score_ids)
+        group_index = torch.tensor([g for g, group in enumerate(groups) for _ in group.trajectories])
+        scored = ScoredBatch(
+            token_logprobs=torch.zeros(0),
+            token_trajectory=torch.zeros(0, dtype=torch.long),
+            score_logprobs=torch.tensor([zeros if s is None else s for s in scores]),
+            has_answer=torch.tensor([s is not None for s in scores]),
+            labels=torch.tensor([group.label for group in groups for _ in group.trajectories]),
+            group=group_index,
+            values=self.values.cpu(),
+        )
+        advantages = iter(objective.advantages(objective.rewards(scored), group_index).tolist())
+        return [
+            replace(group, trajectories=[replace(t, advantage=next(advantages)) for t in group.trajectories])
+            for group in groups
+        ]
 
     def _cut(self, group: Group) -> list[Group]:
         """The group, or pieces of it that fit the token budget (a single trajectory always makes a piece)."""
@@ -219,8 +259,7 @@ class Policy:
             table = torch.stack([sum((r[name].double() for r in results if name in r), start=zero) for name in names])
             dist.all_reduce(table, group=parallel_state.get_data_parallel_group())
             for name, (total, weight) in zip(names, table.tolist(), strict=True):
-                # The loss is a sum of contributions that are already divided by the global batch's totals.
-                reduced[name] = total if name == "loss" else total / weight if weight else float("nan")
+                reduced[name] = total / weight if weight else float("nan")
         return self._from_last_stage(reduced)
 
     def _merge(self, found: dict[int, Any]) -> dict[int, Any]:
