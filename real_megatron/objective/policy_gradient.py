@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 Ratio = Literal["none", "ppo", "truncated_is"]
+Level = Literal["sequence", "token"]
 
 
 class TokenLoss(NamedTuple):
@@ -15,23 +16,13 @@ class TokenLoss(NamedTuple):
     clipped: Tensor
 
 
-def log_ratio(token_logprobs: Tensor, old_logprobs: Tensor | None) -> Tensor:
-    """[N_tok] log π/μ of each token under the policy and its sampler, detached; zero when the sampler is unknown."""
-    if old_logprobs is None:
-        return torch.zeros_like(token_logprobs)
-    return token_logprobs.detach() - old_logprobs
+class Weights(NamedTuple):
+    """Importance weights without gradient, per token [N_tok] and per response [N], and whether a token's weight was
+    cut [N_tok] (0 or 1)."""
 
-
-def sequence_log_ratio(log_ratios: Tensor, token_trajectory: Tensor, trajectories: int) -> Tensor:
-    """[N] log π(c)/μ(c) of whole responses: the sum over their tokens."""
-    zeros = torch.zeros(trajectories, dtype=torch.float64, device=log_ratios.device)
-    return zeros.index_add(0, token_trajectory, log_ratios.double()).to(log_ratios.dtype)
-
-
-def truncated_weight(log_ratios: Tensor, cap: float) -> Tensor:
-    """min(π/μ, cap), elementwise. Whole responses' weights make expectations under μ those under π while the cap does
-    not bind; tokens' weights have less variance and leave a bias."""
-    return log_ratios.exp().clamp(max=cap)
+    token: Tensor
+    trajectory: Tensor
+    clipped: Tensor
 
 
 def plain_loss(token_logprobs: Tensor, token_advantages: Tensor) -> TokenLoss:
@@ -45,3 +36,22 @@ def ppo_loss(token_logprobs: Tensor, old_logprobs: Tensor, token_advantages: Ten
     free = ratio * token_advantages
     clipped = ratio.clamp(1 - clip, 1 + clip) * token_advantages
     return TokenLoss(-torch.minimum(free, clipped), (clipped < free).to(ratio.dtype))
+
+
+def truncated_weights(
+    token_logprobs: Tensor, old_logprobs: Tensor, token_trajectory: Tensor, trajectories: int, level: Level, cap: float
+) -> Weights:
+    """min(π/μ, cap) of policy π and sampler μ.
+
+    `sequence`: the ratio of whole responses, the product over their loss-carrying tokens; wherever the cap does not
+    bind, expectations under μ become those under π. `token`: each token's own ratio, and 1 for the response as a whole:
+    less variance, but biased.
+    """
+    log_ratio = (token_logprobs.detach() - old_logprobs).double()
+    zeros = log_ratio.new_zeros(trajectories)
+    free, whole = log_ratio.exp(), zeros + 1
+    if level == "sequence":
+        whole = zeros.index_add(0, token_trajectory, log_ratio).exp()
+        free, whole = whole[token_trajectory], whole.clamp(max=cap)
+    dtype = token_logprobs.dtype
+    return Weights(free.clamp(max=cap).to(dtype), whole.to(dtype), (free > cap).to(dtype))

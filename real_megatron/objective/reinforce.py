@@ -40,7 +40,7 @@ class ReinforceObjective:
     ratio: pg.Ratio = "none"
     clip: float = 0.2
     is_cap: float = 2.0
-    is_level: str = "sequence"
+    is_level: pg.Level = "sequence"
     """`sequence`: a response's weight π(c)/μ(c) multiplies all its terms; `token`: each token's own, not Term 2."""
     floor: float | None = None
     """Reward of a response without an answer; None: the reward function's own floor."""
@@ -85,63 +85,63 @@ class ReinforceObjective:
         """See `Objective`. Raises ValueError for values that are not finite, log-probs that are missing, and groups
         that are too small for the baseline."""
         scored.validate()
-        self._require(scored)
+        old, ref = self._sampler_logprobs(scored), self._reference_logprobs(scored)
         tokens, trajectory, n = scored.token_logprobs, scored.token_trajectory, scored.size
         per_token = 1.0 / max(totals.tokens if self.token_mean else totals.trajectories, 1.0)
         per_trajectory = 1.0 / max(totals.trajectories, 1.0)
+        share = n * per_trajectory
 
         r = self._rewards(scored)
-        ratios = pg.log_ratio(tokens, scored.old_logprobs)
-        token_weight, trajectory_weight = torch.ones_like(tokens), torch.ones_like(r)
-        cut = torch.zeros_like(tokens)
+        weights = pg.Weights(torch.ones_like(tokens), torch.ones_like(r), torch.zeros_like(tokens))
         if self.ratio == "truncated_is":
-            if self.is_level == "sequence":
-                sequence = pg.sequence_log_ratio(ratios, trajectory, n)
-                trajectory_weight = pg.truncated_weight(sequence, self.is_cap).to(r.dtype)
-                token_weight = trajectory_weight[trajectory].to(tokens.dtype)
-                cut = (sequence.exp() > self.is_cap).to(tokens.dtype)[trajectory]
-            else:
-                token_weight = pg.truncated_weight(ratios, self.is_cap)
-                cut = (ratios.exp() > self.is_cap).to(tokens.dtype)
+            weights = pg.truncated_weights(tokens, old, trajectory, n, self.is_level, self.is_cap)
+        clipped = weights.clipped
 
         # The zeros keep both inputs in the graph when a term is off or no response is valid: backward always works.
         answers = torch.where(scored.has_answer[:, None], scored.score_logprobs, 0.0)
         loss = 0.0 * tokens.sum() + 0.0 * answers.sum()
-        metrics: Metrics = {}
-        share = n * per_trajectory
+        metrics: Metrics = {"reward": pair(r)} | score_metrics(scored, self.options.probabilities)
         if self.term1:
             a = self.advantages(r, scored.group) if scored.advantages is None else scored.advantages
             token_a = a.to(tokens.dtype)[trajectory]
             if self.ratio == "ppo":
-                term, cut = pg.ppo_loss(tokens, scored.old_logprobs, token_a, self.clip)
+                term, clipped = pg.ppo_loss(tokens, old, token_a, self.clip)
             else:
                 term, _ = pg.plain_loss(tokens, token_a)
-            term1 = (token_weight * term).sum() * per_token
+            term1 = (weights.token * term).sum() * per_token
             loss = loss + term1
             metrics |= {"loss_term1": part(term1, share), "advantage": pair(a), "advantage_abs": pair(a.abs())}
             metrics["advantage_square"] = pair(a**2)
         if self.beta:
-            term2 = -self.beta * (trajectory_weight * r).sum() * per_trajectory
+            term2 = -self.beta * (weights.trajectory * r).sum() * per_trajectory
             loss = loss + term2
             metrics["loss_term2"] = part(term2, share)
         if self.kl:
-            divergence = k3(tokens, scored.ref_logprobs)
-            term_kl = self.kl * (token_weight * divergence).sum() * per_token
+            divergence = k3(tokens, ref)
+            term_kl = self.kl * (weights.token * divergence).sum() * per_token
             loss = loss + term_kl
             metrics |= {"loss_kl": part(term_kl, share), "kl": pair(divergence)}
-        known = torch.full_like(ratios, float(scored.old_logprobs is not None))
-        metrics |= {"loss": part(loss, share), "reward": pair(r)} | score_metrics(scored, self.options.probabilities)
-        metrics |= {"ratio": pair(ratios.exp(), known), "clip_fraction": pair(cut, known)}
+        if old is not None:
+            metrics |= {"ratio": pair((tokens.detach() - old).exp()), "clip_fraction": pair(clipped)}
+        metrics["loss"] = part(loss, share)
         return loss, metrics
 
-    def _require(self, scored: ScoredBatch) -> None:
-        if self.needs_ref_logprobs and scored.ref_logprobs is None:
-            raise ValueError(
-                "objective.kl > 0 but the batch has no reference log-probabilities: score every trajectory with the "
-                "reference policy, or set objective.kl to 0"
-            )
+    def _sampler_logprobs(self, scored: ScoredBatch) -> Tensor | None:
         if self.needs_old_logprobs and scored.old_logprobs is None:
+            if not scored.token_logprobs.numel():  # a rank's padding micro-batch holds nothing
+                return scored.token_logprobs.detach()
             raise ValueError(
                 f"objective.ratio is {self.ratio!r} but the batch has no log-probabilities of the sampling policy: "
                 "the rollout engine must return them, or set objective.ratio to none"
             )
+        return scored.old_logprobs
+
+    def _reference_logprobs(self, scored: ScoredBatch) -> Tensor | None:
+        if self.needs_ref_logprobs and scored.ref_logprobs is None:
+            if not scored.token_logprobs.numel():
+                return scored.token_logprobs.detach()
+            raise ValueError(
+                "objective.kl is above 0 but the batch has no log-probabilities of the reference policy: score every "
+                "trajectory with it, or set objective.kl to 0"
+            )
+        return scored.ref_logprobs
