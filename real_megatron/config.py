@@ -81,7 +81,15 @@ class BatchConfig(Section):
     prompts: int = Field(256, ge=1, description="Prompts per step (global). For SFT: examples per step.")
     max_tokens: int = Field(16384, ge=1, description="Token budget of a micro-batch.")
     updates: int = Field(
-        1, ge=1, description="Optimizer updates per rollout batch; more than 1 needs an importance ratio."
+        1,
+        ge=1,
+        description="Optimizer updates per rollout batch: it is cut into this many parts, one update each; more than 1 "
+        "needs an importance ratio.",
+    )
+    old_logprobs: Literal["engine", "policy"] = Field(
+        "engine",
+        description="Sampling log-probs of the importance ratio: the rollout engine's, or recomputed by the policy "
+        "before the first update.",
     )
     share_prompt: bool = Field(True, description="The responses of a group share one copy of their prompt.")
 
@@ -175,13 +183,47 @@ class ObjectiveConfig(Section):
 class RolloutConfig(Section):
     """Generation of responses."""
 
-    engine: Literal["transformers", "sglang", "vllm"] = Field("transformers", description="Rollout engine.")
+    engine: Literal["transformers", "sglang", "vllm"] = Field(
+        "transformers", description="Rollout engine: embedded in the trainer, or servers of SGLang or vLLM."
+    )
     n: int = Field(8, ge=1, description="Responses per prompt (K).")
     temperature: float = Field(1.0, gt=0, description="Sampling temperature.")
     top_p: float = Field(1.0, gt=0, le=1, description="Nucleus sampling mass.")
     max_prompt_tokens: int = Field(2048, ge=1, description="Longer prompts are dropped, counted and logged.")
     max_new_tokens: int = Field(1024, ge=1, description="Longest response.")
     batch_size: int = Field(256, ge=1, description="Sequences generated at once by the embedded engine.")
+    staleness: Literal[0, 1] = Field(
+        0, description="1: the next batch is generated while this one trains, from weights one step old."
+    )
+    servers: list[str] = Field(
+        default_factory=list, description="URLs of running servers to attach to; empty: start local ones."
+    )
+    router: str | None = Field(
+        None, description="URL of a router in front of `servers` that takes the generation requests."
+    )
+    replicas: int = Field(1, ge=1, description="Local servers to start.")
+    tensor: int = Field(1, ge=1, description="GPUs per local server (its tensor-parallel size).")
+    first_gpu: int = Field(0, ge=0, description="Index of the first GPU that local servers use.")
+    python: str = Field("", description="Python of the environment that has the server installed; empty: this one.")
+    server_args: list[str] = Field(default_factory=list, description="Further arguments of local servers.")
+    port: int = Field(0, ge=0, le=65535, description="First port of local servers; 0: free ones.")
+    start_timeout_s: float = Field(900, gt=0, description="Longest wait for a server to become healthy.")
+    restarts: int = Field(3, ge=0, description="Restarts of a local server in a row before giving it up.")
+    concurrency: int = Field(64, ge=1, description="Requests in flight per server (a request: all K of a prompt).")
+    timeout_s: float = Field(600, gt=0, description="Deadline of one request.")
+    attempts: int = Field(4, ge=1, description="Attempts per request on connection loss, timeout, 5xx or a bad reply.")
+    weight_sync: Literal["auto", "distributed", "tensor", "disk"] = Field(
+        "auto",
+        description="How weights reach servers: broadcast in a process group, shared memory (the trainer's GPU must be "
+        "visible to the server), or files; auto: tensor when colocated, else distributed.",
+    )
+    sync_host: str = Field("127.0.0.1", description="Address of this host that servers reach, for distributed sync.")
+    sync_timeout_s: float = Field(600, gt=0, description="Deadline of one weight sync.")
+    bucket_mib: int = Field(512, ge=1, description="Weights are sent in buckets of this size, in MiB.")
+    keep_weights: bool = Field(
+        True, description="Keep the last weights in host memory, to bring a restarted server up to date in mid-step."
+    )
+    colocate: bool = Field(False, description="Servers share the trainer's GPUs and release memory while it trains.")
 
 
 class DataSource(Section):
@@ -236,12 +278,13 @@ class MetricsConfig(Section):
 
     tensorboard: bool = Field(True, description="Write TensorBoard event files.")
     wandb_project: str | None = Field(None, description="wandb project; unset: wandb is not used.")
+    print_every: int = Field(1, ge=0, description="Print a line every N steps; 0: the last step only.")
 
 
 class EvaluationConfig(Section):
     """Evaluation during and after training."""
 
-    every: int = Field(0, ge=0, description="Evaluate every N steps; 0: at the end only.")
+    every: int = Field(0, ge=0, description="Evaluate every N steps and before the first; 0: at the end only.")
     samples: int = Field(1, ge=1, description="CoTs per example.")
     temperature: float = Field(1.0, ge=0, description="Sampling temperature of evaluation CoTs; 0: greedy.")
     bootstrap: int = Field(1000, ge=1, description="Bootstrap resamples for the confidence intervals.")

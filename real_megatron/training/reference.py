@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 
 from real_megatron.batch.types import Group, Trajectory
-from real_megatron.policy import Policy
+from real_megatron.policy.policy import Policy
 
 
 class ReferenceWeights:

@@ -35,7 +35,7 @@ class EpochSampler:
         return np.random.default_rng([self.seed, epoch]).permutation(self.num_examples)
 
 
-def rollout_seed(seed: int, step: int, example_id: str) -> int:
-    """The sampling seed of one example at one step: 63 bits that depend on nothing else."""
-    digest = hashlib.sha256(f"{seed}/{step}/{example_id}".encode()).digest()
+def rollout_seed(seed: int, step: int, index: int) -> int:
+    """The sampling seed of the prompt at position `index` of a step's batch: 63 bits that depend on nothing else."""
+    digest = hashlib.sha256(f"{seed}/{step}/{index}".encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1

@@ -36,7 +36,7 @@ def test_no_examples_is_an_error() -> None:
         EpochSampler(0, 4, seed=0)
 
 
-def test_rollout_seeds_differ_by_seed_step_and_example() -> None:
-    seeds = {rollout_seed(s, t, e) for s in range(3) for t in range(3) for e in ("a", "b")}
-    assert len(seeds) == 18 and all(0 <= s < 2**63 for s in seeds)
-    assert rollout_seed(1, 2, "a") == rollout_seed(1, 2, "a")
+def test_rollout_seeds_differ_by_seed_step_and_position() -> None:
+    seeds = {rollout_seed(s, t, i) for s in range(3) for t in range(3) for i in range(20)}
+    assert len(seeds) == 180 and all(0 <= s < 2**63 for s in seeds)
+    assert rollout_seed(1, 2, 3) == rollout_seed(1, 2, 3)

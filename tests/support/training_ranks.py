@@ -1,0 +1,35 @@
+"""Rank functions of the training tests."""
+
+import torch
+
+from real_megatron.config import RunConfig
+from real_megatron.objective import build_objective
+from real_megatron.training.reference import ReferenceWeights
+from real_megatron.training.rl import update, with_policy_logprobs
+from tests.support.policy_ranks import make_groups, make_policy
+
+
+def reference_after_steps(config: RunConfig) -> tuple[list, list, bool]:
+    """Log-probs of fixed groups before training, the reference's after two steps, and whether weights came back."""
+    policy = make_policy(config)
+    groups = make_groups(seed=7)
+    before = [[t.old_logprobs for t in g.trajectories] for g in with_policy_logprobs(policy, groups)]
+    reference = ReferenceWeights(policy)
+    objective = build_objective(config.objective)
+    for step in range(2):
+        policy.train_step(make_groups(seed=step), objective)
+    trained = {name: tensor.clone() for name, tensor in policy.export()}
+    annotated = [[t.ref_logprobs for t in g.trajectories] for g in reference.annotate(groups)]
+    same = all(torch.equal(tensor, trained[name]) for name, tensor in policy.export())
+    moved = [[t.old_logprobs for t in g.trajectories] for g in with_policy_logprobs(policy, groups)]
+    assert moved != before
+    return before, annotated, same
+
+
+def two_updates(config: RunConfig) -> tuple[dict[str, float], list[dict[str, float]]]:
+    """One rollout batch in two updates, and the same groups given to the policy part by part."""
+    groups = make_groups(count=5)
+    objective = build_objective(config.objective)
+    whole = update(make_policy(config), groups, objective, updates=2)
+    policy = make_policy(config)
+    return whole, [policy.train_step(part, objective) for part in (groups[:2], groups[2:])]
