@@ -15,8 +15,8 @@ from megatron.core import parallel_state
 from torch import Tensor, nn
 
 from real_megatron.bridge.description import ModelDescription
+from real_megatron.bridge.expansion import parameters
 from real_megatron.bridge.live import local_parameters, shard_of, unwrap
-from real_megatron.bridge.parameters import parameters
 from real_megatron.bridge.table import Parameter
 
 

@@ -12,8 +12,8 @@ from megatron.core import parallel_state
 from torch import Tensor, nn
 
 from real_megatron.bridge.description import ModelDescription
+from real_megatron.bridge.expansion import parameters
 from real_megatron.bridge.hf_reader import HFCheckpoint
-from real_megatron.bridge.parameters import parameters
 from real_megatron.bridge.table import Parameter
 
 _LAYER = re.compile(r"(?<=decoder\.layers\.)\d+")

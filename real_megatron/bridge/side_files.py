@@ -1,0 +1,65 @@
+"""The small files of a Hugging Face checkpoint: configuration, tokenizer, generation settings, licence."""
+
+import json
+import shutil
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, PretrainedConfig
+
+from real_megatron.bridge.hf_reader import CheckpointError
+
+# Where a converted Megatron checkpoint keeps them, so that it can be converted back on its own.
+FOLDER = "hf"
+PATTERNS = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*",
+    "merges.txt",
+    "*.model",
+    "*.tiktoken",
+    "chat_template*",
+    "LICENSE*",
+    "NOTICE*",
+)
+
+
+def carry(source: Path, target: Path, dtype: torch.dtype | None = None) -> list[str]:
+    """Copy the side files of a checkpoint; `dtype`, if given, is entered in config.json. Returns their names."""
+    target.mkdir(parents=True, exist_ok=True)
+    names = [
+        path.name
+        for path in sorted(source.iterdir())
+        if path.is_file() and any(fnmatch(path.name, pattern) for pattern in PATTERNS)
+    ]
+    for name in names:
+        shutil.copyfile(source / name, target / name)
+    if dtype is not None:
+        _set_dtype(target / "config.json", dtype)
+    return names
+
+
+def read_config(directory: Path) -> PretrainedConfig:
+    """The model configuration in `config.json`; remote code is never run."""
+    file = directory / "config.json"
+    if not file.is_file():
+        raise CheckpointError(f"{file} is missing")
+    try:
+        return AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    except (ValueError, KeyError, OSError) as error:
+        raise CheckpointError(f"{file} cannot be used: {error}") from error
+
+
+def _set_dtype(file: Path, dtype: torch.dtype) -> None:
+    config: dict[str, Any] = json.loads(file.read_text())
+    name = str(dtype).removeprefix("torch.")
+    # transformers 4 writes "torch_dtype", 5 writes "dtype"; older readers know only the former.
+    key = "dtype" if "dtype" in config else "torch_dtype"
+    if config.get(key) != name:
+        config[key] = name
+        file.write_text(json.dumps(config, indent=2) + "\n")

@@ -1,0 +1,66 @@
+"""Independent pieces of work over processes, with one progress bar in bytes."""
+
+import multiprocessing as mp
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+Progress = Callable[[int], None]
+Work = Callable[[Any, Progress], Any]
+
+_state: dict[str, Any] = {}
+
+
+def run(
+    work: Work, tasks: Sequence[Any], total_bytes: int, workers: int, title: str, show_progress: bool = True
+) -> list[Any]:
+    """`work(task, progress)` for each task; results in order. `progress(n)` reports n more bytes done.
+
+    `work` and tasks must be picklable. One worker runs in this process. An exception in any task ends the run.
+    """
+    with tqdm(
+        total=total_bytes, desc=title, unit="B", unit_scale=True, unit_divisor=1024, disable=not show_progress
+    ) as bar:
+        if min(workers, len(tasks)) <= 1:
+            return [work(task, bar.update) for task in tasks]
+        context = mp.get_context("spawn")
+        done = context.Value("q", 0)
+        with ProcessPoolExecutor(min(workers, len(tasks)), context, _start, (work, done)) as pool:
+            futures = [pool.submit(_run, task) for task in tasks]
+            try:
+                results = []
+                for future in futures:
+                    while not future.done():
+                        _wait(future)
+                        bar.update(done.value - bar.n)
+                    results.append(future.result())
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+        bar.update(done.value - bar.n)
+        return results
+
+
+def _wait(future: Any) -> None:
+    try:
+        future.exception(timeout=0.2)
+    except TimeoutError:
+        pass
+
+
+def _start(work: Work, done: Any) -> None:
+    torch.set_num_threads(1)
+    _state["work"], _state["done"] = work, done
+
+
+def _run(task: Any) -> Any:
+    return _state["work"](task, _report)
+
+
+def _report(count: int) -> None:
+    done = _state["done"]
+    with done.get_lock():
+        done.value += count

@@ -1,0 +1,119 @@
+"""Does a Megatron model compute what its Hugging Face original computes? Logits of both on random tokens."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from real_megatron import bridge
+from real_megatron.batch.layout import Layout, Segment
+from real_megatron.config import ModelConfig, ParallelConfig
+from real_megatron.policy import cpu, runtime
+from real_megatron.policy.attention import PackedParams
+from real_megatron.policy.model import build_model
+
+
+@dataclass(frozen=True)
+class Verification:
+    """Largest absolute difference of the logits, largest absolute logit, and how many tokens were compared."""
+
+    difference: float
+    scale: float
+    tokens: int
+
+    @property
+    def passed(self) -> bool:
+        """Equal up to float32 rounding: 1e-5 of the largest logit (at least 1)."""
+        return self.difference <= 1e-5 * max(self.scale, 1.0)
+
+
+def verify(
+    hf_path: str | Path,
+    megatron_path: str | Path | None = None,
+    parallel: ParallelConfig | None = None,
+    sequences: int = 2,
+    length: int = 32,
+    seed: int = 0,
+) -> Verification:
+    """Compare float32 logits of a Hugging Face checkpoint and of its Megatron counterpart on random tokens.
+
+    megatron_path: a converted checkpoint; without one the weights come straight from `hf_path`. parallel: layout of
+    the Megatron model; default: one rank. Collective. Each rank holds the Hugging Face model and then its share of
+    the Megatron model, one after the other.
+    """
+    parallel = parallel or ParallelConfig()
+    runtime.initialize(parallel, seed)
+    description = bridge.describe(bridge.read_config(Path(hf_path)))
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(description.vocab_size, (sequences, length), generator=generator)
+    expected = hf_logits(hf_path, tokens)
+    chunks = build_model(description, parallel, ModelConfig(dtype="float32"))
+    if megatron_path is None:
+        bridge.load_hf(chunks, description, hf_path)
+    else:
+        load_weights(chunks, megatron_path)
+    logits = model_logits(chunks, tokens)
+    result = None
+    if logits is not None:
+        logits = logits[..., : description.vocab_size].cpu()
+        result = Verification((logits - expected).abs().max().item(), expected.abs().max().item(), tokens.numel())
+    holder = [result]
+    group = parallel_state.get_pipeline_model_parallel_group()
+    dist.broadcast_object_list(holder, src=parallel_state.get_pipeline_model_parallel_last_rank(), group=group)
+    return holder[0]
+
+
+def hf_logits(hf_path: str | Path, tokens: Tensor) -> Tensor:
+    """transformers' logits for `tokens` `[B, T]`: float32 `[B, T, V]`."""
+    model = AutoModelForCausalLM.from_pretrained(hf_path, dtype=torch.float32, attn_implementation="eager").eval()
+    with torch.no_grad():
+        return model(tokens).logits
+
+
+def load_weights(chunks: Sequence[nn.Module], directory: str | Path) -> None:
+    """Read the model (nothing else) from a Megatron checkpoint of any layout. Collective."""
+    with cpu.device_mode():
+        state = {f"model{i}": chunk.sharded_state_dict() for i, chunk in enumerate(chunks)}
+        loaded = dist_checkpointing.load(state, str(directory))
+        for i, chunk in enumerate(chunks):
+            chunk.load_state_dict(loaded[f"model{i}"], strict=True)
+
+
+def model_logits(chunks: Sequence[nn.Module], tokens: Tensor) -> Tensor | None:
+    """The Megatron model's logits for `tokens` `[B, T]`: float32 `[B, T, padded V]` on the last stage, else None.
+
+    Each sequence is one micro-batch of the pipeline schedule. Collective.
+    """
+    device = runtime.default_device()
+
+    def forward_step(batches, model: nn.Module):
+        layout = Layout((Segment(tokens.size(1)),))
+        output = model(
+            input_ids=next(batches)[None].to(device),
+            position_ids=layout.positions()[None].to(device),
+            attention_mask=None,
+            packed_seq_params=PackedParams(qkv_format="bshd", layout=layout),
+        )
+        return output, lambda output, non_loss_data: gather_from_tensor_model_parallel_region(output).float()
+
+    for chunk in chunks:
+        chunk.eval()
+    with torch.no_grad(), cpu.device_mode():
+        outputs = get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=[iter(tokens) for _ in chunks] if len(chunks) > 1 else iter(tokens),
+            model=list(chunks) if len(chunks) > 1 else chunks[0],
+            num_microbatches=tokens.size(0),
+            seq_length=1,
+            micro_batch_size=1,
+            forward_only=True,
+            collect_non_loss_data=True,
+        )
+    return torch.cat(outputs) if outputs else None
