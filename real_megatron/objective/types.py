@@ -58,7 +58,11 @@ class ScoredBatch:
         """Raise ValueError when shapes disagree or a value that is read is not finite (one device sync)."""
         n, tokens = self.size, self.token_logprobs.shape[0]
         shapes = {"token_logprobs": (tokens,), "token_trajectory": (tokens,), "has_answer": (n,), "labels": (n,)}
-        shapes |= {"group": (n,), "values": (self.score_logprobs.shape[-1],), "score_logprobs": (n, len(self.values))}
+        shapes |= {
+            "group": (n,),
+            "values": (self.score_logprobs.shape[-1],),
+            "score_logprobs": (n, self.score_logprobs.shape[-1]),
+        }
         shapes |= {"old_logprobs": (tokens,), "ref_logprobs": (tokens,), "advantages": (n,)}
         tensors = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
         for name, tensor in tensors.items():

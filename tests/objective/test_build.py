@@ -1,0 +1,77 @@
+"""Configuration → objective, and the contradictions that are refused."""
+
+import pytest
+
+from real_megatron.config import ObjectiveConfig
+from real_megatron.objective import build_objective, check
+from real_megatron.objective.reinforce import ReinforceObjective
+from real_megatron.objective.rewards import REWARDS, RewardOptions
+from real_megatron.objective.sft import SupervisedObjective
+
+
+def test_the_default_is_the_papers_formula() -> None:
+    want = ReinforceObjective(REWARDS["real"], RewardOptions(lam=1.0, probabilities="full"))
+    assert build_objective(ObjectiveConfig()) == want
+    assert (want.beta, want.term1, want.baseline, want.kl, want.ratio) == (1.0, True, "rloo", 0.0, "none")
+    assert (want.std_normalize, want.clamp, want.token_mean) == (False, None, False)
+
+
+def test_every_setting_arrives() -> None:
+    settings = {"beta": 0.5, "term1": True, "baseline": "group_mean", "std_normalize": True, "clamp": 2.0}
+    settings |= {"token_mean": True, "kl": 0.25, "ratio": "truncated_is", "clip": 0.125, "is_cap": 3.0}
+    objective = build_objective(
+        ObjectiveConfig(lam=0.75, probabilities="renormalized", is_level="token", no_anchor_reward=-4, **settings)
+    )
+    assert {name: getattr(objective, name) for name in settings} == settings
+    assert (objective.is_level, objective.floor) == ("token", -4.0)
+    assert objective.options == RewardOptions(lam=0.75, probabilities="renormalized")
+
+
+@pytest.mark.parametrize(
+    ("name", "want"),
+    [
+        ("rloo", ReinforceObjective(REWARDS["binary"])),
+        ("jepo", ReinforceObjective(REWARDS["answer_logprob"])),
+        ("grpo", ReinforceObjective(REWARDS["binary"], baseline="group_mean", std_normalize=True, ratio="ppo")),
+        ("sft", SupervisedObjective(squared=0.0, lam=1.0)),
+        ("raft", SupervisedObjective(squared=1.0, lam=1.0)),
+        ("tract", SupervisedObjective(squared=1.0, lam=1.0)),
+    ],
+)
+def test_the_name_chooses_defaults(name: str, want: object) -> None:
+    config = ObjectiveConfig(name=name)
+    assert build_objective(config) == want
+    # a saved, resolved configuration builds the same objective
+    assert build_objective(ObjectiveConfig(**config.model_dump())) == want
+
+
+def test_what_is_given_wins_over_the_names_defaults() -> None:
+    objective = build_objective(ObjectiveConfig(name="grpo", baseline="rloo", reward="binary_greedy"))
+    assert (objective.baseline, objective.std_normalize) == ("rloo", True)
+    assert objective.reward is REWARDS["binary_greedy"]
+
+
+def test_an_unknown_reward_is_refused() -> None:
+    with pytest.raises(ValueError, match="unknown reward 'reel'"):
+        build_objective(ObjectiveConfig(reward="reel"))
+
+
+def test_nothing_to_learn_is_refused() -> None:
+    with pytest.raises(ValueError, match="nothing would be learnt"):
+        ObjectiveConfig(term1=False, beta=0.0)
+
+
+def test_several_updates_need_an_importance_ratio() -> None:
+    with pytest.raises(ValueError, match="batch.updates is 12.*set objective.ratio to ppo or truncated_is"):
+        check(ObjectiveConfig(), updates=12, responses=8)
+    for config in (ObjectiveConfig(ratio="truncated_is"), ObjectiveConfig(name="grpo"), ObjectiveConfig(name="sft")):
+        check(config, updates=12, responses=8)
+    check(ObjectiveConfig(), updates=1, responses=8)
+
+
+def test_a_baseline_needs_responses_to_compare() -> None:
+    for config in (ObjectiveConfig(), ObjectiveConfig(baseline="group_mean"), ObjectiveConfig(name="grpo")):
+        with pytest.raises(ValueError, match="rollout.n is 1.*rollout.n to 2 or more"):
+            check(config, updates=1, responses=1)
+    for config in (ObjectiveConfig(baseline="none"), ObjectiveConfig(term1=False), ObjectiveConfig(name="raft")):
+        check(config, updates=1, responses=1)

@@ -1,0 +1,26 @@
+"""Pairs and their reduction."""
+
+import pytest
+import torch
+
+from real_megatron.objective.metrics import pair, part, summarize
+
+
+def test_pairs() -> None:
+    x = torch.tensor([1.0, 2.0, 4.0], requires_grad=True)
+    assert pair(x).tolist() == [7, 3] and not pair(x).requires_grad
+    assert pair(x, torch.tensor([True, False, True])).tolist() == [5, 2]
+    assert pair(x[:0]).tolist() == [0, 0]
+    assert part(x.sum(), 0.25).tolist() == [7, 0.25]
+
+
+def test_summaries_leave_out_what_nobody_measured() -> None:
+    pairs = {"a": torch.tensor([6.0, 3.0]), "b": torch.tensor([0.0, 0.0])}
+    assert summarize(pairs) == {"a": 2.0}
+
+
+def test_the_deviation_is_over_the_whole_batch() -> None:
+    """Not the mean of the micro-batches' deviations."""
+    first, second = torch.tensor([1.0, 1.0]), torch.tensor([5.0, 5.0])
+    pairs = {"advantage": pair(first) + pair(second), "advantage_square": pair(first**2) + pair(second**2)}
+    assert summarize(pairs) == {"advantage": 3.0, "advantage_std": pytest.approx(2.0)}

@@ -1,0 +1,281 @@
+"""The composed reinforcement-learning objective: splitting, special responses, faults, metrics.
+
+Splits change only the order of float64 sums: tolerance 1e-12.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from real_megatron.config import ObjectiveConfig
+from real_megatron.objective import ScoredBatch, Totals, build_objective, summarize
+from real_megatron.objective.rewards import LOGPROB_FLOOR
+
+Batch = Callable[..., ScoredBatch]
+TotalsOf = Callable[[ScoredBatch], Totals]
+EXACT = {"rtol": 0, "atol": 1e-12}
+
+VARIANTS: dict[str, dict] = {
+    "paper": {},
+    "authors": {"std_normalize": True, "clamp": 1.0, "token_mean": True, "beta": 0.5},
+    "kl": {"kl": 0.1, "probabilities": "renormalized", "lam": 0.0},
+    "ppo": {"ratio": "ppo", "kl": 0.1},
+    "sequence-is": {"ratio": "truncated_is"},
+    "token-is": {"ratio": "truncated_is", "is_level": "token", "token_mean": True},
+    "no-term1": {"term1": False},
+    "no-term2": {"beta": 0.0},
+    "grpo": {"name": "grpo"},
+    "jepo": {"name": "jepo"},
+    "rloo": {"name": "rloo"},
+}
+
+
+def build(**settings: object):  # noqa: ANN201
+    return build_objective(ObjectiveConfig(**settings))
+
+
+def part_of(scored: ScoredBatch, trajectories: list[int], advantages: Tensor | None = None) -> ScoredBatch:
+    """The micro-batch of some trajectories, in the graph of the whole batch."""
+    keep = torch.tensor(trajectories)
+    rows = torch.cat([(scored.token_trajectory == i).nonzero()[:, 0] for i in trajectories])
+    index = torch.full((scored.size,), -1)
+    index[keep] = torch.arange(len(keep))
+    _, group = scored.group[keep].unique_consecutive(return_inverse=True)
+    return ScoredBatch(
+        token_logprobs=scored.token_logprobs[rows],
+        token_trajectory=index[scored.token_trajectory[rows]],
+        score_logprobs=scored.score_logprobs[keep],
+        has_answer=scored.has_answer[keep],
+        labels=scored.labels[keep],
+        group=group,
+        values=scored.values,
+        old_logprobs=scored.old_logprobs[rows],
+        ref_logprobs=scored.ref_logprobs[rows],
+        advantages=None if advantages is None else advantages[keep],
+    )
+
+
+def contributions(objective, parts: list[ScoredBatch], totals: Totals, scored: ScoredBatch):  # noqa: ANN001, ANN201
+    """Summed loss, gradients and metric pairs of micro-batches."""
+    results = [objective(part, totals) for part in parts]
+    loss = sum(loss for loss, _ in results)
+    gradients = torch.autograd.grad(loss, (scored.token_logprobs, scored.score_logprobs))
+    names = {name for _, metrics in results for name in metrics}
+    pairs = {name: sum(metrics[name] for _, metrics in results if name in metrics) for name in names}
+    return loss.detach(), gradients, pairs
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_micro_batches_of_whole_groups_add_up_to_the_batch(variant: str, batch: Batch, totals: TotalsOf) -> None:
+    objective, scored = build(**VARIANTS[variant]), batch()
+    whole = contributions(objective, [scored], totals(scored), scored)
+    parts = [part_of(scored, [3, 4]), part_of(scored, [0, 1, 2]), part_of(scored, [5, 6, 7, 8])]
+    split = contributions(objective, parts, totals(scored), scored)
+    assert whole[1][0].any() or variant == "no-term1"
+    torch.testing.assert_close(split, whole, **EXACT)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_split_groups_with_precomputed_advantages_add_up_too(variant: str, batch: Batch, totals: TotalsOf) -> None:
+    objective, scored = build(**VARIANTS[variant]), batch()
+    whole = contributions(objective, [scored], totals(scored), scored)
+    advantages = objective.advantages(objective.rewards(scored), scored.group)
+    assert not advantages.requires_grad
+    parts = [part_of(scored, list(range(i, min(i + 2, 9))), advantages) for i in range(0, 9, 2)]
+    split = contributions(objective, parts, totals(scored), scored)
+    torch.testing.assert_close(split, whole, **EXACT)
+
+
+def test_precomputed_advantages_are_used_as_they_are(batch: Batch, totals: TotalsOf) -> None:
+    """Neither normalised, clamped nor centred once more; Term 2 does not look at them."""
+    scored = batch()
+    scored.advantages = torch.linspace(-7, 9, 9, dtype=torch.float64)
+    objective = build(std_normalize=True, clamp=1.0, beta=2.0)
+    loss, _ = objective(scored, totals(scored))
+    d_tokens, d_scores = torch.autograd.grad(loss, (scored.token_logprobs, scored.score_logprobs))
+    torch.testing.assert_close(d_tokens, -scored.advantages[scored.token_trajectory] / 9, **EXACT)
+    _, (_, plain), _ = contributions(build(beta=2.0), [replace(scored, advantages=None)], totals(scored), scored)
+    torch.testing.assert_close(d_scores, plain, **EXACT)
+
+
+def test_every_token_of_a_response_carries_its_advantage_and_no_other(batch: Batch, totals: TotalsOf) -> None:
+    """The first and the last token of each response included: no slice is off by one."""
+    objective, scored = build(), batch()
+    _, (d_tokens, _), _ = contributions(objective, [scored], totals(scored), scored)
+    advantages = objective.advantages(objective.rewards(scored), scored.group)
+    assert d_tokens.tolist() == pytest.approx([-float(advantages[i]) / 9 for i in scored.token_trajectory])
+
+
+def test_one_source_of_reward_is_normalised_and_clamped_once(batch: Batch, totals: TotalsOf) -> None:
+    """−(ŷ−y*)² and λ log π(y*) are added first; normalising each by itself would weigh them anew in each group."""
+    scored = batch(sizes=(4, 4), invalid=())
+    prediction = scored.score_logprobs.detach().exp() @ scored.values
+    nearest = scored.labels.round().long() - 1
+    r = -((prediction - scored.labels) ** 2) + 0.5 * scored.score_logprobs.detach().gather(1, nearest[:, None])[:, 0]
+    want = torch.cat([((x - x.mean()) * 4 / 3 / (x.std() + 1e-6)).clamp(-1, 1) for x in r.split(4)])
+    _, (d_tokens, _), pairs = contributions(
+        build(lam=0.5, std_normalize=True, clamp=1.0), [scored], totals(scored), scored
+    )
+    torch.testing.assert_close(d_tokens, -want[scored.token_trajectory] / 8, **EXACT)
+    torch.testing.assert_close(pairs["reward"], torch.stack([r.sum(), torch.tensor(8.0).double()]), **EXACT)
+
+
+def test_term_2_weighs_the_same_at_any_response_length(batch: Batch, totals: TotalsOf) -> None:
+    """With β on a token and a token mean over it, long CoTs would refine their prediction less."""
+    for settings in ({}, {"token_mean": True}, {"ratio": "ppo"}, {"name": "grpo", "token_mean": True}):
+        gradients = []
+        for lengths in (1, 40):
+            scored = batch(lengths=lengths, seed=5)
+            scored.score_logprobs = batch(seed=1).score_logprobs
+            gradients.append(contributions(build(**settings), [scored], totals(scored), scored)[1][1])
+        assert gradients[0].any()
+        torch.testing.assert_close(*gradients, **EXACT)
+
+
+def test_term_1_and_beta_keep_their_balance_in_the_reported_losses(batch: Batch, totals: TotalsOf) -> None:
+    scored = batch()
+    _, metrics = build(beta=0.5, kl=0.2)(scored, totals(scored))
+    numbers = summarize(metrics)
+    assert numbers["loss"] == pytest.approx(numbers["loss_term1"] + numbers["loss_term2"] + numbers["loss_kl"])
+    assert numbers["loss_term2"] == pytest.approx(-0.5 * numbers["reward"])
+
+
+def test_truncated_responses_are_punished_and_not_trained_as_answers(batch: Batch, totals: TotalsOf) -> None:
+    scored = batch(sizes=(4,), invalid=(2,))
+    garbage = scored.score_logprobs.detach().clone()
+    garbage[2] = float("nan")
+    scored.score_logprobs = garbage.requires_grad_()
+    objective = build()
+    rewards = objective.rewards(scored)
+    assert float(rewards[2]) == pytest.approx(-25 + LOGPROB_FLOOR) and rewards.argmin() == 2
+    _, (d_tokens, d_scores), pairs = contributions(objective, [scored], totals(scored), scored)
+    assert d_scores[2].tolist() == [0] * 5 and torch.isfinite(d_scores).all() and d_scores[[0, 1, 3]].all()
+    # Its tokens become less likely, and its reward is part of the others' baseline.
+    tokens = scored.token_trajectory == 2
+    assert tokens.any() and (d_tokens[tokens] > 0).all()
+    advantages = objective.advantages(rewards, scored.group)
+    assert float(advantages[0]) == pytest.approx(float(rewards[0] - rewards[1:].mean()))
+    assert summarize(pairs)["valid"] == pytest.approx(0.75)
+    assert float(build(no_anchor_reward=-9.0).rewards(scored)[2]) == -9.0
+
+
+def test_a_batch_without_a_single_answer_still_learns_to_give_one_and_runs_backward(
+    batch: Batch, totals: TotalsOf
+) -> None:
+    scored = batch(sizes=(2, 2), invalid=(0, 1, 2, 3))
+    _, (d_tokens, d_scores), _ = contributions(build(), [scored], totals(scored), scored)
+    assert not d_tokens.any() and not d_scores.any()
+    contributions(build(term1=False), [scored], totals(scored), scored)
+    contributions(build(beta=0.0), [scored], totals(scored), scored)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_micro_batch_of_padding_alone_contributes_zero(variant: str, batch: Batch) -> None:
+    full = batch()
+    empty = replace(part_of(full, [0]), **{name: getattr(full, name)[:0] for name in ("has_answer", "labels", "group")})
+    empty = replace(
+        empty,
+        token_logprobs=full.token_logprobs[:0],
+        token_trajectory=full.token_trajectory[:0],
+        score_logprobs=full.score_logprobs[:0],
+        old_logprobs=None,
+        ref_logprobs=None,
+    )
+    loss, metrics = build(**VARIANTS[variant])(empty, Totals(3, 9, 20))
+    assert loss.item() == 0 and loss.requires_grad
+    assert all(pair.tolist() == [0, 0] for pair in metrics.values())
+
+
+def test_a_missing_reference_is_an_error_and_never_a_zero(batch: Batch, totals: TotalsOf) -> None:
+    objective, scored = build(kl=0.1), batch()
+    assert objective.needs_ref_logprobs and not build().needs_ref_logprobs
+    assert summarize(objective(scored, totals(scored))[1])["kl"] > 0.01
+    with pytest.raises(ValueError, match="objective.kl is above 0 but the batch has no log-probabilities"):
+        objective(replace(scored, ref_logprobs=None), totals(scored))
+
+
+@pytest.mark.parametrize("ratio", ["ppo", "truncated_is"])
+def test_a_ratio_without_the_samplers_log_probabilities_is_an_error(ratio: str, batch: Batch, totals: TotalsOf) -> None:
+    objective, scored = build(ratio=ratio), replace(batch(), old_logprobs=None)
+    assert objective.needs_old_logprobs and not build().needs_old_logprobs
+    with pytest.raises(ValueError, match=f"objective.ratio is '{ratio}' but the batch has no log-probabilities"):
+        objective(scored, totals(scored))
+
+
+def test_values_that_are_not_finite_are_refused(batch: Batch, totals: TotalsOf) -> None:
+    scored = batch()
+    scored.token_logprobs.data[3] = float("nan")
+    for call in (lambda: build()(scored, totals(scored)), lambda: build().rewards(scored)):
+        with pytest.raises(ValueError, match="NaN or infinite values in token_logprobs"):
+            call()
+
+
+def test_a_single_response_needs_another_baseline(batch: Batch, totals: TotalsOf) -> None:
+    scored = batch(sizes=(1, 2), invalid=())
+    with pytest.raises(ValueError, match="a group holds a single response"):
+        build()(scored, totals(scored))
+    for settings in ({"baseline": "none"}, {"term1": False}):
+        assert not build(**settings).needs_advantages
+        build(**settings)(scored, totals(scored))
+    assert build().needs_advantages
+    build()(replace(scored, advantages=torch.zeros(3, dtype=torch.float64)), totals(scored))
+
+
+def test_presets_are_the_published_combinations(batch: Batch, totals: TotalsOf) -> None:
+    scored = batch(invalid=())
+    p = scored.score_logprobs.detach().gather(1, (scored.labels - 0.01).round().long()[:, None] - 1)[:, 0]
+    torch.testing.assert_close(build(name="jepo").rewards(scored), p, **EXACT)
+    for name in ("rloo", "grpo"):
+        torch.testing.assert_close(build(name=name).rewards(scored), p.exp(), **EXACT)
+    rewards = build(name="grpo").rewards(scored)
+    want = torch.cat([(r - r.mean()) / (r.std() + 1e-6) for r in rewards.split([3, 2, 4])])
+    torch.testing.assert_close(build(name="grpo").advantages(rewards, scored.group), want, **EXACT)
+    assert build(name="grpo").ratio == "ppo" and build(name="rloo").ratio == "none"
+
+
+def test_metrics_by_hand(batch: Batch, totals: TotalsOf) -> None:
+    scored = batch()
+    objective = build(ratio="ppo", kl=0.1)
+    numbers = summarize(objective(scored, totals(scored))[1])
+    has, logp = scored.has_answer, scored.score_logprobs.detach()[scored.has_answer]
+    error = logp.exp() @ scored.values - scored.labels[has]
+    advantages = objective.advantages(objective.rewards(scored), scored.group)
+    ratio = (scored.token_logprobs.detach() - scored.old_logprobs).exp()
+    a = advantages[scored.token_trajectory]
+    clipped = torch.where(a > 0, ratio > 1.2, ratio < 0.8).double()
+    q = logp.softmax(-1)
+    want = {
+        "reward": objective.rewards(scored).mean(),
+        "squared_error": (error**2).mean(),
+        "absolute_error": error.abs().mean(),
+        "expected_score": (logp.exp() @ scored.values).mean(),
+        "score_mass": logp.exp().sum(-1).mean(),
+        "score_entropy": -(q * q.log()).sum(-1).mean(),
+        "valid": torch.tensor(8 / 9),
+        "response_tokens": torch.tensor(len(ratio) / 9),
+        "advantage": advantages.mean(),
+        "advantage_abs": advantages.abs().mean(),
+        "advantage_std": advantages.std(unbiased=False),
+        "ratio": ratio.mean(),
+        "clip_fraction": clipped.mean(),
+    }
+    assert 0 < float(clipped.mean()) < 1
+    assert {name: numbers[name] for name in want} == pytest.approx({k: float(v) for k, v in want.items()}, abs=1e-12)
+    assert all(math.isfinite(x) for x in numbers.values())
+
+
+def test_float32_inputs_give_float32_losses_and_gradients(batch: Batch, totals: TotalsOf) -> None:
+    scored = batch()
+    want = contributions(build(ratio="truncated_is", kl=0.1), [scored], totals(scored), scored)
+    names = ("token_logprobs", "score_logprobs", "labels", "values", "old_logprobs", "ref_logprobs")
+    single = replace(scored, **{name: getattr(scored, name).detach().float() for name in names})
+    single.token_logprobs.requires_grad_()
+    single.score_logprobs.requires_grad_()
+    got = contributions(build(ratio="truncated_is", kl=0.1), [single], totals(single), single)
+    assert got[0].dtype == got[1][0].dtype == got[1][1].dtype == torch.float32
+    # float32 rounding of rewards of order 30
+    torch.testing.assert_close(got[1], want[1], rtol=1e-4, atol=1e-5, check_dtype=False)

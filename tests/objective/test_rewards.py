@@ -1,0 +1,124 @@
+"""Rewards and their registry."""
+
+import math
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from real_megatron.objective.rail import score_entropy
+from real_megatron.objective.rewards import (
+    LOGPROB_FLOOR,
+    REWARDS,
+    RewardOptions,
+    compute_rewards,
+    find_reward,
+    register_reward,
+)
+
+VALUES = torch.tensor([1.0, 2.0, 4.0])
+LOGP = torch.tensor([[0.1, 0.2, 0.5]]).log()
+ALL = torch.tensor([True])
+
+
+def value(name: str, label: float, **options: object) -> float:
+    settings = RewardOptions(**options)
+    return float(compute_rewards(find_reward(name), LOGP, ALL, VALUES, torch.tensor([label]), settings))
+
+
+@pytest.fixture
+def registry() -> Iterator[None]:
+    known = dict(REWARDS)
+    yield
+    REWARDS.clear()
+    REWARDS.update(known)
+
+
+def test_values_by_hand() -> None:
+    # ŷ = 2.5; log π, not π: at λ = 1 the second part is log 0.5, and log 0.2 for the label 2.
+    assert value("real", 4.0) == pytest.approx(-2.25 + math.log(0.5))
+    assert value("real", 2.0, lam=0.5) == pytest.approx(-0.25 + 0.5 * math.log(0.2))
+    assert value("real", 4.0, lam=0.0) == pytest.approx(-2.25)
+    assert value("real", 4.0, probabilities="renormalized") == pytest.approx(-((3.125 - 4) ** 2) + math.log(0.5))
+    assert value("answer_logprob", 2.0) == pytest.approx(math.log(0.2))
+    assert value("binary", 2.0) == pytest.approx(0.2)
+    assert (value("binary_greedy", 4.0), value("binary_greedy", 2.0)) == (1.0, 0.0)
+
+
+def test_a_fractional_label_keeps_its_error_and_reads_the_nearest_score() -> None:
+    assert value("real", 3.4) == pytest.approx(-0.81 + math.log(0.5))
+    assert value("binary", 2.9) == pytest.approx(0.2)
+    assert value("binary_greedy", 3.4) == 1.0
+
+
+def test_a_response_without_an_answer_gets_the_floor_and_nothing_of_its_row() -> None:
+    logp = torch.tensor([[math.nan, math.inf, 0.0], [-1.0, -2.0, -3.0]], requires_grad=True)
+    has = torch.tensor([False, True])
+    r = compute_rewards(find_reward("real"), logp, has, VALUES, torch.tensor([2.0, 2.0]), RewardOptions())
+    assert r[0].item() == pytest.approx(-16.0 + LOGPROB_FLOOR)
+    r.sum().backward()
+    assert logp.grad is not None and logp.grad[0].tolist() == [0, 0, 0]
+    assert torch.isfinite(logp.grad).all() and logp.grad[1].any()
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "floor"),
+    [
+        # full probabilities: with all probability leaked ŷ is 0, so the worst error on 1..4 is 4, not 3
+        ("real", {}, -16 + LOGPROB_FLOOR),
+        ("real", {"probabilities": "renormalized"}, -9 + LOGPROB_FLOOR),
+        ("real", {"lam": 0.0, "probabilities": "renormalized"}, -9),
+        ("real", {"lam": 2.0}, -16 + 2 * LOGPROB_FLOOR),
+        ("answer_logprob", {}, LOGPROB_FLOOR),
+        ("binary", {}, 0),
+        ("binary_greedy", {}, 0),
+    ],
+)
+def test_floors(name: str, options: dict, floor: float) -> None:
+    none = torch.tensor([False])
+    arguments = (find_reward(name), LOGP, none, VALUES, torch.tensor([2.0]), RewardOptions(**options))
+    assert float(compute_rewards(*arguments)) == pytest.approx(floor)
+    assert float(compute_rewards(*arguments, floor=-3.5)) == -3.5
+
+
+def test_no_valid_response_can_do_worse_than_the_squared_error_floor() -> None:
+    g = torch.Generator().manual_seed(0)
+    logp = torch.log_softmax(4 * torch.randn(500, 4, generator=g), -1)[:, :3]
+    labels = 1 + 3 * torch.rand(500, generator=g)
+    for probabilities in ("full", "renormalized"):
+        options = RewardOptions(lam=0.0, probabilities=probabilities)
+        r = compute_rewards(find_reward("real"), logp, torch.ones(500).bool(), VALUES, labels, options)
+        floor = float(find_reward("real").floor(VALUES, options))
+        assert floor <= r.min() < 0.8 * floor
+
+
+def test_a_user_adds_a_reward(registry: None) -> None:
+    @register_reward("confident", floor=-5.0)
+    def confident(score_logprobs, values, labels, options):  # noqa: ANN001, ANN202
+        return -score_entropy(score_logprobs)
+
+    assert value("confident", 2.0) == pytest.approx(-float(score_entropy(LOGP)))
+
+
+def test_a_reward_is_found_in_a_module_of_the_user(
+    registry: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "judge_rewards_of_a_test.py").write_text(
+        "from real_megatron.objective import register_reward\n"
+        "@register_reward('absolute', floor=lambda values, options: values.min() - values.max())\n"
+        "def absolute(score_logprobs, values, labels, options):\n"
+        "    return -(score_logprobs.exp() @ values - labels).abs()\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    try:
+        assert value("judge_rewards_of_a_test:absolute", 4.0) == pytest.approx(-1.5)
+        assert float(find_reward("absolute").floor(VALUES, RewardOptions())) == -3.0
+    finally:
+        sys.modules.pop("judge_rewards_of_a_test", None)
+
+
+def test_an_unknown_reward_names_the_known_ones() -> None:
+    with pytest.raises(ValueError, match="unknown reward 'reel'; known: .*binary.*real"):
+        find_reward("reel")
