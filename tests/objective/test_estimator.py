@@ -1,7 +1,7 @@
 """The gradient estimators against exact objectives, on a policy small enough to enumerate every CoT.
 
-The policy is a two-layer softmax network in float64. A CoT is up to three tokens; token 0 is the anchor and ends it; a CoT
-of three other tokens is truncated and has no answer. The estimator's expectation is the exact sum over all K-tuples
+The policy is a two-layer softmax network in float64. A CoT is up to three tokens; token 0 is the anchor and ends it; a
+CoT of three other tokens is truncated and has no answer. The estimator's expectation is the exact sum over all K-tuples
 of CoTs; the objective's gradient comes from central differences of J(θ) = Σ_c π(c) r(c), which share no code with the
 package. Central differences at step 1e-5 are accurate to about 1e-9 here; the tolerances are 1e-7.
 """

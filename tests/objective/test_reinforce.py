@@ -130,7 +130,8 @@ def test_term_2_weighs_the_same_at_any_response_length(batch: Batch, totals: Tot
         gradients = []
         for lengths in (1, 40):
             scored = batch(lengths=lengths, seed=5)
-            scored.score_logprobs = batch(seed=1).score_logprobs
+            other = batch(seed=1)
+            scored.score_logprobs, scored.labels = other.score_logprobs, other.labels
             gradients.append(contributions(build(**settings), [scored], totals(scored), scored)[1][1])
         assert gradients[0].any()
         torch.testing.assert_close(*gradients, **EXACT)
@@ -255,8 +256,8 @@ def test_metrics_by_hand(batch: Batch, totals: TotalsOf) -> None:
         "expected_score": (logp.exp() @ scored.values).mean(),
         "score_mass": logp.exp().sum(-1).mean(),
         "score_entropy": -(q * q.log()).sum(-1).mean(),
-        "valid": torch.tensor(8 / 9),
-        "response_tokens": torch.tensor(len(ratio) / 9),
+        "valid": 8 / 9,
+        "response_tokens": len(ratio) / 9,
         "advantage": advantages.mean(),
         "advantage_abs": advantages.abs().mean(),
         "advantage_std": advantages.std(unbiased=False),
