@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from real_megatron.policy import gloo
+
 
 class CpuDeviceMode(TorchFunctionMode):
     """Sends `device="cuda"` arguments and `.cuda()` calls to the CPU, and names CPU tensor types as CUDA ones."""
@@ -46,6 +48,9 @@ class _NoStream:
 
     def record(self, *args: Any) -> None: ...
 
+    def record_event(self, *args: Any) -> "_NoStream":
+        return self
+
     def synchronize(self) -> None: ...
 
 
@@ -69,6 +74,16 @@ def install() -> None:
 
     megatron_random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
     megatron_random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
+
+    from megatron.core.transformer.moe import token_dispatcher
+
+    token_dispatcher.maybe_move_tensor_to_cpu = _split_sizes_to_numpy
+    gloo.install()
+
+
+def _split_sizes_to_numpy(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    """Megatron-Core's function of that place leaves tensors that are on CPU already as they are, never numpy."""
+    return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
 
 def device_mode() -> contextlib.AbstractContextManager:

@@ -14,6 +14,7 @@ from megatron.core.tensor_parallel import (
     gather_from_sequence_parallel_region,
 )
 from megatron.core.transformer import ModuleSpec, TransformerConfig
+from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor
@@ -25,6 +26,10 @@ from real_megatron.policy import cpu, rope
 from real_megatron.policy.attention import PackedAttention, PackedParams
 from real_megatron.policy.norm import RMSNorm
 from real_megatron.policy.runtime import default_dtype, has_transformer_engine
+
+# Megatron-Core 0.16 routes tokens through this name whether or not Transformer Engine, which defines it, is installed.
+if not hasattr(moe_utils, "te_general_gemm"):
+    moe_utils.te_general_gemm = None
 
 
 class JudgeModel(GPTModel):
@@ -150,14 +155,25 @@ def transformer_config(
         moe_token_dispatcher_type="alltoall",
         # The objective divides by the global batch's totals itself: gradients are summed, not averaged.
         calculate_per_token_loss=True,
+        # The interleaved schedule between two ranks needs messages in flight one by one: in a batch, forward and
+        # backward messages of the same pair would be matched in the wrong order.
+        overlap_p2p_comm=parallel.virtual_pipeline is not None,
+        batch_p2p_comm=parallel.virtual_pipeline is None,
         use_cpu_initialization=not on_gpu,
-        perform_initialization=False,
+        # Initialisation also marks which weights are tensor-parallel, on which the gradient norm depends: it must run,
+        # but the values come from the bridge.
+        init_method=_leave_uninitialized,
+        output_layer_init_method=_leave_uninitialized,
         gradient_accumulation_fusion=False,
         bias_activation_fusion=on_gpu,
         bias_dropout_fusion=on_gpu,
         masked_softmax_fusion=False,
         deallocate_pipeline_outputs=True,
     )
+
+
+def _leave_uninitialized(weight: Tensor) -> Tensor:
+    return weight
 
 
 def _block_spec(
