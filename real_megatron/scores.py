@@ -47,8 +47,7 @@ class ScoreScale:
         numbers = _values(texts, values)
         if not _visible(anchor):
             raise ValueError(f"the anchor {anchor!r} has no visible character; give a text such as '[RESULT] '")
-        encoded = _encode_all(tokenizer, [anchor + text for text in texts])
-        context, rows = encoded
+        context, rows = _encode_all(tokenizer, [anchor + text for text in texts])
         length = _common_prefix(rows)
         while length and not _visible(anchor).startswith(_visible(_text_after(tokenizer, context, rows[0][:length]))):
             length -= 1
@@ -93,7 +92,7 @@ class ScoreScale:
         text = _decode(tokenizer, ids)
         start = text.find(self.anchor_text)
         while start >= 0:
-            t = _token_boundary(tokenizer, ids, text[: start + len(self.anchor_text)])
+            t = _token_boundary(tokenizer, ids, text, start + len(self.anchor_text))
             if t is not None:
                 return t
             start = text.find(self.anchor_text, start + 1)
@@ -159,7 +158,8 @@ def _encode_all(tokenizer: Any, texts: list[str]) -> tuple[list[int], list[list[
     rows = []
     for text in texts:
         ids = tokenizer.encode(CONTEXT + text, add_special_tokens=False)
-        t = _token_boundary(tokenizer, ids, CONTEXT)
+        decoded = _decode(tokenizer, ids)
+        t = _token_boundary(tokenizer, ids, decoded, len(CONTEXT)) if decoded.startswith(CONTEXT) else None
         if t is None:
             return [], [tokenizer.encode(text, add_special_tokens=False) for text in texts]
         context = ids[:t]
@@ -185,14 +185,21 @@ def _show(tokenizer: Any, ids: list[int]) -> list[str]:
     return tokenizer.convert_ids_to_tokens(ids)
 
 
-def _token_boundary(tokenizer: Any, ids: list[int], prefix: str) -> int | None:
-    """Smallest t for which ids[:t] decodes to exactly `prefix`, or None.
+def _token_boundary(tokenizer: Any, ids: list[int], text: str, end: int) -> int | None:
+    """Smallest t for which ids[:t] decodes to exactly text[:end], where `text` is what all ids decode to; or None.
 
-    The decoded length grows with t except inside of a character that byte tokens spell (at most 4 tokens, whose parts
-    may decode to more replacement characters than the whole), so the bisection is followed by a scan nearby.
+    A bisection over the decoded length, which grows with t where the decoded ids are a beginning of the text. They are
+    not where t lies within a character that byte tokens spell; such a t counts as the next one that is.
     """
-    guess = bisect.bisect_left(range(1, len(ids) + 1), len(prefix), key=lambda t: len(_decode(tokenizer, ids[:t]))) + 1
-    for t in range(max(1, guess - 4), min(len(ids), guess + 4) + 1):
-        if _decode(tokenizer, ids[:t]) == prefix:
-            return t
-    return None
+
+    def beginning(t: int) -> tuple[int, int]:
+        while not text.startswith(decoded := _decode(tokenizer, ids[:t])):
+            t += 1
+        return len(decoded), t
+
+    lengths = range(1, len(ids) + 1)
+    first = bisect.bisect_left(lengths, end, key=lambda t: beginning(t)[0])
+    if first == len(ids):
+        return None
+    length, t = beginning(lengths[first])
+    return t if length == end else None

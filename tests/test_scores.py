@@ -1,0 +1,340 @@
+"""Score scales on tokenizers of every common kind, built here from a few merges or words."""
+
+import random
+from collections.abc import Callable, Iterable
+
+import pytest
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from real_megatron.scores import ScoreScale
+
+CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+LLAMA3 = CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+QWEN = LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
+DIGITS = list("12345")
+TEN = [str(k) for k in range(1, 11)]
+LETTERS = list("ABCDE")
+
+
+def wrap(tokenizer: Tokenizer, **special: str) -> PreTrainedTokenizerFast:
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+
+
+def merge_rules(words: Iterable[str]) -> list[tuple[str, str]]:
+    """BPE merges that build each word from left to right."""
+    return list(dict.fromkeys((w[:i], w[i]) for w in words for i in range(1, len(w))))
+
+
+def byte_level(words: Iterable[str] = (), pattern: str | None = None, reverse: bool = False) -> PreTrainedTokenizerFast:
+    """GPT-2-like BPE (`pattern` None), or Llama-3- and Qwen-like with their pre-tokenizer's regex."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet(), reverse=reverse)
+    merges = merge_rules(words)
+    vocabulary = {token: i for i, token in enumerate(dict.fromkeys([*alphabet, *(a + b for a, b in merges)]))}
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges))
+    if pattern is None:
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    else:
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(Regex(pattern), "isolated"),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        )
+    tokenizer.decoder = decoders.ByteLevel()
+    return wrap(tokenizer)
+
+
+def gpt2() -> PreTrainedTokenizerFast:
+    """Digits and letters swallow the space before them."""
+    return byte_level([*(f"Ġ{k}" for k in TEN), *(f"Ġ{k}" for k in LETTERS), "RESULT", "good", "Ġgood"])
+
+
+def llama3() -> PreTrainedTokenizerFast:
+    return byte_level(["RESULT", "10", "12", "Ġgood", "ĠA", "ĠB", "ĠC", "ĠD", "ĠE", ".Ċ", "ĊĊ"], LLAMA3)
+
+
+def qwen() -> PreTrainedTokenizerFast:
+    return byte_level(["RESULT", "Ġgood", "ĠA", "ĠB", "ĠC", "ĠD", "ĠE", ".Ċ", "ĊĊ"], QWEN)
+
+
+def sentencepiece(joined: bool) -> PreTrainedTokenizerFast:
+    """Llama-2- and Mistral-like: "▁" for spaces and at the start of a text, bytes for unknown characters. `joined`:
+    "▁4" is one token."""
+    words = ["▁RESULT", "RESULT", "▁good", "▁["] + [f"▁{k}" for k in (*TEN[:9], *LETTERS)] * joined
+    letters = sorted(set("".join(words)) | set("0123456789ABCDE▁[]():.,abcdefghijklmnopqrstuvwxyz"))
+    merges = merge_rules(words)
+    tokens = ["<unk>", *(f"<0x{b:02X}>" for b in range(256)), *letters, *(a + b for a, b in merges)]
+    vocabulary = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return wrap(tokenizer, unk_token="<unk>")
+
+
+def metaspace_unigram() -> PreTrainedTokenizerFast:
+    """T5-like: no newlines, no bytes."""
+    pieces = [("<unk>", 0.0), *((c, -6.0) for c in "▁[]RESULTgodABCDE12345"), ("▁good", -2.0), ("▁[RESULT]", -2.0)]
+    pieces += [(f"▁{k}", -2.0) for k in (*DIGITS, *LETTERS)]
+    tokenizer = Tokenizer(models.Unigram([p for i, p in enumerate(pieces) if p not in pieces[:i]], unk_id=0))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    return wrap(tokenizer, unk_token="<unk>")
+
+
+def word_level(split: str = "spaces") -> PreTrainedTokenizerFast:
+    words = ["<unk>", "good", "[RESULT]", "[", "]", "RESULT", *TEN, *LETTERS]
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit() if split == "spaces" else pre_tokenizers.Whitespace()
+    return wrap(tokenizer, unk_token="<unk>")
+
+
+KINDS: dict[str, tuple[Callable[[], PreTrainedTokenizerFast], str]] = {
+    # tokenizer, and the effective anchor text of digits after "[RESULT] "
+    "gpt2": (gpt2, "[RESULT]"),
+    "bytes": (byte_level, "[RESULT] "),
+    "llama3": (llama3, "[RESULT] "),
+    "qwen": (qwen, "[RESULT] "),
+    "mistral": (lambda: sentencepiece(joined=False), "[RESULT] "),
+    "sentencepiece-joined": (lambda: sentencepiece(joined=True), "[RESULT]"),
+    "unigram": (metaspace_unigram, "[RESULT]"),
+    "words": (word_level, "[RESULT]"),
+    "words-and-signs": (lambda: word_level("signs"), "[ RESULT ]"),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_digits_resolve_in_context(kind: str) -> None:
+    make, anchor_text = KINDS[kind]
+    tokenizer = make()
+    scale = ScoreScale.resolve(tokenizer, DIGITS, None, "[RESULT] ")
+    assert scale.anchor_text == anchor_text
+    assert scale.values == [1, 2, 3, 4, 5] and scale.texts == DIGITS
+    assert len(set(scale.score_ids)) == 5
+    # The tokenizer, asked in the middle of a text, agrees: good … anchor, score.
+    for text, token in zip(DIGITS, scale.score_ids, strict=True):
+        gap = " " if kind == "unigram" else "\n"  # which has no newline
+        ids = tokenizer.encode(f"good{gap}[RESULT] {text}", add_special_tokens=False)
+        assert ids[-1] == token and ids[-1 - len(scale.anchor_ids) : -1] == scale.anchor_ids
+        assert scale.cut(tokenizer, ids) == len(ids) - 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_letters_resolve_and_count_from_one(kind: str) -> None:
+    tokenizer = KINDS[kind][0]()
+    scale = ScoreScale.resolve(tokenizer, LETTERS, None, "[RESULT] ")
+    assert scale.values == [1, 2, 3, 4, 5]
+    ids = tokenizer.encode("good\n[RESULT] C", add_special_tokens=False)
+    assert ids[-1] == scale.score_ids[2] and scale.cut(tokenizer, ids) == len(ids) - 1
+
+
+def test_where_the_space_belongs_to_the_letter_the_anchor_ends_before_it() -> None:
+    """Llama-3- and Qwen-like: digits stand alone after a space, letters take it."""
+    for tokenizer in (llama3(), qwen()):
+        assert ScoreScale.resolve(tokenizer, DIGITS).anchor_text == "[RESULT] "
+        scale = ScoreScale.resolve(tokenizer, LETTERS)
+        assert scale.anchor_text == "[RESULT]"
+        assert tokenizer.convert_ids_to_tokens(scale.score_ids) == ["ĠA", "ĠB", "ĠC", "ĠD", "ĠE"]
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama3", "qwen", "bytes", "mistral"])
+def test_a_scale_from_zero_to_nine(kind: str) -> None:
+    scores = [str(k) for k in range(10)]
+    tokenizer = KINDS[kind][0]() if kind != "gpt2" else byte_level([f"Ġ{k}" for k in range(10)])
+    scale = ScoreScale.resolve(tokenizer, scores)
+    assert scale.values == list(range(10)) and len(set(scale.score_ids)) == 10
+
+
+def test_one_to_ten_works_where_ten_is_one_token() -> None:
+    for tokenizer in (llama3(), gpt2(), word_level()):
+        scale = ScoreScale.resolve(tokenizer, TEN)
+        assert scale.values == list(range(1, 11))
+        ids = tokenizer.encode("[RESULT] 10", add_special_tokens=False)
+        assert ids[-1] == scale.score_ids[9]
+
+
+@pytest.mark.parametrize("kind", ["qwen", "mistral", "sentencepiece-joined"])
+def test_one_to_ten_is_refused_where_ten_is_two_tokens(kind: str) -> None:
+    with pytest.raises(ValueError, match=r"score '10' is 2 tokens after the anchor .*'.?1', '0'.*letters A-J"):
+        ScoreScale.resolve(KINDS[kind][0](), TEN)
+
+
+def test_scores_that_share_their_first_token_are_refused() -> None:
+    """The common prefix of "10" and "11" holds a "1" that belongs to the scores, not to the anchor."""
+    with pytest.raises(ValueError, match=r"score '10' is 2 tokens after the anchor '\[RESULT\] ': \['1', '0'\]"):
+        ScoreScale.resolve(qwen(), ["10", "11", "12"])
+
+
+def test_ids_come_from_the_tokenizer_and_never_from_a_models_name() -> None:
+    """The same texts under other ids, with a path that names another family."""
+    plain, reversed_ids = byte_level(), byte_level(reverse=True)
+    reversed_ids.name_or_path = "/models/Qwen2.5-7B-Instruct-Mistral-Llama-3"
+    a, b = ScoreScale.resolve(plain, DIGITS), ScoreScale.resolve(reversed_ids, DIGITS)
+    assert a.anchor_text == b.anchor_text and not set(a.score_ids) & set(b.score_ids)
+    assert [255 - i for i in a.score_ids] == b.score_ids
+
+
+def test_listed_scores_with_their_values() -> None:
+    tokenizer = byte_level(["Ġpoor", "Ġfair", "Ġgood"])
+    scale = ScoreScale.resolve(tokenizer, ["poor", "fair", "good"], [0.0, 0.5, 1.0], "Verdict: ")
+    assert scale.values == [0.0, 0.5, 1.0] and scale.anchor_text == "Verdict:"
+    assert tokenizer.decode(scale.score_ids) == " poor fair good"
+    falling = ScoreScale.resolve(tokenizer, ["good", "poor"], [2, 1], "Verdict: ")
+    assert falling.values == [2.0, 1.0]
+
+
+def test_anchors_of_other_scripts_and_special_tokens() -> None:
+    tokenizer = byte_level()
+    assert ScoreScale.resolve(tokenizer, DIGITS, None, "评分：").anchor_text == "评分："
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|result|>"]})
+    scale = ScoreScale.resolve(tokenizer, DIGITS, None, "<|result|>")
+    assert scale.anchor_ids == [tokenizer.convert_tokens_to_ids("<|result|>")]
+    assert scale.cut(tokenizer, [5, *scale.anchor_ids, scale.score_ids[0]]) == 2
+
+
+def test_a_begin_of_text_token_is_no_part_of_the_anchor() -> None:
+    tokenizer = byte_level()
+    tokenizer.add_special_tokens({"bos_token": "<s>"})
+    assert tokenizer.bos_token_id not in ScoreScale.resolve(tokenizer, DIGITS).anchor_ids
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_canonical_anchor_tokens_continue_a_response(kind: str) -> None:
+    """The rule `force` and supervised targets append `anchor_ids` to a CoT: the text is then found again."""
+    tokenizer = KINDS[kind][0]()
+    scale = ScoreScale.resolve(tokenizer, DIGITS)
+    cot = tokenizer.encode("good good", add_special_tokens=False)
+    ids = [*cot, *scale.anchor_ids]
+    assert scale.cut(tokenizer, ids) == len(ids)
+    assert scale.cut(tokenizer, [*ids, scale.score_ids[3]]) == len(ids)
+    text = tokenizer.decode([*ids, scale.score_ids[3]])
+    if kind in ("bytes", "llama3", "qwen", "mistral", "gpt2", "sentencepiece-joined"):
+        assert text == "good good[RESULT] 4"
+
+
+@pytest.mark.parametrize(
+    ("scores", "values", "message"),
+    [
+        (["1"], None, "needs at least two scores"),
+        (["1", "2", "2"], None, r"lists \['2'\] more than once"),
+        (["1", " "], None, "empty text ' '"),
+        (["1", "2", "A"], None, r"scores \['A'\] are no numbers while others are; give scale.values"),
+        (["1", "2", "3"], [1.0, 2.0], "scale.values has 2 entries for 3 scores"),
+        (["1", "2"], [1.0, float("nan")], "must be finite numbers"),
+        (["1", "2"], [1.0, 1.0], "are not distinct"),
+        (["1", "1.0"], None, "are not distinct"),
+        (["1", "23"], None, "score '23' is 2 tokens"),
+        (["1", "é"], [1, 2], "score 'é' is 2 tokens"),
+    ],
+)
+def test_scales_that_do_not_work_are_refused_with_the_mend(
+    scores: list[str], values: list[float] | None, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        ScoreScale.resolve(byte_level(), scores, values)
+
+
+def test_nan_and_inf_are_words_not_values() -> None:
+    tokenizer = byte_level(["Ġnan", "Ġinf"])
+    assert ScoreScale.resolve(tokenizer, ["nan", "inf"]).values == [1.0, 2.0]
+
+
+@pytest.mark.parametrize("anchor", ["", " ", "\n\n"])
+def test_an_anchor_needs_a_visible_character(anchor: str) -> None:
+    with pytest.raises(ValueError, match="has no visible character"):
+        ScoreScale.resolve(byte_level(), DIGITS, None, anchor)
+
+
+def test_an_anchor_that_merges_whole_into_the_scores_is_refused() -> None:
+    with pytest.raises(ValueError, match="have no common beginning with visible text"):
+        ScoreScale.resolve(byte_level(["(A", "(B"], r"\S+"), ["A", "B"], None, "(")
+
+
+def test_scores_that_the_vocabulary_lacks_or_folds_are_refused() -> None:
+    with pytest.raises(ValueError, match="score '77' is the unknown token"):
+        ScoreScale.resolve(word_level(), ["1", "2", "77"])
+    folded = Tokenizer(models.WordLevel({"<unk>": 0, "x:": 1, "a": 2, "b": 3}, unk_token="<unk>"))
+    folded.normalizer, folded.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.WhitespaceSplit()
+    tokenizer = wrap(folded, unk_token="<unk>")
+    with pytest.raises(ValueError, match="scores 'a' and 'A' are the same token"):
+        ScoreScale.resolve(tokenizer, ["a", "b", "A"], [1, 2, 3], "X: ")
+    assert ScoreScale.resolve(tokenizer, ["A", "B"], None, "X: ").anchor_text == "x:"
+
+
+def test_cut_takes_the_first_anchor_and_however_it_is_spelt() -> None:
+    tokenizer = qwen()
+    scale = ScoreScale.resolve(tokenizer, DIGITS)
+    first = tokenizer.encode("good. [RESULT] ", add_special_tokens=False)
+    rest = tokenizer.encode("4 [RESULT] 5", add_special_tokens=False)
+    assert scale.cut(tokenizer, first + rest) == len(first)
+    letters = tokenizer.convert_tokens_to_ids(list("[RESULT]Ġ"))
+    assert letters != scale.anchor_ids
+    assert scale.cut(tokenizer, letters + rest) == len(letters)
+
+
+def test_cut_finds_nothing_where_nothing_is_or_where_a_token_runs_past_the_anchor() -> None:
+    tokenizer = byte_level(["ĠĠ", "Ġ4"])
+    scale = ScoreScale.resolve(byte_level(), DIGITS)
+    assert scale.anchor_text == "[RESULT] "
+    assert scale.cut(tokenizer, []) is None
+    assert scale.cut(tokenizer, tokenizer.encode("good, [RESULT", add_special_tokens=False)) is None
+    assert scale.cut(tokenizer, tokenizer.encode("[RESULT] 4", add_special_tokens=False)) is None
+    double = [*tokenizer.encode("[RESULT]", add_special_tokens=False), tokenizer.convert_tokens_to_ids("ĠĠ")]
+    assert scale.cut(tokenizer, double) is None
+    # a later anchor that does end a token is the one
+    space = tokenizer.convert_tokens_to_ids("Ġ")
+    again = double + tokenizer.encode("[RESULT]", add_special_tokens=False) + [space]
+    assert scale.cut(tokenizer, again) == len(again)
+
+
+@pytest.mark.parametrize("anchor", ["[RESULT] ", "评分：", "é"])
+@pytest.mark.parametrize("kind", ["bytes", "qwen", "mistral", "sentencepiece-joined"])
+def test_cut_agrees_with_trying_every_length(kind: str, anchor: str) -> None:
+    """Random tokens, broken characters included, with an anchor somewhere, against the definition."""
+    tokenizer = KINDS[kind][0]()
+    scale = ScoreScale.resolve(tokenizer, DIGITS, None, anchor)
+    pieces = [tokenizer.encode(c, add_special_tokens=False) for c in "字 é😀 good.评"]
+    pieces += [piece[:-1] for piece in pieces if len(piece) > 1]
+    rng = random.Random(f"{kind}{anchor}")
+    found = 0
+    for _ in range(60):
+        ids = [token for _ in range(rng.randrange(8)) for token in rng.choice(pieces)]
+        if rng.random() < 0.8:
+            ids += scale.anchor_ids
+            ids += [token for _ in range(rng.randrange(8)) for token in rng.choice(pieces)]
+        lengths = range(1, len(ids) + 1)
+        decoded = {t: tokenizer.decode(ids[:t], clean_up_tokenization_spaces=False) for t in lengths}
+        whole = decoded.get(len(ids), "")
+        want = next(
+            (t for t in lengths if decoded[t].endswith(scale.anchor_text) and whole.startswith(decoded[t])), None
+        )
+        assert scale.cut(tokenizer, ids) == want, (ids, decoded)
+        found += want is not None
+    assert 10 < found < 60
+
+
+def test_cut_decodes_few_prefixes() -> None:
+    """A bisection: a long response costs a logarithmic number of decodes, not one per token."""
+    tokenizer, calls = byte_level(), []
+
+    class Counting:
+        def decode(self, ids: list[int], **options: bool) -> str:
+            calls.append(len(ids))
+            return tokenizer.decode(ids, **options)
+
+    scale = ScoreScale.resolve(tokenizer, DIGITS)
+    ids = [*tokenizer.encode("a" * 2000, add_special_tokens=False), *scale.anchor_ids, *[scale.score_ids[0]] * 2000]
+    assert scale.cut(Counting(), ids) == 2000 + len(scale.anchor_ids)
+    assert len(calls) < 30
+
+
+def test_labels() -> None:
+    scale = ScoreScale.resolve(byte_level(), DIGITS)
+    assert [scale.label_index(y) for y in (1, 1.4, 1.5, 1.6, 4.9, 5)] == [0, 0, 0, 1, 4, 4]
+    for label in (1, 3.4, 5):
+        scale.validate_label(label, "a.jsonl, row 3")
+    for label in (0.9, 6, float("nan")):
+        with pytest.raises(ValueError, match=r"a.jsonl, row 3: label .* is outside of the score scale \[1, 5\]"):
+            scale.validate_label(label, "a.jsonl, row 3")
