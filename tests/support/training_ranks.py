@@ -1,9 +1,12 @@
 """Rank functions of the training tests."""
 
+from pathlib import Path
+
 import torch
 
 from real_megatron.config import RunConfig
 from real_megatron.objective import build_objective
+from real_megatron.training.export import save_hf
 from real_megatron.training.reference import ReferenceWeights
 from real_megatron.training.rl import update, with_policy_logprobs
 from tests.support.policy_ranks import make_groups, make_policy
@@ -33,3 +36,12 @@ def two_updates(config: RunConfig) -> tuple[dict[str, float], list[dict[str, flo
     whole = update(make_policy(config), groups, objective, updates=2)
     policy = make_policy(config)
     return whole, [policy.train_step(part, objective) for part in (groups[:2], groups[2:])]
+
+
+def export_after_steps(config: RunConfig, output: Path) -> dict[str, torch.Tensor]:
+    """Two steps (the first warms up from lr 0), then the checkpoint in small shards; the weights as streamed."""
+    policy = make_policy(config)
+    for step in range(2):
+        policy.train_step(make_groups(seed=step), build_objective(config.objective))
+    save_hf(policy, output, shard_bytes=20_000)
+    return {name: tensor.clone() for name, tensor in policy.export()}
