@@ -150,7 +150,8 @@ class _LinearGathered(torch.autograd.Function):
             merged = merge_packed(torch.stack(packed), end - start, block.nnz, has_values=False)
             parts.append((merged.max, merged.sum, merged.logits))
         del buffer
-        local = torch.cat([torch.cat(column) for column in zip(*parts, strict=True)])
+        columns = [part for column in zip(*parts, strict=True) for part in column]
+        local = torch.cat(columns) if columns else hidden.new_zeros(0, dtype=torch.float32)
         merged = merge_packed(all_gather_packed(local, call.group), rows.num_rows, rows.nnz, has_values=False)
         log_probs = merged.log_probs(rows.row_index)
         ctx.save_for_backward(hidden, weight, log_probs, merged.max, merged.sum)

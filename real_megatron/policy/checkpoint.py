@@ -16,7 +16,8 @@ from torch import nn
 
 from real_megatron.policy import cpu
 
-# `fully_reshardable` optimizer state can be read at any TP, PP and DP.
+# `fully_reshardable` optimizer state can be read at any TP, PP and DP. Always passed as a copy: Megatron adds the current
+# process groups to the dictionary that it is given.
 METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 
 
@@ -33,7 +34,7 @@ def save(
         sharded = _sharded_state(chunks, optimizer, is_loading=False)
         sharded["scheduler"] = scheduler.state_dict()
         sharded["state"] = {**state, "layout": _layout()}
-        dist_checkpointing.save(sharded, str(directory), content_metadata=METADATA)
+        dist_checkpointing.save(sharded, str(directory), content_metadata=dict(METADATA))
 
 
 def load(
@@ -48,6 +49,8 @@ def load(
     the run's seeds stand.
     """
     with cpu.device_mode():
+        for part in _sharded_torch_adams(optimizer):
+            _allocate_moments(part.optimizer)
         state = dist_checkpointing.load_common_state_dict(str(directory))["state"]
         same_layout = state.pop("layout") == _layout()
         sharded = _sharded_state(chunks, optimizer, is_loading=True)
@@ -67,11 +70,10 @@ def load(
 
 
 def _sharded_state(chunks: list[nn.Module], optimizer: MegatronOptimizer, is_loading: bool) -> dict[str, Any]:
-    models = {f"model{i}": chunk.sharded_state_dict(metadata=METADATA) for i, chunk in enumerate(chunks)}
-    merged = {key: value for model in models.values() for key, value in model.items()} if len(chunks) > 1 else None
+    models = {f"model{i}": chunk.sharded_state_dict(metadata=dict(METADATA)) for i, chunk in enumerate(chunks)}
     return {
         **models,
-        "optimizer": optimizer.sharded_state_dict(merged or models["model0"], is_loading=is_loading, metadata=METADATA),
+        "optimizer": optimizer.sharded_state_dict(models, is_loading=is_loading, metadata=dict(METADATA)),
         "random": _random_state(),
     }
 
@@ -83,7 +85,7 @@ def _torch_adam_steps(optimizer: MegatronOptimizer) -> Iterator[None]:
     Torch's Adam (used where neither Transformer Engine nor Apex is installed) keeps a `step` per parameter, which
     Megatron-Core 0.16 restores from the parameter groups but then also looks for among the saved tensors.
     """
-    parts = [part for part in getattr(optimizer, "chained_optimizers", [optimizer]) if _is_sharded_torch_adam(part)]
+    parts = _sharded_torch_adams(optimizer)
     for part in parts:
 
         def set_states(model_param, tensors, part=part):
@@ -98,10 +100,24 @@ def _torch_adam_steps(optimizer: MegatronOptimizer) -> Iterator[None]:
             del part._set_main_param_and_optimizer_states
 
 
-def _is_sharded_torch_adam(optimizer: MegatronOptimizer) -> bool:
-    return isinstance(optimizer, DistributedOptimizer) and isinstance(
-        optimizer.optimizer, (torch.optim.Adam, torch.optim.AdamW)
-    )
+def _sharded_torch_adams(optimizer: MegatronOptimizer) -> list[DistributedOptimizer]:
+    return [
+        part
+        for part in getattr(optimizer, "chained_optimizers", [optimizer])
+        if isinstance(part, DistributedOptimizer) and isinstance(part.optimizer, torch.optim.Adam | torch.optim.AdamW)
+    ]
+
+
+def _allocate_moments(adam: torch.optim.Optimizer) -> None:
+    """What Adam's first step would allocate: Megatron describes the tensors to read by those that are there."""
+    for group in adam.param_groups:
+        for parameter in group["params"]:
+            if not adam.state[parameter]:
+                adam.state[parameter] = {
+                    "step": torch.zeros((), dtype=torch.float32),
+                    "exp_avg": torch.zeros_like(parameter),
+                    "exp_avg_sq": torch.zeros_like(parameter),
+                }
 
 
 def _random_state() -> ShardedObject:

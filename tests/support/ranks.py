@@ -13,7 +13,7 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
-TIMEOUT_S = 300
+TIMEOUT_S = 120
 
 
 def _free_port() -> int:

@@ -1,0 +1,95 @@
+"""Packed rows against a plain per-trajectory definition: which token predicts what."""
+
+import pytest
+import torch
+
+from real_megatron.batch.packing import pack, tokens_of
+from real_megatron.batch.types import Group, Trajectory
+
+SCORES = [7, 8, 9]
+
+
+def groups() -> list[Group]:
+    return [
+        Group(
+            [1, 2, 3],
+            [
+                Trajectory([10, 11, 12], answer_index=2, old_logprobs=[-1.0, -2.0, -3.0]),
+                Trajectory([13, 14], answer_index=None, old_logprobs=[-4.0, -5.0]),
+                Trajectory([], answer_index=None, old_logprobs=[]),
+            ],
+            label=2.0,
+        ),
+        Group(
+            [4],
+            [Trajectory([15, 16, 17], answer_index=2, loss_mask=[True, False, False], old_logprobs=[-6.0, 0.0, 0.0])],
+            label=1.0,
+        ),
+    ]
+
+
+def expected_rows() -> list[tuple[int, tuple[int, ...], list[int]]]:
+    """(trajectory, tokens up to and including the row, ids asked) for every row, token rows first."""
+    token_rows, answer_rows, index = [], [], 0
+    for group in groups():
+        for t in group.trajectories:
+            sequence = group.prompt_ids + t.response_ids
+            for i, keep in enumerate(t.loss_mask):
+                if keep:
+                    token_rows.append((index, tuple(sequence[: len(group.prompt_ids) + i]), [t.response_ids[i]]))
+            if t.answer_index is not None:
+                answer_rows.append((index, tuple(sequence[: len(group.prompt_ids) + t.answer_index + 1]), SCORES))
+            index += 1
+    return token_rows + answer_rows
+
+
+@pytest.mark.parametrize("share_prompt", [True, False])
+def test_rows_read_the_context_that_predicts_them(share_prompt):
+    packed = pack(groups(), SCORES, share_prompt)
+    mask = packed.layout.mask()
+    found = []
+    trajectories = torch.cat((packed.token_trajectory, packed.answer_trajectory)).tolist()
+    for r, position in enumerate(packed.row_positions.tolist()):
+        context = tuple(packed.tokens[mask[position]].tolist())
+        ids = packed.ids[packed.offsets[r] : packed.offsets[r + 1]].tolist()
+        found.append((trajectories[r], context, ids))
+    assert found == expected_rows()
+    assert packed.group.tolist() == [0, 0, 0, 1]
+    assert packed.labels.tolist() == [2.0, 2.0, 2.0, 1.0]
+    assert packed.old_logprobs.tolist() == [-1, -2, -3, -4, -5, -6]
+    assert packed.advantages is None
+
+
+def test_a_shared_prompt_runs_once():
+    group = groups()[0]
+    assert tokens_of(group, share_prompt=True) == 3 + 5 == pack([group], SCORES).layout.total
+    assert tokens_of(group, share_prompt=False) == 9 + 5 == pack([group], SCORES, share_prompt=False).layout.total
+
+
+def test_padding_is_a_segment_that_no_row_reads():
+    packed = pack(groups(), SCORES, multiple=8)
+    real = pack(groups(), SCORES).layout.total
+    assert packed.layout.total == 16 and real == 12
+    assert int(packed.row_positions.max()) < real
+    assert not packed.layout.mask()[:real, real:].any()
+
+
+def test_no_groups_pack_to_padding_alone():
+    packed = pack([], SCORES, multiple=4)
+    assert packed.layout.total == 4
+    assert packed.row_positions.numel() == packed.ids.numel() == packed.num_trajectories == 0
+    assert packed.offsets.tolist() == [0]
+
+
+def test_log_probs_on_some_trajectories_only_are_refused():
+    mixed = groups()
+    mixed[1].trajectories[0].old_logprobs = None
+    with pytest.raises(ValueError, match="1 of 4 trajectories have no old_logprobs"):
+        pack(mixed, SCORES)
+
+
+def test_advantages_on_some_trajectories_only_are_refused():
+    mixed = groups()
+    mixed[0].trajectories[0].advantage = 1.0
+    with pytest.raises(ValueError, match="cannot share a micro-batch"):
+        pack(mixed, SCORES)

@@ -1,0 +1,219 @@
+"""The policy's step against Hugging Face autograd and torch's Adam, and against itself at other layouts."""
+
+import dataclasses
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from real_megatron.objective import ScoredBatch, Totals, build_objective
+from tests.support.policy_ranks import (
+    SCORE_IDS,
+    SCORE_VALUES,
+    load_and_continue,
+    logprobs,
+    make_config,
+    make_groups,
+    make_policy,
+    save_and_continue,
+    train,
+    train_all,
+    write_checkpoint,
+)
+from tests.support.ranks import run_ranks
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return write_checkpoint(tmp_path_factory.mktemp("checkpoint"))
+
+
+@pytest.fixture(scope="module")
+def one_rank(checkpoint):
+    return run_ranks(1, train, make_config(checkpoint))[0]
+
+
+def hf_scored(model: torch.nn.Module, groups) -> ScoredBatch:
+    """What the objective reads, from whole sequences through transformers and a full log_softmax."""
+    tokens, token_trajectory, scores, index = [], [], [], 0
+    trajectories = [(group, t) for group in groups for t in group.trajectories]
+    for group, t in trajectories:
+        sequence = torch.tensor([group.prompt_ids + t.response_ids])
+        logp = model(sequence).logits[0].log_softmax(-1)
+        start = len(group.prompt_ids)
+        for i, keep in enumerate(t.loss_mask):
+            if keep:
+                tokens.append(logp[start + i - 1, t.response_ids[i]])
+                token_trajectory.append(index)
+        scores.append(
+            torch.zeros(3, dtype=logp.dtype) if t.answer_index is None else logp[start + t.answer_index, SCORE_IDS]
+        )
+        index += 1
+    return ScoredBatch(
+        token_logprobs=torch.stack(tokens),
+        token_trajectory=torch.tensor(token_trajectory),
+        score_logprobs=torch.stack(scores),
+        has_answer=torch.tensor([t.answer_index is not None for _, t in trajectories]),
+        labels=torch.tensor([group.label for group, _ in trajectories]),
+        group=torch.tensor([g for g, group in enumerate(groups) for _ in group.trajectories]),
+        values=torch.tensor(SCORE_VALUES),
+        old_logprobs=torch.tensor([x for _, t in trajectories for x in t.old_logprobs]),
+        ref_logprobs=torch.tensor([x for _, t in trajectories for x in t.ref_logprobs]),
+    )
+
+
+@pytest.mark.parametrize("sections", [{}, {"objective": {"name": "grpo", "kl": 0.1}}, {"objective": {"name": "jepo"}}])
+def test_a_step_equals_hugging_face_autograd_and_torch_adam(checkpoint, sections):
+    """fp32 in both; sums over ~50 tokens in another order leave 1e-5 of the loss and 1e-4 of the clipped gradient,
+    which Adam's first steps (normalised gradients) carry into the weights as 1e-4 of a learning rate of 1e-3."""
+    config = make_config(checkpoint, **sections)
+    objective = build_objective(config.objective)
+    ((curve, weights),) = run_ranks(1, train, config)
+
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    decayed = [p for p in model.parameters() if p.dim() > 1]
+    plain = [p for p in model.parameters() if p.dim() == 1]
+    adam = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}],
+        lr=1e-3,
+        betas=(0.9, 0.95),
+        eps=1e-8,
+    )
+    for step, metrics in enumerate(curve):
+        groups = make_groups(seed=step)
+        scored = hf_scored(model, groups)
+        totals = Totals(len(groups), scored.size, scored.token_logprobs.numel())
+        loss, _ = objective(scored, totals)
+        adam.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        assert metrics["loss"] == pytest.approx(
+            loss.item(), abs=1e-5 * max(abs(metrics["loss_term1"]), abs(loss.item()))
+        )
+        assert metrics["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
+        # Linear warm-up over one update from zero, then linear decay over the other nine.
+        for group in adam.param_groups:
+            group["lr"] = 0.0 if step == 0 else 1e-3 * (1 - (step - 1) / 9)
+        adam.step()
+    for name, reference in model.state_dict().items():
+        if name in weights:
+            torch.testing.assert_close(weights[name], reference, rtol=0, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def same_curve(found, expected, rel=1e-5):
+    """Equal training: the loss is a difference of two large terms, so its error is measured in theirs."""
+    for a, b in zip(found[0], expected[0], strict=True):
+        size = abs(b["loss_term1"]) + abs(b["loss_term2"])
+        assert a["loss"] == pytest.approx(b["loss"], abs=rel * size)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=10 * rel)
+        assert a["reward"] == pytest.approx(b["reward"], rel=rel)
+        assert a["lr"] == b["lr"]
+    for name, tensor in expected[1].items():
+        torch.testing.assert_close(found[1][name], tensor, rtol=0, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+VARIANTS = {
+    "separate prompts": {"batch": {"share_prompt": False}},
+    "stored logits": {"model": {"head": "logits"}},
+    "linear head in small chunks": {"model": {"head": "linear", "head_memory_mib": 1}},
+    "full recompute": {"model": {"recompute": "full"}},
+    "selective recompute": {"model": {"recompute": "selective"}},
+    "plain optimizer": {"parallel": {"distributed_optimizer": False}},
+    "more micro-batches": {"batch": {"max_tokens": 40}},
+}
+
+
+def test_variants_that_must_not_change_the_result(checkpoint, one_rank):
+    (found,) = run_ranks(1, train_all, [make_config(checkpoint, **sections) for sections in VARIANTS.values()])
+    for result in found:
+        same_curve(result, one_rank)
+
+
+def test_splitting_a_group_gives_the_same_step(checkpoint, one_rank):
+    """A budget that no group fits: every group is scored first and then split."""
+    config = make_config(checkpoint)
+    config.batch.__dict__["max_tokens"] = 16
+    ((curve, weights),) = run_ranks(1, train, config)
+    assert all(metrics["split_groups"] > 0 for metrics in curve)
+    same_curve((curve, weights), one_rank)
+
+
+LAYOUTS = {
+    "TP2 PP2": {"tensor": 2, "pipeline": 2},
+    "TP2 SP DP2": {"tensor": 2, "sequence_parallel": True},
+    "TP4 SP": {"tensor": 4, "sequence_parallel": True},
+    "PP2 DP2": {"pipeline": 2},
+    "PP2 VPP2 DP2": {"pipeline": 2, "virtual_pipeline": 2},
+    "PP4": {"pipeline": 4},
+    "TP2 PP2 SP": {"tensor": 2, "pipeline": 2, "sequence_parallel": True},
+    "DP4": {},
+    "DP4, plain optimizer": {"distributed_optimizer": False},
+}
+
+
+def test_every_layout_of_four_ranks_trains_the_same(checkpoint, one_rank):
+    """Loss relative 1e-5: only the order of fp32 sums differs."""
+    configs = [make_config(checkpoint, parallel=layout) for layout in LAYOUTS.values()]
+    configs.append(make_config(checkpoint, parallel=LAYOUTS["TP2 PP2 SP"], model={"recompute": "full"}))
+    configs.append(make_config(checkpoint, parallel=LAYOUTS["TP2 SP DP2"], model={"head": "logits"}))
+    for result in run_ranks(4, train_all, configs)[0]:
+        same_curve(result, one_rank)
+
+
+def test_log_probs_reach_every_rank_and_equal_transformers(checkpoint):
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    groups = make_groups()
+    with torch.no_grad():
+        scored = hf_scored(model, groups)
+    everywhere = run_ranks(4, logprobs, make_config(checkpoint, parallel={"pipeline": 2}, batch={"max_tokens": 48}))
+    assert all(found == everywhere[0] for found in everywhere)
+    flat = [t for group in everywhere[0] for t in group]
+    torch.testing.assert_close(
+        torch.tensor([x for tokens, _ in flat for x in tokens]), scored.token_logprobs, rtol=0, atol=1e-5
+    )
+    for (_, scores), expected, answered in zip(flat, scored.score_logprobs, scored.has_answer, strict=True):
+        assert (scores is not None) == bool(answered)
+        if answered:
+            torch.testing.assert_close(torch.tensor(scores), expected, rtol=0, atol=1e-5)
+
+
+def test_a_checkpoint_continues_bit_identically_and_at_other_layouts(checkpoint, tmp_path):
+    written = make_config(checkpoint, parallel={"tensor": 2})
+    expected, random_state = run_ranks(4, save_and_continue, written, tmp_path)[0]
+    state, same, same_random = run_ranks(4, load_and_continue, written, tmp_path)[0]
+    assert state == {"step": 2}
+    assert same == expected
+    assert same_random == random_state
+    for parallel in ({"pipeline": 2}, {"tensor": 4, "sequence_parallel": True}, {"pipeline": 2, "virtual_pipeline": 2}):
+        _, found, _ = run_ranks(4, load_and_continue, make_config(checkpoint, parallel=parallel), tmp_path)[0]
+        assert found == pytest.approx(expected, rel=1e-4), parallel
+    _, found, _ = run_ranks(1, load_and_continue, make_config(checkpoint), tmp_path)[0]
+    assert found == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_weights_change(checkpoint):
+    policy = make_policy(make_config(checkpoint))
+    before = {name: tensor.clone() for name, tensor in policy.export()}
+
+    class Broken:
+        needs_advantages = needs_old_logprobs = needs_ref_logprobs = False
+
+        def __call__(self, scored, totals):
+            return scored.token_logprobs.sum() * float("nan"), {"loss": torch.tensor([float("nan"), 1.0])}
+
+    with pytest.raises(FloatingPointError, match="optimizer.lr"):
+        policy.train_step(make_groups(), Broken())
+    for name, tensor in policy.export():
+        assert torch.equal(tensor, before[name]), name
+
+
+def test_sizes_that_do_not_divide_the_world_are_refused(checkpoint):
+    with pytest.raises(ValueError, match="does not divide the 1 ranks"):
+        make_policy(make_config(checkpoint, parallel={"tensor": 2}))
+
+
+def test_groups_are_not_changed_by_a_step(checkpoint):
+    policy = make_policy(make_config(checkpoint))
+    groups, copy = make_groups(), make_groups()
+    policy.train_step(groups, build_objective(policy.config.objective))
+    assert [dataclasses.asdict(g) for g in groups] == [dataclasses.asdict(g) for g in copy]

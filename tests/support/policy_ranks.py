@@ -1,0 +1,122 @@
+"""Policies for tests: a tiny checkpoint, fixed groups, and functions that run on spawned ranks."""
+
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from transformers import AutoModelForCausalLM, PretrainedConfig, Qwen3Config
+
+from real_megatron.batch.types import Group, Trajectory
+from real_megatron.config import RunConfig
+from real_megatron.objective import build_objective
+from real_megatron.policy.policy import Policy
+
+VOCAB = 90
+SCORE_IDS = [10, 11, 12]
+SCORE_VALUES = [1.0, 2.0, 3.0]
+
+
+def write_checkpoint(directory: Path, hf_config: PretrainedConfig | None = None) -> Path:
+    """A random checkpoint, Qwen3 unless told otherwise, with weights large enough for logits that differ."""
+    hf_config = hf_config or Qwen3Config(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        head_dim=8,
+        tie_word_embeddings=True,
+        max_position_embeddings=128,
+    )
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.15)
+        else:
+            torch.nn.init.normal_(parameter, mean=1.0, std=0.1)
+    model.save_pretrained(directory)
+    return directory
+
+
+def make_groups(count: int = 5, responses: int = 3, seed: int = 0) -> list[Group]:
+    """Groups of uneven lengths; one response per group has no answer."""
+    rng = random.Random(seed)
+
+    def draw(low: int, high: int) -> list[int]:
+        return [rng.randrange(VOCAB) for _ in range(rng.randint(low, high))]
+
+    groups = []
+    for _ in range(count):
+        trajectories = []
+        for k in range(responses):
+            ids = draw(2, 8)
+            trajectories.append(
+                Trajectory(
+                    ids,
+                    None if k == 1 else len(ids) - 1,
+                    old_logprobs=[-2.0] * len(ids),
+                    ref_logprobs=[-2.5] * len(ids),
+                )
+            )
+        groups.append(Group(draw(3, 12), trajectories, label=float(rng.randint(1, 3))))
+    return groups
+
+
+def make_config(checkpoint: Path, **sections: Any) -> RunConfig:
+    base: dict[str, Any] = {
+        "model": {"path": str(checkpoint), "vocab_multiple": 4},
+        "batch": {"max_tokens": 64},
+        "optimizer": {"lr": 1e-3, "schedule": "linear", "warmup_steps": 1},
+        "rollout": {"max_prompt_tokens": 20, "max_new_tokens": 20},
+    }
+    for name, section in sections.items():
+        base[name] = {**base.get(name, {}), **section}
+    return RunConfig.model_validate(base)
+
+
+def make_policy(config: RunConfig) -> Policy:
+    return Policy(config, SCORE_IDS, SCORE_VALUES, updates=10)
+
+
+def train(config: RunConfig, steps: int = 3) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
+    """Metrics of each step, and the weights after the last one."""
+    policy = make_policy(config)
+    objective = build_objective(config.objective)
+    curve = [policy.train_step(make_groups(seed=step), objective) for step in range(steps)]
+    return curve, {name: tensor.clone() for name, tensor in policy.export()}
+
+
+def train_all(configs: list[RunConfig]) -> list[tuple[list[dict[str, float]], dict[str, torch.Tensor]] | None]:
+    """`train` at one configuration after another; results from rank 0 only."""
+    results = [train(config) for config in configs]
+    return results if dist.get_rank() == 0 else [None] * len(configs)
+
+
+def logprobs(config: RunConfig) -> list[list[tuple[list[float], list[float] | None]]]:
+    return [[(t.tokens, t.scores) for t in group] for group in make_policy(config).logprobs(make_groups())]
+
+
+def save_and_continue(config: RunConfig, directory: Path) -> tuple[list[float], list[float]]:
+    """Two steps, save, one more step: the last step's loss and gradient norm, and the random state after saving."""
+    policy = make_policy(config)
+    objective = build_objective(config.objective)
+    for step in range(2):
+        policy.train_step(make_groups(seed=step), objective)
+    policy.save(directory, {"step": 2})
+    random_state = torch.get_rng_state().tolist()
+    metrics = policy.train_step(make_groups(seed=2), objective)
+    return [metrics["loss"], metrics["grad_norm"], metrics["lr"]], random_state
+
+
+def load_and_continue(config: RunConfig, directory: Path) -> tuple[dict[str, Any], list[float], list[float]]:
+    """Load into a fresh policy and take the step that `save_and_continue` took last."""
+    policy = make_policy(config)
+    torch.rand(7)
+    state = policy.load(directory)
+    random_state = torch.get_rng_state().tolist()
+    metrics = policy.train_step(make_groups(seed=2), build_objective(config.objective))
+    return state, [metrics["loss"], metrics["grad_norm"], metrics["lr"]], random_state
