@@ -199,7 +199,5 @@ def _token_boundary(tokenizer: Any, ids: list[int], text: str, end: int) -> int 
 
     lengths = range(1, len(ids) + 1)
     first = bisect.bisect_left(lengths, end, key=lambda t: beginning(t)[0])
-    if first == len(ids):
-        return None
     length, t = beginning(lengths[first])
     return t if length == end else None

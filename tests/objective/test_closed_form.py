@@ -152,6 +152,12 @@ def test_truncated_importance_weights(case: Case, level: str) -> None:
     torch.testing.assert_close(d_tokens, want, **TOLERANCE)
     torch.testing.assert_close(d_answers, -per_answer[:, None] * dr / N, **TOLERANCE)
 
+    settings = {"ratio": "truncated_is", "is_level": level, "is_cap": cap, "no_anchor_reward": -30.0}
+    with_kl, _ = case.gradients(kl=0.5, **settings)
+    q_over_pi = (case.scored.ref_logprobs - case.scored.token_logprobs.detach()).exp()
+    d_kl = (per_token.clamp(max=cap) * (1 - q_over_pi))[:, None] * case.d_token
+    torch.testing.assert_close(with_kl - want, 0.5 * d_kl / N, **TOLERANCE)
+
 
 def test_kl_term(case: Case) -> None:
     """∂k3/∂z = (1 − q/π) ∂log π/∂z."""

@@ -153,8 +153,13 @@ def test_truncated_responses_are_punished_and_not_trained_as_answers(batch: Batc
     objective = build()
     rewards = objective.rewards(scored)
     assert float(rewards[2]) == pytest.approx(-25 + LOGPROB_FLOOR) and rewards.argmin() == 2
-    _, (d_tokens, d_scores), pairs = contributions(objective, [scored], totals(scored), scored)
-    assert d_scores[2].tolist() == [0] * 5 and torch.isfinite(d_scores).all() and d_scores[[0, 1, 3]].all()
+    loss, (d_tokens, d_scores), pairs = contributions(objective, [scored], totals(scored), scored)
+    assert (
+        math.isfinite(loss)
+        and d_scores[2].tolist() == [0] * 5
+        and torch.isfinite(d_scores).all()
+        and d_scores[[0, 1, 3]].all()
+    )
     # Its tokens become less likely, and its reward is part of the others' baseline.
     tokens = scored.token_trajectory == 2
     assert tokens.any() and (d_tokens[tokens] > 0).all()
