@@ -19,6 +19,8 @@ class SamplingParams:
     max_new_tokens: int = 512
     stop: tuple[str, ...] = ()
     """Texts after which generation stops; the token that completes the text is kept in the response."""
+    watch_ids: tuple[int, ...] = ()
+    """Tokens whose log-probability is recorded at every position (the score tokens: RAIL without a second pass)."""
 
 
 @dataclass
@@ -29,9 +31,11 @@ class Response:
     logprobs: list[float]
     """Natural log-probability of each sampled token under log_softmax(logits / T), before top-p."""
     finish_reason: str
-    """`stop` (a stop text was produced), `eos` or `length`."""
+    """`stop` (a stop text was produced), `eos` (the end-of-sequence token is the last token) or `length`."""
     weight_version: int
     """The oldest weights that contributed a token."""
+    watched: list[list[float]] | None = None
+    """Per position the log-probabilities of `watch_ids`, under the same distribution as `logprobs`; None unasked."""
 
 
 class RolloutEngine(Protocol):

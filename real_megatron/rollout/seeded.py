@@ -22,13 +22,16 @@ class SeededSampler(LogitsProcessor):
     log_softmax(logits / T) of the chosen tokens, before top-p; for temperature 0: the argmax, and T = 1.
 
     uniforms: float64 [rows, max_new_tokens]
+    watch: ids [W] whose log-probability is recorded too, or None
     """
 
-    def __init__(self, uniforms: Tensor, temperature: float, top_p: float) -> None:
+    def __init__(self, uniforms: Tensor, temperature: float, top_p: float, watch: Tensor | None = None) -> None:
         self._uniforms = uniforms
         self._temperature = temperature
         self._top_p = top_p
+        self._watch = watch
         self._logprobs: list[Tensor] = []
+        self._watched: list[Tensor] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         step = len(self._logprobs)
@@ -39,6 +42,8 @@ class SeededSampler(LogitsProcessor):
             logprobs = (scores / self._temperature).log_softmax(-1)
             chosen = self._draw(logprobs.exp(), self._uniforms[:, step : step + 1])
         self._logprobs.append(logprobs.gather(1, chosen).squeeze(1))
+        if self._watch is not None:
+            self._watched.append(logprobs.index_select(1, self._watch))
         return torch.full_like(scores, -torch.inf).scatter_(1, chosen, 0.0)
 
     def _draw(self, probs: Tensor, uniform: Tensor) -> Tensor:
@@ -53,6 +58,10 @@ class SeededSampler(LogitsProcessor):
     def logprobs(self) -> Tensor:
         """fp32 `[rows, steps]`."""
         return torch.stack(self._logprobs, dim=1)
+
+    def watched(self) -> Tensor | None:
+        """fp32 `[rows, steps, W]`."""
+        return torch.stack(self._watched, dim=1) if self._watch is not None else None
 
 
 def _inverse_cdf(cdf: Tensor, uniform: Tensor) -> Tensor:

@@ -155,7 +155,8 @@ class TransformersEngine:
     ) -> list[Response]:
         """`len(samples)` responses per prompt, prompt-major."""
         draws = np.stack([uniforms(seed, k, params.max_new_tokens) for seed in seeds for k in samples])
-        sampler = SeededSampler(torch.from_numpy(draws).to(self._device), params.temperature, params.top_p)
+        watch = torch.tensor(params.watch_ids, device=self._device) if params.watch_ids else None
+        sampler = SeededSampler(torch.from_numpy(draws).to(self._device), params.temperature, params.top_p, watch)
         stop = StopTexts(self._automaton(params.stop), len(draws)) if params.stop else None
         tokens, mask = self._left_pad(prompts)
         cache = DynamicCache(config=self.model.config)
@@ -188,7 +189,7 @@ class TransformersEngine:
         generated = sequences[:, width:]
         ended = torch.isin(generated, eos)
         reached = stop.hits() if stop else torch.zeros_like(ended)
-        return _collect(generated, sampler.logprobs(), ended, reached, self.version)
+        return _collect(generated, sampler, ended, reached, self.version)
 
     def _automaton(self, stops: tuple[str, ...]) -> StopAutomaton:
         if stops not in self._automata:
@@ -217,7 +218,7 @@ class TransformersEngine:
                 )
 
 
-def _collect(generated: Tensor, logprobs: Tensor, ended: Tensor, reached: Tensor, version: int) -> list[Response]:
+def _collect(generated: Tensor, sampler: SeededSampler, ended: Tensor, reached: Tensor, version: int) -> list[Response]:
     """Cut each row behind its first end-of-sequence token or completed stop text.
 
     generated: ids [rows, steps]; ended, reached: bool [rows, steps], True from (reached) or at (ended) the event.
@@ -227,15 +228,17 @@ def _collect(generated: Tensor, logprobs: Tensor, ended: Tensor, reached: Tensor
     finished = over.any(1)
     last = torch.where(finished, over.int().argmax(1), steps - 1)
     stopped = reached.gather(1, last[:, None]).squeeze(1)
-    columns = (generated, logprobs[:, :steps], last, finished, stopped)
+    columns = (generated, sampler.logprobs(), last, finished, stopped)
+    watched = sampler.watched()
     return [
         Response(
             token_ids=ids[: end + 1],
             logprobs=values[: end + 1],
             finish_reason="stop" if stop else "eos" if done else "length",
             weight_version=version,
+            watched=None if watched is None else watched[row, : end + 1].tolist(),
         )
-        for ids, values, end, done, stop in zip(*(column.tolist() for column in columns), strict=True)
+        for row, (ids, values, end, done, stop) in enumerate(zip(*(column.tolist() for column in columns), strict=True))
     ]
 
 

@@ -1,0 +1,1 @@
+"""What every engine behind HTTP needs: processes, replicas, routing, retries."""

@@ -1,0 +1,86 @@
+"""One request, until it is answered: routing, deadline, retries."""
+
+import asyncio
+import logging
+import random
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import httpx
+
+from real_megatron.rollout.remote.errors import Retryable, RolloutError, StaleReply
+from real_megatron.rollout.remote.replica import Replica, ReplicaPool
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+_FIRST_PAUSE_S = 0.25
+_LONGEST_PAUSE_S = 10.0
+
+
+def open_http() -> httpx.AsyncClient:
+    """No limit on connections (the pool of replicas bounds them), and no proxies from the environment."""
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=60)
+    return httpx.AsyncClient(limits=limits, timeout=httpx.Timeout(None, connect=10), trust_env=False)
+
+
+class RequestClient:
+    """Posts requests to a pool's replicas, or to one router in front of them."""
+
+    def __init__(
+        self, http: httpx.AsyncClient, pool: ReplicaPool, timeout_s: float, attempts: int, router: str | None = None
+    ) -> None:
+        self._http = http
+        self._pool = pool
+        self._timeout_s = timeout_s
+        self._attempts = attempts
+        self._router = router.rstrip("/") if router else None
+
+    async def request(self, what: str, path: str, body: dict[str, Any], parse: Callable[[Any, Replica], T]) -> T:
+        """`parse(reply, replica)` of the first good reply.
+
+        Connection loss, a missed deadline, 5xx, a reply that is no JSON, and a Retryable from `parse` are tried again
+        elsewhere, after a pause with jitter; any other status, and the last failure, is a RolloutError that names
+        `what`. A reply counts whole or not at all.
+        """
+        failures: list[str] = []
+        for attempt in range(self._attempts):
+            if attempt:
+                pause = min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2 ** (attempt - 1))
+                await asyncio.sleep(pause * random.uniform(0.5, 1.5))
+            replica = await self._pool.acquire()
+            url = self._router or replica.url
+            try:
+                result = parse(await self._post(url + path, body), replica)
+                replica.failures_in_a_row = 0
+                return result
+            except (httpx.TransportError, TimeoutError, Retryable) as error:
+                failures.append(f"{url}: {_describe(error, self._timeout_s)}")
+                logger.warning("%s, attempt %d: %s", what, attempt + 1, failures[-1])
+                if not isinstance(error, Retryable) or isinstance(error, StaleReply):
+                    self._suspect(replica, failures[-1])
+            finally:
+                self._pool.release(replica)
+        raise RolloutError(f"{what} failed {self._attempts} times: " + "; ".join(failures))
+
+    async def _post(self, url: str, body: dict[str, Any]) -> Any:
+        async with asyncio.timeout(self._timeout_s):
+            reply = await self._http.post(url, json=body)
+        if reply.status_code >= 500:
+            raise Retryable(f"status {reply.status_code}: {reply.text[:300]}")
+        if reply.status_code != 200:
+            raise RolloutError(f"{url} refused the request with status {reply.status_code}: {reply.text[:500]}")
+        try:
+            return reply.json()
+        except ValueError as error:
+            raise Retryable(f"the reply is not JSON ({error}): {reply.text[:100]!r}…") from error
+
+    def _suspect(self, replica: Replica, reason: str) -> None:
+        # Behind a router nobody says which server it was.
+        for suspect in self._pool.replicas if self._router else [replica]:
+            self._pool.recover(suspect, reason)
+
+
+def _describe(error: BaseException, timeout_s: float) -> str:
+    if isinstance(error, TimeoutError):
+        return f"no reply within {timeout_s:g} s"
+    return f"{type(error).__name__}: {error}"

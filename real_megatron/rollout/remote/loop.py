@@ -1,0 +1,73 @@
+"""An asyncio event loop in a thread of its own, for synchronous callers."""
+
+import asyncio
+import threading
+from collections.abc import Callable, Coroutine
+from concurrent.futures import Future
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+class LoopThread:
+    """Runs coroutines for callers in other threads."""
+
+    def __init__(self, name: str) -> None:
+        self.loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self.loop.run_forever, name=name, daemon=True)
+        self._thread.start()
+
+    def submit(self, coroutine: Coroutine[Any, Any, T]) -> "Future[T]":
+        return asyncio.run_coroutine_threadsafe(coroutine, self.loop)
+
+    def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """Run to completion; an interrupt of the caller cancels the coroutine."""
+        future = self.submit(coroutine)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()
+            raise
+
+    def close(self) -> None:
+        async def drain() -> None:
+            tasks = [t for t in asyncio.all_tasks() if t is not asyncio.current_task()]
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+        if self.loop.is_closed():
+            return
+        self.run(drain())
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self._thread.join()
+        self.loop.close()
+
+
+async def in_daemon_thread(function: Callable[[], T]) -> T:
+    """Await a blocking function in a thread that never keeps the interpreter alive.
+
+    A collective whose peer is gone may block until its own timeout: the awaiting task can be cancelled long before.
+    """
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[T] = loop.create_future()
+
+    def deliver(setter: Callable[[Any], None], value: Any) -> None:
+        def set_unless_done() -> None:
+            if not done.done():
+                setter(value)
+
+        # After close() nobody waits for the result any more.
+        if not loop.is_closed():
+            loop.call_soon_threadsafe(set_unless_done)
+
+    def work() -> None:
+        try:
+            result = function()
+        except BaseException as error:
+            deliver(done.set_exception, error)
+        else:
+            deliver(done.set_result, result)
+
+    threading.Thread(target=work, daemon=True).start()
+    return await done

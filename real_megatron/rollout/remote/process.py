@@ -1,0 +1,76 @@
+"""A server as a child process: start, log, end."""
+
+import logging
+import os
+import signal
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+logger = logging.getLogger(__name__)
+_LOG_TAIL_BYTES = 2000
+_GRACE_S = 10
+
+
+class ServerProcess:
+    """Runs one command in a process group of its own; output goes to a log file, one file per start.
+
+    The child's standard input stays open as long as this process lives: a launcher that watches it can end itself.
+    """
+
+    def __init__(self, command: Sequence[str], log_dir: Path, name: str) -> None:
+        self.command = list(command)
+        self.log: Path | None = None
+        self.starts = 0
+        self._log_dir = log_dir
+        self._name = name
+        self._process: subprocess.Popen | None = None
+
+    def start(self) -> None:
+        self.stop()
+        self._log_dir.mkdir(parents=True, exist_ok=True)
+        self.log = self._log_dir / f"{self._name}.{self.starts}.log"
+        self.starts += 1
+        with self.log.open("wb") as log:
+            try:
+                self._process = subprocess.Popen(
+                    self.command, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+                )
+            except OSError as error:
+                raise RuntimeError(f"cannot start {self._name}: {self.command[0]}: {error.strerror}") from error
+        logger.info("%s: process %d, log %s", self._name, self._process.pid, self.log)
+
+    @property
+    def pid(self) -> int | None:
+        return self._process.pid if self._process else None
+
+    def alive(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
+    def describe_end(self) -> str:
+        """Exit status and the last lines of the log, for an error message."""
+        status = "never started" if self._process is None else f"exit status {self._process.poll()}"
+        tail = ""
+        if self.log is not None and self.log.exists():
+            with self.log.open("rb") as log:
+                log.seek(max(0, self.log.stat().st_size - _LOG_TAIL_BYTES))
+                tail = log.read().decode(errors="replace")
+        return f"{self._name}: {status}; log {self.log}:\n{tail}"
+
+    def stop(self) -> None:
+        """End the whole process group, politely at first."""
+        if self._process is None:
+            return
+        for sig in (signal.SIGTERM, signal.SIGKILL):
+            # The group outlives its leader while a worker hangs.
+            try:
+                os.killpg(self._process.pid, sig)
+            except ProcessLookupError:
+                break
+            try:
+                self._process.wait(_GRACE_S)
+            except subprocess.TimeoutExpired:
+                continue
+        self._process.wait()
+        self._process.stdin.close()
+        self._process = None

@@ -1,0 +1,220 @@
+"""Servers as replicas of one model: who may take traffic, how a failed one comes back."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from typing import Literal
+
+import httpx
+
+from real_megatron.rollout.remote.errors import RolloutError
+from real_megatron.rollout.remote.process import ServerProcess
+
+logger = logging.getLogger(__name__)
+_POLL_S = 0.5
+_PROBE_S = 60
+
+State = Literal["down", "stale", "ready", "dead"]
+
+
+class Replica:
+    """One server. Only a `ready` one takes requests: it is up, and holds the current weights."""
+
+    def __init__(self, url: str, process: ServerProcess | None = None) -> None:
+        self.url = url.rstrip("/")
+        self.process = process
+        """None when somebody else runs the server."""
+        self.state: State = "down"
+        """down: not up (yet); stale: up, with weights that are not the current ones; dead: given up."""
+        self.reason = "not started"
+        self.in_flight = 0
+        self.failures_in_a_row = 0
+        self.version: str | None = None
+        """The weight version that its replies must carry."""
+
+    def describe(self) -> str:
+        return f"{self.url} is {self.state} ({self.reason})"
+
+
+class NoCurrentWeights(Exception):
+    """A server is up, but there is nothing to bring it up to date with before the next weight update."""
+
+
+class _GivenUp(Exception):
+    """A replica failed too often in a row."""
+
+
+class ReplicaPool:
+    """Routing to the least-loaded ready replica, and recovery of the others. Used from one event loop only."""
+
+    def __init__(
+        self,
+        replicas: list[Replica],
+        http: httpx.AsyncClient,
+        *,
+        concurrency: int,
+        start_timeout_s: float,
+        restarts: int,
+        restore: Callable[[Replica], Awaitable[None]],
+    ) -> None:
+        """`restore` brings a server that is up to the current weights and sets `version`; it raises
+        NoCurrentWeights when it cannot yet."""
+        self.replicas = replicas
+        self._http = http
+        self._concurrency = concurrency
+        self._start_timeout_s = start_timeout_s
+        self._restarts = restarts
+        self._restore = restore
+        self._waiters: list[asyncio.Future] = []
+        self._recoveries: dict[Replica, asyncio.Task] = {}
+
+    # --- routing ----------------------------------------------------------------------------------------------------
+
+    async def acquire(self) -> Replica:
+        """A ready replica with room for one more request; waits for room, or for a recovery that is under way."""
+        while True:
+            ready = [r for r in self.replicas if r.state == "ready"]
+            if not ready and not self._recoveries:
+                raise RolloutError("no rollout server can serve: " + "; ".join(r.describe() for r in self.replicas))
+            free = [r for r in ready if r.in_flight < self._concurrency]
+            if free:
+                chosen = min(free, key=lambda r: r.in_flight)
+                chosen.in_flight += 1
+                return chosen
+            await self._change()
+
+    def release(self, replica: Replica) -> None:
+        replica.in_flight -= 1
+        self._notify()
+
+    def set_state(self, replica: Replica, state: State, reason: str) -> None:
+        if state != replica.state:
+            level = logging.INFO if state == "ready" else logging.WARNING
+            logger.log(level, "rollout server %s: %s (%s)", replica.url, state, reason)
+        replica.state, replica.reason = state, reason
+        self._notify()
+
+    async def _change(self) -> None:
+        waiter = asyncio.get_running_loop().create_future()
+        self._waiters.append(waiter)
+        await waiter
+
+    def _notify(self) -> None:
+        for waiter in self._waiters:
+            if not waiter.done():
+                waiter.set_result(None)
+        self._waiters.clear()
+
+    # --- recovery ---------------------------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Start every managed server and wait until all are up; they then are stale or ready."""
+        for replica in self.replicas:
+            self.recover(replica, "starting")
+        await self.settled()
+        dead = [r for r in self.replicas if r.state == "dead"]
+        if dead:
+            raise RolloutError("; ".join(r.describe() for r in dead))
+
+    async def settled(self) -> None:
+        """Wait until no recovery is under way."""
+        while self._recoveries:
+            await self._change()
+
+    async def any_ready(self) -> bool:
+        """Wait until a replica is ready, or no recovery is left that could make one so."""
+        while self._recoveries and not any(r.state == "ready" for r in self.replicas):
+            await self._change()
+        return any(r.state == "ready" for r in self.replicas)
+
+    def recover(self, replica: Replica, reason: str) -> None:
+        """Take a replica out of service and bring it back in the background. Harmless when it is being recovered."""
+        if replica in self._recoveries or replica.state == "dead":
+            return
+        if replica.state == "ready":
+            self.set_state(replica, "stale", reason)
+        replica.reason = reason
+        self._recoveries[replica] = asyncio.get_running_loop().create_task(self._recover(replica))
+
+    async def _recover(self, replica: Replica) -> None:
+        state: State = "dead"
+        try:
+            while True:
+                try:
+                    await self._bring_up(replica)
+                    await self._restore(replica)
+                    state, replica.reason = "ready", "up to date"
+                    return
+                except NoCurrentWeights as error:
+                    state, replica.reason = "stale", str(error)
+                    return
+                except (RolloutError, httpx.HTTPError, OSError) as error:
+                    replica.reason = f"{type(error).__name__}: {error}"
+                    logger.warning("rollout server %s: %s", replica.url, replica.reason)
+                    self._count_failure(replica)
+                    if replica.process is not None:
+                        await asyncio.to_thread(replica.process.stop)
+                    await asyncio.sleep(_POLL_S)
+        except _GivenUp as error:
+            replica.reason = f"given up after {replica.failures_in_a_row} recoveries in a row: {error}"
+        except Exception as error:
+            logger.exception("recovery of rollout server %s failed", replica.url)
+            replica.reason = repr(error)
+        finally:
+            self._recoveries.pop(replica, None)
+            self.set_state(replica, state, replica.reason)
+
+    def _count_failure(self, replica: Replica) -> None:
+        if replica.failures_in_a_row >= self._restarts:
+            raise _GivenUp(replica.reason)
+        replica.failures_in_a_row += 1
+
+    async def _bring_up(self, replica: Replica) -> None:
+        """Return once the server answers its health check; start or restart it if it is ours and does not."""
+        process = replica.process
+        if process is None:
+            await self._wait_healthy(replica)
+            self.set_state(replica, "stale", "attached")
+            return
+        if process.alive() and replica.state != "down":
+            try:
+                await self._probe(replica, _PROBE_S)
+                return
+            except httpx.HTTPError as error:
+                replica.reason = f"no answer to the health check ({error!r})"
+                self._count_failure(replica)
+        elif process.starts and replica.state != "down":
+            replica.reason = "ended: " + process.describe_end()
+            self._count_failure(replica)
+        self.set_state(replica, "down", replica.reason)
+        await asyncio.to_thread(process.start)
+        await self._wait_healthy(replica)
+        self.set_state(replica, "stale", "just started")
+
+    async def _probe(self, replica: Replica, timeout: float) -> None:
+        (await self._http.get(replica.url + "/health", timeout=timeout)).raise_for_status()
+
+    async def _wait_healthy(self, replica: Replica) -> None:
+        deadline = time.monotonic() + self._start_timeout_s
+        while True:
+            if replica.process is not None and not replica.process.alive():
+                raise RolloutError("the server ended while starting: " + replica.process.describe_end())
+            try:
+                await self._probe(replica, _PROBE_S)
+                return
+            except httpx.HTTPError as error:
+                if time.monotonic() > deadline:
+                    hint = replica.process.describe_end() if replica.process else "is it running?"
+                    raise RolloutError(
+                        f"{replica.url} was not healthy within {self._start_timeout_s:.0f} s ({error!r}): {hint}"
+                    ) from error
+            await asyncio.sleep(_POLL_S)
+
+    async def close(self) -> None:
+        for task in list(self._recoveries.values()):
+            task.cancel()
+        for replica in self.replicas:
+            replica.state, replica.reason = "dead", "closed"
+        processes = [r.process for r in self.replicas if r.process is not None]
+        await asyncio.gather(*(asyncio.to_thread(process.stop) for process in processes))

@@ -1,0 +1,73 @@
+"""SGLang's control endpoints, one coroutine each."""
+
+import httpx
+
+from real_megatron.rollout.remote.errors import RolloutError
+from real_megatron.rollout.remote.replica import Replica
+
+_INCOMPLETE = "incomplete"
+
+
+class Control:
+    """Control requests to single servers; a refusal or a missed deadline is a RolloutError."""
+
+    def __init__(self, http: httpx.AsyncClient, timeout_s: float) -> None:
+        self._http = http
+        self.timeout_s = timeout_s
+
+    async def post(self, replica: Replica, path: str, body: dict) -> dict:
+        try:
+            reply = await self._http.post(replica.url + path, json=body, timeout=self.timeout_s)
+        except httpx.HTTPError as error:
+            raise RolloutError(f"{replica.url}{path}: {error!r}") from error
+        if reply.status_code != 200:
+            raise RolloutError(f"{replica.url}{path}: status {reply.status_code}: {reply.text[:500]}")
+        try:
+            return reply.json()
+        except ValueError:
+            return {}
+
+    async def get(self, replica: Replica, path: str) -> dict:
+        try:
+            reply = await self._http.get(replica.url + path, timeout=60)
+            reply.raise_for_status()
+            return reply.json()
+        except (httpx.HTTPError, ValueError) as error:
+            raise RolloutError(f"{replica.url}{path}: {error!r}") from error
+
+    async def weight_version(self, replica: Replica) -> str:
+        return str((await self.get(replica, "/model_info"))["weight_version"])
+
+    async def tensor_parallel(self, replica: Replica) -> int:
+        return int((await self.get(replica, "/server_info"))["tp_size"])
+
+    async def set_weight_version(self, replica: Replica, version: str) -> None:
+        await self.post(replica, "/update_weight_version", {"new_version": version, "abort_all_requests": False})
+
+    async def quiesce(self, replica: Replica, version: str) -> None:
+        """Abort what runs, take nothing new, and label the weights as a mixture until `admit`.
+
+        The label stays with the server: should this process die half-way, the next one sees it in every reply.
+        """
+        await self.post(replica, "/pause_generation", {"mode": "abort"})
+        await self.set_weight_version(replica, f"{version}-{_INCOMPLETE}")
+
+    async def admit(self, replica: Replica, version: str) -> None:
+        """The weights are whole: drop every cached state, name them, and take requests again."""
+        await self.post(replica, "/flush_cache", {})
+        await self.set_weight_version(replica, version)
+        await self.unpause(replica)
+
+    async def unpause(self, replica: Replica) -> None:
+        await self.post(replica, "/continue_generation", {})
+
+    async def begin(self, replica: Replica) -> None:
+        """Open the bracket that distributed and tensor updates need, closing one that a failed sync left open."""
+        try:
+            await self.post(replica, "/begin_weight_update", {})
+        except RolloutError:
+            await self.post(replica, "/end_weight_update", {})
+            await self.post(replica, "/begin_weight_update", {})
+
+    async def end(self, replica: Replica) -> None:
+        await self.post(replica, "/end_weight_update", {})

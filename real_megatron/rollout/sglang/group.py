@@ -1,0 +1,63 @@
+"""A process group that joins the trainer and the servers: the trainer is rank 0, the servers follow."""
+
+import datetime
+from contextlib import suppress
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import distributed_c10d
+
+
+class SenderGroup:
+    """The trainer's end. Stands beside the trainer's own world and its groups, and needs neither.
+
+    A server joins through POST /init_weights_update_group and forms its end in the same way; store prefixes and
+    names must agree with it.
+    """
+
+    def __init__(self, name: str, backend: str, timeout_s: float) -> None:
+        self.name = name
+        self._backend = backend
+        self._timeout = datetime.timedelta(seconds=timeout_s)
+        # Port 0: the operating system picks a free one.
+        self._store = dist.TCPStore(
+            "0.0.0.0", 0, is_master=True, wait_for_workers=False, timeout=self._timeout, multi_tenant=True
+        )
+        self.port = self._store.port
+        self._group: dist.ProcessGroup | None = None
+
+    def join(self, world_size: int) -> None:
+        """Blocks until every server has joined, or raises at the timeout."""
+        # The public new_group() makes groups of this world's ranks only; the servers are no part of it.
+        self._group, _ = distributed_c10d._new_process_group_helper(
+            world_size,
+            0,
+            [],
+            dist.Backend(self._backend),
+            dist.PrefixStore(self.name, self._store),
+            group_name=self.name,
+            timeout=self._timeout,
+        )
+        distributed_c10d._world.pg_group_ranks[self._group] = {i: i for i in range(world_size)}
+
+    def broadcast(self, flat: Tensor) -> None:
+        """Send; blocks until every server has taken it, or raises."""
+        options = dist.BroadcastOptions()
+        options.rootRank = 0
+        options.rootTensor = 0
+        if flat.is_cuda:
+            torch.cuda.set_device(flat.device)
+        self._group.broadcast([flat], options).wait()
+        if flat.is_cuda:
+            torch.cuda.synchronize(flat.device)
+
+    def abort(self) -> None:
+        """Close the connections, so that no server waits for a sender that has given up."""
+        if self._group is None:
+            return
+        group, self._group = self._group, None
+        with suppress(RuntimeError, ValueError):
+            group.abort()
+        with suppress(RuntimeError, ValueError):
+            dist.destroy_process_group(group)

@@ -1,0 +1,106 @@
+"""Replies of SGLang's native POST /generate, checked before anything of them is used."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from real_megatron.rollout.engine import Response, SamplingParams
+from real_megatron.rollout.remote.errors import Retryable, StaleReply
+
+
+def generation_body(prompt: list[int], params: SamplingParams) -> dict[str, Any]:
+    """A request for `params.n` samples: the server prefills the prompt once. Every sampling parameter is named, since
+    a server may have defaults of its own."""
+    body: dict[str, Any] = {
+        "input_ids": prompt,
+        "sampling_params": {
+            "n": params.n,
+            "temperature": params.temperature,
+            "top_p": params.top_p,
+            "top_k": -1,
+            "min_p": 0.0,
+            "repetition_penalty": 1.0,
+            "frequency_penalty": 0.0,
+            "presence_penalty": 0.0,
+            "max_new_tokens": params.max_new_tokens,
+            "stop": list(params.stop),
+        },
+        "return_logprob": True,
+    }
+    if params.watch_ids:
+        body["token_ids_logprob"] = list(params.watch_ids)
+    return body
+
+
+def scoring_body(sequence: list[int], ids: Sequence[int]) -> dict[str, Any]:
+    """A request for the log-probabilities of `ids` behind a sequence; nothing is generated."""
+    return {
+        "input_ids": sequence,
+        "sampling_params": {"temperature": 1.0, "max_new_tokens": 0},
+        "return_logprob": True,
+        "token_ids_logprob": list(ids),
+    }
+
+
+def parse_generation(reply: Any, params: SamplingParams, versions: set[str], version: int) -> list[Response]:
+    """The responses of one request, as weight version `version`.
+
+    versions: what the servers' labels of the current weights may be
+
+    Raises Retryable when the reply is not exactly `n` whole responses, StaleReply when other weights were used.
+    """
+    samples = reply if isinstance(reply, list) else [reply]
+    if len(samples) != params.n:
+        raise Retryable(f"{len(samples)} responses, asked for {params.n}")
+    try:
+        return [_response(sample, params, versions, version) for sample in samples]
+    except (KeyError, TypeError, IndexError, AttributeError) as error:
+        raise Retryable(f"the reply has not the expected form: {error!r}") from error
+
+
+def parse_scoring(reply: Any, ids: Sequence[int], versions: set[str]) -> list[float]:
+    """Log-probabilities in the order of `ids`. Raises Retryable or StaleReply."""
+    try:
+        check_versions(reply["meta_info"], versions)
+        return _values(reply["meta_info"]["output_token_ids_logprobs"][0], ids)
+    except (KeyError, TypeError, IndexError, AttributeError) as error:
+        raise Retryable(f"the reply has not the expected form: {error!r}") from error
+
+
+def _response(sample: dict, params: SamplingParams, versions: set[str], version: int) -> Response:
+    meta = sample["meta_info"]
+    finish = meta["finish_reason"]
+    if finish["type"] not in ("stop", "length"):
+        raise Retryable(f"the server gave the request up: {finish}")
+    check_versions(meta, versions)
+    logprobs = [entry[0] for entry in meta["output_token_logprobs"]]
+    ids = [entry[1] for entry in meta["output_token_logprobs"]]
+    if not ids or ids != sample["output_ids"] or len(ids) != meta["completion_tokens"]:
+        raise Retryable(
+            f"{len(ids)} log-probabilities for {len(sample['output_ids'])} tokens ({meta['completion_tokens']} counted)"
+        )
+    if not all(map(math.isfinite, logprobs)):
+        raise Retryable("a log-probability is not finite")
+    watched = None
+    if params.watch_ids:
+        watched = [_values(position, params.watch_ids) for position in meta["output_token_ids_logprobs"]]
+        if len(watched) != len(ids):
+            raise Retryable(f"{len(watched)} positions with watched tokens for {len(ids)} tokens")
+    if finish["type"] == "length":
+        reason = "length"
+    else:
+        # `matched` is the token's id for an end of sequence, the text for a stop text.
+        reason = "stop" if isinstance(finish["matched"], str) else "eos"
+    return Response(ids, logprobs, reason, version, watched)
+
+
+def _values(entries: list, ids: Sequence[int]) -> list[float]:
+    by_id = {entry[1]: entry[0] for entry in entries}
+    return [float(by_id[i]) for i in ids]
+
+
+def check_versions(meta: dict, versions: set[str]) -> None:
+    """A response that spans a weight update lists each part."""
+    used = {span["version"] for span in meta.get("weight_versions") or []} | {meta["weight_version"]}
+    if not used <= versions:
+        raise StaleReply(f"sampled from weights {sorted(used)}, current are {sorted(versions)}")

@@ -1,0 +1,54 @@
+"""Weights by shared memory: CUDA IPC handles, or shared memory files on a CPU."""
+
+import base64
+import io
+from multiprocessing.reduction import ForkingPickler
+
+import torch
+
+from real_megatron.rollout.remote.buckets import Bucket
+from real_megatron.rollout.remote.replica import Replica
+from real_megatron.rollout.sglang.transport import Flight, Transport
+
+
+class TensorTransport(Transport):
+    """`/update_weights_from_tensor`: the server maps the bucket's memory: CUDA IPC, or shared memory on a CPU.
+
+    Server and trainer share the host; the trainer's GPU has the same index in the server's process.
+    """
+
+    async def open(self, flight: Flight, version: str) -> None:
+        async def one(replica: Replica) -> None:
+            await self.control.quiesce(replica, version)
+            await self.control.begin(replica)
+
+        await flight.each(one)
+
+    async def send(self, flight: Flight, bucket: Bucket) -> None:
+        payload = _pickle_by_handle(bucket)
+
+        async def one(replica: Replica) -> None:
+            # One entry per tensor-parallel rank; each takes its part of the whole tensor.
+            payloads = [payload] * await self.control.tensor_parallel(replica)
+            body = {"serialized_named_tensors": payloads, "flush_cache": True}
+            await self.control.post(replica, "/update_weights_from_tensor", body)
+
+        await flight.each(one)
+
+    async def finish(self, flight: Flight, version: str) -> None:
+        await flight.each(self.control.end)
+
+
+def _pickle_by_handle(bucket: Bucket) -> str:
+    """Base64 of the pickled [(name, tensor)], tensors as handles of shared memory: the format of SGLang's
+    MultiprocessingSerializer."""
+    buffer = io.BytesIO()
+    strategy = torch.multiprocessing.get_sharing_strategy()
+    if not bucket.flat.is_cuda:
+        # The other strategy passes file descriptors over a socket that HTTP is not.
+        torch.multiprocessing.set_sharing_strategy("file_system")
+    try:
+        ForkingPickler(buffer).dump(bucket.tensors())
+    finally:
+        torch.multiprocessing.set_sharing_strategy(strategy)
+    return base64.b64encode(buffer.getvalue()).decode()
