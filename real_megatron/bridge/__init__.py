@@ -17,6 +17,7 @@ _LATER = {
     "dry_run": "mapping",
     "export_hf": "export",
     "load_hf": "live",
+    "print_mapping": "mapping",
 }
 
 __all__ = [

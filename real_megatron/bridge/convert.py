@@ -6,7 +6,7 @@ A process holds one tensor at a time with its source, so memory is bounded by th
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -31,6 +31,8 @@ log = logging.getLogger(__name__)
 
 # A rank's share is cut into files of about this size, so that processes can share the work.
 FILE_BYTES = 2 * 2**30
+# Larger blocks are stored as several, so that no process ever holds much at once.
+BLOCK_BYTES = 64 * 2**20
 SHARD_BYTES = 5 * 10**9
 
 
@@ -74,10 +76,10 @@ def convert_hf_to_megatron(
     table = parameters(description, vocab_rows=padded_vocab(description, tp, vocab_multiple))
     source = HFCheckpoint(hf_path)
     source.validate(table, description.tied)
-    dtypes = [dtype or _stored_dtype(parameter, source) for parameter in table]
+    dtypes = [dtype] * len(table) if dtype else _stored_dtypes(table, source, description)
     job = _ToMegatron(source, description, table, dtypes, Path())
     files = _plan_files(table, dtypes, layout, description)
-    total = sum(parameter.hf_numel * d.itemsize for parameter, d in zip(table, dtypes, strict=True))
+    total = sum(prod(piece.shape) * dtypes[i].itemsize for file in files for i, piece in file.blocks)
     with staged_directory(output) as staging:
         side_files.carry(hf_path, staging / side_files.FOLDER, dtype)
         job.directory = staging
@@ -160,7 +162,7 @@ def _plan_files(
                 open_files[rank] = _FileTask(f"__{rank}_{number}_", [], [])
                 filled[rank] = 0
                 tasks.append(open_files[rank])
-            open_files[rank].blocks.append((i, piece))
+            open_files[rank].blocks.extend((i, part) for part in piece.by_rows(BLOCK_BYTES // dtype.itemsize))
             filled[rank] += size
             if first:
                 for location in locations(parameter, description, stacked):
@@ -184,17 +186,17 @@ class _ToMegatron:
         blocks, origins = [], {}
         for i, piece in task.blocks:
             parameter = self.table[i]
-            for place in locations(parameter, self.description, stacked):
+            for copy, place in enumerate(locations(parameter, self.description, stacked)):
                 sizes: Shape = (*(1 for _ in place.index), *piece.shape)
                 block = Block(place.key, place.shape(parameter), place.offset(piece), sizes, self.dtypes[i])
                 blocks.append(block)
-                origins[block.index] = (parameter, piece, self.dtypes[i])
+                origins[block.index] = (parameter, piece, self.dtypes[i], copy)
 
         def produce(index: Any) -> torch.Tensor:
-            parameter, piece, dtype = origins[index]
-            tensor = parameter.transform.read(piece, self.source.reader(parameter)).to(dtype)
-            progress(tensor.nbytes)
-            return tensor
+            parameter, piece, dtype, copy = origins[index]
+            if copy == 0:
+                progress(prod(piece.shape) * dtype.itemsize)
+            return parameter.transform.read(piece, self.source.reader(parameter)).to(dtype)
 
         return torch_dist.write_file(self.directory, task.prefix, blocks, task.objects, produce)
 
@@ -210,12 +212,18 @@ class _ToHF:
     def __call__(self, shard: Shard, progress: Progress) -> None:
         stream = SafetensorsStream(self.directory, shard)
         for parameter in shard.parameters:
-            place = self.places[parameter.name]
-            whole = self.source.read(place.key, place.index)
-            for tensor in parameter.transform.split(whole):
-                stream.write(tensor)
-                progress(tensor.nbytes)
+            for rows in self._rows(parameter, self.places[parameter.name]):
+                stream.write(rows)
+                progress(rows.nbytes)
         stream.close()
+
+    def _rows(self, parameter: Parameter, place: Location) -> Iterator[torch.Tensor]:
+        transform = parameter.transform
+        if transform.hf_starts is None:
+            yield from transform.split(self.source.read(place.key, place.index))
+            return
+        for start, shape in zip(transform.hf_starts, transform.hf_shapes, strict=True):
+            yield from self.source.row_blocks(place.key, place.index, (start, start + shape[0]))
 
 
 def _locate(source: TorchDistCheckpoint, description: ModelDescription) -> tuple[list[Parameter], list[Location]]:
@@ -249,11 +257,21 @@ def _locate(source: TorchDistCheckpoint, description: ModelDescription) -> tuple
     return table, places
 
 
-def _stored_dtype(parameter: Parameter, source: HFCheckpoint) -> torch.dtype:
-    dtypes = {name: source.entries[name].dtype for name in parameter.hf}
-    if len(set(dtypes.values())) > 1:
-        raise CheckpointError(f"{source.directory}: {dtypes} form one Megatron tensor; give a dtype to convert to")
-    return dtypes[parameter.hf[0]]
+def _stored_dtypes(
+    table: Sequence[Parameter], source: HFCheckpoint, description: ModelDescription
+) -> list[torch.dtype]:
+    """The dtype of each parameter; what is stored as one Megatron tensor must have one."""
+    first: dict[str, str] = {}
+    for parameter in table:
+        key = locations(parameter, description, stacks_layers(description))[0].key
+        for name in parameter.hf:
+            entry, other = source.entries[name], source.entries[first.setdefault(key, name)]
+            if entry.dtype != other.dtype:
+                raise CheckpointError(
+                    f"{entry.file}: tensor '{name}' is {entry.dtype}, '{first[key]}' is {other.dtype}, and Megatron "
+                    "stores both as one; give a dtype to convert to"
+                )
+    return [source.entries[parameter.hf[0]].dtype for parameter in table]
 
 
 def _one_dtype(dtypes: Sequence[torch.dtype]) -> torch.dtype:

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from real_megatron.bridge.table import Parameter
-from real_megatron.bridge.transforms import Reader, Shape
+from real_megatron.bridge.transforms import Range, Reader, Shape
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -98,7 +98,7 @@ class HFCheckpoint:
     def _require_equal(self, name: str, other: str, rows: int = 8192) -> None:
         entry = self.entries[name]
         same = entry.shape == self.entries[other].shape and all(
-            torch.equal(self.slice(name, 0, row, row + rows), self.slice(other, 0, row, row + rows))
+            torch.equal(self.block(name, (row, row + rows)), self.block(other, (row, row + rows)))
             for row in range(0, entry.shape[0], rows)
         )
         if not same:
@@ -107,17 +107,20 @@ class HFCheckpoint:
                 "set tie_word_embeddings to false there if the output layer is its own"
             )
 
-    def slice(self, name: str, axis: int, start: int, stop: int) -> torch.Tensor:
-        """Rows (axis 0) or columns (axis 1) `start:stop` of a tensor, on the CPU, in the stored dtype."""
-        entry = self.entries[name]
-        part = self._open(entry.file).get_slice(name)
-        tensor = part[start:stop] if axis == 0 else part[:, start:stop]
+    def block(self, name: str, rows: Range, columns: Range | None = None) -> torch.Tensor:
+        """Rows and columns (default: all) of a tensor, on the CPU, in the stored dtype."""
+        part = self._open(self.entries[name].file).get_slice(name)
+        tensor = part[slice(*rows)] if columns is None else part[slice(*rows), slice(*columns)]
         self._read_bytes += tensor.nbytes
         return tensor
 
+    def tensor(self, name: str) -> torch.Tensor:
+        """A whole tensor."""
+        return self.block(name, (0, self.entries[name].shape[0]))
+
     def reader(self, parameter: Parameter) -> Reader:
         """A transform's view of the tensors of one parameter."""
-        return lambda i, axis, start, stop: self.slice(parameter.hf[i], axis, start, stop)
+        return lambda i, rows, columns: self.block(parameter.hf[i], rows, columns)
 
     def _open(self, file: Path) -> Any:
         if self._read_bytes > REMAP_BYTES:

@@ -69,25 +69,29 @@ def write_index(directory: Path, shards: Sequence[Shard]) -> None:
 
 
 class SafetensorsStream:
-    """Writes one shard; `write` takes the tensors in the shard's order."""
+    """Writes one shard; `write` takes the tensors in the shard's order, each whole or in runs of rows."""
 
     def __init__(self, directory: Path, shard: Shard) -> None:
-        self._expected = shard.tensors()
+        self._expected = list(shard.tensors())
+        self._position, self._row = 0, 0
         self._file = (directory / shard.file).open("wb")
         self._file.write(_header(shard))
 
     def write(self, tensor: torch.Tensor) -> None:
-        """Append the next tensor, converted to the shard's dtype. Raises ValueError when its shape is not expected."""
-        name, shape, dtype = next(self._expected)
-        if tuple(tensor.shape) != shape:
-            raise ValueError(f"tensor '{name}' has shape {tuple(tensor.shape)} instead of {shape}")
+        """Append a tensor or its next rows, converted to the shard's dtype. Raises ValueError for a wrong shape."""
+        name, shape, dtype = self._expected[self._position]
+        if tuple(tensor.shape[1:]) != shape[1:] or self._row + tensor.shape[0] > shape[0]:
+            raise ValueError(f"tensor '{name}' has rows {tuple(tensor.shape)} beyond row {self._row} of {shape}")
         data = tensor.to(dtype).contiguous()
         self._file.write(memoryview(data.view(-1).view(torch.uint8).numpy()))
+        self._row += tensor.shape[0]
+        if self._row == shape[0]:
+            self._position, self._row = self._position + 1, 0
 
     def close(self) -> None:
         """Flush to disk. Raises ValueError when tensors are missing."""
-        if (missing := next(self._expected, None)) is not None:
-            raise ValueError(f"{self._file.name}: tensor '{missing[0]}' was not written")
+        if self._position < len(self._expected):
+            raise ValueError(f"{self._file.name}: tensor '{self._expected[self._position][0]}' was not written")
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()

@@ -6,6 +6,7 @@ from math import prod
 from pathlib import Path
 
 import torch
+from rich.console import Console
 from rich.table import Table
 
 from real_megatron.bridge import side_files
@@ -13,21 +14,27 @@ from real_megatron.bridge.convert import check_layout
 from real_megatron.bridge.expansion import padded_vocab, parameters
 from real_megatron.bridge.families import describe
 from real_megatron.bridge.layout import Layout
-from real_megatron.bridge.table import Parameter
 from real_megatron.bridge.transforms import Shape
+
+_PREFIXES = ("decoder.layers.{layer}.", "model.layers.{layer}.")
 
 
 @dataclass
 class Row:
-    """All parameters that differ only in layer and expert."""
+    """All parameters that differ only in layer and expert. Shapes: whole, and on one tensor-parallel rank."""
 
     megatron: str
     te_name: str
     hf: tuple[str, ...]
-    kind: str
+    transform: str
     whole: Shape
     shard: Shape
     count: int = 0
+
+    @property
+    def elements(self) -> int:
+        """Elements of all of them, with vocabulary padding."""
+        return self.count * prod(self.whole)
 
 
 def mapping(config_path: str | Path, *, tp: int = 1, pp: int = 1, ep: int = 1, vocab_multiple: int = 64) -> list[Row]:
@@ -36,12 +43,12 @@ def mapping(config_path: str | Path, *, tp: int = 1, pp: int = 1, ep: int = 1, v
     check_layout(description, Layout(tp, pp, ep))
     rows: dict[tuple[str, str], Row] = {}
     for parameter in parameters(description, vocab_rows=padded_vocab(description, tp, vocab_multiple)):
-        names = _pattern(parameter)
         transform = parameter.transform
-        row = rows.setdefault(
-            names[:2], Row(*names, transform.kind, transform.shape, transform.shard_shape(_tp(parameter, tp)))
-        )
-        row.count += 1
+        key = (_pattern(parameter.name), _pattern(parameter.te_name))
+        if key not in rows:
+            names = tuple(map(_pattern, parameter.hf))
+            rows[key] = Row(*key, names, transform.kind, transform.shape, transform.shard_shape(tp))
+        rows[key].count += 1
     return list(rows.values())
 
 
@@ -54,9 +61,9 @@ def dry_run(
     dtype: torch.dtype | None = None,
     vocab_multiple: int = 64,
 ) -> Table:
-    """The mapping as a table to print: names on both sides, shapes, the cut, counts and sizes.
+    """The mapping as a table: names on both sides, shapes, the cut, counts and sizes.
 
-    dtype: for the sizes; default: the one named in config.json, else bfloat16.
+    dtype: for the sizes; default: the one that config.json names, else bfloat16.
     """
     config = side_files.read_config(Path(config_path))
     description = describe(config)
@@ -64,39 +71,54 @@ def dry_run(
     rows = mapping(config_path, tp=tp, pp=pp, ep=ep, vocab_multiple=vocab_multiple)
     total = sum(parameter.hf_numel for parameter in parameters(description))
     name = str(dtype).removeprefix("torch.")
+    experts = f", {{expert}}: 0 to {description.num_experts - 1}" if description.num_experts else ""
     table = Table(
-        title=f"{description.family}: {total:,} parameters, {_size(total * dtype.itemsize)} in {name}",
-        caption=f"At TP {tp}, PP {pp}, EP {ep}. {{layer}} 0–{description.num_layers - 1}"
-        + (f", {{expert}} 0–{description.num_experts - 1}" if description.num_experts else ""),
+        title=f"{description.family}: {total:,} parameters, {_size(total * dtype.itemsize)} in {name}; "
+        f"TP {tp}, PP {pp}, EP {ep}",
+        caption=f"A leading dot stands for {_PREFIXES[0]} and {_PREFIXES[1]}, {{layer}}: 0 to "
+        f"{description.num_layers - 1}{experts}. TE: the name in the Transformer Engine spec.",
         show_footer=True,
     )
     table.add_column("Megatron", "all", overflow="fold")
     table.add_column("Hugging Face", overflow="fold")
     table.add_column("transform")
-    table.add_column("whole")
-    table.add_column("one TP rank")
+    table.add_column("whole", no_wrap=True)
+    table.add_column("a TP rank", no_wrap=True)
     table.add_column("count", f"{sum(row.count for row in rows):,}", justify="right")
-    padded = sum(row.count * prod(row.whole) for row in rows) * dtype.itemsize
-    table.add_column("size", _size(padded), justify="right")
+    table.add_column("size", _size(sum(row.elements for row in rows) * dtype.itemsize), justify="right", no_wrap=True)
     for row in rows:
-        megatron = row.megatron if row.te_name == row.megatron else f"{row.megatron}\n(TE: {row.te_name})"
-        size = _size(row.count * prod(row.whole) * dtype.itemsize)
+        megatron = _short(row.megatron)
+        if row.te_name != row.megatron:
+            megatron += f"\nTE: {_short(row.te_name)}"
         table.add_row(
-            megatron, "\n".join(row.hf), row.kind, _shape(row.whole), _shape(row.shard), f"{row.count:,}", size
+            megatron,
+            "\n".join(map(_short, row.hf)),
+            row.transform,
+            _shape(row.whole),
+            _shape(row.shard),
+            f"{row.count:,}",
+            _size(row.elements * dtype.itemsize),
         )
     return table
 
 
-def _tp(parameter: Parameter, tp: int) -> int:
-    return 1 if parameter.transform.split_axis is None else tp
+def print_mapping(config_path: str | Path, **options: object) -> None:
+    """Print `dry_run`; wide where the output is no terminal."""
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=180)
+    console.print(dry_run(config_path, **options))
 
 
-def _pattern(parameter: Parameter) -> tuple[str, str, tuple[str, ...]]:
-    def generic(name: str) -> str:
-        name = re.sub(r"(?<=layers\.)\d+", "{layer}", name)
-        return re.sub(r"(?<=experts\.)\d+|(?<=fc[12]\.weight)\d+", "{expert}", name)
+def _pattern(name: str) -> str:
+    name = re.sub(r"(?<=layers\.)\d+", "{layer}", name)
+    return re.sub(r"(?<=experts\.)\d+|(?<=fc[12]\.weight)\d+", "{expert}", name)
 
-    return generic(parameter.name), generic(parameter.te_name), tuple(generic(name) for name in parameter.hf)
+
+def _short(name: str) -> str:
+    for prefix in _PREFIXES:
+        name = re.sub(f"^{re.escape(prefix)}", ".", name)
+    return name
 
 
 def _shape(shape: Shape) -> str:

@@ -6,8 +6,9 @@ written, and DCP's file reader fills one buffer at a time.
 
 import io
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ from torch.distributed.checkpoint.planner import (
 
 from real_megatron.bridge.dcp_metadata import read_metadata
 from real_megatron.bridge.hf_reader import CheckpointError
-from real_megatron.bridge.transforms import Shape
+from real_megatron.bridge.transforms import Range, Shape
 
 CONFIG = {
     "sharded_backend": "torch_dist",
@@ -138,19 +139,18 @@ class TorchDistCheckpoint:
         if backend != "torch_dist":
             raise CheckpointError(f"{config}: format '{backend}' is not supported; save as 'torch_dist'")
         self.metadata = read_metadata(self.directory / ".metadata")
+        entries = self.metadata.state_dict_metadata.items()
+        self.tensors = {key: entry for key, entry in entries if isinstance(entry, TensorStorageMetadata)}
+        """Shape, dtype and chunks of every stored tensor by key."""
         self._check_files()
 
-    @property
-    def tensors(self) -> dict[str, TensorStorageMetadata]:
-        """Metadata of every stored tensor by key."""
-        entries = self.metadata.state_dict_metadata.items()
-        return {key: entry for key, entry in entries if isinstance(entry, TensorStorageMetadata)}
-
-    def read(self, key: str, index: Shape = ()) -> torch.Tensor:
-        """The tensor at `index` of the leading axes (all of it without an index), in its stored dtype."""
+    def read(self, key: str, index: Shape = (), rows: Range | None = None) -> torch.Tensor:
+        """The tensor at `index` of the leading axes, or `rows` of it, in its stored dtype."""
         entry = self.tensors[key]
-        start = (*index, *(0 for _ in entry.size[len(index) :]))
-        stop = (*(i + 1 for i in index), *entry.size[len(index) :])
+        tail = tuple(entry.size[len(index) :])
+        first, last = rows or (0, tail[0])
+        start = (*index, first, *(0 for _ in tail[1:]))
+        stop = (*(i + 1 for i in index), last, *tail[1:])
         out = torch.empty([b - a for a, b in zip(start, stop, strict=True)], dtype=entry.properties.dtype)
         items = [
             ReadItem(
@@ -175,6 +175,14 @@ class TorchDistCheckpoint:
             file = self.metadata.storage_data[items[0].storage_index].relative_path
             raise CheckpointError(f"{self.directory / file}: tensor '{key}' cannot be read: {error}") from error
         return out.reshape(out.shape[len(index) :])
+
+    def row_blocks(self, key: str, index: Shape, rows: Range) -> Iterator[torch.Tensor]:
+        """`rows` of the tensor at `index`, block by block as they are stored, so that no block is read twice."""
+        axis = len(index)
+        edges = {edge for c in self.tensors[key].chunks for edge in (c.offsets[axis], c.offsets[axis] + c.sizes[axis])}
+        edges = sorted({edge for edge in edges if rows[0] < edge < rows[1]} | set(rows))
+        for first, last in pairwise(edges):
+            yield self.read(key, index, (first, last))
 
     def _check_files(self) -> None:
         sizes: dict[str, int] = {}

@@ -9,12 +9,14 @@ is bit-identical.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import prod
 
 import torch
 
 Shape = tuple[int, ...]
-# read(i, axis, start, stop): that slice of the i-th Hugging Face tensor.
-Reader = Callable[[int, int, int, int], torch.Tensor]
+Range = tuple[int, int]
+# read(i, rows, columns): that block of the i-th Hugging Face tensor; all columns if None.
+Reader = Callable[[int, Range, Range | None], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,19 @@ class Piece:
 
     offset: Shape
     shape: Shape
+
+    def by_rows(self, limit: int) -> list["Piece"]:
+        """The same block in parts of at most `limit` elements (but at least one row)."""
+        rows = max(1, limit // max(1, prod(self.shape[1:])))
+        return [
+            Piece((self.offset[0] + row, *self.offset[1:]), (min(rows, self.shape[0] - row), *self.shape[1:]))
+            for row in range(0, self.shape[0], rows)
+        ]
+
+    @property
+    def rows(self) -> Range:
+        """First row and one past the last."""
+        return self.offset[0], self.offset[0] + self.shape[0]
 
 
 def _share(length: int, rank: int, size: int) -> tuple[int, int]:
@@ -33,12 +48,17 @@ def _share(length: int, rank: int, size: int) -> tuple[int, int]:
 
 
 class Transform(ABC):
-    """The whole Megatron tensor: `shape`; the tensors that it comes from: `hf_shapes`."""
+    """The whole Megatron tensor: `shape`; the tensors that it comes from: `hf_shapes`.
+
+    split_axis: the axis that TP cuts; None: replicated. hf_starts: the first row of each Hugging Face tensor, where it
+    is a run of rows of the whole; None: it is not.
+    """
 
     shape: Shape
     hf_shapes: tuple[Shape, ...]
     kind: str
     split_axis: int | None = 0
+    hf_starts: tuple[int, ...] | None = (0,)
 
     @abstractmethod
     def pieces(self, rank: int, size: int) -> list[Piece]:
@@ -46,11 +66,12 @@ class Transform(ABC):
 
     @abstractmethod
     def read(self, piece: Piece, read: Reader) -> torch.Tensor:
-        """The content of one piece."""
+        """The content of one piece, or of some rows of one."""
 
-    @abstractmethod
     def split(self, whole: torch.Tensor) -> list[torch.Tensor]:
         """The Hugging Face tensors inside the whole Megatron tensor (contiguous; views where possible)."""
+        starts = zip(self.hf_starts, self.hf_shapes, strict=True)
+        return [whole[start : start + shape[0]] for start, shape in starts]
 
     def shard_shape(self, size: int) -> Shape:
         """Shape of one TP rank's tensor in a running model."""
@@ -90,10 +111,7 @@ class Whole(Transform):
         return [Piece((0,) * len(self.shape), self.shape)]
 
     def read(self, piece: Piece, read: Reader) -> torch.Tensor:
-        return read(0, 0, 0, self.shape[0])
-
-    def split(self, whole: torch.Tensor) -> list[torch.Tensor]:
-        return [whole]
+        return read(0, piece.rows, None)
 
     def merge(self, shards: Sequence[torch.Tensor], out: torch.Tensor | None = None) -> torch.Tensor:
         return shards[0] if out is None else out.copy_(shards[0])
@@ -114,10 +132,7 @@ class Columns(Transform):
         return [Piece((0, start), (self.shape[0], stop - start))]
 
     def read(self, piece: Piece, read: Reader) -> torch.Tensor:
-        return read(0, 1, piece.offset[1], piece.offset[1] + piece.shape[1])
-
-    def split(self, whole: torch.Tensor) -> list[torch.Tensor]:
-        return [whole]
+        return read(0, piece.rows, (piece.offset[1], piece.offset[1] + piece.shape[1]))
 
 
 class GateUp(Transform):
@@ -130,6 +145,7 @@ class GateUp(Transform):
 
     def __init__(self, width: int, *columns: int) -> None:
         self.width = width
+        self.hf_starts = (0, width)
         self.shape = (2 * width, *columns)
         self.hf_shapes = ((width, *columns),) * 2
 
@@ -140,10 +156,7 @@ class GateUp(Transform):
 
     def read(self, piece: Piece, read: Reader) -> torch.Tensor:
         tensor, start = divmod(piece.offset[0], self.width)
-        return read(tensor, 0, start, start + piece.shape[0])
-
-    def split(self, whole: torch.Tensor) -> list[torch.Tensor]:
-        return [whole[: self.width], whole[self.width :]]
+        return read(tensor, (start, start + piece.shape[0]), None)
 
 
 class Qkv(Transform):
@@ -154,6 +167,7 @@ class Qkv(Transform):
     """
 
     kind = "q + k + v"
+    hf_starts = None
 
     def __init__(self, heads: int, groups: int, head_dim: int, *columns: int) -> None:
         self.groups, self.q_rows, self.kv_rows = groups, heads // groups * head_dim, head_dim
@@ -168,7 +182,7 @@ class Qkv(Transform):
 
     def read(self, piece: Piece, read: Reader) -> torch.Tensor:
         parts = []
-        at, stop = piece.offset[0], piece.offset[0] + piece.shape[0]
+        at, stop = piece.rows
         while at < stop:
             group, row = divmod(at, self.q_rows + 2 * self.kv_rows)
             if row < self.q_rows:
@@ -177,7 +191,7 @@ class Qkv(Transform):
                 tensor, row = divmod(row - self.q_rows, self.kv_rows)
                 tensor, rows = tensor + 1, self.kv_rows
             count = min(rows - row, stop - at)
-            parts.append(read(tensor, 0, group * rows + row, group * rows + row + count))
+            parts.append(read(tensor, (group * rows + row, group * rows + row + count), None))
             at += count
         return torch.cat(parts)
 
@@ -202,11 +216,7 @@ class Vocabulary(Transform):
         return [Piece((start, 0), (stop - start, self.shape[1]))]
 
     def read(self, piece: Piece, read: Reader) -> torch.Tensor:
-        start = min(piece.offset[0], self.rows)
-        stop = min(piece.offset[0] + piece.shape[0], self.rows)
-        filled = read(0, 0, start, stop)
+        start, stop = (min(row, self.rows) for row in piece.rows)
+        filled = read(0, (start, stop), None)
         missing = piece.shape[0] - filled.shape[0]
         return filled if not missing else torch.cat([filled, filled.new_zeros(missing, self.shape[1])])
-
-    def split(self, whole: torch.Tensor) -> list[torch.Tensor]:
-        return [whole[: self.rows]]
