@@ -3,15 +3,19 @@
 from real_megatron.objective.advantages import advantages, minimum_group_size
 from real_megatron.objective.build import build_objective, check
 from real_megatron.objective.metrics import summarize
+from real_megatron.objective.reinforce import ReinforceObjective
 from real_megatron.objective.rewards import REWARDS, RewardOptions, register_reward
+from real_megatron.objective.sft import SupervisedObjective
 from real_megatron.objective.types import Metrics, Objective, ScoredBatch, Totals
 
 __all__ = [
     "REWARDS",
     "Metrics",
     "Objective",
+    "ReinforceObjective",
     "RewardOptions",
     "ScoredBatch",
+    "SupervisedObjective",
     "Totals",
     "advantages",
     "build_objective",
