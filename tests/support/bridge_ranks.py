@@ -1,6 +1,6 @@
 """Tiny models of every family with their odd features on, and what ranks do with them."""
 
-from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -103,62 +103,100 @@ def save_tiny(variant: str, directory: Path, **changes: Any) -> None:
 TOKENS = torch.randint(131, (2, 24), generator=torch.Generator().manual_seed(1))
 
 
-def check_layouts(cases: list[tuple[str, str, dict[str, Any], list[str]]]) -> dict[str, dict[str, Any]]:
-    """Per case (label, Hugging Face directory, parallel sizes, Megatron checkpoints): build, load, run, export.
+@dataclass
+class Case:
+    """One model at one layout.
 
-    Returns per label: the largest logit difference to transformers after loading from the Hugging Face directory, and
-    after loading each Megatron checkpoint; and what is wrong with the export, if anything.
+    hf: its Hugging Face directory. logits: transformers' for TOKENS. checkpoints: Megatron checkpoints to load in turn.
+    buckets: bucket sizes to export with. save: where Megatron itself is to write a checkpoint.
     """
+
+    hf: str
+    sizes: dict[str, Any]
+    logits: torch.Tensor
+    checkpoints: list[str] = field(default_factory=list)
+    buckets: list[int] = field(default_factory=lambda: [20_000])
+    save: str | None = None
+
+
+@dataclass
+class Findings:
+    """On one rank. differences: largest logit difference by source of the weights; None where there are no logits."""
+
+    differences: dict[str, float | None]
+    export_faults: list[str]
+
+
+def check_layouts(cases: list[Case]) -> list[Findings]:
+    """Build each case's model, fill it from its sources in turn, run it, export it and save it."""
+    from megatron.core import dist_checkpointing
+
     from real_megatron import bridge
     from real_megatron.config import ModelConfig, ParallelConfig
-    from real_megatron.policy import runtime
+    from real_megatron.policy import cpu, runtime
     from real_megatron.policy.model import build_model
-    from real_megatron.policy.verify import hf_logits, load_weights, model_logits
+    from real_megatron.policy.verify import load_weights, model_logits
 
-    results = {}
-    for label, hf_dir, sizes, checkpoints in cases:
-        parallel = ParallelConfig(**sizes)
-        runtime.initialize(parallel)
-        description = bridge.describe(bridge.read_config(Path(hf_dir)))
-        expected = hf_logits(hf_dir, TOKENS)
+    results = []
+    formed = None
+    for case in cases:
+        parallel = ParallelConfig(**case.sizes)
+        # Forming process groups takes longer than all the rest of a case.
+        if parallel != formed:
+            runtime.initialize(parallel)
+            formed = parallel
+        description = bridge.describe(bridge.read_config(Path(case.hf)))
         chunks = build_model(description, parallel, ModelConfig(dtype="float32", vocab_multiple=16))
 
-        def difference(chunks=chunks, expected=expected) -> float | None:
+        def difference(chunks=chunks, expected=case.logits) -> float | None:
             logits = model_logits(chunks, TOKENS)
-            return None if logits is None else (logits[..., :131] - expected).abs().max().item()
+            return None if logits is None else (logits[..., : expected.size(-1)] - expected).abs().max().item()
 
-        bridge.load_hf(chunks, description, hf_dir)
-        found: dict[str, Any] = {"hf": difference(), "export": _export_faults(chunks, description, hf_dir)}
-        for checkpoint in checkpoints:
+        bridge.load_hf(chunks, description, case.hf)
+        differences = {"hf": difference()}
+        faults = [f for size in case.buckets for f in export_faults(chunks, description, case.hf, size)]
+        if case.save:
+            with cpu.device_mode():
+                state = {f"model{i}": chunk.sharded_state_dict() for i, chunk in enumerate(chunks)}
+                if torch.distributed.get_rank() == 0:
+                    Path(case.save).mkdir()
+                torch.distributed.barrier()
+                dist_checkpointing.save(state, case.save)
+        for checkpoint in case.checkpoints:
             for chunk in chunks:
                 for parameter in chunk.parameters():
                     parameter.data.fill_(float("nan"))
             load_weights(chunks, checkpoint)
-            found[Path(checkpoint).name] = difference()
-        results[label] = found
+            differences[checkpoint] = difference()
+        results.append(Findings(differences, faults))
     return results
 
 
-def _export_faults(chunks: list, description: Any, hf_dir: str) -> list[str]:
-    """Compare the export, in buckets of every size, with the files: names, order on this rank, bits."""
+def export_faults(chunks: list, description: Any, hf_dir: str, bucket_bytes: int) -> list[str]:
+    """What is wrong with the export on this rank, compared with the files: names, order, shapes, bits."""
     from real_megatron import bridge
 
     original = bridge.HFCheckpoint(hf_dir)
     order = [name for parameter in bridge.parameters(description) for name in parameter.hf]
-    faults = []
-    for bucket_bytes in (1, 20_000, 2**30):
-        names = []
-        for name, tensor in _exported(chunks, description, bucket_bytes):
-            names.append(name)
-            entry = original.entries[name]
-            if tuple(tensor.shape) != entry.shape or not torch.equal(tensor, original.tensor(name)):
-                faults.append(f"{name} differs at bucket_bytes={bucket_bytes}")
-        if names != order:
-            faults.append(f"names or order differ at bucket_bytes={bucket_bytes}")
+    names, faults = [], []
+    for name, tensor in bridge.export_hf(chunks, description, bucket_bytes=bucket_bytes):
+        names.append(name)
+        if not torch.equal(tensor, original.tensor(name)):
+            faults.append(f"{name} differs with bucket_bytes={bucket_bytes}")
+    if names != order or set(names) != set(original.entries):
+        faults.append(f"names or their order differ with bucket_bytes={bucket_bytes}")
+    silent = list(bridge.export_hf(chunks, description, dtype=torch.bfloat16, everywhere=False))
+    if torch.distributed.get_rank() == 0:
+        if [name for name, _ in silent] != order or any(tensor.dtype != torch.bfloat16 for _, tensor in silent):
+            faults.append("names or dtypes differ with everywhere=False")
+    elif silent:
+        faults.append("a rank other than 0 yields with everywhere=False")
     return faults
 
 
-def _exported(chunks: list, description: Any, bucket_bytes: int) -> Iterator[tuple[str, torch.Tensor]]:
-    from real_megatron import bridge
+def verify_on_one_rank(hf_path: str, megatron_path: str | None) -> tuple[float, bool]:
+    """policy.verify in a world of one."""
+    from real_megatron.policy.verify import verify
 
-    return bridge.export_hf(chunks, description, bucket_bytes=bucket_bytes)
+    result = verify(hf_path, megatron_path)
+    return result.difference, result.passed
