@@ -5,20 +5,25 @@ import math
 from collections.abc import Sequence
 
 
-def balance(costs: Sequence[float], budget: float, ranks: int, multiple: int = 1) -> list[list[list[int]]]:
+def balance(
+    costs: Sequence[float], sizes: Sequence[int], budget: int, ranks: int, multiple: int = 1
+) -> list[list[list[int]]]:
     """Spread items over micro-batches of data-parallel ranks.
 
-    Returns, per rank, its micro-batches as lists of item indices. Every rank has the same number of micro-batches, a
-    multiple of `multiple` (the interleaved pipeline schedule needs one of the pipeline size); the number is the
-    smallest at which no micro-batch exceeds `budget` (or holds more than one item). Items are dealt by longest
-    processing time first (Graham, 1969): each item, largest first, goes to the emptiest micro-batch. Micro-batches are
-    then dealt to ranks the same way. Deterministic, so that every rank computes the same plan.
+    costs: what an item takes to run (FLOPs, say), evened out. sizes: its tokens, of which a micro-batch holds at most
+    `budget`, unless one item alone has more. Returns, per rank, its micro-batches as lists of item indices. Every rank
+    has the same number of micro-batches, a multiple of `multiple` (the interleaved pipeline schedule needs one of the
+    pipeline size), and the fewest that fit.
+
+    Items are dealt by longest processing time first (Graham, "Bounds on multiprocessing timing anomalies", 1969): each
+    item, costliest first, goes to the micro-batch with the least work. Micro-batches are then dealt to ranks the same
+    way. Deterministic, so that every rank computes the same plan.
     """
     step = ranks * multiple
-    count = max(1, math.ceil(sum(costs) / budget / step)) * step
+    count = max(1, math.ceil(sum(sizes) / budget / step)) * step
     while True:
         bins = _longest_first(costs, count)
-        if all(len(b) <= 1 or sum(costs[i] for i in b) <= budget for b in bins):
+        if all(len(b) <= 1 or sum(sizes[i] for i in b) <= budget for b in bins):
             break
         count += step
     loads = [sum(costs[i] for i in b) for b in bins]

@@ -56,8 +56,10 @@ class Layout:
         """Number of (query, key) pairs under the mask; `window` as in `mask`."""
         pairs = 0
         for i, segment in enumerate(self.segments):
-            positions = torch.arange(segment.length) + self.offset(i) + 1
-            pairs += int(positions.clamp(max=window).sum() if window else positions.sum())
+            # Token t of the segment sees offset + t + 1 tokens, up to the window.
+            offset, length = self.offset(i), segment.length
+            growing = length if window is None else min(max(window - offset, 0), length)
+            pairs += growing * offset + growing * (growing + 1) // 2 + (length - growing) * (window or 0)
         return pairs
 
     def mask(self, window: int | None = None) -> Tensor:

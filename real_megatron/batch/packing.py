@@ -1,7 +1,7 @@
 """Groups → packed micro-batches: which tokens run, and which rows ask the output head for which vocabulary ids."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -68,18 +68,16 @@ def pack(
 
     for g, group in enumerate(groups):
         prompt_length = len(group.prompt_ids)
-        prompt_start, prompt_segment = len(tokens), len(segments)
+        prompt_start = len(tokens)
+        layout = layout_of(group, share_prompt)
+        first = len(segments)
+        segments += [replace(s, parent=None if s.parent is None else s.parent + first) for s in layout.segments]
         if share_prompt:
             tokens += group.prompt_ids
-            segments.append(Segment(prompt_length))
         for trajectory in group.trajectories:
-            length = len(trajectory.response_ids)
             if not share_prompt:
                 prompt_start = len(tokens)
                 tokens += group.prompt_ids
-                segments.append(Segment(prompt_length + length))
-            elif length:
-                segments.append(Segment(length, parent=prompt_segment))
             start = len(tokens)
             tokens += trajectory.response_ids
             index = len(trajectories)
@@ -121,10 +119,24 @@ def pack(
     )
 
 
+def layout_of(group: Group, share_prompt: bool = True) -> Layout:
+    """The segments of one group, as `pack` lays them out."""
+    prompt = len(group.prompt_ids)
+    if not share_prompt:
+        return Layout(tuple(Segment(prompt + len(t.response_ids)) for t in group.trajectories))
+    responses = (Segment(len(t.response_ids), parent=0) for t in group.trajectories if t.response_ids)
+    return Layout((Segment(prompt), *responses))
+
+
 def tokens_of(group: Group, share_prompt: bool = True) -> int:
     """Tokens that a group occupies in a micro-batch."""
     prompts = 1 if share_prompt else len(group.trajectories)
     return prompts * len(group.prompt_ids) + sum(len(t.response_ids) for t in group.trajectories)
+
+
+def rows_of(group: Group) -> int:
+    """Rows of a group that reach the output head: loss-carrying tokens and answers."""
+    return sum(sum(t.loss_mask) + (t.answer_index is not None) for t in group.trajectories)
 
 
 def _per_token(trajectories: list[Trajectory], name: str) -> Tensor | None:

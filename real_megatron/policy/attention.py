@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from real_megatron.batch.layout import Layout
 from real_megatron.head import GatherRows
+from real_megatron.policy.flex import flex_segment_attention
 
 
 @dataclass
@@ -68,8 +69,8 @@ class PackedAttention(nn.Module):
         packed_seq_params: PackedParams | None = None,
     ) -> Tensor:
         """query `[T, 1, heads, d]`, key and value `[T, 1, kv_heads, d]` → `[T, 1, heads · d]`."""
-        layout = packed_seq_params.layout
-        out = segment_attention(query[:, 0], key[:, 0], value[:, 0], layout, self.scale, self.window)
+        attend = flex_segment_attention if query.is_cuda else segment_attention
+        out = attend(query[:, 0], key[:, 0], value[:, 0], packed_seq_params.layout, self.scale, self.window)
         return out.reshape(out.size(0), 1, -1)
 
 

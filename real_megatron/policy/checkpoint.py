@@ -16,8 +16,8 @@ from torch import nn
 
 from real_megatron.policy import cpu
 
-# `fully_reshardable` optimizer state can be read at any TP, PP and DP. Always passed as a copy: Megatron adds the current
-# process groups to the dictionary that it is given.
+# `fully_reshardable` optimizer state can be read at any TP, PP and DP. Always passed as a copy: Megatron adds the
+# current process groups to the dictionary that it is given.
 METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 
 

@@ -15,11 +15,11 @@ from transformers import AutoConfig
 
 from real_megatron import bridge
 from real_megatron.batch.balance import balance, imbalance
-from real_megatron.batch.packing import PackedMicrobatch, pack, tokens_of
+from real_megatron.batch.packing import PackedMicrobatch, layout_of, pack, rows_of, tokens_of
 from real_megatron.batch.types import Group
 from real_megatron.config import RunConfig
-from real_megatron.objective import Objective, ScoredBatch, Totals
-from real_megatron.policy import checkpoint, cpu, runtime
+from real_megatron.objective import Objective, ScoredBatch, Totals, summarize
+from real_megatron.policy import checkpoint, cpu, flops, runtime
 from real_megatron.policy.forward import run_microbatches
 from real_megatron.policy.model import build_model
 from real_megatron.policy.optimizer import build_optimizer, build_scheduler, wrap_ddp
@@ -69,8 +69,10 @@ class Policy:
     def train_step(self, groups: Sequence[Group], objective: Objective) -> dict[str, float]:
         """One optimizer update on the global batch `groups` (the same list on every rank).
 
-        Returns the objective's metrics over the global batch, and `loss`, `grad_norm`, `lr`, `microbatches`,
-        `imbalance`, `split_groups`, `tokens`. Raises FloatingPointError, on every rank and before the weights are
+        Returns the objective's metrics over the global batch, and `grad_norm`, `lr`, `microbatches`, `split_groups`,
+        `imbalance` (share of the busiest rank's work for which the average rank waits), `tokens` (run through the
+        model, a scoring pass included), `information_tokens` (prompts once, and responses) and `model_flops` (of
+        those, forward and backward). Raises FloatingPointError, on every rank and before the weights are
         touched, when the loss or the gradient norm is not finite.
         """
         totals = Totals(
@@ -111,8 +113,7 @@ class Policy:
     def logprobs(self, groups: Sequence[Group]) -> list[list[TrajectoryLogprobs]]:
         """Forward only: log-probs of every group's trajectories, on every rank."""
         pieces = [piece for group in groups for piece in self._cut(group)]
-        costs = [tokens_of(piece, self.config.batch.share_prompt) for piece in pieces]
-        plan = self._balance(costs)
+        plan, _ = self._balance(pieces)
         mine = plan[self.runtime.data_rank]
 
         def consume(microbatch: PackedMicrobatch, logprobs: Tensor) -> tuple[Tensor, list[TrajectoryLogprobs]]:
@@ -174,14 +175,21 @@ class Policy:
         multiple = parallel.tensor if parallel.sequence_parallel else 1
         return pack(groups, self.score_ids, self.config.batch.share_prompt, multiple)
 
-    def _balance(self, costs: Sequence[float]) -> list[list[list[int]]]:
-        parallel = self.config.parallel
-        return balance(
+    def _balance(self, groups: Sequence[Group]) -> tuple[list[list[list[int]]], list[float]]:
+        """Micro-batches per data-parallel rank, and each group's training FLOPs, which the plan evens out."""
+        parallel, share = self.config.parallel, self.config.batch.share_prompt
+        costs = [self._flops(group, share) for group in groups]
+        plan = balance(
             costs,
+            [tokens_of(group, share) for group in groups],
             self.config.batch.max_tokens,
             self.runtime.data_size,
             multiple=parallel.pipeline if parallel.virtual_pipeline else 1,
         )
+        return plan, costs
+
+    def _flops(self, group: Group, share_prompt: bool) -> float:
+        return flops.training_flops(self.description, layout_of(group, share_prompt), rows_of(group))
 
     def _plan(self, groups: Sequence[Group], objective: Objective) -> tuple[list[PackedMicrobatch], dict[str, float]]:
         """This rank's micro-batches of the global batch, and what the plan looks like.
@@ -196,20 +204,22 @@ class Policy:
             large = self._with_advantages(large, objective)
         pieces = [piece for group in large for piece in self._cut(group)]
         microbatches: list[PackedMicrobatch] = []
-        count, waiting, tokens = 0, 0.0, 0.0
+        count, waiting, work = 0, 0.0, 0.0
         for part in (whole, pieces):
             if not part:
                 continue
-            costs = [float(tokens_of(group, share)) for group in part]
-            plan = self._balance(costs)
+            plan, costs = self._balance(part)
             microbatches += [self._pack([part[i] for i in items]) for items in plan[self.runtime.data_rank]]
             count += sum(len(mine) for mine in plan)
             waiting += imbalance(costs, plan) * sum(costs)
-            tokens += sum(costs)
+            work += sum(costs)
+        scored = sum(tokens_of(group, share) for group in large) if objective.needs_advantages else 0
         return microbatches, {
             "microbatches": float(count),
-            "imbalance": waiting / tokens,
-            "tokens": tokens,
+            "imbalance": waiting / work,
+            "tokens": float(sum(tokens_of(group, share) for group in [*whole, *pieces]) + scored),
+            "information_tokens": float(sum(tokens_of(group) for group in groups)),
+            "model_flops": sum(self._flops(group, share_prompt=True) for group in groups),
             "split_groups": float(len(large)),
         }
 
@@ -258,8 +268,7 @@ class Policy:
             zero = torch.zeros(2, dtype=torch.float64, device=self.runtime.device)
             table = torch.stack([sum((r[name].double() for r in results if name in r), start=zero) for name in names])
             dist.all_reduce(table, group=parallel_state.get_data_parallel_group())
-            for name, (total, weight) in zip(names, table.tolist(), strict=True):
-                reduced[name] = total / weight if weight else float("nan")
+            reduced = summarize(dict(zip(names, table.cpu(), strict=True)))
         return self._from_last_stage(reduced)
 
     def _merge(self, found: dict[int, Any]) -> dict[int, Any]:

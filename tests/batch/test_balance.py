@@ -11,22 +11,23 @@ COSTS = st.lists(st.integers(1, 60), min_size=0, max_size=40)
 
 
 @settings(max_examples=150, deadline=None)
-@given(costs=COSTS, budget=st.integers(10, 100), ranks=st.integers(1, 4), multiple=st.integers(1, 3))
-def test_every_item_once_within_budget_and_equal_counts(costs, budget, ranks, multiple):
-    plan = balance(costs, budget, ranks, multiple)
+@given(sizes=COSTS, budget=st.integers(10, 100), ranks=st.integers(1, 4), multiple=st.integers(1, 3))
+def test_every_item_once_within_budget_and_equal_counts(sizes, budget, ranks, multiple):
+    costs = [size + 0.01 * size**2 for size in sizes]
+    plan = balance(costs, sizes, budget, ranks, multiple)
     assert len(plan) == ranks
     assert len({len(mine) for mine in plan}) == 1
     assert len(plan[0]) % multiple == 0 and len(plan[0]) > 0
     microbatches = [items for mine in plan for items in mine]
-    assert sorted(i for items in microbatches for i in items) == list(range(len(costs)))
-    assert all(len(items) <= 1 or sum(costs[i] for i in items) <= budget for items in microbatches)
+    assert sorted(i for items in microbatches for i in items) == list(range(len(sizes)))
+    assert all(len(items) <= 1 or sum(sizes[i] for i in items) <= budget for items in microbatches)
 
 
 @settings(max_examples=60, deadline=None)
 @given(costs=st.lists(st.integers(1, 20), min_size=2, max_size=8))
 def test_longest_first_is_within_its_bound_of_the_best_split(costs):
     """Graham's bound for two machines: at most 4/3 − 1/6 = 7/6 of the optimum."""
-    plan = balance(costs, budget=1000, ranks=2)
+    plan = balance(costs, costs, budget=1000, ranks=2)
     busiest = max(sum(costs[i] for items in mine for i in items) for mine in plan)
     best = min(
         max(sum(costs[i] for i in chosen), sum(costs) - sum(costs[i] for i in chosen))

@@ -1,0 +1,65 @@
+"""Model FLOPs of a micro-batch: the matrix products that the mathematics needs, whatever the machine recomputes."""
+
+import torch
+
+from real_megatron.batch.layout import Layout
+from real_megatron.bridge import ModelDescription
+
+# Dense bfloat16 tensor-core peak, in FLOP/s, from NVIDIA's data sheets (without sparsity).
+_PEAKS = {
+    "A100": 312e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "GH200": 989e12,
+    "B200": 2250e12,
+    "GB200": 2500e12,
+}
+
+
+def linear_flops(description: ModelDescription) -> float:
+    """Forward FLOPs per token of all layers' weight products, attention scores and output head excluded.
+
+    A mixture of experts counts the experts that a token visits.
+    """
+    config = description.transformer_config
+    hidden, width = description.hidden_size, description.num_heads * description.head_dim
+    attention = hidden * (width + 2 * description.num_groups * description.head_dim) + width * hidden
+    total = 0.0
+    for layer in range(description.num_layers):
+        if description.is_moe_layer(layer):
+            mlp = (
+                config["moe_router_topk"] * 3 * hidden * config["moe_ffn_hidden_size"]
+                + hidden * description.num_experts
+            )
+        else:
+            mlp = 3 * hidden * config["ffn_hidden_size"]
+        total += 2.0 * (attention + mlp)
+    return total
+
+
+def attention_flops(description: ModelDescription, layout: Layout) -> float:
+    """Forward FLOPs of QKᵀ and PV over all layers, counting only the pairs that the mask admits."""
+    windows = description.sliding_window
+    pairs = {window: layout.attention_pairs(window) for window in set(windows)}
+    return 4.0 * description.num_heads * description.head_dim * sum(pairs[window] for window in windows)
+
+
+def head_flops(description: ModelDescription) -> float:
+    """Forward FLOPs of the output layer per row that reaches it."""
+    return 2.0 * description.hidden_size * description.vocab_size
+
+
+def training_flops(description: ModelDescription, layout: Layout, rows: int) -> float:
+    """Forward and backward FLOPs of one micro-batch (backward is twice the forward), padding included."""
+    forward = linear_flops(description) * layout.total + attention_flops(description, layout)
+    return 3.0 * (forward + head_flops(description) * rows)
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Peak bfloat16 FLOP/s of a GPU, for MFU; None on CPU and on GPUs that the table does not know."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    matches = [key for key in _PEAKS if key in name]
+    return _PEAKS[max(matches, key=len)] if matches else None

@@ -1,0 +1,92 @@
+"""Packed attention, both forms, against dense masked attention in float64."""
+
+import pytest
+import torch
+
+from real_megatron.batch.layout import Layout, Segment
+from real_megatron.policy.attention import segment_attention
+from real_megatron.policy.flex import flex_segment_attention
+
+LAYOUT = Layout((Segment(5), Segment(3, 0), Segment(1, 0), Segment(4, 0), Segment(6), Segment(2), Segment(3, 5)))
+
+
+def dense(q, k, v, layout, scale, window):
+    """softmax(QKᵀ·scale + mask)V with the layout's dense mask: the definition."""
+    repeats = q.size(1) // k.size(1)
+    k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
+    scores = torch.einsum("qhd,khd->hqk", q, k) * scale
+    scores = scores.masked_fill(~layout.mask(window), float("-inf"))
+    return torch.einsum("hqk,khd->qhd", scores.softmax(-1), v)
+
+
+def inputs(heads, kv_heads, dim=16):
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(LAYOUT.total, n, dim) for n in (heads, kv_heads, kv_heads, heads)]
+    return [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+
+
+def run(attend, tensors, dtype, window):
+    q, k, v, grad = (x.to(dtype) for x in tensors)
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    out = attend(*leaves, LAYOUT, 0.3, window)
+    out.backward(grad)
+    return [out.detach(), *(x.grad for x in leaves)]
+
+
+every_mask = pytest.mark.parametrize("window", [None, 1, 3, 4, 6])
+every_grouping = pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (6, 1)])
+
+
+def close(found, expected):
+    """fp32 against float64: values of order 1, sums over at most 9 keys: 1e-5 of that."""
+    return all((a - b).abs().max() <= 1e-5 * max(1.0, b.abs().max()) for a, b in zip(found, expected, strict=True))
+
+
+@every_mask
+@every_grouping
+def test_forward_and_gradients_equal_dense_attention(window, heads, kv_heads):
+    tensors = inputs(heads, kv_heads)
+    expected = run(dense, tensors, torch.float64, window)
+    assert close(run(segment_attention, tensors, torch.float32, window), expected)
+
+
+@every_mask
+@every_grouping
+def test_flex_forward_equals_dense_attention(window, heads, kv_heads):
+    """Torch has flex_attention's backward on GPUs only; its mask, the part that is ours, is the same there."""
+    q, k, v, _ = inputs(heads, kv_heads)
+    expected = dense(q, k, v, LAYOUT, 0.3, window)
+    found = flex_segment_attention(q.float(), k.float(), v.float(), LAYOUT, 0.3, window)
+    assert close([found], [expected])
+
+
+def test_a_prompts_gradient_sums_over_its_responses():
+    """The prompt's key gradient equals the sum over separate sequences that each hold a copy of the prompt."""
+    torch.manual_seed(0)
+    lengths, prompt = [3, 2, 4], 5
+    shared = Layout((Segment(prompt), *(Segment(n, 0) for n in lengths)))
+    q, k, v = (torch.randn(shared.total, 2, 8, dtype=torch.float64) for _ in range(3))
+    weight = torch.randn(shared.total, 2, 8, dtype=torch.float64)
+    weight[:prompt] = 0
+    key = k.clone().requires_grad_()
+    (segment_attention(q, key, v, shared, 0.5) * weight).sum().backward()
+    total = torch.zeros_like(key[:prompt])
+    start = prompt
+    for n in lengths:
+        rows = torch.cat((torch.arange(prompt), torch.arange(start, start + n)))
+        copy = k[rows].clone().requires_grad_()
+        out = segment_attention(q[rows], copy, v[rows], Layout((Segment(prompt + n),)), 0.5)
+        (out * weight[rows]).sum().backward()
+        total += copy.grad[:prompt]
+        start += n
+    torch.testing.assert_close(key.grad[:prompt], total, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@every_mask
+@every_grouping
+def test_flex_gradients_equal_dense_attention_on_a_gpu(window, heads, kv_heads):
+    tensors = inputs(heads, kv_heads)
+    expected = run(dense, tensors, torch.float64, window)
+    found = run(flex_segment_attention, [x.cuda() for x in tensors], torch.float32, window)
+    assert close([x.cpu() for x in found], expected)

@@ -1,0 +1,56 @@
+"""FLOP formulas against torch's own counter on transformers' models."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3MoeConfig
+
+from real_megatron.batch.layout import Layout, Segment
+from real_megatron.bridge import describe
+from real_megatron.policy import flops
+
+COMMON = dict(
+    vocab_size=96,
+    hidden_size=32,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    intermediate_size=80,
+)
+
+
+def test_weight_products_equal_a_counted_forward_pass():
+    config = Qwen3Config(**COMMON)
+    description = describe(config)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    tokens = 24
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.zeros(1, tokens, dtype=torch.long))
+    # Eager attention computes all pairs, the masked ones too: 4 · pairs · heads · head_dim a layer.
+    attention = 3 * 4 * tokens**2 * 4 * 16
+    expected = counter.get_total_flops() - attention
+    assert flops.linear_flops(description) * tokens + flops.head_flops(description) * tokens == expected
+
+
+def test_attention_counts_admitted_pairs_only():
+    description = describe(Qwen3Config(**COMMON))
+    layout = Layout((Segment(5), Segment(3, 0), Segment(2, 0)))
+    pairs = int(layout.mask().sum())
+    assert flops.attention_flops(description, layout) == 3 * 4 * pairs * 4 * 16
+    one = flops.training_flops(description, layout, rows=5)
+    forward = flops.linear_flops(description) * 10 + 3 * 4 * pairs * 64 + 5 * 2 * 32 * 96
+    assert one == pytest.approx(3 * forward)
+
+
+def test_a_mixture_of_experts_counts_visited_experts():
+    moe = Qwen3MoeConfig(
+        **COMMON, moe_intermediate_size=24, num_experts=8, num_experts_per_tok=2, decoder_sparse_step=1
+    )
+    dense = Qwen3Config(**{**COMMON, "intermediate_size": 2 * 24})
+    router = 3 * 2 * 32 * 8
+    assert flops.linear_flops(describe(moe)) == flops.linear_flops(describe(dense)) + router
+
+
+def test_peak_is_known_for_gpus_only():
+    assert flops.peak_flops(torch.device("cpu")) is None
