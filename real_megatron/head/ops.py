@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from real_megatron.head import torch_form
+from real_megatron.head import native, torch_form
 from real_megatron.head.held import HeldTensorError, forbid_other_holders
 from real_megatron.head.shard import Shard, merge_packed
 
@@ -22,6 +22,13 @@ def kernels(form: str, device: torch.device, dtype: torch.dtype) -> Any:
     """The module whose `stats` and `dlogits` serve this form: `torch_form` or `native`."""
     if form not in ("torch", "fused", "auto"):
         raise ValueError(f"form must be 'torch', 'fused' or 'auto', got {form!r}")
+    if form == "torch":
+        return torch_form
+    reason = native.unsupported(device, dtype)
+    if reason is None:
+        return native
+    if form == "fused":
+        raise RuntimeError(f"form='fused' is not available here: {reason}")
     return torch_form
 
 

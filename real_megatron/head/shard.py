@@ -9,6 +9,10 @@ from torch.distributed import ProcessGroup
 
 from real_megatron.head.rows import GatherRows
 
+# PyTorch 2.13 renamed both collectives and warns of the old names.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 
 class Shard(NamedTuple):
     """This rank holds the vocabulary ids `first_id … first_id + columns - 1` in its first `columns` columns.
@@ -54,7 +58,7 @@ def all_gather_packed(packed: Tensor, group: ProcessGroup | None) -> Tensor:
         return packed.unsqueeze(0)
     gathered = packed.new_empty(group.size(), packed.numel())
     if packed.numel():
-        dist.all_gather_into_tensor(gathered.view(-1), packed, group=group)
+        _all_gather(gathered.view(-1), packed, group=group)
     return gathered
 
 
@@ -100,4 +104,4 @@ def reduce_scatter_rows(full: Tensor, group: ProcessGroup) -> tuple[Tensor, dist
     if full.shape[0] % group.size():
         raise ValueError(f"{full.shape[0]} rows do not divide over {group.size()} ranks")
     own = full.new_empty(full.shape[0] // group.size(), *full.shape[1:])
-    return own, dist.reduce_scatter_tensor(own, full, group=group, async_op=True)
+    return own, _reduce_scatter(own, full, group=group, async_op=True)
