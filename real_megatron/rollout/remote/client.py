@@ -55,7 +55,7 @@ class RequestClient:
                 return result
             except (httpx.TransportError, TimeoutError, Retryable) as error:
                 failures.append(f"{url}: {_describe(error, self._timeout_s)}")
-                logger.warning("%s, attempt %d: %s", what, attempt + 1, failures[-1])
+                logger.info("%s, attempt %d: %s", what, attempt + 1, failures[-1])
                 if not isinstance(error, Retryable) or isinstance(error, StaleReply):
                     self._suspect(replica, failures[-1])
             finally:

@@ -3,13 +3,18 @@
 import logging
 import os
 import signal
+import socket
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 logger = logging.getLogger(__name__)
 _LOG_TAIL_BYTES = 2000
 _GRACE_S = 10
+
+
+LAUNCHER = Path(__file__).parent / "launcher" / "launch.py"
+"""Runs a module in the server's environment and ends it with this process."""
 
 
 class ServerProcess:
@@ -18,8 +23,12 @@ class ServerProcess:
     The child's standard input stays open as long as this process lives: a launcher that watches it can end itself.
     """
 
-    def __init__(self, command: Sequence[str], log_dir: Path, name: str) -> None:
+    def __init__(
+        self, command: Sequence[str], log_dir: Path, name: str, environment: Mapping[str, str] | None = None
+    ) -> None:
+        """environment: variables beside those of this process"""
         self.command = list(command)
+        self._environment = dict(environment or {})
         self.log: Path | None = None
         self.starts = 0
         self._log_dir = log_dir
@@ -34,7 +43,12 @@ class ServerProcess:
         with self.log.open("wb") as log:
             try:
                 self._process = subprocess.Popen(
-                    self.command, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+                    self.command,
+                    stdin=subprocess.PIPE,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                    env=os.environ | self._environment,
                 )
             except OSError as error:
                 raise RuntimeError(f"cannot start {self._name}: {self.command[0]}: {error.strerror}") from error
@@ -74,3 +88,10 @@ class ServerProcess:
         self._process.wait()
         self._process.stdin.close()
         self._process = None
+
+
+def free_port() -> int:
+    """A port of 127.0.0.1 that nobody uses now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

@@ -90,7 +90,7 @@ class ReplicaPool:
 
     def set_state(self, replica: Replica, state: State, reason: str) -> None:
         if state != replica.state:
-            level = logging.INFO if state == "ready" else logging.WARNING
+            level = logging.ERROR if state == "dead" else logging.INFO
             logger.log(level, "rollout server %s: %s (%s)", replica.url, state, reason)
         replica.state, replica.reason = state, reason
         self._notify()
@@ -133,6 +133,7 @@ class ReplicaPool:
         if replica in self._recoveries or replica.state == "dead":
             return
         if replica.state == "ready":
+            logger.warning("rollout server %s taken out of service: %s", replica.url, reason)
             self.set_state(replica, "stale", reason)
         replica.reason = reason
         self._recoveries[replica] = asyncio.get_running_loop().create_task(self._recover(replica))

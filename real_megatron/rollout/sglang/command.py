@@ -1,16 +1,14 @@
 """Command lines of local SGLang servers, and the replicas that a configuration asks for."""
 
-import socket
 import sys
 from pathlib import Path
 
 import torch
 
 from real_megatron.config import RolloutConfig
-from real_megatron.rollout.remote.process import ServerProcess
+from real_megatron.rollout.remote.process import LAUNCHER, ServerProcess, free_port
 from real_megatron.rollout.remote.replica import Replica
 
-_LAUNCHER = Path(__file__).parent / "launcher" / "launch.py"
 # SGLang 0.5.21 without a GPU: the torch-native path, no kernels of its own.
 _CPU_ARGUMENTS = (
     "--device cpu --attention-backend torch_native --sampling-backend pytorch --grammar-backend none "
@@ -29,7 +27,7 @@ def local_servers(
         return [Replica(url) for url in config.servers]
     replicas = []
     for index in range(config.replicas):
-        port = config.port + index if config.port else _free_port()
+        port = config.port + index if config.port else free_port()
         command = server_command(config, model_dir, index, port, device, dtype, context)
         replicas.append(Replica(f"http://127.0.0.1:{port}", ServerProcess(command, log_dir, f"sglang-{index}")))
     return replicas
@@ -39,7 +37,7 @@ def server_command(
     config: RolloutConfig, model_dir: Path, index: int, port: int, device: str, dtype: torch.dtype, context: int
 ) -> list[str]:
     """Arguments of server number `index`; `rollout.server_args` come last and win."""
-    command = [config.python or sys.executable, str(_LAUNCHER)]
+    command = [config.python or sys.executable, str(LAUNCHER), "sglang.launch_server"]
     command += ["--model-path", str(model_dir), "--host", "127.0.0.1", "--port", str(port)]
     command += ["--dtype", str(dtype).removeprefix("torch."), "--context-length", str(context)]
     command += ["--skip-server-warmup"]
@@ -53,9 +51,3 @@ def server_command(
         if config.colocate:
             command += ["--enable-memory-saver"]
     return command + config.server_args
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

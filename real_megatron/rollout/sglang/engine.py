@@ -18,6 +18,7 @@ from real_megatron.rollout.remote.buckets import Bucket, bucketed
 from real_megatron.rollout.remote.engine import RemoteEngine, drain
 from real_megatron.rollout.remote.errors import RolloutError, WeightSyncError
 from real_megatron.rollout.remote.replica import NoCurrentWeights, Replica
+from real_megatron.rollout.remote.spool import CheckpointSpool
 from real_megatron.rollout.sglang import replies
 from real_megatron.rollout.sglang.command import local_servers
 from real_megatron.rollout.sglang.control import Control
@@ -261,6 +262,7 @@ def _transport_factory(config: RolloutConfig, control: Control, weights_dir: Pat
     if kind == "tensor":
         return lambda: TensorTransport(control)
     if kind == "disk":
-        return lambda: DiskTransport(control, weights_dir, model_dir)
+        spool = CheckpointSpool(weights_dir, model_dir)
+        return lambda: DiskTransport(control, spool)
     backend = "nccl" if device == "cuda" else "gloo"
     return lambda: DistributedTransport(control, backend, config.sync_host)

@@ -1,0 +1,81 @@
+"""vLLM's OpenAI-compatible POST /v1/completions, with its token-id extensions (vLLM 0.30)."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from real_megatron.rollout.engine import Response, SamplingParams
+from real_megatron.rollout.remote.errors import Retryable
+
+
+def generation_body(model: str, prompt: list[int], params: SamplingParams, seed: int | None) -> dict[str, Any]:
+    """A request for `params.n` samples. Every sampling parameter is named: the server takes those that are missing
+    from the checkpoint's generation_config.json."""
+    body: dict[str, Any] = {
+        "model": model,
+        "prompt": prompt,
+        "n": params.n,
+        "temperature": params.temperature,
+        "top_p": params.top_p,
+        "top_k": -1,
+        "min_p": 0.0,
+        "repetition_penalty": 1.0,
+        "frequency_penalty": 0.0,
+        "presence_penalty": 0.0,
+        "max_tokens": params.max_new_tokens,
+        "stop": list(params.stop),
+        "include_stop_str_in_output": True,
+        "logprobs": len(params.watch_ids),
+        "return_token_ids": True,
+        "return_tokens_as_token_ids": True,
+    }
+    if params.watch_ids:
+        body["logprob_token_ids"] = list(params.watch_ids)
+    if seed is not None:
+        # Sample k of a request draws from seed + k.
+        body["seed"] = seed % 2**31
+    return body
+
+
+def parse_generation(reply: Any, params: SamplingParams, version: int) -> list[Response]:
+    """The responses of one request. Raises Retryable when the reply is not exactly `n` whole responses."""
+    try:
+        choices = sorted(reply["choices"], key=lambda choice: choice["index"])
+        if [choice["index"] for choice in choices] != list(range(params.n)):
+            raise Retryable(f"{len(choices)} responses, asked for {params.n}")
+        return [_response(choice, params, version) for choice in choices]
+    except (KeyError, TypeError, IndexError, AttributeError) as error:
+        raise Retryable(f"the reply has not the expected form: {error!r}") from error
+
+
+def parse_scoring(reply: Any, ids: Sequence[int]) -> list[float]:
+    """Log-probabilities of `ids` at the first generated position. Raises Retryable."""
+    try:
+        return _values(reply["choices"][0]["logprobs"]["top_logprobs"][0], ids)
+    except (KeyError, TypeError, IndexError, AttributeError) as error:
+        raise Retryable(f"the reply has not the expected form: {error!r}") from error
+
+
+def _response(choice: dict, params: SamplingParams, version: int) -> Response:
+    if choice["finish_reason"] not in ("stop", "length"):
+        raise Retryable(f"the server gave the request up: {choice['finish_reason']}")
+    ids, logprobs = choice["token_ids"], choice["logprobs"]["token_logprobs"]
+    if not ids or len(ids) != len(logprobs):
+        raise Retryable(f"{len(logprobs)} log-probabilities for {len(ids)} tokens")
+    if not all(map(math.isfinite, logprobs)):
+        raise Retryable("a log-probability is not finite")
+    watched = None
+    if params.watch_ids:
+        watched = [_values(position, params.watch_ids) for position in choice["logprobs"]["top_logprobs"]]
+        if len(watched) != len(ids):
+            raise Retryable(f"{len(watched)} positions with watched tokens for {len(ids)} tokens")
+    if choice["finish_reason"] == "length":
+        reason = "length"
+    else:
+        # The stop text, or null for the end of sequence.
+        reason = "stop" if isinstance(choice.get("stop_reason"), str) else "eos"
+    return Response(ids, logprobs, reason, version, watched)
+
+
+def _values(position: dict[str, float], ids: Sequence[int]) -> list[float]:
+    return [float(position[f"token_id:{i}"]) for i in ids]
