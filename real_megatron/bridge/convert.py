@@ -123,6 +123,8 @@ def convert_megatron_to_hf(
 
 def check_layout(description: ModelDescription, layout: Layout) -> None:
     """Raise ValueError when the parallel sizes do not divide the model."""
+    if layout.ep > 1 and not description.num_experts:
+        raise ValueError(f"ep={layout.ep} is for models with experts; this one has no experts")
     if layout.ep > 1 and description.num_experts % layout.ep:
         raise ValueError(f"ep={layout.ep} does not divide the {description.num_experts} experts of this model")
     if description.num_layers % layout.pp:

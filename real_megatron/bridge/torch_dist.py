@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -171,9 +172,10 @@ class TorchDistCheckpoint:
         reader.set_up_storage_reader(self.metadata, is_coordinator=True)
         try:
             reader.read_data(LoadPlan(items), _Destination(out)).wait()
-        except (OSError, RuntimeError, EOFError, ValueError, AssertionError) as error:
+        except (OSError, RuntimeError, EOFError, ValueError, AssertionError, UnpicklingError) as error:
             file = self.metadata.storage_data[items[0].storage_index].relative_path
-            raise CheckpointError(f"{self.directory / file}: tensor '{key}' cannot be read: {error}") from error
+            reason = str(error).partition("\n")[0]
+            raise CheckpointError(f"{self.directory / file}: tensor '{key}' cannot be read: {reason}") from error
         return out.reshape(out.shape[len(index) :])
 
     def row_blocks(self, key: str, index: Shape, rows: Range) -> Iterator[torch.Tensor]:

@@ -1,5 +1,6 @@
 """Tiny models of every family with their odd features on, and what ranks do with them."""
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -200,3 +201,44 @@ def verify_on_one_rank(hf_path: str, megatron_path: str | None) -> tuple[float, 
 
     result = verify(hf_path, megatron_path)
     return result.difference, result.passed
+
+
+def transformer_engine_spec(hf_dir: str, layer_names: dict[int, list[str]]) -> list[str]:
+    """Load and export a model whose parameters carry Transformer Engine's names, on two expert-parallel ranks.
+
+    Transformer Engine needs a GPU, so a bare module tree stands in for its model: same names, same shapes, no forward.
+    layer_names: the parameters of each layer on this rank. Returns the faults of the export.
+    """
+    from megatron.core import parallel_state
+
+    from real_megatron import bridge
+    from real_megatron.bridge.live import shard_of
+    from real_megatron.config import ParallelConfig
+    from real_megatron.policy import runtime
+
+    runtime.initialize(ParallelConfig(expert=2))
+    description = bridge.describe(bridge.read_config(Path(hf_dir)))
+    table = {name: p for p in bridge.parameters(description, vocab_rows=160) for name in (p.name, p.te_name)}
+    first = parallel_state.get_expert_model_parallel_rank() * description.num_experts // 2
+    model = torch.nn.Module()
+    model.vocab_size = 160
+    names = ["embedding.word_embeddings.weight", "decoder.final_layernorm.weight", "output_layer.weight"]
+    names += [f"decoder.layers.{layer}.{name}" for layer, inner in layer_names.items() for name in inner]
+    for name in names:
+        known = re.sub(r"(?<=fc[12]\.weight)\d+", lambda match: str(int(match[0]) + first), name)
+        size = shard_of(table[known])[1]
+        _register(model, name, torch.zeros(table[known].transform.shard_shape(size)))
+    model.decoder.layers = torch.nn.ModuleList(model.decoder.layers.children())
+    for number, layer in enumerate(model.decoder.layers, 1):
+        layer.layer_number = number
+    bridge.load_hf([model], description, hf_dir)
+    return export_faults([model], description, hf_dir, 20_000)
+
+
+def _register(module: torch.nn.Module, name: str, tensor: torch.Tensor) -> None:
+    *path, last = name.split(".")
+    for part in path:
+        if not hasattr(module, part):
+            module.add_module(part, torch.nn.Module())
+        module = getattr(module, part)
+    module.register_parameter(last, torch.nn.Parameter(tensor))

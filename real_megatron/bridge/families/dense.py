@@ -78,6 +78,8 @@ def moe_config(config: PretrainedConfig, *, width: int, normalised: bool, layers
     width: hidden width of one expert. normalised: the top-k probabilities are rescaled to sum to one, which equals a
     softmax over the top-k logits. layers: per layer, whether it is a mixture of experts.
     """
+    if not any(layers):
+        refuse(config, "no layer with experts", "Megatron-Core wants at least one")
     if config.num_experts_per_tok == 1 and normalised:
         refuse(config, "one expert per token and normalised routing weights", "the router would get no gradient")
     return dict(

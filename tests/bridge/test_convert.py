@@ -1,0 +1,211 @@
+"""Offline conversion: bits, dtypes, layouts, side files, faults, and processes."""
+
+import json
+import multiprocessing as mp
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from real_megatron.bridge import (
+    CheckpointError,
+    HFCheckpoint,
+    convert_hf_to_megatron,
+    convert_megatron_to_hf,
+    parameter_count,
+)
+from real_megatron.bridge import convert as convert_module
+from real_megatron.bridge.torch_dist import TorchDistCheckpoint
+from tests.support.bridge_ranks import VARIANTS, tiny_model
+
+QUIET = dict(workers=1, progress=False)
+LAYOUTS = [dict(), dict(tp=2, pp=4), dict(tp=4, pp=2, ep=4)]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every variant as a Hugging Face checkpoint."""
+    root = tmp_path_factory.mktemp("models")
+    for variant in VARIANTS:
+        tiny_model(variant).save_pretrained(root / variant)
+        (root / variant / "tokenizer.json").write_text("{}")
+        (root / variant / "modeling_evil.py").write_text("raise SystemExit")
+    return root
+
+
+def equal(first: Path, second: Path) -> bool:
+    a, b = HFCheckpoint(first), HFCheckpoint(second)
+    return a.entries.keys() == b.entries.keys() and all(
+        a.entries[n].dtype == b.entries[n].dtype and torch.equal(a.tensor(n), b.tensor(n)) for n in a.entries
+    )
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_there_and_back_is_bit_identical(
+    models: Path, tmp_path: Path, variant: str, layout: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if "mo" not in variant and "mixtral" not in variant:
+        layout = {k: v for k, v in layout.items() if k != "ep"}
+    # Files and blocks so small that everything is cut.
+    monkeypatch.setattr(convert_module, "FILE_BYTES", 30_000)
+    monkeypatch.setattr(convert_module, "BLOCK_BYTES", 2_000)
+    done = convert_hf_to_megatron(models / variant, tmp_path / "m", **layout, **QUIET)
+    assert done.files == len(list((tmp_path / "m").glob("*.distcp"))) > 8
+    back = convert_megatron_to_hf(tmp_path / "m", tmp_path / "h", max_shard_bytes=100_000, **QUIET)
+    assert back.files == len(list((tmp_path / "h").glob("*.safetensors"))) > 3
+    assert equal(models / variant, tmp_path / "h")
+    side = sorted(p.name for p in (tmp_path / "h").iterdir() if "safetensors" not in p.name)
+    assert side == ["config.json", "generation_config.json", "tokenizer.json"]
+    assert (tmp_path / "h" / "config.json").read_text() == (models / variant / "config.json").read_text()
+
+
+def test_processes_write_the_same_as_one(models: Path, tmp_path: Path) -> None:
+    source = models / "qwen3_moe"
+    convert_hf_to_megatron(source, tmp_path / "one", tp=2, ep=2, **QUIET)
+    convert_hf_to_megatron(source, tmp_path / "two", tp=2, ep=2, workers=2, progress=False)
+    files = sorted(p.name for p in (tmp_path / "one").glob("*.distcp"))
+    assert len(files) == 4 and files == sorted(p.name for p in (tmp_path / "two").glob("*.distcp"))
+    for name in files:
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+    convert_megatron_to_hf(tmp_path / "two", tmp_path / "h", max_shard_bytes=300_000, workers=2, progress=False)
+    assert equal(source, tmp_path / "h")
+
+
+def test_dtype_conversion(models: Path, tmp_path: Path) -> None:
+    source = models / "qwen2"
+    convert_hf_to_megatron(source, tmp_path / "m", dtype=torch.bfloat16, **QUIET)
+    stored = TorchDistCheckpoint(tmp_path / "m").tensors.values()
+    assert {entry.properties.dtype for entry in stored} == {torch.bfloat16}
+    convert_megatron_to_hf(tmp_path / "m", tmp_path / "h", **QUIET)
+    expected = AutoModelForCausalLM.from_pretrained(source).bfloat16().state_dict()
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "h", dtype="auto")
+    assert loaded.dtype == torch.bfloat16
+    for name, tensor in loaded.state_dict().items():
+        assert torch.equal(tensor, expected[name])
+    convert_megatron_to_hf(tmp_path / "m", tmp_path / "wide", dtype=torch.float32, **QUIET)
+    assert {e.dtype for e in HFCheckpoint(tmp_path / "wide").entries.values()} == {torch.float32}
+    assert json.loads((tmp_path / "wide" / "config.json").read_text())["dtype"] == "float32"
+
+
+def test_mixed_dtypes_that_megatron_stores_as_one(models: Path, tmp_path: Path) -> None:
+    model = tiny_model("qwen2")
+    model.save_pretrained(tmp_path / "mixed")
+    file = tmp_path / "mixed" / "model.safetensors"
+    tensors = load_file(file)
+    name = "model.layers.2.input_layernorm.weight"
+    tensors[name] = tensors[name].bfloat16()
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=f"'{name}' is torch.bfloat16.*give a dtype"):
+        convert_hf_to_megatron(tmp_path / "mixed", tmp_path / "m", **QUIET)
+    convert_hf_to_megatron(tmp_path / "mixed", tmp_path / "m", dtype=torch.float32, **QUIET)
+
+
+@pytest.mark.parametrize(
+    ("variant", "layout", "message"),
+    [
+        ("qwen2", dict(tp=3), "tp=3 is neither"),
+        ("mixtral", dict(tp=16), "tp=16 does not divide 'decoder.layers.0"),
+        ("qwen2", dict(pp=3), "pp=3 does not divide the 4 layers"),
+        ("qwen2", dict(ep=2), "ep=2 .*has no experts"),
+        ("mixtral", dict(ep=3), "ep=3 does not divide the 4 experts"),
+    ],
+)
+def test_impossible_layouts(models: Path, tmp_path: Path, variant: str, layout: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        convert_hf_to_megatron(models / variant, tmp_path / "m", **layout, **QUIET)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_report(models: Path, tmp_path: Path) -> None:
+    done = convert_hf_to_megatron(models / "mistral", tmp_path / "m", **QUIET)
+    from real_megatron.bridge import describe, read_config
+
+    assert done.parameters == parameter_count(describe(read_config(models / "mistral"))) == 132_032
+    assert done.bytes >= 4 * done.parameters
+
+
+def test_missing_config(models: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"config.json is missing"):
+        convert_hf_to_megatron(tmp_path, tmp_path / "m", **QUIET)
+
+
+@pytest.fixture
+def megatron(models: Path, tmp_path: Path) -> Path:
+    convert_hf_to_megatron(models / "qwen2", tmp_path / "m", tp=2, **QUIET)
+    return tmp_path / "m"
+
+
+def refused(megatron: Path, message: str) -> None:
+    output = megatron.parent / "h"
+    with pytest.raises(CheckpointError, match=message):
+        convert_megatron_to_hf(megatron, output, **QUIET)
+    assert [p.name for p in megatron.parent.iterdir()] == ["m"]
+
+
+def test_incomplete_megatron_checkpoint(megatron: Path) -> None:
+    (megatron / "metadata.json").unlink()
+    refused(megatron, "metadata.json is missing")
+
+
+def test_other_megatron_format(megatron: Path) -> None:
+    (megatron / "metadata.json").write_text('{"sharded_backend": "zarr"}')
+    refused(megatron, "format 'zarr' is not supported")
+
+
+def test_missing_megatron_file(megatron: Path) -> None:
+    (megatron / "__1_0_0.distcp").unlink()
+    refused(megatron, "__1_0_0.distcp is missing; it holds '")
+
+
+def test_truncated_megatron_file(megatron: Path) -> None:
+    file = megatron / "__1_0_0.distcp"
+    file.write_bytes(file.read_bytes()[:-500])
+    refused(megatron, "__1_0_0.distcp is too short: '")
+
+
+def test_damaged_megatron_file(megatron: Path) -> None:
+    file = megatron / "__0_0_0.distcp"
+    # Everything but the length.
+    file.write_bytes(bytes(file.stat().st_size))
+    refused(megatron, "__0_0_0.distcp: tensor 'embedding.word_embeddings.weight' cannot be read")
+
+
+def test_config_of_another_model(models: Path, megatron: Path) -> None:
+    config = json.loads((megatron / "hf" / "config.json").read_text())
+    (megatron / "hf" / "config.json").write_text(json.dumps({**config, "intermediate_size": 100}))
+    refused(megatron, r"linear_fc1.weight' has shape \(4, 192, 64\), but config.json asks for \(4, 200, 64\)")
+    (megatron / "hf" / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 5, "layer_types": None}))
+    refused(megatron, r"has shape \(4, 64\), but config.json asks for \(5, 64\)")
+    (megatron / "hf" / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": False}))
+    refused(megatron, "'output_layer.weight' is missing")
+    (megatron / "hf" / "config.json").write_text(json.dumps({**config, "vocab_size": 1000}))
+    refused(megatron, "fewer than the 1000 tokens")
+    (megatron / "hf" / "config.json").write_text(json.dumps({**config, "model_type": "llama"}))
+    refused(megatron, "linear_qkv.bias' is not part of this model")
+
+
+def _convert_slowly(source: Path, output: Path) -> None:
+    # Thousands of little files take long enough to be killed among them.
+    convert_module.FILE_BYTES = 1
+    convert_hf_to_megatron(source, output, **QUIET)
+
+
+def test_a_killed_conversion_leaves_nothing_that_looks_complete(models: Path, tmp_path: Path) -> None:
+    output, partial = tmp_path / "m", tmp_path / ".m.partial"
+    process = mp.get_context("spawn").Process(target=_convert_slowly, args=(models / "qwen3_moe", output))
+    process.start()
+    while not list(partial.glob("*.distcp")):
+        assert process.is_alive()
+        time.sleep(0.001)
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert partial.exists() and not (partial / "metadata.json").exists() and not output.exists()
+    convert_hf_to_megatron(models / "qwen3_moe", output, **QUIET)
+    assert [p.name for p in tmp_path.iterdir()] == ["m"]

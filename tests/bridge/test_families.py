@@ -1,0 +1,73 @@
+"""Configurations to descriptions: what is expressed, and what is refused with a reason."""
+
+import pytest
+import torch.nn.functional as F
+from megatron.core.transformer import TransformerConfig
+from transformers import AutoConfig, PretrainedConfig
+
+from real_megatron.bridge import UnsupportedModel, describe
+from tests.support.bridge_ranks import VARIANTS, tiny_config
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_megatron_accepts_every_description(variant: str) -> None:
+    description = describe(tiny_config(variant))
+    config = TransformerConfig(**description.transformer_config)
+    assert config.num_layers == len(description.sliding_window) == 4
+    assert config.activation_func is F.silu and config.normalization == "RMSNorm"
+    assert config.hidden_dropout == config.attention_dropout == 0
+
+
+def test_sliding_windows() -> None:
+    assert describe(tiny_config("qwen2")).sliding_window == (None, None, 5, 5)
+    assert describe(tiny_config("qwen2", use_sliding_window=False)).sliding_window == (None,) * 4
+    assert describe(tiny_config("mistral")).sliding_window == (5,) * 4
+    assert describe(tiny_config("mistral", sliding_window=None)).sliding_window == (None,) * 4
+    assert describe(tiny_config("llama3")).sliding_window == (None,) * 4
+
+
+def test_head_width_and_groups() -> None:
+    qwen3 = describe(tiny_config("qwen3"))
+    assert (qwen3.head_dim, qwen3.num_heads, qwen3.num_groups) == (24, 8, 2)
+    assert describe(tiny_config("qwen2")).head_dim == 8
+    assert describe(AutoConfig.for_model("llama", num_attention_heads=4, hidden_size=16)).num_groups == 4
+
+
+def test_mixtures_of_experts() -> None:
+    some = describe(tiny_config("qwen3_moe"))
+    assert [some.is_moe_layer(i) for i in range(4)] == [True, False, True, True]
+    assert some.transformer_config["moe_router_pre_softmax"] is False
+    half = describe(tiny_config("qwen3_moe_tied"))
+    assert [half.is_moe_layer(i) for i in range(4)] == [False, True, False, True]
+    assert half.transformer_config["moe_router_pre_softmax"] is True
+    dense = describe(tiny_config("qwen3"))
+    assert dense.num_experts == 0 and not dense.is_moe_layer(0)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (
+            AutoConfig.for_model("gpt2"),
+            "model_type 'gpt2'.*Supported: llama, mistral, mixtral, qwen2, qwen3, qwen3_moe",
+        ),
+        (AutoConfig.for_model("gemma2"), "gemma2.*normalise the outputs"),
+        (AutoConfig.for_model("gemma3_text"), "gemma3_text.*normalise the outputs"),
+        (AutoConfig.for_model("llama", hidden_act="gelu"), "hidden_act='gelu'"),
+        (AutoConfig.for_model("llama", attention_bias=True), "only one of attention_bias and mlp_bias"),
+        (AutoConfig.for_model("llama", mlp_bias=True), "only one of attention_bias and mlp_bias"),
+        (AutoConfig.for_model("qwen3", attention_bias=True), "attention_bias"),
+        (AutoConfig.for_model("qwen3_moe", attention_bias=True), "attention_bias"),
+        (AutoConfig.for_model("llama", quantization_config={"quant_method": "fp8"}), "quantization_config"),
+        (
+            AutoConfig.for_model("llama", rope_parameters=dict(rope_type="dynamic", rope_theta=1e4, factor=2.0)),
+            "rope_type='dynamic'",
+        ),
+        (AutoConfig.for_model("mixtral", num_experts_per_tok=1), "one expert per token"),
+        (AutoConfig.for_model("qwen3_moe", mlp_only_layers=list(range(24))), "no layer with experts"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_expressed_is_refused(config: PretrainedConfig, message: str) -> None:
+    with pytest.raises(UnsupportedModel, match=message):
+        describe(config)

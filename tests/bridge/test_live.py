@@ -1,0 +1,56 @@
+"""Models under the Transformer Engine spec's names, and faults between a model and the table."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from real_megatron.bridge import CheckpointError, describe, load_hf
+from real_megatron.bridge.live import local_parameters
+from tests.support.bridge_ranks import tiny_config, tiny_model, transformer_engine_spec
+from tests.support.ranks import run_ranks
+
+# Parameter names of Megatron-Core 0.16's Transformer Engine layer specs, for a rank with 4 local experts.
+ATTENTION = [
+    "self_attention.linear_proj.weight",
+    "self_attention.linear_qkv.layer_norm_weight",
+    "self_attention.linear_qkv.weight",
+    "self_attention.q_layernorm.weight",
+    "self_attention.k_layernorm.weight",
+]
+DENSE = [*ATTENTION, "mlp.linear_fc1.layer_norm_weight", "mlp.linear_fc1.weight", "mlp.linear_fc2.weight"]
+MOE = [
+    *ATTENTION,
+    "pre_mlp_layernorm.weight",
+    "mlp.router.weight",
+    *(f"mlp.experts.linear_fc{n}.weight{e}" for n in (1, 2) for e in range(4)),
+]
+
+
+def test_transformer_engine_names(tmp_path: Path) -> None:
+    tiny_model("qwen3_moe").save_pretrained(tmp_path)
+    layers = {0: MOE, 1: DENSE, 2: MOE, 3: MOE}
+    assert run_ranks(2, transformer_engine_spec, str(tmp_path), layers) == [[], []]
+
+
+def test_a_missing_parameter_is_named(tmp_path: Path) -> None:
+    tiny_model("qwen3_moe").save_pretrained(tmp_path)
+    layers = {0: MOE, 1: DENSE[:-1], 2: MOE, 3: MOE}
+    with pytest.raises(RuntimeError, match="has no parameter 'decoder.layers.1.mlp.linear_fc2.weight'"):
+        run_ranks(2, transformer_engine_spec, str(tmp_path), layers)
+
+
+def test_an_unknown_parameter_is_named() -> None:
+    model = torch.nn.Module()
+    model.vocab_size = 192
+    model.decoder = torch.nn.Module()
+    model.decoder.layers = torch.nn.ModuleList()
+    model.decoder.surprise = torch.nn.Parameter(torch.zeros(1))
+    with pytest.raises(KeyError, match="'decoder.surprise' is not in the table of family 'qwen2'"):
+        list(local_parameters([model], describe(tiny_config("qwen2"))))
+
+
+def test_weights_of_another_model_are_refused_before_any_is_loaded(tmp_path: Path) -> None:
+    tiny_model("qwen3").save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="q_proj.weight' has shape"):
+        load_hf([], describe(tiny_config("qwen3", head_dim=32)), tmp_path)

@@ -1,0 +1,64 @@
+"""Verification by logits, and the command-line tools around it."""
+
+import runpy
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from real_megatron.bridge import convert_hf_to_megatron
+from tests.support.bridge_ranks import tiny_model, verify_on_one_rank
+from tests.support.ranks import run_ranks
+
+TOOLS = Path(__file__).parents[2] / "tools"
+
+
+@pytest.fixture(scope="module")
+def hf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model") / "hf"
+    tiny_model("qwen3").save_pretrained(path)
+    return path
+
+
+def run_tool(name: str, *arguments: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+    runpy.run_path(str(TOOLS / name), run_name="__main__")
+
+
+def test_equal_models_pass_and_others_fail(hf: Path, tmp_path: Path) -> None:
+    convert_hf_to_megatron(hf, tmp_path / "m", workers=1, progress=False)
+    for megatron in (None, str(tmp_path / "m")):
+        (difference, passed) = run_ranks(1, verify_on_one_rank, str(hf), megatron)[0]
+        assert passed and difference <= 1e-5
+    other = tmp_path / "other"
+    shutil.copytree(hf, other)
+    tensors = load_file(other / "model.safetensors")
+    tensors["model.layers.3.mlp.down_proj.weight"][0, 0] += 0.1
+    save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
+    (difference, passed) = run_ranks(1, verify_on_one_rank, str(other), str(tmp_path / "m"))[0]
+    assert not passed and difference > 1e-4
+
+
+def test_tools_there_and_back(
+    hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--tp", 2, "--workers", 1]
+    run_tool(
+        "convert_hf_to_megatron.py", "--hf-path", hf, "--output", tmp_path / "m", *options, monkeypatch=monkeypatch
+    )
+    back = ["--megatron-path", tmp_path / "m", "--output", tmp_path / "h", "--workers", 1]
+    run_tool("convert_megatron_to_hf.py", *back, monkeypatch=monkeypatch)
+    assert "214,144 parameters" in capsys.readouterr().out
+    first, second = load_file(hf / "model.safetensors"), load_file(tmp_path / "h" / "model.safetensors")
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+    run_tool("convert_megatron_to_hf.py", "--megatron-path", tmp_path / "m", "--dry-run", monkeypatch=monkeypatch)
+    assert "linear_qkv" in capsys.readouterr().out
+
+
+def test_a_tools_error_is_one_line(hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(SystemExit, match="error: tp=3 is neither"):
+        arguments = ["--hf-path", hf, "--output", tmp_path / "m", "--tp", 3]
+        run_tool("convert_hf_to_megatron.py", *arguments, monkeypatch=monkeypatch)
