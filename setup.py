@@ -1,12 +1,36 @@
 """Package definition. Version ranges are stated here; requirements.txt pins what the tests ran with."""
 
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Distribution, find_packages, setup
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "([^"]+)"', (ROOT / "real_megatron/__init__.py").read_text()).group(1)
+
+
+class BuildWithKernels(build_py):
+    """Also compiles the head's CUDA kernels, where nvcc is; without them, or should that fail, plain torch serves."""
+
+    def run(self) -> None:
+        super().run()
+        if shutil.which("nvcc"):
+            root = ROOT if self.editable_mode else Path(self.build_lib)
+            output = root / "real_megatron/head/lib"
+            build = ROOT / "real_megatron/head/build.py"
+            subprocess.run([sys.executable, build, "--optional", "--output", output, "cuda"], check=False)
+
+
+class MaybeBinaryDistribution(Distribution):
+    """Its wheel is for this platform when it holds compiled kernels."""
+
+    def has_ext_modules(self) -> bool:
+        return shutil.which("nvcc") is not None
+
 
 setup(
     name="real-megatron",
@@ -45,5 +69,7 @@ setup(
         "te": ["transformer-engine[pytorch]>=2.0"],
         "dev": ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff==0.17.6"],
     },
+    cmdclass={"build_py": BuildWithKernels},
+    distclass=MaybeBinaryDistribution,
     entry_points={"console_scripts": ["real-megatron = real_megatron.cli:main"]},
 )

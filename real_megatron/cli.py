@@ -9,16 +9,19 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.logging import RichHandler
 
 from real_megatron.sections import ConfigError
 
-EXIT_USAGE = 2
+EXIT_ERROR = 1
 EXIT_TERMINATED = 143  # what a shell reports for SIGTERM: schedulers requeue on it
+
+# Errors whose message says what to mend: shown without a traceback, unless --traceback asks for it.
+MENDABLE = (ConfigError, ValueError, OSError, FloatingPointError)
+full_traceback = False
 
 app = typer.Typer(
     name="real-megatron",
@@ -42,11 +45,19 @@ ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="The run's YA
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(
-        metavar="[KEY=VALUE]...",
+        metavar="KEY=VALUE",
         help="Overrides, for example optimizer.lr=1e-6 data.train.0.limit=100.",
         show_default=False,
     ),
 ]
+
+
+@app.callback()
+def options(
+    traceback: Annotated[bool, typer.Option("--traceback", help="Show the whole traceback of an error.")] = False,
+) -> None:
+    global full_traceback
+    full_traceback = traceback
 
 
 @app.command()
@@ -94,6 +105,86 @@ def sft(config: ConfigFile, overrides: Overrides = None) -> None:
         run(RunConfig.from_yaml(config, overrides or []))
 
 
+convert = typer.Typer(
+    help="Convert checkpoints between Hugging Face and Megatron-Core (torch_dist), bit for bit, streaming.\n\n"
+    "Training needs no conversion: it reads Hugging Face checkpoints and writes one at its end.",
+    no_args_is_help=True,
+)
+app.add_typer(convert, name="convert")
+
+Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: as stored.")]
+Workers = Annotated[int | None, typer.Option(min=1, help="Parallel processes; default: by the machine's cores.")]
+
+
+@convert.command("to-megatron")
+def to_megatron(
+    source: Annotated[Path, typer.Argument(help="Directory of the Hugging Face checkpoint.")],
+    output: Annotated[Path | None, typer.Argument(help="Directory to write; must not exist yet.")] = None,
+    tp: Annotated[int, typer.Option(min=1, help="Tensor-parallel size that the files are cut for.")] = 1,
+    pp: Annotated[int, typer.Option(min=1, help="Pipeline-parallel size.")] = 1,
+    ep: Annotated[int, typer.Option(min=1, help="Expert-parallel size.")] = 1,
+    dtype: Dtype = None,
+    workers: Workers = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the parameter mapping and sizes, write nothing.")
+    ] = False,
+) -> None:
+    """Hugging Face → Megatron. The result loads at every layout; tp, pp and ep only decide how it is cut into files.
+
+    Examples:
+
+      real-megatron convert to-megatron Qwen3-8B qwen3-8b-megatron --tp 4 --pp 2
+
+      real-megatron convert to-megatron Qwen3-8B --tp 4 --dry-run
+    """
+    with reported():
+        from real_megatron import bridge
+
+        layout = {"tp": tp, "pp": pp, "ep": ep, "dtype": torch_dtype(dtype)}
+        if dry_run:
+            Console().print(bridge.dry_run(source, **layout))
+            return
+        if output is None:
+            raise ConfigError("convert to-megatron: name the OUTPUT directory, or add --dry-run")
+        done = bridge.convert_hf_to_megatron(source, output, workers=workers, **layout)
+        typer.echo(f"{done.output}: {done.parameters:,} parameters in {done.files} files, {done.seconds:.1f} s")
+
+
+@convert.command("to-hf")
+def to_hf(
+    source: Annotated[Path, typer.Argument(help="Directory of the Megatron checkpoint, of any layout.")],
+    output: Annotated[Path, typer.Argument(help="Directory to write; must not exist yet.")],
+    hf: Annotated[
+        Path | None, typer.Option(help="Where config.json and the tokenizer are; default: SOURCE/hf.")
+    ] = None,
+    dtype: Dtype = None,
+    workers: Workers = None,
+) -> None:
+    """Megatron → Hugging Face: the model of a converted checkpoint or of a training checkpoint.
+
+    Examples:
+
+      real-megatron convert to-hf qwen3-8b-megatron qwen3-8b-back
+
+      real-megatron convert to-hf runs/real/checkpoints/step-000100 step-100-hf --hf Qwen3-8B
+    """
+    with reported():
+        from real_megatron import bridge
+
+        done = bridge.convert_megatron_to_hf(source, output, hf_path=hf, dtype=torch_dtype(dtype), workers=workers)
+        typer.echo(f"{done.output}: {done.parameters:,} parameters in {done.files} files, {done.seconds:.1f} s")
+
+
+def torch_dtype(name: str | None) -> Any:
+    """The torch dtype of a --dtype option."""
+    import torch
+
+    known = ("float32", "bfloat16", "float16")
+    if name is not None and name not in known:
+        raise ConfigError(f"--dtype {name}: use one of {', '.join(known)}")
+    return None if name is None else getattr(torch, name)
+
+
 def main() -> None:
     """Entry point of the console command."""
     app()
@@ -102,9 +193,10 @@ def main() -> None:
 @contextmanager
 def reported() -> Iterator[None]:
     """Log to the terminal, and turn errors that a user can mend into one message and an exit status."""
-    rank = int(os.environ.get("RANK", "0"))
-    handler = RichHandler(console=Console(stderr=True), show_path=False, rich_tracebacks=False)
-    logging.basicConfig(level=logging.INFO if rank == 0 else logging.WARNING, format="%(message)s", handlers=[handler])
+    from real_megatron.training.terminal import CONSOLE, set_up_logging
+
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    set_up_logging(rank)
     from real_megatron.training.stop import Terminated
 
     try:
@@ -112,9 +204,18 @@ def reported() -> Iterator[None]:
     except Terminated as stop:
         logging.getLogger(__name__).warning("%s", stop)
         sys.exit(EXIT_TERMINATED)
-    except (ConfigError, ValueError, FileNotFoundError, FloatingPointError) as error:
-        Console(stderr=True, soft_wrap=True).print(f"error: {error}", style="bold red", markup=False, highlight=False)
-        sys.exit(EXIT_USAGE)
+    except MENDABLE as error:
+        if full_traceback:
+            raise
+        if rank == 0 or not isinstance(error, ConfigError):  # a wrong configuration is found by every rank alike
+            CONSOLE.print(
+                f"error{f' on rank {rank}' if world > 1 else ''}: {error}",
+                style="bold red",
+                markup=False,
+                highlight=False,
+                soft_wrap=True,
+            )
+        sys.exit(EXIT_ERROR)
 
 
 if __name__ == "__main__":
