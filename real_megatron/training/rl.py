@@ -1,6 +1,5 @@
 """The reinforcement-learning loop: sample, score, update, hand the weights to the rollout engine."""
 
-import logging
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -10,16 +9,102 @@ from real_megatron.batch.types import Group
 from real_megatron.config import RunConfig
 from real_megatron.objective import Objective, build_objective, check, minimum_group_size
 from real_megatron.policy.policy import Policy
+from real_megatron.rollout.engine import SamplingParams
+from real_megatron.rollout.mismatch import mismatch
+from real_megatron.rollout.overlap import rollouts
+from real_megatron.rollout.sampling import sample_trajectories
 from real_megatron.sections import ConfigError
 from real_megatron.training.metrics import distinct_n
 from real_megatron.training.phases import PhaseTimer
 from real_megatron.training.reference import ReferenceWeights, spread
 from real_megatron.training.sampler import rollout_seed
+from real_megatron.training.session import Session, open_session
 
-logger = logging.getLogger(__name__)
+
+def train(config: RunConfig) -> None:
+    """A whole run: resume or start, train, evaluate, save, export. Collective.
+
+    Raises ConfigError or ValueError for a configuration that cannot be run, Terminated after SIGTERM.
+    """
+    if not config.is_rl:
+        raise ConfigError(f"objective.name is {config.objective.name}: use `real-megatron sft`, or set it to real")
+    check(config.objective, updates=config.batch.updates, responses=config.rollout.n)
+    if config.rollout.staleness and config.objective.ratio == "none":
+        raise ConfigError(
+            "rollout.staleness is 1: responses come from weights one step old and need an importance ratio; "
+            "set objective.ratio to truncated_is or ppo"
+        )
+    with open_session(config) as session:
+        objective = build_objective(config.objective)
+        reference = ReferenceWeights(session.policy) if objective.needs_ref_logprobs else None
+        session.resume()
+        session.run(ReinforcementStep(session, objective, reference))
 
 
-class NothingToTrain(RuntimeError):
+class ReinforcementStep:
+    """One step of the loop: sample, annotate, update."""
+
+    def __init__(self, session: Session, objective: Objective, reference: ReferenceWeights | None) -> None:
+        self._session = session
+        self._objective = objective
+        self._reference = reference
+        self._timer = PhaseTimer()
+        self._done = session.start
+        self._rollouts = rollouts(
+            range(session.start, session.steps), self._generate, self._publish, session.config.rollout.staleness
+        )
+
+    def __call__(self, step: int, timer: PhaseTimer) -> dict[str, float]:
+        """See `Step`."""
+        self._timer = timer
+        config, policy = self._session.config, self._session.policy
+        with timer.phase("rollout"):
+            sampled_step, (groups, metrics) = next(self._rollouts)
+            assert sampled_step == step
+        if self._reference is not None:
+            with timer.phase("reference"):
+                groups = self._reference.annotate(groups)
+        if self._objective.needs_old_logprobs and config.batch.old_logprobs == "policy":
+            with timer.phase("old_logprobs"):
+                groups, difference = with_policy_logprobs(policy, groups)
+                metrics |= difference
+        with timer.phase("update"):
+            metrics |= update(policy, groups, self._objective, config.batch.updates)
+        self._done = step + 1
+        return metrics
+
+    def _publish(self) -> None:
+        with self._timer.phase("sync"):
+            self._session.publish(self._done)
+
+    def _generate(self, step: int) -> tuple[list[Group], dict[str, float]]:
+        """The groups of a step's prompts. With staleness 1 this runs in a thread of its own."""
+        session, config = self._session, self._session.config
+        examples = [session.examples[i] for i in session.sampler.batch(step)]
+        prompts = [example.prompt_ids for example in examples]
+        params = SamplingParams(
+            n=config.rollout.n,
+            temperature=config.rollout.temperature,
+            top_p=config.rollout.top_p,
+            max_new_tokens=config.rollout.max_new_tokens,
+        )
+        seeds = [rollout_seed(config.seed, step, i) for i in range(len(prompts))]
+        with session.engine_in_use:
+            sampled = sample_trajectories(
+                session.engine, session.tokenizer, session.scale, prompts, params, config.objective.no_anchor, seeds
+            )
+        groups = [
+            Group(prompt, trajectories, example.label, example.id)
+            for example, prompt, trajectories in zip(examples, prompts, sampled.trajectories, strict=True)
+        ]
+        smallest = minimum_group_size(config.objective.baseline, config.objective.std_normalize)
+        kept = trainable(groups, smallest if config.objective.term1 else 1)
+        metrics = {f"rollout/{name}": value for name, value in sampled.metrics.items()}
+        metrics["rollout/small_groups"] = float(len(groups) - len(kept))
+        return kept, metrics | cot_metrics(groups)
+
+
+class NothingToTrain(ValueError):
     """No group of a step's rollouts can be trained on."""
 
 
@@ -34,22 +119,28 @@ def trainable(groups: Sequence[Group], smallest: int) -> list[Group]:
     return kept
 
 
-def with_policy_logprobs(policy: Policy, groups: Sequence[Group]) -> list[Group]:
-    """The groups with the policy's own log-probs as `old_logprobs`. Collective."""
-    scored = policy.logprobs(groups)
-    return [
+def with_policy_logprobs(policy: Policy, groups: Sequence[Group]) -> tuple[list[Group], dict[str, float]]:
+    """The groups with the policy's own log-probs as `old_logprobs`, and metrics of how far the engine's were off."""
+    annotated = [
         replace(
             group,
             trajectories=[
                 replace(t, old_logprobs=spread(t, s.tokens)) for t, s in zip(group.trajectories, row, strict=True)
             ],
         )
-        for group, row in zip(groups, scored, strict=True)
+        for group, row in zip(groups, policy.logprobs(groups), strict=True)
     ]
+    before, after = ([t for group in side for t in group.trajectories] for side in (groups, annotated))
+    if any(t.old_logprobs is None for t in before):
+        return annotated, {}
+    difference = mismatch(
+        [t.old_logprobs for t in before], [t.old_logprobs for t in after], [t.loss_mask for t in before]
+    )
+    return annotated, {f"mismatch/{name}": value for name, value in difference.items()}
 
 
 def parts(groups: Sequence[Group], count: int) -> list[list[Group]]:
-    """The groups in order, cut into `count` parts whose sizes differ by one at most; fewer when there are fewer groups."""
+    """The groups in order, cut into `count` parts whose sizes differ by one at most; never an empty part."""
     count = min(count, len(groups))
     edges = [len(groups) * i // count for i in range(count + 1)]
     return [list(groups[a:b]) for a, b in zip(edges, edges[1:], strict=False)]

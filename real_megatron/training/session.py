@@ -1,18 +1,25 @@
 """A training run: what both loops need, built in order, and the loop around their step."""
 
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from threading import Lock
+from typing import Any, Protocol
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+import torch.distributed as dist
 
 from real_megatron.config import RunConfig
 from real_megatron.policy.policy import Policy
+from real_megatron.policy.runtime import default_dtype
+from real_megatron.rollout.engine import RolloutEngine
+from real_megatron.rollout.factory import build_engine
 from real_megatron.scores import ScoreScale
 from real_megatron.sections import ConfigError
 from real_megatron.training.checkpoints import CheckpointStore
+from real_megatron.training.examples import load_tokenizer, load_training_examples
+from real_megatron.training.export import RUN_FILE, save_hf
 from real_megatron.training.metrics import Metrics
 from real_megatron.training.phases import PhaseTimer
 from real_megatron.training.resume import check_same_run
@@ -22,95 +29,156 @@ from real_megatron.training.terminal import progress
 
 logger = logging.getLogger(__name__)
 
-Step = Callable[[int, PhaseTimer], dict[str, float]]
-"""One training step (counted from 0): does its work, charging it to phases, and returns its metrics."""
-Evaluate = Callable[[int], dict[str, float]]
-"""Evaluates the policy as it is after that many steps, and returns its metrics."""
+
+class Step(Protocol):
+    """What a loop does in one step."""
+
+    def __call__(self, step: int, timer: PhaseTimer) -> dict[str, float]:
+        """Do step `step` (counted from 0), charging the work to phases; returns the step's metrics."""
+        ...
 
 
-@dataclass
 class Session:
-    """The parts of a run that do not depend on the objective's kind."""
+    """The parts of a run that do not depend on the objective's kind. Every rank holds one; its methods are collective.
 
-    config: RunConfig
-    tokenizer: PreTrainedTokenizerBase
-    scale: ScoreScale
-    policy: Policy
-    sampler: EpochSampler
-    steps: int
-    """Steps of the whole run."""
-    start: int = 0
-    """Steps done before: those of the checkpoint that was resumed."""
+    Built in order: what fails fast comes first. Raises ConfigError or ValueError when data, scale, layout and model do
+    not fit together.
+    """
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+        if not config.model.path:
+            raise ConfigError("model.path is not set: name the Hugging Face checkpoint to start from")
+        self.tokenizer = load_tokenizer(config.model.path)
+        scale = config.scale
+        self.scale = ScoreScale.resolve(self.tokenizer, scale.scores, scale.values, scale.anchor)
+        self.examples = load_training_examples(config, self.tokenizer, self.scale)
+        self.sampler = EpochSampler(len(self.examples), config.batch.prompts, config.seed)
+        self.steps = self.sampler.steps_of(config.epochs) if config.epochs is not None else config.steps
+        self.start = 0
+        """Steps done before: those of the checkpoint that was resumed."""
+        self.policy = Policy(config, self.scale.score_ids, self.scale.values, self.steps * config.batch.updates)
+        self.store = CheckpointStore(config.output / "checkpoints", config.checkpoint.keep)
+        self.engine_in_use = Lock()
+        """Held while the engine generates, be it in another thread: its weights must not change then."""
+        self._engine: RolloutEngine | None = None
 
     @property
-    def is_main(self) -> bool:
-        return self.policy.runtime.rank == 0
+    def engine(self) -> RolloutEngine:
+        """The rollout engine, started on first use; without weights until `publish`."""
+        if self._engine is None:
+            alone = dist.get_world_size() == 1
+            # A group of its own: results travel pickled on the host, perhaps while another thread trains.
+            group = None if alone else dist.new_group(backend="gloo")
+            self._engine = build_engine(
+                self.config.rollout,
+                Path(self.config.model.path),
+                self.tokenizer,
+                self.config.output / "rollout",
+                device=self.policy.runtime.device,
+                dtype=default_dtype(self.config.model.dtype),
+                group=group,
+            )
+        return self._engine
 
-    @property
-    def store(self) -> CheckpointStore:
-        return CheckpointStore(self.config.output / "checkpoints", self.config.checkpoint.keep)
+    def publish(self, step: int) -> None:
+        """Give the engine the policy's weights after `step` steps."""
+        self.engine.update_weights(self.policy.export(), version=step)
+
+    def close(self) -> None:
+        """End the engine's servers. Not collective."""
+        if self._engine is not None:
+            self._engine.close()
 
     def resume(self) -> None:
-        """Continue from the newest complete checkpoint, if there is one. Collective."""
+        """Continue from the newest complete checkpoint, if there is one.
+
+        Raises ConfigError when the checkpoint is another run's, or resuming is switched off.
+        """
         newest = self.store.newest()
         if newest is None:
             return
         step, path = newest
         if not self.config.checkpoint.resume:
-            raise ConfigError(
-                f"{path} exists and checkpoint.resume is false: choose another output directory, or resume"
-            )
+            raise ConfigError(f"{path} exists and checkpoint.resume is false: choose another output, or resume")
         state = self.policy.load(path)
         check_same_run(state["config"], self.config, str(path))
         self.start = state["step"]
-        assert self.start == step
         logger.info("resumed from %s: %d of %d steps are done", path, self.start, self.steps)
 
     def save(self, step: int) -> None:
-        """Write a checkpoint of the run after `step` steps. Collective."""
+        """Write a checkpoint of the run after `step` steps."""
         state: dict[str, Any] = {"step": step, "config": self.config.model_dump(mode="json")}
         self.store.save(step, lambda directory: self.policy.save(directory, state))
 
-    def run(self, do_step: Step, evaluate: Evaluate) -> None:
-        """Do the steps that are left, with evaluations, checkpoints and metrics as configured. Collective.
+    def evaluate(self, step: int) -> dict[str, float]:
+        """Evaluate the policy as it is after `step` steps on every evaluation set; returns `eval/NAME/METRIC`."""
+        if not self.config.data.eval:
+            return {}
+        raise NotImplementedError
+
+    def run(self, do_step: Step) -> None:
+        """Do the steps that are left, with evaluations, checkpoints, metrics and the final export as configured.
 
         Raises:
             Terminated: SIGTERM arrived; a checkpoint of the finished step has been saved.
-            FloatingPointError: loss or gradient is not finite; names the step and rank. Nothing is saved.
+            FloatingPointError: loss or gradient is not finite; names the step and rank. The weights are as before.
         """
-        config, timer = self.config, PhaseTimer()
-        with (
-            Metrics.open(
-                config.metrics, config.output, self.policy.runtime.rank, config.model_dump(mode="json"), self.start
-            ) as metrics,
-            StopSignal(self.policy.runtime.device) as stop,
-            progress(self.is_main) as bar,
-        ):
-            task = bar.add_task("training", total=self.steps, completed=self.start, figures="")
+        config, rank, timer = self.config, self.policy.runtime.rank, PhaseTimer()
+        if self.start == self.steps and self._hf.exists():
+            logger.info("%s is finished: %s is there", config.output, self._hf)
+            return
+        if rank == 0:
+            config.output.mkdir(parents=True, exist_ok=True)
+            (config.output / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
+        sinks = Metrics.open(config.metrics, config.output, rank, config.model_dump(mode="json"), self.start)
+        with sinks as metrics, StopSignal(self.policy.runtime.device) as stop, progress(rank == 0) as bar:
+            task = bar.add_task(config.objective.name, total=self.steps, completed=self.start, figures="")
             if self.start == 0 and config.evaluation.every:
-                metrics.write(0, evaluate(0))
+                metrics.write(0, self.evaluate(0))
             timer.finish()
             for step in range(self.start, self.steps):
                 try:
                     values = do_step(step, timer)
                 except FloatingPointError as error:
-                    raise FloatingPointError(f"step {step + 1}, rank {self.policy.runtime.rank}: {error}") from error
+                    raise FloatingPointError(f"step {step + 1}, rank {rank}: {error}") from error
                 done = step + 1
-                if done == self.steps or _due(done, config.evaluation.every):
+                last, stopping = done == self.steps, stop.requested()
+                if last or _due(done, config.evaluation.every):
                     with timer.phase("evaluate"):
-                        values |= evaluate(done)
-                stopping = stop.requested()
-                if done == self.steps or stopping or _due(done, config.checkpoint.every):
+                        values |= self.evaluate(done)
+                if last or stopping or _due(done, config.checkpoint.every):
                     with timer.phase("checkpoint"):
                         self.save(done)
                 seconds = timer.finish()
                 values |= {f"seconds/{name}": value for name, value in seconds.items()}
+                training = seconds["step"] - seconds.get("evaluate", 0.0) - seconds.get("checkpoint", 0.0)
+                values["tokens_per_second"] = values["tokens"] / training
                 metrics.write(done, values)
                 bar.update(task, completed=done, figures=_figures(values))
-                if done == self.steps or _due(done, config.metrics.print_every):
+                if last or _due(done, config.metrics.print_every):
                     logger.info("step %d/%d  %s", done, self.steps, _figures(values))
-                if stopping and done < self.steps:
+                if stopping and not last:
                     raise Terminated(f"stopped by SIGTERM after step {done}; run the same command again to go on")
+        if config.checkpoint.save_hf:
+            if rank == 0 and (self._hf / RUN_FILE).exists():  # of this run, before it was given more steps
+                shutil.rmtree(self._hf)
+            save_hf(self.policy, self._hf)
+            logger.info("wrote %s", self._hf)
+
+    @property
+    def _hf(self) -> Path:
+        return self.config.output / "hf"
+
+
+@contextmanager
+def open_session(config: RunConfig) -> Iterator[Session]:
+    """A session whose engine is closed at the end, however it ends."""
+    session = Session(config)
+    try:
+        yield session
+    finally:
+        session.close()
 
 
 def _due(step: int, every: int) -> bool:

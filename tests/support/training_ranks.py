@@ -16,7 +16,7 @@ def reference_after_steps(config: RunConfig) -> tuple[list, list, bool]:
     """Log-probs of fixed groups before training, the reference's after two steps, and whether weights came back."""
     policy = make_policy(config)
     groups = make_groups(seed=7)
-    before = [[t.old_logprobs for t in g.trajectories] for g in with_policy_logprobs(policy, groups)]
+    before = [[t.old_logprobs for t in g.trajectories] for g in with_policy_logprobs(policy, groups)[0]]
     reference = ReferenceWeights(policy)
     objective = build_objective(config.objective)
     for step in range(2):
@@ -24,7 +24,7 @@ def reference_after_steps(config: RunConfig) -> tuple[list, list, bool]:
     trained = {name: tensor.clone() for name, tensor in policy.export()}
     annotated = [[t.ref_logprobs for t in g.trajectories] for g in reference.annotate(groups)]
     same = all(torch.equal(tensor, trained[name]) for name, tensor in policy.export())
-    moved = [[t.old_logprobs for t in g.trajectories] for g in with_policy_logprobs(policy, groups)]
+    moved = [[t.old_logprobs for t in g.trajectories] for g in with_policy_logprobs(policy, groups)[0]]
     assert moved != before
     return before, annotated, same
 
