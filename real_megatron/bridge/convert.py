@@ -3,7 +3,6 @@
 A process holds one tensor at a time with its source, so memory is bounded by the largest tensors, not by the model.
 """
 
-import logging
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -26,8 +25,6 @@ from real_megatron.bridge.table import Parameter
 from real_megatron.bridge.torch_dist import Block, TorchDistCheckpoint
 from real_megatron.bridge.transforms import Piece, Shape
 from real_megatron.bridge.workers import Progress, run
-
-log = logging.getLogger(__name__)
 
 # A rank's share is cut into files of about this size, so that processes can share the work.
 FILE_BYTES = 2 * 2**30

@@ -1,6 +1,7 @@
 """The small files of a Hugging Face checkpoint: configuration, tokenizer, generation settings, licence."""
 
 import json
+import logging
 import shutil
 from fnmatch import fnmatch
 from pathlib import Path
@@ -10,6 +11,8 @@ import torch
 from transformers import AutoConfig, PretrainedConfig
 
 from real_megatron.bridge.hf_reader import CheckpointError
+
+log = logging.getLogger(__name__)
 
 # Where a converted Megatron checkpoint keeps them, so that it can be converted back on its own.
 FOLDER = "hf"
@@ -30,13 +33,16 @@ PATTERNS = (
 
 
 def carry(source: Path, target: Path, dtype: torch.dtype | None = None) -> list[str]:
-    """Copy the side files of a checkpoint; `dtype`, if given, is entered in config.json. Returns their names."""
+    """Copy the side files of a checkpoint; `dtype`, if given, is entered in config.json. Returns their names.
+
+    Other files (weights in other formats, code) are left aside, and logged.
+    """
     target.mkdir(parents=True, exist_ok=True)
-    names = [
-        path.name
-        for path in sorted(source.iterdir())
-        if path.is_file() and any(fnmatch(path.name, pattern) for pattern in PATTERNS)
-    ]
+    files = sorted(path.name for path in source.iterdir() if path.is_file())
+    names = [name for name in files if any(fnmatch(name, pattern) for pattern in PATTERNS)]
+    others = [name for name in files if name not in names and "safetensors" not in name]
+    if others:
+        log.info("%s: not carried over: %s", source, ", ".join(others))
     for name in names:
         shutil.copyfile(source / name, target / name)
     if dtype is not None:

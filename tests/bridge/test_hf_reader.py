@@ -156,3 +156,14 @@ def test_tied_output_layer_must_equal_the_embedding(single: Path) -> None:
     edit(single / "model.safetensors", add(1.0))
     with pytest.raises(CheckpointError, match="'lm_head.weight' differs from 'model.embed_tokens.weight'"):
         check(single)
+
+
+def test_mappings_are_closed_after_much_reading(sharded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = HFCheckpoint(sharded)
+    names = list(checkpoint.entries)
+    for name in names:
+        checkpoint.tensor(name)
+    assert len(checkpoint._handles) > 2
+    monkeypatch.setattr("real_megatron.bridge.hf_reader.REMAP_BYTES", 1)
+    checkpoint.tensor(names[0])
+    assert len(checkpoint._handles) == 1

@@ -242,3 +242,19 @@ def _register(module: torch.nn.Module, name: str, tensor: torch.Tensor) -> None:
             module.add_module(part, torch.nn.Module())
         module = getattr(module, part)
     module.register_parameter(last, torch.nn.Parameter(tensor))
+
+
+def train_and_save(configs: list[Any], directory: str | None) -> list[tuple[list[float], dict[str, torch.Tensor]]]:
+    """Two steps at each configuration: losses and exported weights. The last one may write a training checkpoint."""
+    from real_megatron.objective import build_objective
+    from tests.support.policy_ranks import make_groups, make_policy
+
+    results = []
+    for config in configs:
+        policy = make_policy(config)
+        objective = build_objective(config.objective)
+        losses = [policy.train_step(make_groups(seed=step), objective)["loss"] for step in range(2)]
+        results.append((losses, {name: tensor.clone() for name, tensor in policy.export()}))
+    if directory is not None:
+        policy.save(directory, {})
+    return results if torch.distributed.get_rank() == 0 else []
