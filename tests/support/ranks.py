@@ -13,6 +13,8 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
+import psutil
+
 TIMEOUT_S = 120
 
 
@@ -92,6 +94,9 @@ class RankPool:
     def close(self, kill: bool = False) -> None:
         for process, conn in self._workers:
             if kill:
+                # With its children: Megatron's checkpoint writers have a queue process of their own.
+                for child in psutil.Process(process.pid).children(recursive=True) if process.is_alive() else []:
+                    child.kill()
                 process.kill()
             else:
                 try:
