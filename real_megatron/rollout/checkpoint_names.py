@@ -7,6 +7,7 @@ from functools import lru_cache
 from pathlib import Path
 
 _SHOWN = 5
+_HEAD = "lm_head.weight"
 
 
 @lru_cache(maxsize=4)
@@ -21,19 +22,19 @@ def checkpoint_shapes(model_dir: Path) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def check_names(model_dir: Path, sent: Mapping[str, list[int]]) -> None:
+def check_names(model_dir: Path, sent: Mapping[str, list[int]], tied: bool) -> None:
     """Raise ValueError unless `sent` (name -> shape) is exactly the checkpoint's set of tensors.
 
-    `lm_head.weight` may be on one side only: a tied head is stored by some and not by others. A directory without
-    safetensors (nothing to compare with) passes.
+    tied: the output layer is the embedding; `lm_head.weight` may then be on one side only, as some store it
+
+    A directory without safetensors (nothing to compare with) passes.
     """
     expected = dict(checkpoint_shapes(model_dir))
     if not expected:
         return
-    for name in ("lm_head.weight",):
-        if name not in expected or name not in sent:
-            expected.pop(name, None)
-            sent = {k: v for k, v in sent.items() if k != name}
+    if tied:
+        expected.pop(_HEAD, None)
+        sent = {name: shape for name, shape in sent.items() if name != _HEAD}
     problems = {
         "missing": sorted(expected.keys() - sent.keys()),
         "unknown": sorted(sent.keys() - expected.keys()),

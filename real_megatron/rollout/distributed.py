@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 
 class FollowerEngine:
-    """Stands on the ranks that do not own the servers: takes part in the weight export and leaves the rest to rank 0."""
+    """Stands on the ranks that do not own the servers: takes part in the weight export, leaves the rest to rank 0."""
 
     def update_weights(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Iterate the stream: the export is collective, what it yields here is not needed."""

@@ -26,7 +26,8 @@ def mismatch(
     for i, (engine, policy, mask) in enumerate(zip(engine_logprobs, policy_logprobs, masks, strict=True)):
         if not len(engine) == len(policy) == len(mask):
             raise ValueError(
-                f"trajectory {i}: {len(engine)} log-probs of the engine, {len(policy)} of the policy, mask of {len(mask)}"
+                f"trajectory {i}: {len(engine)} log-probs of the engine, {len(policy)} of the policy, "
+                f"{len(mask)} of the mask"
             )
         d = torch.tensor(policy, dtype=torch.float64) - torch.tensor(engine, dtype=torch.float64)
         differences.append(d[torch.tensor(mask, dtype=torch.bool)])

@@ -62,6 +62,7 @@ class SGLangEngine(RemoteEngine):
         self._model_dir = model_dir
         self._dtype = dtype
         self._serve_loaded = serve_loaded
+        self._tied = bool(hf_config.tie_word_embeddings)
         self._label: str | None = None
         """Label of the current weights; None when no complete set has been sent."""
         self.version: int | None = 0 if serve_loaded else None
@@ -136,7 +137,7 @@ class SGLangEngine(RemoteEngine):
                 kept.append(bucket.to_host())
             if flight.alive:
                 self._loop.run(self._transport.send(flight, bucket))
-        check_names(self._model_dir, shapes)
+        check_names(self._model_dir, shapes, self._tied)
         self._loop.run(self._close_sync(self._transport, flight, label))
         self._kept = kept if keep else None
         return flight

@@ -57,6 +57,7 @@ class VLLMEngine(RemoteEngine):
         self._model_dir = model_dir
         self._dtype = dtype
         self._serve_loaded = serve_loaded
+        self._tied = bool(hf_config.tie_word_embeddings)
         self._label: str | None = None
         self.version: int | None = 0 if serve_loaded else None
         self._spool = CheckpointSpool(work_dir / "weights", model_dir)
@@ -107,7 +108,7 @@ class VLLMEngine(RemoteEngine):
                 self._spool.add(bucket)
         finally:
             drain(stream)
-        check_names(self._model_dir, shapes)
+        check_names(self._model_dir, shapes, self._tied)
         self._spool.finish(label)
         self._label, self.version = label, version
         self._loop.run(self._distribute())

@@ -1,8 +1,9 @@
 """Runs a server module and ends it when the parent does: `python launch.py sglang.launch_server --model-path …`.
 
-A script for the server's own environment; needs nothing of real_megatron. The parent holds our standard input open; when
-it closes, however the parent died, the whole process group is killed, so that no server is left behind holding memory.
-Processes that the server spawns import this file again, therefore the shim for machines without a GPU is at the top.
+A script for the server's own environment; needs nothing of real_megatron. The parent holds our standard input open;
+when it closes, however the parent died, the whole process group is killed, so that no server is left behind holding
+memory. Processes that the server spawns import this file again, therefore the shim for machines without a GPU is at the
+top.
 """
 
 import os

@@ -1,0 +1,88 @@
+"""Judging with an engine: sample critiques and read the score distribution behind each, in one pass where possible."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, Protocol
+
+from transformers import PreTrainedTokenizerBase
+
+from real_megatron.rollout.engine import RolloutEngine, SamplingParams
+from real_megatron.rollout.sampling import AnchoredScale, check_complete
+
+
+class ReadableScale(AnchoredScale, Protocol):
+    """What is needed of `real_megatron.scores.ScoreScale`."""
+
+    score_ids: list[int]
+
+
+@dataclass
+class ScoredResponse:
+    """One critique and the distribution of the score behind it."""
+
+    response_ids: list[int]
+    """The critique, cut at and including the anchor; whole when it has none."""
+    score_logprobs: list[float] | None
+    """log π(score_k | prompt, critique, anchor) at temperature 1 over the whole vocabulary; None without an anchor."""
+    sampled_score: int | None
+    """Index of the score token that was sampled behind the anchor; None when it was none or nothing was sampled."""
+    forced_anchor: bool
+    finish_reason: str
+    """`stop` (anchor reached), `length` or `eos` (ended without one)."""
+
+
+def sample_scored(
+    engine: RolloutEngine,
+    tokenizer: PreTrainedTokenizerBase,
+    scale: ReadableScale,
+    prompts: Sequence[list[int]],
+    params: SamplingParams,
+    rule: Literal["penalize", "force"] = "penalize",
+    seeds: Sequence[int] | None = None,
+) -> list[list[ScoredResponse]]:
+    """`params.n` critiques per prompt with their score distributions.
+
+    At temperature 0 or 1 generation stops behind the score, and the distribution is read off the engine's own log-probs
+    at that position. A second pass (next_token_logprobs) serves the rest: other temperatures, responses that end
+    at the anchor, and, under the rule `force`, responses without an anchor, which get it appended.
+    """
+    one_pass = params.temperature in (0, 1)
+    watch = tuple(scale.score_ids) if one_pass else ()
+    stop = _stop_texts(tokenizer, scale) if one_pass else (scale.anchor_text,)
+    groups = engine.generate(prompts, replace(params, stop=stop, watch_ids=watch), seeds)
+    check_complete(groups, len(prompts), params.n)
+    results: list[list[ScoredResponse]] = []
+    unread: list[tuple[ScoredResponse, list[int]]] = []
+    for prompt, group in zip(prompts, groups, strict=True):
+        row = []
+        for response in group:
+            ids = response.token_ids
+            cut = scale.cut(tokenizer, ids)
+            scored = ScoredResponse(ids[:cut], None, None, False, "stop")
+            if cut is None:
+                scored.finish_reason = "length" if response.finish_reason == "length" else "eos"
+                if rule == "force":
+                    whole = len(ids) - (response.finish_reason == "eos")
+                    scored.response_ids = ids[:whole] + scale.anchor_ids
+                    scored.forced_anchor = True
+                    unread.append((scored, prompt))
+            elif one_pass and cut < len(ids):
+                scored.score_logprobs = response.watched[cut]
+                if ids[cut] in scale.score_ids:
+                    scored.sampled_score = scale.score_ids.index(ids[cut])
+            else:
+                unread.append((scored, prompt))
+            row.append(scored)
+        results.append(row)
+    if unread:
+        sequences = [prompt + scored.response_ids for scored, prompt in unread]
+        logprobs = engine.next_token_logprobs(sequences, scale.score_ids)
+        for (scored, _), values in zip(unread, logprobs.tolist(), strict=True):
+            scored.score_logprobs = values
+    return results
+
+
+def _stop_texts(tokenizer: PreTrainedTokenizerBase, scale: ReadableScale) -> tuple[str, ...]:
+    """The anchor followed by each score, as the tokenizer writes them."""
+    start = len(tokenizer.decode(scale.anchor_ids))
+    return tuple(scale.anchor_text + tokenizer.decode([*scale.anchor_ids, score])[start:] for score in scale.score_ids)

@@ -1,0 +1,357 @@
+"""The remote engines' client against local servers that speak SGLang's and vLLM's protocols, fault by fault.
+
+Every response that was asked for arrives once, or one clear error does.
+"""
+
+import threading
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from real_megatron.config import RolloutConfig
+from real_megatron.rollout.engine import SamplingParams
+from real_megatron.rollout.remote import client
+from real_megatron.rollout.remote.errors import RolloutError, WeightSyncError
+from real_megatron.rollout.sglang.engine import SGLangEngine
+from real_megatron.rollout.vllm.engine import VLLMEngine
+from tests.support.rollout_fake_server import VOCABULARY, WATCHED, FakeServer, expected_ids, logprob
+from tests.support.rollout_models import tiny_qwen3
+
+CONFIG = tiny_qwen3(VOCABULARY, max_position_embeddings=64)
+PROMPTS = [[i, i + 1, 5] for i in range(1, 30)]
+PARAMS = SamplingParams(n=3, max_new_tokens=8)
+ENGINES = {"sglang": SGLangEngine, "vllm": VLLMEngine}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return AutoModelForCausalLM.from_config(CONFIG)
+
+
+@pytest.fixture(autouse=True)
+def short_pauses(monkeypatch):
+    monkeypatch.setattr(client, "_FIRST_PAUSE_S", 0.01)
+
+
+@pytest.fixture
+def make(tmp_path, model, servers):
+    """make(servers, flavour, serve_loaded, **rollout settings) -> engine; closed at the end."""
+    model.save_pretrained(tmp_path / "model")
+    engines = []
+
+    def build(count=1, flavour="sglang", serve_loaded=True, **settings):
+        fakes = servers(count, flavour)
+        settings = {"weight_sync": "disk", "timeout_s": 30, "max_prompt_tokens": 32, "max_new_tokens": 16} | settings
+        config = RolloutConfig(engine=flavour, servers=[fake.url for fake in fakes], **settings)
+        engine = ENGINES[flavour](config, CONFIG, tmp_path / "model", tmp_path / "work", serve_loaded=serve_loaded)
+        engines.append(engine)
+        return engine, fakes
+
+    yield build
+    for engine in engines:
+        engine.close()
+
+
+def check(groups, prompts=PROMPTS, n=3):
+    assert len(groups) == len(prompts)
+    for prompt, group in zip(prompts, groups, strict=True):
+        assert [r.token_ids for r in group] == [expected_ids(prompt, k, 6) for k in range(n)]
+        assert all(r.logprobs == [logprob(i) for i in r.token_ids] for r in group)
+
+
+@pytest.fixture(params=["sglang", "vllm"])
+def flavour(request):
+    return request.param
+
+
+def test_every_prompt_gets_its_own_responses_in_order(make, flavour):
+    engine, fakes = make(2, flavour, concurrency=4)
+    check(engine.generate(PROMPTS, PARAMS))
+    assert sum(fake.generations for fake in fakes) == len(PROMPTS)
+
+
+def test_single_samples_and_no_prompts(make, flavour):
+    engine, _ = make(1, flavour)
+    check(engine.generate(PROMPTS, SamplingParams(n=1, max_new_tokens=8)), n=1)
+    assert engine.generate([], PARAMS) == []
+    assert engine.next_token_logprobs([], [1]).shape == (0, 1)
+
+
+@pytest.mark.parametrize("fault", ["disconnect", "truncate", "error_500", "wrong_k", "short_logprobs", "abort"])
+def test_a_fault_is_survived_and_nothing_counts_twice(make, flavour, fault):
+    engine, (fake,) = make(1, flavour)
+    fake.faults = [fault, None, fault, fault]
+    check(engine.generate(PROMPTS, PARAMS))
+    assert fake.generations == len(PROMPTS) + 3
+
+
+@pytest.mark.parametrize("fault", ["nan", "stale"])
+def test_sglang_faults_in_content_are_survived(make, fault):
+    engine, (fake,) = make(1)
+    fake.faults = [None, fault]
+    check(engine.generate(PROMPTS, PARAMS))
+
+
+def test_a_hanging_request_is_given_up_at_its_deadline_and_repeated(make):
+    engine, (fake,) = make(1, timeout_s=1, attempts=10)
+    fake.faults = ["hang"]
+    check(engine.generate(PROMPTS[:3], PARAMS), PROMPTS[:3])
+    assert fake.generations >= 4
+
+
+def test_the_last_failed_attempt_is_one_error_that_names_prompt_and_cause(make, flavour):
+    engine, (fake,) = make(1, flavour, attempts=2)
+    fake.faults = ["truncate"] * 1000
+    with pytest.raises(RolloutError, match=r"generation for prompt \d+ failed 2 times: .*not JSON"):
+        engine.generate(PROMPTS, PARAMS)
+    fake.faults = []
+    check(engine.generate(PROMPTS, PARAMS))
+
+
+def test_a_refusal_is_not_repeated(make, flavour):
+    engine, (fake,) = make(1, flavour)
+    fake.faults = ["refuse_400"]
+    with pytest.raises(RolloutError, match="refused .* status 400: .*longer than the model's context"):
+        engine.generate([[1, 2]], PARAMS)
+    assert fake.generations == 1
+
+
+def test_requests_in_flight_are_bounded_and_go_to_the_least_loaded(make):
+    engine, (slow, fast) = make(2, concurrency=3)
+    slow.faults = [0.6] * 1000
+    fast.faults = [0.02] * 1000
+    check(engine.generate(PROMPTS, PARAMS))
+    assert slow.most_in_flight <= 3 and fast.most_in_flight <= 3
+    assert fast.generations > slow.generations
+
+
+def test_a_server_that_goes_away_leaves_its_work_to_the_other(make):
+    engine, (first, second) = make(2, concurrency=4, start_timeout_s=0.5, restarts=0)
+    first.faults = [0.05] * 1000
+    second.faults = [0.05] * 1000
+    threading.Timer(0.15, first.__exit__).start()
+    check(engine.generate(PROMPTS, PARAMS))
+    check(engine.generate(PROMPTS, PARAMS))
+
+
+def test_no_server_left_is_one_clear_error(make):
+    engine, (fake,) = make(1, start_timeout_s=0.2, restarts=0)
+    fake.__exit__()
+    with pytest.raises(RolloutError, match="no rollout server can serve: .*is dead"):
+        engine.generate(PROMPTS, PARAMS)
+    with pytest.raises(RolloutError, match="is dead"):
+        engine.health()
+
+
+def test_unreachable_servers_are_named_at_once(tmp_path, model):
+    model.save_pretrained(tmp_path)
+    config = RolloutConfig(engine="sglang", servers=["http://127.0.0.1:9"], start_timeout_s=0.1, restarts=0)
+    with pytest.raises(RolloutError, match="http://127.0.0.1:9 .*is it running"):
+        SGLangEngine(config, CONFIG, tmp_path, tmp_path)
+
+
+def test_out_of_range_requests_never_leave(make, flavour):
+    """An id beyond the vocabulary ends a real server."""
+    engine, (fake,) = make(1, flavour)
+    for bad, message in (
+        ([[1], [VOCABULARY]], "sequence 1 has token ids outside"),
+        ([[-1]], "outside the vocabulary"),
+        ([[]], "sequence 0 is empty"),
+        ([[1] * 41], "sequence 0 has 41 tokens; with 8 new ones it exceeds the 48"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            engine.generate(bad, PARAMS)
+    with pytest.raises(ValueError, match="vocabulary"):
+        engine.next_token_logprobs([[1]], [VOCABULARY])
+    assert fake.generations == 0
+
+
+def test_scores_are_read_in_the_order_asked_for(make, flavour):
+    engine, _ = make(2, flavour)
+    scored = engine.next_token_logprobs(PROMPTS, [7, 3, 50])
+    torch.testing.assert_close(scored, torch.tensor([[WATCHED - 7, WATCHED - 3, WATCHED - 50]]).expand(len(PROMPTS), 3))
+    watched = engine.generate(PROMPTS[:2], SamplingParams(n=2, max_new_tokens=8, watch_ids=(9, 4)))[1][1].watched
+    assert watched == [[WATCHED - 9, WATCHED - 4]] * 6
+
+
+def test_a_stream_yields_each_prompt_once_as_it_finishes(make):
+    engine, (fake,) = make(1, concurrency=2)
+    fake.faults = [0.5]
+    order = []
+    for index, group in engine.generate_stream(PROMPTS, PARAMS):
+        assert [r.token_ids for r in group] == [expected_ids(PROMPTS[index], k, 6) for k in range(3)]
+        order.append(index)
+    assert sorted(order) == list(range(len(PROMPTS))) and order != sorted(order)
+    stream = engine.generate_stream(PROMPTS, PARAMS)
+    next(stream)
+    stream.close()
+    check(engine.generate(PROMPTS, PARAMS))
+
+
+def test_a_router_takes_the_requests_and_the_servers_the_control(make, servers):
+    (router,) = servers(1)
+    router.version = "default"
+    engine, fakes = make(2, router=router.url)
+    check(engine.generate(PROMPTS, PARAMS))
+    assert router.generations == len(PROMPTS) and not any(fake.generations for fake in fakes)
+
+
+# --- weights ----------------------------------------------------------------------------------------------------------
+
+
+def test_nothing_is_generated_before_the_first_weights(make, flavour):
+    engine, _ = make(1, flavour, serve_loaded=False)
+    with pytest.raises(RolloutError, match="waiting for the next weight update"):
+        engine.generate(PROMPTS, PARAMS)
+
+
+def test_weights_reach_every_server_under_one_label(make, flavour, model):
+    engine, fakes = make(2, flavour, serve_loaded=False)
+    for version in (3, 4):
+        engine.update_weights(model.named_parameters(), version)
+        assert len({fake.version for fake in fakes}) == 1 and fakes[0].version.endswith(f"-{version}")
+        assert len({fake.loaded for fake in fakes}) == 1
+        assert not any(fake.paused for fake in fakes)
+        groups = engine.generate(PROMPTS, PARAMS)
+        check(groups)
+        assert {r.weight_version for g in groups for r in g} == {version}
+
+
+def test_labels_mark_a_mixture_before_the_first_byte_changes(make, flavour, model):
+    engine, (fake,) = make(1, flavour, serve_loaded=False)
+    engine.update_weights(model.named_parameters(), 1)
+    labels = [body["new_version"] for path, body in fake.calls if path == "/update_weight_version"]
+    assert labels == [f"{labels[-1]}-incomplete", labels[-1]]
+    paths = [path for path, _ in fake.calls]
+    load = paths.index("/update_weights_from_disk" if flavour == "sglang" else "/collective_rpc")
+    first, last = paths.index("/update_weight_version"), len(paths) - paths[::-1].index("/update_weight_version") - 1
+    assert first < load < last
+
+
+def test_a_server_that_refuses_the_weights_is_brought_up_to_date(make, flavour, model):
+    engine, (good, bad) = make(2, flavour, serve_loaded=False)
+    bad.control_faults = {"/update_weights_from_disk" if flavour == "sglang" else "/collective_rpc": [500]}
+    engine.update_weights(model.named_parameters(), 1)
+    check(engine.generate(PROMPTS, PARAMS))
+    engine._loop.run(engine._pool.settled())
+    assert bad.version == good.version and bad.loaded == good.loaded
+    before = bad.generations
+    check(engine.generate(PROMPTS * 3, PARAMS), PROMPTS * 3)
+    assert bad.generations > before
+
+
+def test_a_server_with_old_weights_is_noticed_and_brought_up_to_date(make, model):
+    """As after a restart by somebody else: the label in the reply is not the current one."""
+    engine, (fake,) = make(1, serve_loaded=False)
+    engine.update_weights(model.named_parameters(), 1)
+    label = fake.version
+    fake.version, fake.loaded = "default", None
+    check(engine.generate(PROMPTS, PARAMS))
+    assert fake.version == label and fake.loaded is not None
+
+
+def test_no_server_with_the_new_weights_is_an_error_until_the_next_update(make, flavour, model):
+    engine, (fake,) = make(1, flavour, serve_loaded=False, restarts=1)
+    path = "/update_weights_from_disk" if flavour == "sglang" else "/collective_rpc"
+    fake.control_faults = {path: [500] * 100}
+    with pytest.raises(WeightSyncError, match="no rollout server holds the new weights"):
+        engine.update_weights(model.named_parameters(), 1)
+    with pytest.raises(RolloutError):
+        engine.generate(PROMPTS, PARAMS)
+
+
+def test_a_stream_of_the_wrong_tensors_is_refused_and_consumed(make, flavour, model):
+    engine, _ = make(1, flavour, serve_loaded=False)
+    consumed = []
+
+    def stream():
+        for name, tensor in model.named_parameters():
+            consumed.append(name)
+            if name != "model.norm.weight":
+                yield name, tensor
+
+    with pytest.raises(ValueError, match="1 missing: model.norm.weight"):
+        engine.update_weights(stream(), 1)
+    assert len(consumed) == len(list(model.named_parameters()))
+    with pytest.raises(RolloutError):
+        engine.generate(PROMPTS, PARAMS)
+    engine.update_weights(model.named_parameters(), 2)
+    check(engine.generate(PROMPTS, PARAMS))
+
+
+def test_an_export_that_breaks_leaves_the_engine_without_weights(make, flavour, model):
+    engine, _ = make(1, flavour, serve_loaded=False)
+
+    def broken():
+        yield next(iter(model.named_parameters()))
+        raise RuntimeError("export failed")
+
+    with pytest.raises(RuntimeError, match="export failed"):
+        engine.update_weights(broken(), 1)
+    with pytest.raises(RolloutError):
+        engine.generate(PROMPTS, PARAMS)
+    engine.update_weights(model.named_parameters(), 2)
+    check(engine.generate(PROMPTS, PARAMS))
+
+
+def test_an_open_session_of_a_dead_trainer_is_closed(make, model):
+    engine, (fake,) = make(1, serve_loaded=False, weight_sync="tensor")
+    fake.session_open = True
+    engine.update_weights(model.named_parameters(), 1)
+    assert not fake.session_open
+    check(engine.generate(PROMPTS, PARAMS))
+
+
+def test_sleep_and_wake(make, flavour, model):
+    engine, fakes = make(2, flavour, serve_loaded=False)
+    engine.update_weights(model.named_parameters(), 1)
+    engine.sleep()
+    with pytest.raises(RuntimeError, match="wake"):
+        engine.generate(PROMPTS, PARAMS)
+    # A memory saver leaves the weights undefined: waking without an update loads them again.
+    for fake in fakes:
+        fake.loaded = None
+    engine.wake()
+    assert all(fake.loaded is not None for fake in fakes)
+    check(engine.generate(PROMPTS, PARAMS))
+    engine.sleep()
+    engine.update_weights(model.named_parameters(), 2)
+    engine.wake()
+    groups = engine.generate(PROMPTS, PARAMS)
+    check(groups)
+    assert {r.weight_version for g in groups for r in g} == {2}
+
+
+def test_sglang_wakes_weights_before_the_cache(make, model):
+    engine, (fake,) = make(1, serve_loaded=False)
+    engine.update_weights(model.named_parameters(), 1)
+    engine.sleep()
+    fake.calls.clear()
+    engine.update_weights(model.named_parameters(), 2)
+    engine.wake()
+    tags = [body["tags"] for path, body in fake.calls if path == "/resume_memory_occupation"]
+    assert tags == [["weights"], ["kv_cache", "cuda_graph"]]
+
+
+def test_vllm_takes_only_temperatures_whose_log_probs_it_reports(make):
+    engine, _ = make(1, "vllm")
+    with pytest.raises(ValueError, match="temperature 0.5"):
+        engine.generate(PROMPTS, SamplingParams(temperature=0.5, max_new_tokens=8))
+    with pytest.raises(ValueError, match="syncs by disk"):
+        make(1, "vllm", weight_sync="tensor")
+
+
+def test_closing_during_a_request_is_an_error_not_a_hang(make):
+    engine, (fake,) = make(1)
+    fake.faults = ["hang"]
+    threading.Timer(0.3, engine.close).start()
+    with pytest.raises(RolloutError, match="closed"):
+        engine.generate([[1]], PARAMS)
+
+
+def test_the_fake_server_is_not_its_own_witness():
+    """Its tokens differ between prompts and samples, so a mix-up cannot pass."""
+    fake = FakeServer()
+    fake._server.server_close()
+    assert len({tuple(expected_ids(p, k, 6)) for p in PROMPTS for k in range(3)}) > 60

@@ -1,0 +1,276 @@
+"""A local HTTP server that speaks SGLang's or vLLM's protocol, with faults on demand. Standard library only.
+
+Replies are recorded ones (tests/rollout/recorded_sglang.json, from SGLang 0.5.21) with ids and log-probabilities filled
+in. Tokens come from a rule that a test can check: token t of sample k for a prompt is `token(prompt, k, t)`.
+Run as a script it is a server process: `rollout_fake_server.py [ignored …] --port P`.
+"""
+
+import copy
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from contextlib import suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+RECORDED = json.loads((Path(__file__).parents[1] / "rollout" / "recorded_sglang.json").read_text(encoding="utf-8"))
+VOCABULARY = 100
+WATCHED = -3.5
+
+
+def token(prompt: list[int], k: int, t: int) -> int:
+    return (sum(prompt) * 7 + k * 13 + t * 5) % (VOCABULARY - 10) + 10
+
+
+def logprob(token_id: int) -> float:
+    return -token_id / VOCABULARY
+
+
+def expected_ids(prompt: list[int], k: int, length: int) -> list[int]:
+    return [token(prompt, k, t) for t in range(length)]
+
+
+class FakeServer:
+    """State of one server. `faults` are consumed one per generation request: hang, disconnect, truncate, error_500,
+    refuse_400, wrong_k, short_logprobs, nan, abort, stale; or a number of seconds to wait before a good reply.
+    `control_faults` maps a control path to statuses that it answers with, one per call."""
+
+    def __init__(self, flavour: str = "sglang", port: int = 0) -> None:
+        self.flavour = flavour
+        self.faults: list = []
+        self.control_faults: dict[str, list[int]] = {}
+        self.version = "default"
+        self.loaded: str | None = None
+        self.session_open = False
+        self.paused = False
+        self.generations = 0
+        self.most_in_flight = 0
+        self.calls: list[tuple[str, dict]] = []
+        self.connections: set[socket.socket] = set()
+        self._in_flight = 0
+        self._lock = threading.Lock()
+        handler = type("Handler", (_Handler,), {"fake": self})
+        self._server = ThreadingHTTPServer(("127.0.0.1", port), handler)
+        self._server.daemon_threads = True
+        self._server.handle_error = lambda *_: None
+        self.port = self._server.server_address[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+
+    def __enter__(self) -> "FakeServer":
+        threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        return self
+
+    def __exit__(self, *exc) -> None:
+        """End as a killed process does: open connections break."""
+        self._server.shutdown()
+        self._server.server_close()
+        for connection in list(self.connections):
+            with suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+
+    def serve(self) -> None:
+        self._server.serve_forever()
+
+    # --- one request ------------------------------------------------------------------------------------------------
+
+    def generate(self, body: dict) -> tuple[int, object] | str:
+        """(status, reply), or the name of a fault that the connection must show."""
+        with self._lock:
+            self.generations += 1
+            self._in_flight += 1
+            self.most_in_flight = max(self.most_in_flight, self._in_flight)
+            fault = self.faults.pop(0) if self.faults else None
+        try:
+            if isinstance(fault, (int, float)):
+                time.sleep(fault)
+            if fault in ("hang", "disconnect", "truncate"):
+                return fault
+            if fault == "error_500":
+                return 500, {"error": {"message": "internal"}}
+            if fault == "refuse_400":
+                return RECORDED["refused"]["status"], RECORDED["refused"]["body"]
+            return 200, self._sglang(body, fault) if self.flavour == "sglang" else self._vllm(body, fault)
+        finally:
+            with self._lock:
+                self._in_flight -= 1
+
+    def _sglang(self, body: dict, fault) -> object:
+        params = body["sampling_params"]
+        n, length = params.get("n", 1), min(params["max_new_tokens"], 6)
+        if params["max_new_tokens"] == 0:
+            reply = copy.deepcopy(RECORDED["score"]["body"])
+            self._label(reply["meta_info"], 0, fault)
+            reply["meta_info"]["output_token_ids_logprobs"] = [
+                [[WATCHED - i, i, None] for i in body["token_ids_logprob"]]
+            ]
+            return reply
+        samples = []
+        for k in range(n - 1 if fault == "wrong_k" else n):
+            sample = copy.deepcopy(RECORDED["generate"]["body"][0])
+            meta = sample["meta_info"]
+            ids = expected_ids(body["input_ids"], k, length)
+            sample["output_ids"] = ids
+            meta["output_token_logprobs"] = [[logprob(i), i, None] for i in ids]
+            meta["completion_tokens"] = length
+            watch = body.get("token_ids_logprob") or []
+            meta["output_token_ids_logprobs"] = [[[WATCHED - i, i, None] for i in reversed(watch)] for _ in ids]
+            meta["finish_reason"] = {"type": "length", "length": length}
+            if fault == "short_logprobs":
+                meta["output_token_logprobs"].pop()
+            if fault == "nan":
+                meta["output_token_logprobs"][0][0] = float("nan")
+            if fault == "abort":
+                meta["finish_reason"] = RECORDED["aborted"]["body"]["meta_info"]["finish_reason"]
+            self._label(meta, length, fault)
+            samples.append(sample)
+        return samples if n > 1 else samples[0] if samples else []
+
+    def _label(self, meta: dict, length: int, fault) -> None:
+        meta["weight_version"] = self.version
+        meta["weight_versions"] = [{"version": self.version, "start": 0, "end": length}]
+        if fault == "stale":
+            meta["weight_versions"].insert(0, {"version": "older", "start": 0, "end": 1})
+
+    def _vllm(self, body: dict, fault) -> object:
+        length, watch = min(body["max_tokens"], 6), body.get("logprob_token_ids") or []
+        choices = []
+        for k in range(body["n"] - 1 if fault == "wrong_k" else body["n"]):
+            ids = expected_ids(body["prompt"], k, length)
+            values = [logprob(i) for i in ids]
+            positions = [{f"token_id:{i}": WATCHED - i for i in watch} | {f"token_id:{t}": logprob(t)} for t in ids]
+            choices.append(
+                {
+                    "index": k,
+                    "text": "",
+                    "token_ids": ids,
+                    "logprobs": {
+                        "tokens": [f"token_id:{i}" for i in ids],
+                        "token_logprobs": values[:-1] if fault == "short_logprobs" else values,
+                        "top_logprobs": positions if body["logprobs"] else [None] * length,
+                    },
+                    "finish_reason": "abort" if fault == "abort" else "stop" if body["stop"] else "length",
+                    "stop_reason": body["stop"][0] if body["stop"] else None,
+                }
+            )
+        # The protocol does not promise an order.
+        return {"object": "text_completion", "model": body["model"], "choices": choices[::-1]}
+
+    def control(self, path: str, body: dict) -> tuple[int, object]:
+        self.calls.append((path, body))
+        if self.control_faults.get(path):
+            return self.control_faults[path].pop(0), {"success": False, "message": "fault on demand"}
+        if self.flavour == "vllm":
+            return self._vllm_control(path, body)
+        recorded = RECORDED
+        if path == "/pause_generation":
+            self.paused = True
+        elif path == "/continue_generation":
+            self.paused = False
+        elif path == "/update_weight_version":
+            self.version = body["new_version"]
+        elif path == "/begin_weight_update":
+            if self.session_open:
+                return 400, recorded["/begin_weight_update#twice"]["body"]
+            self.session_open = True
+        elif path == "/end_weight_update":
+            if not self.session_open:
+                return 400, recorded["/end_weight_update#twice"]["body"]
+            self.session_open = False
+        elif path == "/update_weights_from_disk":
+            if not Path(body["model_path"]).is_dir():
+                return 400, recorded["/update_weights_from_disk#missing"]["body"]
+            self.loaded = body["model_path"]
+        elif path == "/init_weights_update_group":
+            return 400, {"success": False, "message": "this server joins no group"}
+        elif path in ("/update_weights_from_tensor", "/update_weights_from_distributed") and not self.session_open:
+            return 400, recorded["/update_weights_from_distributed"]["body"]
+        return 200, recorded.get(path, {"body": {"success": True, "message": "Success"}})["body"]
+
+    def _vllm_control(self, path: str, body: dict) -> tuple[int, object]:
+        if path == "/pause?mode=abort":
+            self.paused = True
+        elif path == "/resume":
+            self.paused = False
+        elif path == "/update_weight_version":
+            self.version = body["new_version"]
+        elif path == "/collective_rpc":
+            if body["method"] != "reload_weights" or not Path(body["kwargs"]["weights_path"]).is_dir():
+                return 500, {"error": "no such checkpoint"}
+            self.loaded = body["kwargs"]["weights_path"]
+        return 200, {}
+
+    def get(self, path: str) -> tuple[int, object]:
+        if path == "/health":
+            return 200, None
+        if path == "/model_info":
+            return 200, RECORDED["model_info"]["body"] | {"weight_version": self.version}
+        if path == "/server_info":
+            return 200, RECORDED["server_info"]["body"]
+        if path == "/weight_info":
+            return 200, {"weight_version": self.version}
+        return 404, {"detail": "Not Found"}
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+    fake: FakeServer
+
+    def setup(self) -> None:
+        super().setup()
+        self.fake.connections.add(self.connection)
+
+    def finish(self) -> None:
+        self.fake.connections.discard(self.connection)
+        with suppress(OSError):
+            super().finish()
+
+    def do_GET(self) -> None:
+        self._answer(*self.fake.get(self.path))
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])) or b"{}")
+        if self.path not in ("/generate", "/v1/completions"):
+            self._answer(*self.fake.control(self.path, body))
+            return
+        result = self.fake.generate(body)
+        if result == "hang":
+            time.sleep(30)
+        elif result == "disconnect":
+            self.connection.close()
+            self.close_connection = True
+        elif result == "truncate":
+            whole = json.dumps(RECORDED["generate"]["body"]).encode()
+            self._send(200, whole[: len(whole) // 2])
+        else:
+            self._answer(*result)
+
+    def _answer(self, status: int, reply: object) -> None:
+        data = reply.encode() if isinstance(reply, str) else b"" if reply is None else json.dumps(reply).encode()
+        self._send(status, data)
+
+    def _send(self, status: int, data: bytes) -> None:
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *args) -> None:
+        pass
+
+
+def main() -> None:
+    """A server process that ends with its parent, as the launcher's servers do; `die` in the work directory's file
+    `fault` makes the next start fail."""
+    port = int(sys.argv[sys.argv.index("--port") + 1])
+    threading.Thread(target=lambda: (sys.stdin.read(), os._exit(0)), daemon=True).start()
+    print("fake server on port", port, flush=True)
+    FakeServer(port=port).serve()
+
+
+if __name__ == "__main__":
+    main()
