@@ -176,6 +176,14 @@ def test_damaged_megatron_file(megatron: Path) -> None:
     refused(megatron, "__0_0_0.distcp: tensor 'embedding.word_embeddings.weight' cannot be read")
 
 
+def test_a_fault_in_a_worker_process(megatron: Path) -> None:
+    file = megatron / "__1_0_0.distcp"
+    file.write_bytes(bytes(file.stat().st_size))
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        convert_megatron_to_hf(megatron, megatron.parent / "h", max_shard_bytes=200_000, workers=2, progress=False)
+    assert [p.name for p in megatron.parent.iterdir()] == ["m"]
+
+
 def test_config_of_another_model(models: Path, megatron: Path) -> None:
     config = json.loads((megatron / "hf" / "config.json").read_text())
     (megatron / "hf" / "config.json").write_text(json.dumps({**config, "intermediate_size": 100}))
