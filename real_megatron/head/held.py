@@ -16,17 +16,18 @@ def forbid_other_holders(saved: Tensor) -> None:
     """Raise HeldTensorError unless autograd alone holds `saved` (a tensor a caller got from `ctx.saved_tensors` and
     keeps in exactly one local variable).
 
-    Sees Python references to the tensor or to the tensor it is a view of, and aliases of its storage (detached copies,
-    slices, `.data`). Tensors that another autograd node saved need no check here: their version counter moves with
-    the write, and PyTorch itself refuses to use them.
+    Sees Python references to the tensor, to the tensor it is a view of and to its storage, and aliases of the storage
+    (detached copies, slices, `.data`). Tensors that another autograd node saved need no check here: their version
+    counter moves with the write, and PyTorch itself refuses to use them.
     """
-    idle = _idle_counts()
+    idle = idle_counts()
     # One more on the stack than in `_Probe`, which counts its own local variable: the caller's.
     held = sys.getrefcount(saved) - 1 > idle["references"]
     base = saved._base
     if base is not None:
         held |= sys.getrefcount(base) > idle["base_references"]
     storage = saved.untyped_storage()
+    held |= sys.getrefcount(storage) > idle["storage_references"]
     held |= torch._C._storage_Use_Count(storage._cdata) > idle["holders"] + (base is not None)
     if held:
         raise HeldTensorError(
@@ -53,6 +54,7 @@ class _Probe(torch.autograd.Function):
         _Probe.counts = {
             "references": sys.getrefcount(saved),
             "base_references": sys.getrefcount(base),
+            "storage_references": sys.getrefcount(storage),
             # The view itself and the storage object that we made to look at it; its base comes on top.
             "holders": torch._C._storage_Use_Count(storage._cdata) - 1,
         }
@@ -60,7 +62,8 @@ class _Probe(torch.autograd.Function):
 
 
 @cache
-def _idle_counts() -> dict[str, int]:
+def idle_counts() -> dict[str, int]:
+    """The counts of an unheld tensor. Call once before any backward, so that none runs inside another."""
     # Measured, not assumed: how many references the interpreter and PyTorch hold themselves differs by version.
     with torch.enable_grad():
         x = torch.zeros(2, 2, requires_grad=True)

@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
 from real_megatron.head import torch_form
-from real_megatron.head.chunks import plan_chunks
+from real_megatron.head.chunks import Chunks, plan_chunks
 from real_megatron.head.gemm import add_mm, add_weight_grad, mm
 from real_megatron.head.logits import check_rows
 from real_megatron.head.ops import Form, kernels
@@ -24,6 +24,9 @@ from real_megatron.head.shard import (
     reduce_scatter_rows,
     vocabulary_shard,
 )
+
+# Measured: on a CPU a chunk that stays in the last-level cache beats a larger one (tools/benchmark_head.py chunks).
+CPU_CHUNK_BYTES = 16 << 20
 
 Reduction = Literal["none", "all_reduce", "reduce_scatter"]
 
@@ -101,8 +104,8 @@ class _Call:
             return hidden
         return all_gather_packed(hidden.reshape(-1), self.group).view(-1, hidden.shape[1])
 
-    def plan(self, hidden: Tensor, backward: bool) -> tuple[list[_Block], list[_Span], Tensor]:
-        """Row blocks, vocabulary chunks, and the flat buffer for the logits of one block and chunk."""
+    def chunks(self, hidden: Tensor, backward: bool) -> Chunks:
+        """The plan of a pass, by what it costs there. ValueError if the budget is too small."""
         dtype, half = self.logits_dtype(hidden), hidden.element_size() < 4
         bytes_per_logit = dtype.itemsize
         bytes_per_row = bytes_per_column = 0
@@ -112,11 +115,17 @@ class _Call:
         if backward:
             bytes_per_row += 4 * hidden.shape[1] if half else 0  # the float32 sum of dhidden
             bytes_per_logit += hidden.element_size() if dtype != hidden.dtype else 0  # dlogits as a GEMM input
-        columns = self.shard.columns
-        chunks = plan_chunks(hidden.shape[0], columns, bytes_per_logit, bytes_per_row, bytes_per_column, self.budget)
+        preferred = None if hidden.is_cuda else CPU_CHUNK_BYTES
+        costs = (bytes_per_logit, bytes_per_row, bytes_per_column)
+        return plan_chunks(hidden.shape[0], self.shard.columns, *costs, self.budget, preferred)
+
+    def plan(self, hidden: Tensor, backward: bool) -> tuple[list[_Block], list[_Span], Tensor]:
+        """Row blocks, vocabulary chunks, and the flat buffer for the logits of one block and chunk."""
+        chunks = self.chunks(hidden, backward)
         spans = _spans(hidden.shape[0], chunks.rows)
         blocks = [_Block(*span, self.rows if len(spans) == 1 else self.rows.slice(*span)) for span in spans]
-        return blocks, _spans(columns, chunks.columns), hidden.new_empty(chunks.rows * chunks.columns, dtype=dtype)
+        buffer = hidden.new_empty(chunks.rows * chunks.columns, dtype=self.logits_dtype(hidden))
+        return blocks, _spans(self.shard.columns, chunks.columns), buffer
 
 
 class _Block(NamedTuple):
@@ -137,6 +146,8 @@ class _LinearGathered(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, call: _Call) -> Tensor:
         rows, shard = call.rows, call.shard
         full = call.full_hidden(hidden)
+        if any(ctx.needs_input_grad):
+            call.chunks(full, backward=True)  # too small a budget is said now, not in the middle of backward
         blocks, chunks, buffer = call.plan(full, backward=False)
         kernel = kernels(call.form, full.device, buffer.dtype)
         parts = []

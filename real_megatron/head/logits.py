@@ -5,6 +5,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from real_megatron.head import ops
+from real_megatron.head.held import idle_counts
 from real_megatron.head.ops import Form
 from real_megatron.head.rows import GatherRows
 from real_megatron.head.shard import all_gather_packed, vocabulary_shard
@@ -49,6 +50,8 @@ def gathered_log_softmax(
         )
     if inplace_backward and torch.is_grad_enabled() and logits.requires_grad and logits.is_leaf:
         raise ValueError("inplace_backward=True needs logits computed by a layer; these are a leaf tensor")
+    if inplace_backward and not torch.compiler.is_compiling():
+        idle_counts()
     shard = vocabulary_shard(logits.shape[1], rows, vocab_size, padded_vocab_size, group)
     csr = (rows.ids, rows.offsets, rows.row_index, values)
     packed = ops.head_stats(logits.detach(), *csr, *shard, form)

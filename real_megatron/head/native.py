@@ -26,7 +26,7 @@ class Library:
         pointer, size, integer = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
         # CPU: number of threads. CUDA: scratch memory, stream.
         tail = [integer] if kind == "cpu" else [pointer, pointer]
-        self.stats.argtypes = [pointer, integer, *[size] * 4, *[pointer] * 4, *tail]
+        self.stats.argtypes = [pointer, integer, *[size] * 4, *[pointer] * 3, integer, pointer, *tail]
         self.dlogits.argtypes = [pointer, pointer, integer, *[size] * 6, *[pointer] * 6, *tail]
         if kind == "cuda":
             self.scratch = self.library.head_cuda_scratch
@@ -90,7 +90,8 @@ def stats(
     values = None if values is None else values.to(torch.float32).contiguous()
     ids, offsets = ids.contiguous(), offsets.contiguous()
     packed = logits.new_empty((2 if values is None else 3) * rows + ids.numel(), dtype=torch.float32)
-    csr = (_pointer(ids), _pointer(offsets), _pointer(values))
+    # Whether there are values is told apart from their address: that of an empty tensor is null.
+    csr = (_pointer(ids), _pointer(offsets), _pointer(values), values is not None)
     sizes = (_DTYPES[logits.dtype], rows, logits.stride(0), *shard)
     _call("stats", logits, shard, (_pointer(logits), *sizes, *csr, _pointer(packed)))
     return packed

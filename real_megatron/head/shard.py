@@ -84,9 +84,9 @@ def merge_packed(gathered: Tensor, num_rows: int, nnz: int, has_values: bool) ->
     sections = [num_rows] * (3 if has_values else 2) + [nnz]
     maxima, sums, *weighted, logits = gathered.split(sections, dim=1)
     maximum = maxima.amax(0)
-    # A rank with nothing but -inf (or nothing but padding) has sum 0; exp(-inf - max) keeps it out. If all ranks are
-    # like that, -inf - -inf makes the row NaN, as log_softmax does.
-    scale = torch.exp(maxima - maximum)
+    # Parts with nothing but -inf (or nothing but padding) have sum 0. Where all parts are like that so is the result,
+    # hence the finite base; `log_probs` makes such a row NaN, as log_softmax does.
+    scale = torch.exp(maxima - maximum.masked_fill(maximum == -torch.inf, 0))
     total = _sum_in_rank_order(sums * scale)
     expectation = _sum_in_rank_order(weighted[0] * scale) / total if has_values else None
     return RowStats(maximum, total, logits.amax(0), expectation)

@@ -93,20 +93,20 @@ void for_each_row(int64_t rows, int64_t width, int threads, Work work) {
 
 template <typename T>
 void stats(const T* logits, int64_t rows, int64_t stride, Shard shard, const int64_t* ids, const int64_t* offsets,
-           const float* values, float* packed, int threads) {
-  float* gathered = packed + (values ? 3 : 2) * rows;
+           const float* values, bool weighted, float* packed, int threads) {
+  float* gathered = packed + (weighted ? 3 : 2) * rows;
   for_each_row(rows, shard.columns, threads, [=](int64_t r) {
     const T* row = logits + r * stride;
     const MaxSum seen = row_stats(row, shard.columns);
     packed[r] = seen.max;
     packed[rows + r] = seen.sum;
-    float weighted = 0.f;
+    float weight = 0.f;
     for (int64_t j = offsets[r]; j < offsets[r + 1]; ++j) {
       const float z = shard.holds(ids[j]) ? load(row[ids[j] - shard.first_id]) : minus_infinity();
       gathered[j] = z;
-      if (values) weighted += values[j] * exp_below(z, base_of(seen.max));
+      if (weighted) weight += values[j] * exp_below(z, base_of(seen.max));
     }
-    if (values) packed[2 * rows + r] = weighted;
+    if (weighted) packed[2 * rows + r] = weight;
   });
 }
 
@@ -143,12 +143,14 @@ int with_type(int dtype, Work work) {
 
 extern "C" {
 
-// packed: max [rows], sum [rows], with values Σ_j value_j · exp(z_j - max) [rows], then the gathered logits [nnz].
+// packed: max [rows], sum [rows], if weighted Σ_j value_j · exp(z_j - max) [rows], then the gathered logits [nnz].
 int head_cpu_stats(const void* logits, int dtype, int64_t rows, int64_t stride, int64_t first_id, int64_t columns,
-                   const int64_t* ids, const int64_t* offsets, const float* values, float* packed, int threads) {
+                   const int64_t* ids, const int64_t* offsets, const float* values, int weighted, float* packed,
+                   int threads) {
   return with_type(dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    stats(static_cast<const T*>(logits), rows, stride, Shard{first_id, columns}, ids, offsets, values, packed, threads);
+    stats(static_cast<const T*>(logits), rows, stride, Shard{first_id, columns}, ids, offsets, values, weighted != 0,
+          packed, threads);
   });
 }
 

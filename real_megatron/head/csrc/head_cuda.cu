@@ -196,7 +196,7 @@ __global__ void __launch_bounds__(kThreads, 4)
 template <typename T>
 __global__ void __launch_bounds__(kThreads) stats_rows(const T* logits, int64_t rows, int64_t stride, Shard shard,
                                                        const int64_t* ids, const int64_t* offsets, const float* values,
-                                                       unsigned tiles, const MaxSum* partial, float* packed) {
+                                                       bool weighted, unsigned tiles, const MaxSum* partial, float* packed) {
   const int64_t r = int64_t(blockIdx.x) * (kThreads / kWarp) + threadIdx.x / kWarp;
   const int lane = threadIdx.x % kWarp;
   if (r >= rows) return;
@@ -204,18 +204,18 @@ __global__ void __launch_bounds__(kThreads) stats_rows(const T* logits, int64_t 
   for (unsigned tile = lane; tile < tiles; tile += kWarp) seen = merge(seen, partial[r * tiles + tile]);
   seen = warp_merge(seen);
 
-  float* gathered = packed + (values ? 3 : 2) * rows;
-  float weighted = 0.f;
+  float* gathered = packed + (weighted ? 3 : 2) * rows;
+  float weight = 0.f;
   for (int64_t j = offsets[r] + lane; j < offsets[r + 1]; j += kWarp) {
     const float z = shard.holds(ids[j]) ? load(logits[r * stride + ids[j] - shard.first_id]) : minus_infinity();
     gathered[j] = z;
-    if (values) weighted += values[j] * exp_below(z, base_of(seen.max));
+    if (weighted) weight += values[j] * exp_below(z, base_of(seen.max));
   }
-  weighted = warp_sum(weighted);
+  weight = warp_sum(weight);
   if (lane == 0) {
     packed[r] = seen.max;
     packed[rows + r] = seen.sum;
-    if (values) packed[2 * rows + r] = weighted;
+    if (weighted) packed[2 * rows + r] = weight;
   }
 }
 
@@ -324,10 +324,10 @@ int64_t head_cuda_scratch(int dtype, int64_t rows, int64_t columns) {
   return 2 * rows * tiles_of(columns, dtype == 0 ? kTileColumns<float> : kTileColumns<fp16>);
 }
 
-// packed: max [rows], sum [rows], with values Σ_j value_j · exp(z_j - max) [rows], then the gathered logits [nnz].
+// packed: max [rows], sum [rows], if weighted Σ_j value_j · exp(z_j - max) [rows], then the gathered logits [nnz].
 int head_cuda_stats(const void* logits, int dtype, int64_t rows, int64_t stride, int64_t first_id, int64_t columns,
-                    const int64_t* ids, const int64_t* offsets, const float* values, float* packed, float* scratch,
-                    void* stream) {
+                    const int64_t* ids, const int64_t* offsets, const float* values, int weighted, float* packed,
+                    float* scratch, void* stream) {
   if (rows == 0) return cudaSuccess;
   return with_type(dtype, [&](auto* type) -> int {
     using T = std::remove_pointer_t<decltype(type)>;
@@ -337,7 +337,7 @@ int head_cuda_stats(const void* logits, int dtype, int64_t rows, int64_t stride,
     auto* partial = reinterpret_cast<MaxSum*>(scratch);
     stats_tiles<T><<<blocks(rows * tiles), kThreads, 0, s>>>(z, stride, columns, unsigned(tiles), partial);
     stats_rows<T><<<row_blocks(rows), kThreads, 0, s>>>(z, rows, stride, Shard{first_id, columns}, ids, offsets, values,
-                                                        unsigned(tiles), partial, packed);
+                                                        weighted != 0, unsigned(tiles), partial, packed);
     return cudaGetLastError();
   });
 }

@@ -1,0 +1,257 @@
+"""The linear form against float64 autograd through the whole logits: dtypes, budgets, layouts, Megatron's main_grad."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from real_megatron.head import GatherRows, gathered_log_softmax, linear_gathered_log_softmax
+from real_megatron.head import linear as linear_module
+from tests.support import head_ranks
+from tests.support.head_cases import random_case
+from tests.support.ranks import run_ranks
+
+ROWS, HIDDEN, VOCAB, PADDED = 12, 24, 300, 320
+# Logits of a few rows by 128 columns: several row blocks and three vocabulary chunks. Half precision needs room for the
+# float32 copy of a chunk's weights as well.
+TINY_BUDGET = {torch.float64: 8 << 10, torch.float32: 4 << 10, torch.bfloat16: 16 << 10}
+
+
+class Problem:
+    """Hidden states, a padded weight, ids and a gradient; the float64 answer on the same rounded numbers."""
+
+    def __init__(self, dtype: torch.dtype, seed: int = 0, scale: float = 1.0) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self.hidden = (scale * torch.randn(ROWS, HIDDEN, generator=generator)).to(dtype)
+        self.weight = torch.randn(PADDED, HIDDEN, generator=generator).to(dtype)
+        self.case = random_case(ROWS, VOCAB, PADDED, dtype, seed)
+        self.lists, self.grad = self.case.lists, self.case.grad
+
+    @property
+    def rows(self) -> GatherRows:
+        return GatherRows.from_lists(self.lists)
+
+    def expected(self) -> dict[str, Tensor]:
+        hidden = self.hidden.detach().double().requires_grad_()
+        weight = self.weight.detach().double().requires_grad_()
+        log_probs = gathered_log_softmax(hidden @ weight.t(), self.rows, vocab_size=VOCAB, form="torch")
+        log_probs.backward(self.grad.double())
+        return {"log_probs": log_probs.detach(), "dhidden": hidden.grad, "dweight": weight.grad}
+
+    def run(self, **options: object) -> dict[str, Tensor]:
+        hidden = self.hidden.clone().requires_grad_()
+        weight = self.weight.clone().requires_grad_()
+        out = linear_gathered_log_softmax(hidden, weight, self.rows, vocab_size=VOCAB, **options)
+        out.backward(self.grad)
+        return {"log_probs": out.detach(), "dhidden": hidden.grad, "dweight": weight.grad}
+
+
+def check(
+    actual: dict[str, Tensor], expected: dict[str, Tensor], dtype: torch.dtype, fp32_logits: bool = False
+) -> None:
+    """Bounds from the dtype's eps, relative to the largest number of each result.
+
+    float64, float32: a few eps for GEMMs of 24 and 300 terms. bfloat16: logits are rounded to 2^-9 relative, so they
+    are off by up to |z| · 2^-9 (|z| ≤ 30 here), which moves log-probabilities by as much and gradients by that factor;
+    with float32 logits only dlogits and the results are rounded.
+    """
+    eps = torch.finfo(dtype).eps
+    if dtype in (torch.float64, torch.float32):
+        bounds = dict(log_probs=16 * eps, dhidden=32 * eps, dweight=32 * eps)
+    elif fp32_logits:
+        bounds = dict(log_probs=32 * torch.finfo(torch.float32).eps, dhidden=2 * eps, dweight=2 * eps)
+    else:
+        bounds = dict(log_probs=eps, dhidden=6 * eps, dweight=6 * eps)
+    for key, value in actual.items():
+        scale = expected[key].abs().max()
+        error = (value.double() - expected[key]).abs().max() / scale
+        assert error <= bounds[key], f"{key}: {error:.3g} > {bounds[key]:.3g}"
+
+
+@pytest.mark.parametrize("form", ["torch", "fused"])
+@pytest.mark.parametrize("budget", [TINY_BUDGET, dict.fromkeys(TINY_BUDGET, 256 << 20)], ids=["tiny", "roomy"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_matches_float64(dtype: torch.dtype, budget: dict[torch.dtype, int], form: str) -> None:
+    problem = Problem(dtype)
+    actual = problem.run(memory_budget_bytes=budget[dtype], form=form)
+    check(actual, problem.expected(), dtype)
+    assert (actual["dweight"][VOCAB:] == 0).all()
+    assert actual["dhidden"].dtype == actual["dweight"].dtype == dtype
+
+
+def test_float64_and_gradcheck() -> None:
+    problem = Problem(torch.float64)
+    check(problem.run(memory_budget_bytes=TINY_BUDGET[torch.float64]), problem.expected(), torch.float64)
+    inputs = (problem.hidden[:3, :4].clone().requires_grad_(), problem.weight[:9, :4].clone().requires_grad_())
+    rows = GatherRows.from_lists([[6, 6, 1], [], [0]])
+    assert torch.autograd.gradcheck(lambda h, w: linear_gathered_log_softmax(h, w, rows, vocab_size=7), inputs)
+
+
+@pytest.mark.parametrize("form", ["torch", "fused"])
+def test_float32_logits_from_bfloat16_inputs(form: str) -> None:
+    problem = Problem(torch.bfloat16, scale=4.0)
+    expected = problem.expected()
+    check(
+        problem.run(fp32_logits=True, memory_budget_bytes=TINY_BUDGET[torch.bfloat16], form=form),
+        expected,
+        torch.bfloat16,
+        True,
+    )
+    # The option matters: rounding logits of size ~50 to bfloat16 is at least a hundred times coarser.
+    coarse = problem.run(form=form)["log_probs"].double()
+    fine = problem.run(fp32_logits=True, form=form)["log_probs"].double()
+    assert (coarse - expected["log_probs"]).abs().max() > 100 * (fine - expected["log_probs"]).abs().max()
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4])
+@pytest.mark.parametrize("reduction", ["none", "all_reduce", "reduce_scatter"])
+def test_over_ranks(tp: int, reduction: str) -> None:
+    problem = Problem(torch.float32)
+    expected = problem.expected()
+    options = dict(reduce_dhidden=reduction, memory_budget_bytes=TINY_BUDGET[torch.float32])
+    arguments = (problem.hidden, problem.weight, problem.lists, problem.grad, VOCAB)
+    for main_grad in (False, True):
+        results = run_ranks(tp, head_ranks.linear_case, *arguments, main_grad, options)
+        assert all(torch.equal(r["log_probs"], results[0]["log_probs"]) for r in results)
+        parts = [r["dhidden"] for r in results]
+        if reduction == "none":
+            dhidden = sum(parts)
+        elif reduction == "all_reduce":
+            dhidden = parts[0]
+            assert all(torch.equal(part, dhidden) for part in parts)
+        else:
+            assert all(len(part) == ROWS // tp for part in parts)
+            dhidden = torch.cat(parts)
+        dweight = torch.cat([r["dweight"] for r in results])
+        check(dict(log_probs=results[0]["log_probs"], dhidden=dhidden, dweight=dweight), expected, torch.float32)
+
+
+def test_a_rank_of_padding_takes_part() -> None:
+    # Padded to four shards of 128: ids 300 … 511 do not exist, so the last rank has no column at all.
+    problem = Problem(torch.float32)
+    problem.weight = torch.cat([problem.weight, torch.full((512 - PADDED, HIDDEN), 9.0)])
+    for reduction in ("all_reduce", "reduce_scatter"):
+        arguments = (problem.hidden, problem.weight, problem.lists, problem.grad, VOCAB, False)
+        results = run_ranks(4, head_ranks.linear_case, *arguments, dict(reduce_dhidden=reduction))
+        dhidden = results[3]["dhidden"] if reduction == "all_reduce" else torch.cat([r["dhidden"] for r in results])
+        dweight = torch.cat([r["dweight"] for r in results])
+        check(
+            dict(log_probs=results[3]["log_probs"], dhidden=dhidden, dweight=dweight), problem.expected(), torch.float32
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_weight_gradient_is_added_to_main_grad(dtype: torch.dtype) -> None:
+    problem = Problem(dtype)
+    weight = torch.nn.Parameter(problem.weight)
+    weight.main_grad = torch.full(weight.shape, 2.0)
+    weight.grad_added_to_main_grad = False
+    for _ in range(2):  # two micro-batches
+        linear_gathered_log_softmax(
+            problem.hidden, weight, problem.rows, vocab_size=VOCAB, memory_budget_bytes=TINY_BUDGET[dtype]
+        ).backward(problem.grad)
+    assert weight.grad_added_to_main_grad
+    bound = 32 * torch.finfo(torch.float32).eps if dtype == torch.float32 else 12 * torch.finfo(dtype).eps
+    expected = 2 + 2 * problem.expected()["dweight"]
+    assert (weight.main_grad - expected).abs().max() <= bound * expected.abs().max()
+
+
+def test_tied_embeddings() -> None:
+    # One weight embeds and projects. As Megatron's DDP does it: what autograd left in .grad is then added to main_grad,
+    # so the head must leave nothing but zeros there (zero_out_wgrad) next to the embedding's gradient.
+    problem = Problem(torch.float32)
+    tokens = torch.arange(ROWS) * 3
+    tied = problem.weight.clone().requires_grad_()
+    gathered_log_softmax(
+        torch.nn.functional.embedding(tokens, tied) @ tied.t(), problem.rows, vocab_size=VOCAB, form="torch"
+    ).backward(problem.grad)
+
+    weight = torch.nn.Parameter(problem.weight.clone())
+    weight.main_grad = torch.zeros_like(weight)
+    weight.grad_added_to_main_grad, weight.zero_out_wgrad = False, True
+    hidden = torch.nn.functional.embedding(tokens, weight)
+    linear_gathered_log_softmax(hidden, weight, problem.rows, vocab_size=VOCAB).backward(problem.grad)
+    total = weight.main_grad + weight.grad
+    torch.testing.assert_close(total, tied.grad, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("frozen", ["hidden", "weight"])
+def test_frozen_inputs_get_no_gradient(frozen: str) -> None:
+    problem = Problem(torch.float32)
+    hidden, weight = (
+        problem.hidden.requires_grad_(frozen != "hidden"),
+        problem.weight.requires_grad_(frozen != "weight"),
+    )
+    weight.main_grad = torch.zeros(PADDED, HIDDEN)
+    linear_gathered_log_softmax(hidden, weight, problem.rows, vocab_size=VOCAB).backward(problem.grad)
+    if frozen == "hidden":
+        assert hidden.grad is None and weight.main_grad.any()
+    else:
+        assert hidden.grad is not None and not weight.main_grad.any()
+
+
+@pytest.mark.parametrize("lists", [[], [[], []]], ids=["no rows", "no ids"])
+def test_nothing_to_do(lists: list[list[int]]) -> None:
+    hidden, weight = torch.randn(len(lists), 8, requires_grad=True), torch.randn(10, 8, requires_grad=True)
+    out = linear_gathered_log_softmax(hidden, weight, GatherRows.from_lists(lists), vocab_size=10)
+    out.backward(torch.empty(0))
+    assert out.shape == (0,) and not hidden.grad.any() and not weight.grad.any()
+
+
+def test_bitwise_repeatable_and_equal_in_inference() -> None:
+    problem, budget = Problem(torch.bfloat16), TINY_BUDGET[torch.bfloat16]
+    first, second = (problem.run(memory_budget_bytes=budget) for _ in range(2))
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    with torch.no_grad():
+        out = linear_gathered_log_softmax(
+            problem.hidden, problem.weight, problem.rows, vocab_size=VOCAB, memory_budget_bytes=budget
+        )
+    assert torch.equal(out, first["log_probs"])
+
+
+class _LargestTensor(TorchDispatchMode):
+    """Records the largest storage that any operator returned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ANN001, ANN204
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor):
+            self.bytes = max(self.bytes, out.untyped_storage().nbytes())
+        return out
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_logits_never_exist(dtype: torch.dtype) -> None:
+    # 64 rows x 4096 columns would be 1 MiB of float32 logits; the budget is an eighth, the weight smaller still.
+    rows = GatherRows.one_per_row(torch.arange(64))
+    hidden = torch.randn(64, 4, dtype=dtype, requires_grad=True)
+    weight = torch.randn(4096, 4, dtype=dtype, requires_grad=True)
+    with _LargestTensor() as largest:
+        out = linear_gathered_log_softmax(
+            hidden, weight, rows, vocab_size=4096, memory_budget_bytes=128 << 10, form="fused"
+        )
+        # Called directly: autograd's backward would leave this thread's dispatch mode.
+        linear_module._LinearGathered.backward(out.grad_fn, torch.ones_like(out))
+    assert 0 < largest.bytes <= 128 << 10
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(hidden=torch.zeros(2, 3)), r"need hidden \[R, H\] and weight \[V_local, H\], got \[2, 3\] and \[5, 4\]"),
+        (dict(hidden=torch.zeros(2, 4).bfloat16()), "hidden is torch.bfloat16 on cpu, weight torch.float32"),
+        (dict(hidden=torch.zeros(3, 4)), "hidden has 3 rows, GatherRows has 2"),
+        (dict(vocab_size=6), "cannot hold a vocabulary of 6"),
+        (dict(memory_budget_bytes=8), "memory_budget_bytes=8 cannot hold one row of a chunk: give it at least 20"),
+        (dict(reduce_dhidden="sum"), "reduce_dhidden must be"),
+    ],
+    ids=lambda x: str(list(x)) if isinstance(x, dict) else "",
+)
+def test_bad_input_is_named(change: dict, message: str) -> None:
+    arguments = dict(hidden=torch.zeros(2, 4), weight=torch.zeros(5, 4), rows=GatherRows.from_lists([[0], [4]]))
+    arguments |= dict(vocab_size=5) | change
+    with pytest.raises(ValueError, match=message):
+        linear_gathered_log_softmax(**arguments)
