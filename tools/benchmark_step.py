@@ -45,14 +45,15 @@ CONTENDERS = ("a", "b", "ours", "binary")
 
 
 def model_config(args: argparse.Namespace) -> Qwen3Config:
-    """A Qwen3 of the asked size; by default the share of work in the output head is that of Qwen3-0.6B (a quarter)."""
+    """A Qwen3 of the asked size; by default output head and attention take about the share that they have in
+    Qwen3-0.6B: a quarter of the weight products each."""
     return Qwen3Config(
         vocab_size=args.vocab,
         hidden_size=args.hidden,
         intermediate_size=args.ffn,
         num_hidden_layers=args.layers,
-        num_attention_heads=args.hidden // 64 * 2,
-        num_key_value_heads=max(args.hidden // 128, 1),
+        num_attention_heads=args.hidden // 64,
+        num_key_value_heads=max(args.hidden // 256, 1),
         head_dim=64,
         max_position_embeddings=8192,
         tie_word_embeddings=False,
@@ -296,10 +297,10 @@ def hardware() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--k", type=int, nargs="+", default=[4, 8, 16], help="responses per prompt")
-    parser.add_argument("--prompts", type=int, default=2, help="prompts per step")
-    parser.add_argument("--hidden", type=int, default=256)
-    parser.add_argument("--ffn", type=int, default=768)
-    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--prompts", type=int, default=1, help="prompts per step")
+    parser.add_argument("--hidden", type=int, default=512)
+    parser.add_argument("--ffn", type=int, default=1536)
+    parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--vocab", type=int, default=8192)
     parser.add_argument("--max-tokens", type=int, default=16384, help="token budget of a micro-batch")
     parser.add_argument("--repeats", type=int, default=3)
