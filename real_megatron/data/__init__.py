@@ -1,0 +1,19 @@
+"""Judge data: published data sets and plain JSONL, prompt templates, prompts and supervised targets as tokens."""
+
+from real_megatron.data.encode import encode_prompt, encode_prompts, encode_target, encode_targets, prompt_text
+from real_megatron.data.example import JudgeExample
+from real_megatron.data.load import example_from_record, load_examples
+from real_megatron.data.template import Template, load_template
+
+__all__ = [
+    "JudgeExample",
+    "Template",
+    "encode_prompt",
+    "encode_prompts",
+    "encode_target",
+    "encode_targets",
+    "example_from_record",
+    "load_examples",
+    "load_template",
+    "prompt_text",
+]

@@ -1,0 +1,108 @@
+"""Judge examples from data sets."""
+
+import logging
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from real_megatron.config import DataSource
+from real_megatron.data.example import JudgeExample
+from real_megatron.data.files import read_records
+from real_megatron.data.formats import READERS, BadRecord, Record, read_evaluation, read_jsonl
+from real_megatron.data.template import PLAIN, Template, load_template
+
+logger = logging.getLogger(__name__)
+
+Labels = Literal["required", "optional"]
+
+
+def load_examples(
+    source: DataSource,
+    template: str | Template = PLAIN,
+    values: Sequence[float] | None = None,
+    labels: Labels = "required",
+) -> list[JudgeExample]:
+    """All examples of a data set, their prompts written with `template` (a built-in name, a file, or a Template).
+
+    Several annotations of one record are averaged, as Prometheus' and TRACT's evaluations do; FLASK's label is the
+    humans' where the file has their scores, else GPT-4's. Records of published formats without any annotation are
+    left out as there, counted and logged. `values` are the scale's numeric values: a label outside of their range is
+    an error. With `labels="optional"`, examples without a label are kept (their label is NaN).
+
+    Raises ValueError, naming file and row and the mend, at the first record that does not fit.
+    """
+    template = load_template(template)
+    examples: list[JudgeExample] = []
+    rows_by_id: dict[str, int] = {}
+    unlabelled = 0
+    for row, record in enumerate(_read(source), 1):
+        where = f"{source.path}, row {row}"
+        try:
+            parsed = record()
+        except BadRecord as error:
+            raise ValueError(f"{where}: {error}") from None
+        if not parsed.scores and labels == "required":
+            if source.format == "jsonl":
+                raise ValueError(f"{where}: no 'label'; training and evaluation need one in every record")
+            unlabelled += 1
+            continue
+        example = _example(parsed, template, where, f"{Path(source.path).stem}-{row}")
+        if example.has_label and values is not None and not min(values) <= example.label <= max(values):
+            raise ValueError(
+                f"{where}: label {example.label:g} is outside of the score scale [{min(values):g}, {max(values):g}]; "
+                "correct the label or configure scale.scores and scale.values"
+            )
+        if example.id in rows_by_id:
+            raise ValueError(
+                f"{where}: id {example.id!r} is also that of row {rows_by_id[example.id]}; make ids unique"
+            )
+        rows_by_id[example.id] = row
+        examples.append(example)
+    if unlabelled:
+        logger.warning("%s: left out %d records without any score annotation", source.path, unlabelled)
+    if not examples:
+        raise ValueError(f"{source.path}: no usable record; is the file complete, and its format {source.format}?")
+    logger.info("%s: %d examples", source.path, len(examples))
+    return examples
+
+
+def example_from_record(
+    record: Mapping[str, Any], template: str | Template, where: str, default_id: str
+) -> JudgeExample:
+    """One plain JSONL record as an example; label and critique are optional.
+
+    For callers that go through a file themselves and survive bad rows. Raises ValueError that begins with `where`.
+    """
+    try:
+        return _example(read_jsonl(record), load_template(template), where, default_id)
+    except BadRecord as error:
+        raise ValueError(f"{where}: {error}") from None
+
+
+def _read(source: DataSource) -> Iterable[Any]:
+    """Per record a function that reads it in the source's format: faults are raised where the row is known."""
+    records: Iterable[dict[str, Any]] = read_records(source)
+    if source.format != "flask":
+        return ((lambda r=record: READERS[source.format](r)) for record in records)
+    records = list(records)
+    key = "human_score" if any(record.get("human_score") for record in records) else "gpt4_score"
+    logger.info("%s: labels are the mean of %s", source.path, key)
+    return ((lambda r=record: read_evaluation(r, key)) for record in records)
+
+
+def _example(parsed: Record, template: Template, where: str, default_id: str) -> JudgeExample:
+    if parsed.messages is not None and template.name == PLAIN:
+        messages = parsed.messages
+    else:
+        missing = [name for name in template.fields if name not in parsed.fields]
+        if missing:
+            have = ", ".join(sorted(parsed.fields)) or "none"
+            raise ValueError(
+                f"{where}: template {template.name!r} needs {', '.join(map(repr, missing))}, the record has the text "
+                f"fields: {have}; choose another data.template or add what is missing"
+            )
+        messages = [{"role": "user", "content": template.render(parsed.fields)}]
+    label = parsed.label
+    assert math.isfinite(label) or not parsed.scores
+    return JudgeExample(parsed.id or default_id, messages, label, parsed.cot, parsed.meta)
