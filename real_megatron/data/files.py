@@ -1,4 +1,4 @@
-"""Records of a data set, through `datasets`; what cannot be read is reported with its row."""
+"""Records of a data set, one by one, each with the place it stands at."""
 
 import json
 from collections.abc import Iterator
@@ -10,39 +10,72 @@ import datasets
 
 from real_megatron.config import DataSource
 
-BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+JSON, PARQUET = (".json", ".jsonl"), ".parquet"
 
 
-def read_records(source: DataSource) -> Iterator[dict[str, Any]]:
-    """The first `source.limit` records of a local file (.json, .jsonl, .parquet) or of a data set on the hub.
+def read_records(source: DataSource) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The first `source.limit` records, each after its place: file and line (JSON lines) or row, counted from 1.
 
-    A local file is streamed: nothing is copied to a cache. Columns that a record lacks may come as None. Raises
-    ValueError, naming the file and row, for what cannot be read.
+    Sources: a local .json (a list of objects, or one object a line), .jsonl or .parquet file, or the name of a data
+    set on the hub. Parquet and hub data go through `datasets`. Local JSON does not: Arrow's reader turns texts that
+    look like dates into timestamps, merges types, and does not say which line is broken.
+
+    Raises ValueError, naming the place and the mend, for what cannot be read.
     """
     path = Path(source.path)
-    if path.suffix in BUILDERS:
+    if path.suffix in (*JSON, PARQUET):
         if not path.is_file():
-            raise ValueError(f"{source.path}: no such file; correct the path of this data set")
-        records = _local(path)
+            raise ValueError(f"{path}: no such file; correct the path of this data set")
+        records = _json(path) if path.suffix in JSON else _numbered(path, _parquet(path))
     elif path.is_file():
-        raise ValueError(f"{source.path}: unknown kind of file; use {', '.join(sorted(BUILDERS))}")
+        raise ValueError(f"{path}: unknown kind of file; use {', '.join((*JSON, PARQUET))}")
     else:
-        records = iter(_hub(source))
+        records = _numbered(path, _hub(source))
     return islice(records, source.limit)
 
 
-def _local(path: Path) -> Iterator[dict[str, Any]]:
-    if path.stat().st_size == 0:
-        raise ValueError(f"{path}: the file is empty")
+def _json(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     try:
-        yield from datasets.load_dataset(
-            BUILDERS[path.suffix], data_files=str(path.absolute()), split="train", streaming=True
-        )
-    except Exception as error:  # Arrow's and datasets' own, which name no row
-        fault = _json_fault(path) if BUILDERS[path.suffix] == "json" else None
-        if fault is None and not isinstance(error, (ValueError, TypeError, datasets.exceptions.DatasetsError)):
-            raise
-        raise ValueError(fault or f"{path}: cannot be read: {error}") from error
+        with path.open(encoding="utf-8-sig") as file:
+            first = next((char for line in file for char in line if not char.isspace()), None)
+            file.seek(0)
+            records = _numbered(path, _list(path, file.read())) if first == "[" else _lines(path, file)
+            for where, record in records:
+                if not isinstance(record, dict):
+                    raise ValueError(f"{where}: {json.dumps(record)[:80]} is no object; each record is one JSON object")
+                yield where, record
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text ({error.reason}); save it as UTF-8") from None
+
+
+def _lines(path: Path, lines: Iterator[str]) -> Iterator[tuple[str, Any]]:
+    for number, line in enumerate(lines, 1):
+        if line.isspace():
+            continue
+        where = f"{path}, line {number}"
+        try:
+            yield where, json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"{where}: not valid JSON ({error.msg}, column {error.colno}); write one object a line, or one list"
+            ) from None
+
+
+def _list(path: Path, text: str) -> list[Any]:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{path}, line {error.lineno}, column {error.colno}: not valid JSON ({error.msg}); is the file complete?"
+        ) from None
+
+
+def _parquet(path: Path) -> Iterator[dict[str, Any]]:
+    try:
+        # Streaming: read where it lies, nothing is copied to a cache.
+        yield from datasets.load_dataset("parquet", data_files=str(path.absolute()), split="train", streaming=True)
+    except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
+        raise ValueError(f"{path}: not readable as Parquet: {error}; write the file anew") from error
 
 
 def _hub(source: DataSource) -> datasets.Dataset:
@@ -55,39 +88,5 @@ def _hub(source: DataSource) -> datasets.Dataset:
         ) from error
 
 
-def _json_fault(path: Path) -> str | None:
-    """What is wrong with a JSON file, at the first row where it shows; None if nothing is found."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        return f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8"
-    if text.lstrip().startswith("["):
-        try:
-            rows = [(f"row {i}", row) for i, row in enumerate(json.loads(text), 1)]
-        except json.JSONDecodeError as error:
-            return f"{path}, line {error.lineno}, column {error.colno}: not valid JSON ({error.msg}); correct it"
-    else:
-        rows = []
-        for number, line in enumerate(text.split("\n"), 1):
-            if line.strip():
-                try:
-                    rows.append((f"line {number}", json.loads(line)))
-                except json.JSONDecodeError as error:
-                    return f"{path}, line {number}: not valid JSON ({error.msg}); each line is one JSON object"
-    seen: dict[str, tuple[str, str]] = {}
-    for where, row in rows:
-        if not isinstance(row, dict):
-            return f"{path}, {where}: {_kind(row)} instead of an object; each record is one JSON object"
-        for column, value in row.items():
-            kind = _kind(value)
-            first_kind, first_where = seen.setdefault(column, (kind, where)) if value is not None else (kind, where)
-            if kind != first_kind:
-                return f"{path}, {where}: {column!r} is {kind} but {first_kind} in {first_where}; use one type"
-    return None
-
-
-def _kind(value: Any) -> str:
-    if isinstance(value, bool):
-        return "a boolean"
-    names = {str: "a string", int: "a number", float: "a number", list: "a list", dict: "an object"}
-    return names.get(type(value), "null")
+def _numbered(path: Path, records: Any) -> Iterator[tuple[str, Any]]:
+    return ((f"{path}, row {number}", record) for number, record in enumerate(records, 1))

@@ -121,7 +121,7 @@ def read_evaluation(record: Mapping[str, Any], score: str = "gpt4_score") -> Rec
     return result
 
 
-READERS: dict[str, Callable[[Mapping[str, Any]], Record]] = {
+READERS: dict[str, Callable[..., Record]] = {
     "jsonl": read_jsonl,
     "feedback_collection": read_feedback,
     "feedback_bench": read_feedback,
@@ -144,6 +144,8 @@ def sections(prompt: str) -> dict[str, str]:
         start = prompt.find(text) if name == "orig_instruction" else prompt.rfind(text)
         if start >= 0 and (not found or start >= found[-1][2]):
             found.append((name, start, start + len(text)))
+    if not found:
+        return {}
     end = prompt.rfind("###Feedback:")
     stops = [start for _, start, _ in found[1:]] + [end if end >= 0 else len(prompt)]
     parts = {name: prompt[begin:stop].strip() for (name, _, begin), stop in zip(found, stops, strict=True)}
@@ -160,7 +162,7 @@ def _prometheus_fields(record: Mapping[str, Any]) -> dict[str, str]:
     instruction = record.get("instruction")
     if not isinstance(instruction, str) or not instruction.strip():
         raise BadRecord("no text in 'instruction', the finished prompt; is data.*.format right for this file?")
-    prompt = instruction.strip().rstrip('",')
+    prompt = instruction.strip().rstrip('",').rstrip()
     return {**sections(prompt), **_texts(record), "prompt": prompt}
 
 

@@ -1,15 +1,15 @@
 """Judge examples from data sets."""
 
 import logging
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from real_megatron.config import DataSource
 from real_megatron.data.example import JudgeExample
 from real_megatron.data.files import read_records
-from real_megatron.data.formats import READERS, BadRecord, Record, read_evaluation, read_jsonl
+from real_megatron.data.formats import READERS, BadRecord, Record, read_jsonl
 from real_megatron.data.template import PLAIN, Template, load_template
 
 logger = logging.getLogger(__name__)
@@ -33,31 +33,30 @@ def load_examples(
     Raises ValueError, naming file and row and the mend, at the first record that does not fit.
     """
     template = load_template(template)
+    records = list(read_records(source))
+    read = READERS[source.format]
+    if source.format == "flask":
+        score = "human_score" if any(record.get("human_score") for _, record in records) else "gpt4_score"
+        logger.info("%s: labels are the mean of %s", source.path, score)
+        read = partial(read, score=score)
     examples: list[JudgeExample] = []
-    rows_by_id: dict[str, int] = {}
+    places: dict[str, str] = {}
     unlabelled = 0
-    for row, record in enumerate(_read(source), 1):
-        where = f"{source.path}, row {row}"
-        try:
-            parsed = record()
-        except BadRecord as error:
-            raise ValueError(f"{where}: {error}") from None
-        if not parsed.scores and labels == "required":
+    for number, (where, record) in enumerate(records, 1):
+        example = _example(record, read, template, where, f"{Path(source.path).stem}-{number}")
+        if not example.has_label and labels == "required":
             if source.format == "jsonl":
                 raise ValueError(f"{where}: no 'label'; training and evaluation need one in every record")
             unlabelled += 1
             continue
-        example = _example(parsed, template, where, f"{Path(source.path).stem}-{row}")
         if example.has_label and values is not None and not min(values) <= example.label <= max(values):
             raise ValueError(
                 f"{where}: label {example.label:g} is outside of the score scale [{min(values):g}, {max(values):g}]; "
                 "correct the label or configure scale.scores and scale.values"
             )
-        if example.id in rows_by_id:
-            raise ValueError(
-                f"{where}: id {example.id!r} is also that of row {rows_by_id[example.id]}; make ids unique"
-            )
-        rows_by_id[example.id] = row
+        if example.id in places:
+            raise ValueError(f"{where}: id {example.id!r} was given before, in {places[example.id]}; make ids unique")
+        places[example.id] = where
         examples.append(example)
     if unlabelled:
         logger.warning("%s: left out %d records without any score annotation", source.path, unlabelled)
@@ -74,24 +73,20 @@ def example_from_record(
 
     For callers that go through a file themselves and survive bad rows. Raises ValueError that begins with `where`.
     """
+    return _example(record, read_jsonl, load_template(template), where, default_id)
+
+
+def _example(
+    record: Mapping[str, Any],
+    read: Callable[[Mapping[str, Any]], Record],
+    template: Template,
+    where: str,
+    default_id: str,
+) -> JudgeExample:
     try:
-        return _example(read_jsonl(record), load_template(template), where, default_id)
+        parsed = read(record)
     except BadRecord as error:
         raise ValueError(f"{where}: {error}") from None
-
-
-def _read(source: DataSource) -> Iterable[Any]:
-    """Per record a function that reads it in the source's format: faults are raised where the row is known."""
-    records: Iterable[dict[str, Any]] = read_records(source)
-    if source.format != "flask":
-        return ((lambda r=record: READERS[source.format](r)) for record in records)
-    records = list(records)
-    key = "human_score" if any(record.get("human_score") for record in records) else "gpt4_score"
-    logger.info("%s: labels are the mean of %s", source.path, key)
-    return ((lambda r=record: read_evaluation(r, key)) for record in records)
-
-
-def _example(parsed: Record, template: Template, where: str, default_id: str) -> JudgeExample:
     if parsed.messages is not None and template.name == PLAIN:
         messages = parsed.messages
     else:
@@ -103,6 +98,6 @@ def _example(parsed: Record, template: Template, where: str, default_id: str) ->
                 f"fields: {have}; choose another data.template or add what is missing"
             )
         messages = [{"role": "user", "content": template.render(parsed.fields)}]
-    label = parsed.label
-    assert math.isfinite(label) or not parsed.scores
-    return JudgeExample(parsed.id or default_id, messages, label, parsed.cot, parsed.meta)
+    if not any(message["content"].strip() for message in messages):
+        raise ValueError(f"{where}: the prompt is empty; give it a text or remove the record")
+    return JudgeExample(parsed.id or default_id, messages, parsed.label, parsed.cot, parsed.meta)

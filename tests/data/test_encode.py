@@ -1,0 +1,117 @@
+from collections.abc import Callable
+
+import pytest
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
+
+from real_megatron.data import JudgeExample, encode_prompt, encode_prompts, encode_target, encode_targets
+from real_megatron.data.byte_model import byte_tokenizer
+from real_megatron.scores import ScoreScale
+from tests.support.rollout_models import byte_fallback, byte_level
+
+CHAT = (
+    "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    "<{{ m['role'] }}>{{ m['content'] }}{% if not loop.last %}</>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}</><assistant>{% endif %}"
+)
+Make = Callable[[], PreTrainedTokenizerFast]
+
+
+def user(text: str, **fields: object) -> JudgeExample:
+    return JudgeExample("x", [{"role": "user", "content": text}], **fields)
+
+
+def closing_tokenizer() -> PreTrainedTokenizerFast:
+    """Adds <pad> as a beginning and <eos> as an end to every text."""
+    tokenizer = byte_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<pad> $A <eos>", special_tokens=[("<pad>", 256), ("<eos>", 257)]
+    )
+    return tokenizer
+
+
+def test_prompt_without_chat_template() -> None:
+    assert encode_prompt(byte_tokenizer(), user("äb ")) == list("äb ".encode())
+    both = JudgeExample("x", [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}])
+    assert encode_prompt(byte_tokenizer(), both) == list(b"s\n\nu")
+
+
+def test_prompt_keeps_the_beginning_and_never_an_end_of_sequence() -> None:
+    assert encode_prompt(closing_tokenizer(), user("a")) == [256, 97]
+
+
+def test_prompt_with_chat_template() -> None:
+    tokenizer = closing_tokenizer()
+    tokenizer.chat_template = CHAT
+    assert encode_prompt(tokenizer, user("a")) == list(b"<user>a</><assistant>")
+    begun = JudgeExample("x", [{"role": "user", "content": "a"}, {"role": "assistant", "content": "Feedback:"}])
+    assert encode_prompt(tokenizer, begun) == list(b"<user>a</><assistant>Feedback:")
+    assert encode_prompt(tokenizer, user("a"), chat_template=False) == [256, 97]
+    with pytest.raises(ValueError, match="example x: the tokenizer's chat template refuses .* system, user: no system"):
+        encode_prompt(tokenizer, JudgeExample("x", [{"role": "system", "content": "s"}, *user("a").messages]))
+
+
+def test_empty_prompts_are_refused() -> None:
+    with pytest.raises(ValueError, match="example x: the prompt is empty"):
+        encode_prompt(byte_tokenizer(), user(""))
+
+
+def test_long_prompts_are_dropped_and_counted(caplog: pytest.LogCaptureFixture) -> None:
+    examples = [user("a" * n) for n in (1, 5, 6, 9)]
+    kept = encode_prompts(byte_tokenizer(), examples, max_tokens=5)
+    assert [(e, len(ids)) for e, ids in kept] == [(examples[0], 1), (examples[1], 5)]
+    assert "dropped 2 of 4 examples whose prompt is longer than 5 tokens" in caplog.text
+    assert encode_prompts(byte_tokenizer(), [], max_tokens=5) == []
+
+
+def test_target_by_hand() -> None:
+    tokenizer = byte_tokenizer()
+    scale = ScoreScale.resolve(tokenizer, list("12345"))
+    target = encode_target(tokenizer, scale, user("p", cot=" ok ", label=3.6))
+    assert target.response_ids == [*b"ok\n[RESULT] 4", 257]
+    assert target.answer_index == len(b"ok\n[RESULT] ") - 1
+    assert target.loss_mask == [True] * 12 + [False, True]
+    assert target.finish_reason == "given"
+
+
+@pytest.mark.parametrize("make", [byte_tokenizer, byte_level, byte_fallback])
+@pytest.mark.parametrize("cot", ["A short answer.", "", "很好\n\n- a\n- b", "It is [RES ULT] 3 [", "x [RESULT] 2"])
+@pytest.mark.parametrize("anchor", ["[RESULT] ", "[RESULT]", "### Score: "])
+def test_a_generated_copy_of_the_target_is_cut_where_the_target_has_its_answer(
+    make: Make, cot: str, anchor: str
+) -> None:
+    """Training and sampling agree on where the score is due, and the text reads as intended, for every tokenizer."""
+    tokenizer = make()
+    scale = ScoreScale.resolve(tokenizer, list("145"), anchor=anchor)
+    target = encode_target(tokenizer, scale, user("p", cot=cot, label=4))
+    assert target.answer_index is not None
+    begin = target.answer_index + 1
+    assert scale.cut(tokenizer, target.response_ids) == begin
+    assert target.response_ids[begin - len(scale.anchor_ids) : begin] == scale.anchor_ids
+    assert target.response_ids[begin:] == [scale.score_ids[1], tokenizer.eos_token_id]
+    assert [i for i, kept in enumerate(target.loss_mask) if not kept] == [begin]
+    assert len(target.loss_mask) == len(target.response_ids)
+    text = tokenizer.decode(target.response_ids[:begin]).strip()
+    stated = cot.partition(anchor.strip())[0].strip()
+    assert text.split() == f"{stated}\n{anchor}".split()
+
+
+def test_target_needs_a_critique_and_a_label() -> None:
+    tokenizer = byte_tokenizer()
+    scale = ScoreScale.resolve(tokenizer, ["1", "2"])
+    with pytest.raises(ValueError, match="example x has no critique"):
+        encode_target(tokenizer, scale, user("p", label=1.0))
+    with pytest.raises(ValueError, match="example x has no label"):
+        encode_target(tokenizer, scale, user("p", cot="c"))
+
+
+def test_targets_are_groups_and_long_ones_are_dropped(caplog: pytest.LogCaptureFixture) -> None:
+    tokenizer = byte_tokenizer()
+    scale = ScoreScale.resolve(tokenizer, ["1", "2"], anchor="=")
+    examples = [user(p, cot=c, label=1.4) for p, c in (("a", "c"), ("bb", "c"), ("a", "cc"))]
+    groups = encode_targets(tokenizer, scale, examples, max_prompt_tokens=1, max_response_tokens=5)
+    (group,) = groups
+    assert (group.prompt_ids, group.label, group.example_id) == ([97], 1.4, "x")
+    assert group.trajectories[0].response_ids == [*b"c\n=1", 257]
+    assert "dropped 1 of 3 examples whose prompt is longer than 1 tokens" in caplog.text
+    assert "dropped 1 of 2 examples whose response is longer than 5 tokens" in caplog.text

@@ -1,0 +1,110 @@
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from real_megatron.config import DataSource
+from real_megatron.data import JudgeExample, example_from_record, load_examples
+
+VICUNA = Path(__file__).parents[3] / "shared/data/vicuna_eval.json"
+
+
+def source(tmp_path: Path, rows: list[dict[str, Any]], format: str = "jsonl", **fields: Any) -> DataSource:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return DataSource(path=str(path), format=format, **fields)
+
+
+def test_plain_jsonl(tmp_path: Path) -> None:
+    messages = [{"role": "user", "content": "b"}]
+    rows = [{"prompt": "a", "label": 1, "cot": "c"}, {"messages": messages, "label": [2, 3], "id": 9}]
+    assert load_examples(source(tmp_path, rows)) == [
+        JudgeExample("rows-1", [{"role": "user", "content": "a"}], 1.0, "c", {}),
+        JudgeExample("9", messages, 2.5, None, {}),
+    ]
+    assert len(load_examples(source(tmp_path, rows, limit=1))) == 1
+
+
+def test_template_fields_are_columns(tmp_path: Path) -> None:
+    template = tmp_path / "t.txt"
+    template.write_text("Q: {question} ({n})\n")
+    rows = [{"question": "why {n}?", "n": 3, "label": 1}]
+    (example,) = load_examples(source(tmp_path, rows), str(template))
+    assert example.messages == [{"role": "user", "content": "Q: why {n}? (3)"}]
+    assert example.meta == {"question": "why {n}?", "n": 3}
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": "a", "label": 6}, r"line 2: label 6 is outside of the score scale \[1, 5\]"),
+        ({"prompt": "a", "label": 0.99}, r"line 2: label 0\.99 is outside"),
+        ({"prompt": "a"}, "line 2: no 'label'"),
+        ({"prompt": "a", "label": "x"}, "line 2: 'label' is 'x'"),
+        ({"text": "a", "label": 1}, "line 2: template 'plain' needs 'prompt', the record has .*: label, text;"),
+        ({"prompt": " \n", "label": 1}, "line 2: the prompt is empty"),
+        ({"prompt": "b", "label": 1, "id": "rows-1"}, "line 2: id 'rows-1' was given before, in .*line 1"),
+    ],
+)
+def test_a_bad_row_is_named(tmp_path: Path, row: dict[str, Any], message: str) -> None:
+    data = source(tmp_path, [{"prompt": "a", "label": 5}, row])
+    with pytest.raises(ValueError, match=rf"rows\.jsonl, {message}"):
+        load_examples(data, values=[1.0, 2.0, 5.0])
+
+
+def test_labels_are_optional_for_judging(tmp_path: Path) -> None:
+    unlabelled, labelled = load_examples(
+        source(tmp_path, [{"prompt": "a"}, {"prompt": "b", "label": 2}]), values=[1, 5], labels="optional"
+    )
+    assert (unlabelled.has_label, labelled.has_label) == (False, True)
+
+
+def test_records_without_annotations_are_left_out_and_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows = [{"instruction": "p", "gpt4_score": s, "gpt4_feedback": []} for s in ([1, 2], [], None, [3, None])]
+    examples = load_examples(source(tmp_path, rows, "mt_bench"))
+    assert [(e.id, e.label) for e in examples] == [("rows-1", 1.5), ("rows-4", 3.0)]
+    assert "left out 2 records without any score annotation" in caplog.text
+    with pytest.raises(ValueError, match=r"no usable record; .* format mt_bench"):
+        load_examples(source(tmp_path, rows[1:3], "mt_bench"))
+
+
+def test_flask_labels_are_the_humans_where_published(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    rows: list[dict[str, Any]] = [
+        {"instruction": "p", "gpt4_score": [1, 2, 3], "gpt4_feedback": ["a", "b", "c"], "human_score": [3, 2.5]},
+        {"instruction": "q", "gpt4_score": [5, 5, 5], "gpt4_feedback": ["d", "e", "f"], "human_score": []},
+    ]
+    (example,) = load_examples(source(tmp_path, rows, "flask"))
+    assert (example.label, example.cot) == (2.75, "c")
+    assert example.meta["gpt4_score"] == [1, 2, 3]
+    assert "labels are the mean of human_score" in caplog.text
+    for row in rows:
+        del row["human_score"]
+    assert [e.label for e in load_examples(source(tmp_path, rows, "flask"))] == [2.0, 5.0]
+
+
+def test_one_record_alone() -> None:
+    example = example_from_record({"prompt": "a"}, "plain", "in.jsonl, line 4", "4")
+    assert (example.id, example.has_label) == ("4", False)
+    with pytest.raises(ValueError, match=r"^in\.jsonl, line 4: template 'plain' needs 'prompt'"):
+        example_from_record({}, "plain", "in.jsonl, line 4", "4")
+
+
+@pytest.mark.skipif(not VICUNA.exists(), reason="needs ../shared/data/vicuna_eval.json")
+def test_the_real_vicuna_bench() -> None:
+    data = DataSource(format="vicuna_bench", path=str(VICUNA))
+    examples = load_examples(data, values=[1, 5])
+    raw = json.loads(VICUNA.read_text())
+    assert len(examples) == 320
+    assert [e.label for e in examples] == [sum(row["gpt4_score"]) / 3 for row in raw]
+    assert sum(e.label for e in examples) / 320 == pytest.approx(4.1458333, abs=1e-7)
+    assert all(e.cot in row["gpt4_feedback"] for e, row in zip(examples, raw, strict=True))
+    # The built-in template writes the published prompt, up to white space at the ends of parts.
+    written = load_examples(data, "prometheus")
+    for ours, row in zip(written, raw, strict=True):
+        text, published = ours.messages[0]["content"], row["instruction"]
+        assert text.split() == published.split()
+    same = sum(a.messages == b.messages for a, b in zip(written, examples, strict=True))
+    assert same == 318  # two of the published instructions end in white space
