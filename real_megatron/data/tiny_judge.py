@@ -35,10 +35,11 @@ SLOTS = 10
 BLANK = "-"
 ANCHOR = "[RESULT]"
 GUESSES = ("seems", "overall", "fine", "weak")
-PAD, EOS = "<pad>", "<eos>"
+PAD, EOS, UNKNOWN = "<pad>", "<eos>", "<unk>"
 VOCABULARY = (
     PAD,
     EOS,
+    UNKNOWN,
     ANCHOR,
     *map(str, range(LOWEST, HIGHEST + 1)),
     *MARKS,
@@ -131,9 +132,9 @@ def human_critique(rng: random.Random, problem: Problem, habits: Habits) -> str:
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """One token a word."""
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(VOCABULARY)}))
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(VOCABULARY)}, unk_token=UNKNOWN))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PAD, eos_token=EOS)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PAD, eos_token=EOS, unk_token=UNKNOWN)
 
 
 def build_config() -> Qwen3Config:
