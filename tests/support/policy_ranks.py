@@ -90,9 +90,11 @@ def train(config: RunConfig, steps: int = 3) -> tuple[list[dict[str, float]], di
     return curve, {name: tensor.clone() for name, tensor in policy.export()}
 
 
-def train_all(configs: list[RunConfig]) -> list[tuple[list[dict[str, float]], dict[str, torch.Tensor]] | None]:
+def train_all(
+    configs: list[RunConfig], steps: int = 3
+) -> list[tuple[list[dict[str, float]], dict[str, torch.Tensor]] | None]:
     """`train` at one configuration after another; results from rank 0 only."""
-    results = [train(config) for config in configs]
+    results = [train(config, steps) for config in configs]
     return results if dist.get_rank() == 0 else [None] * len(configs)
 
 

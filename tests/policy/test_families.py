@@ -1,0 +1,60 @@
+"""Shared prompts are exact for every dense family: the step equals separate sequences in transformers."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+
+from real_megatron.objective import Totals, build_objective
+from tests.support.policy_ranks import VOCAB, make_config, make_groups, train_all, write_checkpoint
+from tests.support.policy_reference import hf_scored
+from tests.support.ranks import run_ranks
+
+SIZES = dict(
+    vocab_size=VOCAB,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=128,
+)
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+    "rope_theta": 500000.0,
+}
+FAMILIES = {
+    "qwen2, biases, tied": Qwen2Config(**SIZES, tie_word_embeddings=True),
+    "qwen3, QK-norm": Qwen3Config(**SIZES, head_dim=16, tie_word_embeddings=False),
+    "llama 3, scaled rope": LlamaConfig(**SIZES, rope_parameters=LLAMA3_ROPE),
+    "mistral, window shorter than the prompts": MistralConfig(**SIZES, sliding_window=5),
+}
+LAYOUTS = [
+    {},
+    {"parallel": {"tensor": 2, "sequence_parallel": True}, "model": {"recompute": "full"}},
+    {"parallel": {"tensor": 2, "pipeline": 2, "sequence_parallel": True}, "model": {"recompute": "selective"}},
+    {"parallel": {"pipeline": 2}, "batch": {"share_prompt": False}},
+]
+
+
+@pytest.mark.parametrize("hf_config", FAMILIES.values(), ids=FAMILIES)
+def test_shared_prompts_train_like_separate_sequences(hf_config, tmp_path):
+    """fp32, relative 1e-5 of the loss's terms and 1e-4 of the gradient norm: only the order of sums differs."""
+    checkpoint = write_checkpoint(tmp_path, hf_config)
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32, attn_implementation="eager")
+    groups = make_groups(seed=0)
+    scored = hf_scored(model, groups)
+    objective = build_objective(make_config(checkpoint).objective)
+    loss, _ = objective(scored, Totals(len(groups), scored.size, scored.token_logprobs.numel()))
+    loss.backward()
+    norm = torch.cat([p.grad.flatten() for p in model.parameters()]).norm()
+    configs = [make_config(checkpoint, **sections) for sections in LAYOUTS]
+    for curve, weights in run_ranks(4, train_all, configs, 1)[0]:
+        (metrics,) = curve
+        size = abs(metrics["loss_term1"]) + abs(metrics["loss_term2"])
+        assert metrics["loss"] == pytest.approx(loss.item(), abs=1e-5 * size)
+        assert metrics["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
+        assert weights.keys() <= model.state_dict().keys()
