@@ -95,6 +95,10 @@ def _torch_adam_steps(optimizer: MegatronOptimizer) -> Iterator[None]:
         part._set_main_param_and_optimizer_states = set_states
     try:
         yield
+        for part in parts:
+            # Megatron hands the group's one `step` tensor to every parameter; torch's Adam advances it in place.
+            for state in part.optimizer.state.values():
+                state["step"] = state["step"].clone()
     finally:
         for part in parts:
             del part._set_main_param_and_optimizer_states
