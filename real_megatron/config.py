@@ -242,7 +242,8 @@ class DataConfig(Section):
 
     train: list[DataSource] = Field(default_factory=list, description="Training data sets.")
     eval: dict[str, DataSource] = Field(default_factory=dict, description="Named evaluation data sets.")
-    template: str = Field("plain", description="Prompt template: a built-in name or a file.")
+    template: str = Field("plain", description="Prompt template: a built-in name (plain, prometheus) or a file.")
+    chat_template: bool = Field(True, description="Write prompts with the tokenizer's chat template, if it has one.")
 
 
 class SftConfig(Section):

@@ -14,6 +14,7 @@ from real_megatron.rollout.mismatch import mismatch
 from real_megatron.rollout.overlap import rollouts
 from real_megatron.rollout.sampling import sample_trajectories
 from real_megatron.sections import ConfigError
+from real_megatron.training.examples import prompt_groups
 from real_megatron.training.metrics import distinct_n
 from real_megatron.training.phases import PhaseTimer
 from real_megatron.training.reference import ReferenceWeights, spread
@@ -34,7 +35,7 @@ def train(config: RunConfig) -> None:
             "rollout.staleness is 1: responses come from weights one step old and need an importance ratio; "
             "set objective.ratio to truncated_is or ppo"
         )
-    with open_session(config) as session:
+    with open_session(config, prompt_groups) as session:
         objective = build_objective(config.objective)
         reference = ReferenceWeights(session.policy) if objective.needs_ref_logprobs else None
         session.resume()
@@ -80,8 +81,8 @@ class ReinforcementStep:
     def _generate(self, step: int) -> tuple[list[Group], dict[str, float]]:
         """The groups of a step's prompts. With staleness 1 this runs in a thread of its own."""
         session, config = self._session, self._session.config
-        examples = [session.examples[i] for i in session.sampler.batch(step)]
-        prompts = [example.prompt_ids for example in examples]
+        batch = [session.groups[i] for i in session.sampler.batch(step)]
+        prompts = [group.prompt_ids for group in batch]
         params = SamplingParams(
             n=config.rollout.n,
             temperature=config.rollout.temperature,
@@ -93,10 +94,9 @@ class ReinforcementStep:
             sampled = sample_trajectories(
                 session.engine, session.tokenizer, session.scale, prompts, params, config.objective.no_anchor, seeds
             )
-        groups = [
-            Group(prompt, trajectories, example.label, example.id)
-            for example, prompt, trajectories in zip(examples, prompts, sampled.trajectories, strict=True)
-        ]
+            if config.rollout.colocate:
+                session.engine.sleep()
+        groups = [replace(g, trajectories=t) for g, t in zip(batch, sampled.trajectories, strict=True)]
         smallest = minimum_group_size(config.objective.baseline, config.objective.std_normalize)
         kept = trainable(groups, smallest if config.objective.term1 else 1)
         metrics = {f"rollout/{name}": value for name, value in sampled.metrics.items()}

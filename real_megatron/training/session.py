@@ -2,14 +2,16 @@
 
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Lock
 from typing import Any, Protocol
 
 import torch.distributed as dist
+from transformers import PreTrainedTokenizerBase
 
+from real_megatron.batch.types import Group
 from real_megatron.config import RunConfig
 from real_megatron.policy.policy import Policy
 from real_megatron.policy.runtime import default_dtype
@@ -18,7 +20,7 @@ from real_megatron.rollout.factory import build_engine
 from real_megatron.scores import ScoreScale
 from real_megatron.sections import ConfigError
 from real_megatron.training.checkpoints import CheckpointStore
-from real_megatron.training.examples import load_tokenizer, load_training_examples
+from real_megatron.training.examples import load_tokenizer
 from real_megatron.training.export import RUN_FILE, save_hf
 from real_megatron.training.metrics import Metrics
 from real_megatron.training.phases import PhaseTimer
@@ -28,6 +30,9 @@ from real_megatron.training.stop import StopSignal, Terminated
 from real_megatron.training.terminal import progress
 
 logger = logging.getLogger(__name__)
+
+
+Load = Callable[[RunConfig, PreTrainedTokenizerBase, ScoreScale], list[Group]]
 
 
 class Step(Protocol):
@@ -41,19 +46,19 @@ class Step(Protocol):
 class Session:
     """The parts of a run that do not depend on the objective's kind. Every rank holds one; its methods are collective.
 
-    Built in order: what fails fast comes first. Raises ConfigError or ValueError when data, scale, layout and model do
-    not fit together.
+    Built in order: what fails fast comes first. `load` makes the training groups. Raises ConfigError or ValueError
+    when data, scale, layout and model do not fit together.
     """
 
-    def __init__(self, config: RunConfig) -> None:
+    def __init__(self, config: RunConfig, load: Load) -> None:
         self.config = config
         if not config.model.path:
             raise ConfigError("model.path is not set: name the Hugging Face checkpoint to start from")
         self.tokenizer = load_tokenizer(config.model.path)
         scale = config.scale
         self.scale = ScoreScale.resolve(self.tokenizer, scale.scores, scale.values, scale.anchor)
-        self.examples = load_training_examples(config, self.tokenizer, self.scale)
-        self.sampler = EpochSampler(len(self.examples), config.batch.prompts, config.seed)
+        self.groups = load(config, self.tokenizer, self.scale)
+        self.sampler = EpochSampler(len(self.groups), config.batch.prompts, config.seed)
         self.steps = self.sampler.steps_of(config.epochs) if config.epochs is not None else config.steps
         self.start = 0
         """Steps done before: those of the checkpoint that was resumed."""
@@ -82,7 +87,9 @@ class Session:
         return self._engine
 
     def publish(self, step: int) -> None:
-        """Give the engine the policy's weights after `step` steps."""
+        """Give the engine the policy's weights after `step` steps, waking it up where it shares the trainer's GPUs."""
+        if self.config.rollout.colocate:
+            self.engine.wake()
         self.engine.update_weights(self.policy.export(), version=step)
 
     def close(self) -> None:
@@ -172,9 +179,9 @@ class Session:
 
 
 @contextmanager
-def open_session(config: RunConfig) -> Iterator[Session]:
+def open_session(config: RunConfig, load: Load) -> Iterator[Session]:
     """A session whose engine is closed at the end, however it ends."""
-    session = Session(config)
+    session = Session(config, load)
     try:
         yield session
     finally:

@@ -1,15 +1,13 @@
 """The supervised loop: SFT, RAFT and TRACT on given or generated CoTs."""
 
-import logging
 from dataclasses import dataclass
 
 from real_megatron.config import RunConfig
 from real_megatron.objective import Objective, build_objective
 from real_megatron.sections import ConfigError
+from real_megatron.training.examples import target_groups
 from real_megatron.training.phases import PhaseTimer
 from real_megatron.training.session import Session, open_session
-
-logger = logging.getLogger(__name__)
 
 
 def train(config: RunConfig) -> None:
@@ -21,7 +19,7 @@ def train(config: RunConfig) -> None:
         raise ConfigError(
             f"objective.name is {config.objective.name}: use `real-megatron train`, or set it to raft, tract or sft"
         )
-    with open_session(config) as session:
+    with open_session(config, target_groups) as session:
         session.resume()
         session.run(SupervisedStep(session, build_objective(config.objective)))
 
@@ -34,6 +32,6 @@ class SupervisedStep:
     objective: Objective
 
     def __call__(self, step: int, timer: PhaseTimer) -> dict[str, float]:
-        groups = [self.session.targets[i] for i in self.session.sampler.batch(step)]
+        groups = [self.session.groups[i] for i in self.session.sampler.batch(step)]
         with timer.phase("update"):
             return self.session.policy.train_step(groups, self.objective)

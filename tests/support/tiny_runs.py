@@ -1,0 +1,88 @@
+"""Whole training runs on the tiny judge's words: data files, a very small checkpoint, configurations."""
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from real_megatron.config import RunConfig
+from real_megatron.data.tiny_judge import build_config, build_tokenizer, write_task
+from real_megatron.training import rl, sft
+from real_megatron.training.session import Session
+from real_megatron.training.stop import Terminated
+
+
+def write_tiny_task(directory: Path) -> Path:
+    """The tiny-judge task with few examples and a model of two narrow layers instead of its own."""
+    write_task(directory, seed=0, sft=64, rl=48, test=8)
+    config = build_config()
+    config.hidden_size, config.intermediate_size, config.head_dim = 32, 64, 8
+    config.num_hidden_layers = 2
+    config.layer_types = config.layer_types[:2]
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(directory / "model")
+    build_tokenizer().save_pretrained(directory / "model")
+    return directory
+
+
+def tiny_config(task: Path, output: Path, **sections: Any) -> RunConfig:
+    """Three REAL steps of four prompts; the anchor is forced, since random weights rarely find it."""
+    base: dict[str, Any] = {
+        "output": str(output),
+        "steps": 3,
+        "model": {"path": str(task / "model"), "vocab_multiple": 4},
+        "batch": {"prompts": 4, "max_tokens": 256},
+        "optimizer": {"lr": 1e-3},
+        "objective": {"no_anchor": "force"},
+        "rollout": {"n": 4, "max_prompt_tokens": 32, "max_new_tokens": 8},
+        "data": {"train": [{"path": str(task / "train_rl.jsonl")}]},
+        "checkpoint": {"save_hf": False},
+        "metrics": {"tensorboard": False},
+    }
+    for name, section in sections.items():
+        base[name] = {**base.get(name, {}), **section} if isinstance(section, dict) else section
+    return RunConfig.model_validate(base)
+
+
+def train(config: RunConfig) -> None:
+    """A whole run on every rank."""
+    (rl if config.is_rl else sft).train(config)
+    dist.barrier()
+
+
+def rows(output: Path) -> list[dict[str, float]]:
+    """The run's metrics without those that measure time."""
+    parsed = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [
+        {k: v for k, v in row.items() if not k.startswith("seconds/") and k != "tokens_per_second"} for row in parsed
+    ]
+
+
+def train_until(config: RunConfig, step: int) -> None:
+    """The same run, stopped by SIGTERM while step `step` (counted from 1) runs."""
+    real_publish = Session.publish
+
+    def publish(session: Session, done: int) -> None:
+        real_publish(session, done)
+        if done == step - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    Session.publish = publish
+    try:
+        train(config)
+        raise AssertionError("the run was not stopped")
+    except Terminated:
+        pass
+    finally:
+        Session.publish = real_publish
+
+
+def weights(output: Path) -> dict[str, bytes]:
+    """The exported Hugging Face tensors, bit by bit."""
+    return {name: tensor.numpy().tobytes() for name, tensor in load_file(output / "hf/model.safetensors").items()}
