@@ -1,0 +1,1 @@
+"""Correlation with the labels, with confidence intervals; judging of files; reports with plots."""

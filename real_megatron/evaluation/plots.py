@@ -1,0 +1,137 @@
+"""Learning curves as PNG files."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from real_megatron.evaluation.runner import Evaluation
+
+Row = Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One plot: what stands on its vertical axis, and how a row of metrics gives it (NaN: it does not)."""
+
+    title: str
+    unit: str
+    value: Callable[[Row], float]
+
+
+def _field(*names: str) -> Callable[[Row], float]:
+    return lambda row: next((row[name] for name in names if name in row), math.nan)
+
+
+def _anchored(row: Row) -> float:
+    # Under the rule `force` every response has an answer; what the model wrote itself is the telling number.
+    return 1 - row["rollout/no_anchor"] if "rollout/no_anchor" in row else row.get("valid", math.nan)
+
+
+PANELS = (
+    Panel("Reward", "mean reward", _field("reward")),
+    Panel("Squared error of the expected score", "(ŷ − y*)²", _field("squared_error")),
+    Panel("Entropy of the score distribution", "nats", _field("score_entropy")),
+    Panel("Responses that reach the score anchor", "share", _anchored),
+    Panel("Response length", "tokens", _field("rollout/response_tokens", "response_tokens")),
+    Panel("Variety of the critiques", "distinct-2", _field("cot/distinct_2")),
+    Panel("Loss", "loss", _field("loss")),
+    Panel("Gradient norm", "norm", _field("grad_norm")),
+)
+COLUMNS = 2
+
+
+def learning_curves(path: Path, runs: Mapping[str, Sequence[Row]]) -> bool:
+    """Plot the training metrics (run → rows of metrics.jsonl) over steps, one panel a metric, one colour a run.
+
+    Thin: each step; thick: moving average over a tenth of the steps. Panels without data are left out; False, and no
+    file, when all are.
+    """
+    series = [
+        (panel, points)
+        for panel in PANELS
+        if (points := {name: xy for name, rows in runs.items() if len((xy := _points(panel, rows))[0])})
+    ]
+    if not series:
+        return False
+    figure, axes = _figure(len(series))
+    colours = {name: f"C{i}" for i, name in enumerate(runs)}
+    for ax, (panel, points) in zip(axes, series, strict=True):
+        for name, (steps, values) in points.items():
+            smooth = _moving_average(values, max(1, len(values) // 10))
+            ax.plot(steps, values, color=colours[name], alpha=0.3, linewidth=0.8)
+            ax.plot(steps, smooth, color=colours[name], linewidth=1.8, label=name)
+            if len(values) == 1:
+                ax.plot(steps, values, "o", color=colours[name])
+        _label(ax, panel.title, panel.unit)
+    _save(figure, path)
+    return True
+
+
+def evaluation_curves(path: Path, stages: Mapping[str, Sequence[Evaluation]]) -> bool:
+    """Plot Pearson correlation and squared error on the test sets over steps, RAIL, with 95 % intervals.
+
+    False, and no file, when no test set was evaluated at two steps of one stage.
+    """
+    lines = []
+    for stage, evaluations in stages.items():
+        for name in dict.fromkeys(e.name for e in evaluations):
+            own = sorted((e for e in evaluations if e.name == name), key=lambda e: e.step)
+            if len(own) > 1:
+                lines.append((f"{stage}: {name}", own))
+    if not lines:
+        return False
+    figure, axes = _figure(2)
+    for ax, metric, title in zip(axes, ("pearson", "mse"), ("Pearson correlation", "Mean squared error"), strict=True):
+        for label, own in lines:
+            estimates = [e.metrics["rail"][metric] for e in own]
+            steps = [e.step for e in own]
+            (line,) = ax.plot(steps, [e.value for e in estimates], marker="o", markersize=4, label=label)
+            low, high = [e.low for e in estimates], [e.high for e in estimates]
+            ax.fill_between(steps, low, high, color=line.get_color(), alpha=0.15)
+        _label(ax, f"{title} on the test sets (RAIL, 95 % interval)", title.lower())
+    _save(figure, path)
+    return True
+
+
+def _points(panel: Panel, rows: Sequence[Row]) -> tuple[np.ndarray, np.ndarray]:
+    points = [(row["step"], value) for row in rows if math.isfinite(value := panel.value(row))]
+    steps, values = zip(*points, strict=True) if points else ((), ())
+    return np.asarray(steps), np.asarray(values, dtype=float)
+
+
+def _moving_average(values: np.ndarray, width: int) -> np.ndarray:
+    """Mean of each value and the `width - 1` before it; of fewer at the start."""
+    total = np.concatenate([[0.0], values.cumsum()])
+    ends = np.arange(1, len(values) + 1)
+    starts = np.maximum(ends - width, 0)
+    return (total[ends] - total[starts]) / (ends - starts)
+
+
+def _figure(panels: int) -> tuple[Figure, list[Axes]]:
+    # Figure and canvas without pyplot: no global state, no window system.
+    columns = min(COLUMNS, panels)
+    lines = -(-panels // columns)
+    figure = Figure(figsize=(5.5 * columns, 3.2 * lines), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = list(figure.subplots(lines, columns, squeeze=False).flat)
+    for ax in axes[panels:]:
+        ax.remove()
+    return figure, axes[:panels]
+
+
+def _label(ax: Axes, title: str, unit: str) -> None:
+    ax.set_title(title, fontsize=11)
+    ax.set_xlabel("step")
+    ax.set_ylabel(unit)
+    ax.grid(alpha=0.3)
+    ax.legend(fontsize=8)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    figure.savefig(path, dpi=120)

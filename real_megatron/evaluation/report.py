@@ -1,0 +1,213 @@
+"""`report.md` with learning curves: several stages compared on several test sets, from the files that runs leave."""
+
+import json
+import math
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from real_megatron.evaluation.metrics import LOWER_IS_BETTER, NAMES, Estimate, paired_difference
+from real_megatron.evaluation.plots import evaluation_curves, learning_curves
+from real_megatron.evaluation.runner import DECODINGS, Evaluation
+from real_megatron.sections import ConfigError
+
+TITLES = {
+    "pearson": "Pearson",
+    "spearman": "Spearman",
+    "kendall": "Kendall",
+    "mse": "MSE",
+    "mae": "MAE",
+    "accuracy": "accuracy",
+}
+DECODING_TITLES = {"rail": "RAIL", "sampled": "sampled score"}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One column of the comparison: a run, or a checkpoint that was evaluated."""
+
+    name: str
+    metrics: list[dict[str, float]]
+    """Rows of metrics.jsonl; empty for a checkpoint."""
+    evaluations: list[Evaluation]
+
+
+def evaluation_path(directory: Path, name: str, step: int | None = None) -> Path:
+    """Where the evaluation of test set `name` belongs in a run's (or a report's) directory: `evaluation/NAME.json`, or
+    `evaluation/NAME-step-000100.json` within training. `read_stage` looks there."""
+    suffix = "" if step is None else f"-step-{step:06d}"
+    return directory / "evaluation" / f"{name}{suffix}.json"
+
+
+def read_stage(name: str, directory: Path) -> Stage:
+    """A run's metrics.jsonl and the evaluations in its `evaluation/`. Raises ConfigError when it has neither."""
+    if not directory.is_dir():
+        raise ConfigError(f"{directory}: no such directory; name the output directory of a run")
+    metrics = read_metrics(directory / "metrics.jsonl")
+    evaluations = [Evaluation.load(path) for path in sorted((directory / "evaluation").glob("*.json"))]
+    if not metrics and not evaluations:
+        raise ConfigError(f"{directory}: neither metrics.jsonl nor evaluation/*.json is there; nothing to report")
+    return Stage(name, metrics, evaluations)
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """Rows of a metrics.jsonl, null as NaN; [] when the file is absent. A last line cut short by a crash is left out.
+
+    Raises ValueError, naming file and line, for any other line that is not a row.
+    """
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        if not line:
+            continue
+        try:
+            row = {key: math.nan if value is None else float(value) for key, value in json.loads(line).items()}
+            row["step"] = int(row["step"])
+            rows.append(row)
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            if number == len(lines):
+                break
+            raise ValueError(f"{path}, line {number}: not a row of metrics ({error}); remove the line") from error
+    return rows
+
+
+def write_report(
+    output: Path, stages: Sequence[Stage], *, command: Sequence[str] = (), title: str = "Evaluation report"
+) -> Path:
+    """Write `output`/report.md, curves.png (training) and evaluation.png (test sets over steps), whichever has data;
+    returns the path of report.md.
+
+    Of each stage and test set the newest evaluation is compared (one without a step counts as newest). Differences are
+    to the first stage that evaluated the set, paired by example. `command` is what made the report.
+
+    Raises ConfigError when there is no stage, or two have the same name.
+    """
+    names = [stage.name for stage in stages]
+    if not stages or len(set(names)) < len(names):
+        raise ConfigError(f"a report needs one or more stages with different names, not {names}")
+    output.mkdir(parents=True, exist_ok=True)
+    lines = [f"# {title}", ""]
+    if command:
+        lines += ["Made by", "", "    " + shlex.join(command), ""]
+    sets = list(dict.fromkeys(e.name for stage in stages for e in stage.evaluations))
+    for name in sets:
+        newest = {stage.name: _newest(stage, name) for stage in stages}
+        lines += _test_set(name, {stage: e for stage, e in newest.items() if e is not None})
+    curves = {stage.name: stage.metrics for stage in stages if stage.metrics}
+    if curves and learning_curves(output / "curves.png", curves):
+        lines += ["## Learning curves", "", "![Training metrics over steps](curves.png)", ""]
+    over_steps = {stage.name: [e for e in stage.evaluations if e.step is not None] for stage in stages}
+    if evaluation_curves(output / "evaluation.png", over_steps):
+        lines += ["## Test sets during training", "", "![Test metrics over steps](evaluation.png)", ""]
+    path = output / "report.md"
+    path.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
+    return path
+
+
+def _newest(stage: Stage, name: str) -> Evaluation | None:
+    own = [e for e in stage.evaluations if e.name == name]
+    return max(own, key=lambda e: math.inf if e.step is None else e.step, default=None)
+
+
+def _test_set(name: str, evaluations: Mapping[str, Evaluation]) -> list[str]:
+    first = next(iter(evaluations.values()))
+    lines = [f"## {name}", "", f"{first.counts['examples']} examples; 95 % bootstrap intervals over the examples.", ""]
+    lines += _table(
+        ["stage", "decoding", *(TITLES[m] + (" ↓" if m in LOWER_IS_BETTER else "") for m in NAMES)],
+        [
+            [stage, DECODING_TITLES[d], *(_cell(e.metrics[d][m]) for m in NAMES)]
+            for stage, e in evaluations.items()
+            for d in DECODINGS
+        ],
+    )
+    notes = [
+        f"- {stage}, {DECODING_TITLES[d]}, {TITLES[m]}: {e.metrics[d][m].note}."
+        for stage, e in evaluations.items()
+        for d in DECODINGS
+        for m in NAMES
+        if e.metrics[d][m].note
+    ]
+    lines += [*notes, ""] if notes else []
+    lines += _differences(evaluations)
+    lines += _table(
+        [
+            "stage",
+            "step",
+            "critiques",
+            "without anchor",
+            "cut by length",
+            "forced",
+            "unanswered",
+            "tokens",
+            "mass on scores",
+        ],
+        [
+            [
+                stage,
+                "–" if e.step is None else str(e.step),
+                str(e.counts["responses"]),
+                *(str(e.counts[c]) for c in ("no_anchor", "truncated", "forced", "unanswered")),
+                f"{e.means['response_tokens']:.1f}",
+                f"{e.means['score_mass']:.3f}",
+            ]
+            for stage, e in evaluations.items()
+        ],
+    )
+    return lines + _settings(evaluations)
+
+
+def _differences(evaluations: Mapping[str, Evaluation]) -> list[str]:
+    """A table of every later stage minus the first, on the examples that both answered."""
+    (base_name, base), *others = evaluations.items()
+    rows = []
+    for stage, e in others:
+        for decoding in DECODINGS:
+            before = {p.id: p for p in base.predictions if p.rail is not None}
+            pairs = [(p, before[p.id]) for p in e.predictions if p.rail is not None and p.id in before]
+            if not pairs or any(p.label != b.label for p, b in pairs):
+                continue
+            difference = paired_difference(
+                [getattr(p, decoding) for p, _ in pairs],
+                [getattr(b, decoding) for _, b in pairs],
+                [p.label for p, _ in pairs],
+                e.config["scale"]["values"],
+                e.config["bootstrap"],
+                e.config["seed"],
+            )
+            label = f"{stage} − {base_name} ({len(pairs)})"
+            rows.append([label, DECODING_TITLES[decoding], *(_cell(difference[m], signed=True) for m in NAMES)])
+    if not rows:
+        return []
+    header = ["difference (examples)", "decoding", *(TITLES[m] for m in NAMES)]
+    return ["Differences on the same examples, resampled together:", "", *_table(header, rows)]
+
+
+def _settings(evaluations: Mapping[str, Evaluation]) -> list[str]:
+    lines = ["How the numbers were made:", ""]
+    for stage, e in evaluations.items():
+        c = e.config
+        where = "".join(f"{key} `{c[key]}`, " for key in ("model", "command") if c.get(key))
+        lines.append(
+            f"- {stage}: {where}{c['samples']} critique{'s' if c['samples'] > 1 else ''} an example at temperature "
+            f"{c['temperature']:g}, top-p {c['top_p']:g}, seed {c['seed']}; a critique without anchor: "
+            f"{c['no_anchor_rule']}; {c['probabilities']} probabilities; {c['bootstrap']} resamples."
+        )
+    return [*lines, ""]
+
+
+def _cell(estimate: Estimate, signed: bool = False) -> str:
+    if not math.isfinite(estimate.value):
+        return "undefined"
+    style = "+.3f" if signed else ".3f"
+    interval = "" if not math.isfinite(estimate.low) else f" [{estimate.low:{style}}, {estimate.high:{style}}]"
+    return f"{estimate.value:{style}}{interval}"
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+    return [line(header), "|" + " --- |" * len(header), *map(line, rows), ""]

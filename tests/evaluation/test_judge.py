@@ -1,0 +1,161 @@
+"""The streaming judge: output rows, bad rows, kills at any byte, other settings."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from real_megatron.evaluation.judge import errors_path, job_path, judge
+from real_megatron.evaluation.runner import evaluate
+from real_megatron.rollout.engine import SamplingParams
+from real_megatron.sections import ConfigError
+
+PARAMS = SamplingParams(n=1, max_new_tokens=12)
+
+
+@pytest.fixture
+def source(tmp_path):
+    path = tmp_path / "in.jsonl"
+    rows = [{"id": f"r{i}", "prompt": f"{1 + i % 3} {'a ' * (i + 1)}b"} for i in range(7)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def run(engine, tokenizer, scale, source, tmp_path):
+    def encode(row):
+        if not isinstance(row["prompt"], str):
+            raise ValueError("prompt is not a text")
+        return tokenizer.encode(row["prompt"])
+
+    def call(output=tmp_path / "out.jsonl", engine=engine, params=PARAMS, **options):
+        return judge(engine, tokenizer, scale, source, output, encode, params, **{"batch": 3} | options)
+
+    return call
+
+
+def read_rows(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_rows_say_what_evaluation_says(run, engine, tokenizer, scale, source, tmp_path) -> None:
+    seen = []
+    summary = run(seed=4, on_progress=lambda s: seen.append(s.judged))
+    assert (summary.judged, summary.skipped, summary.bad) == (7, 0, 0) and seen == [3, 6, 7]
+    rows = read_rows(tmp_path / "out.jsonl")
+    examples = [
+        SimpleNamespace(id=r["id"], label=3.0, prompt_ids=tokenizer.encode(r["prompt"])) for r in read_rows(source)
+    ]
+    expected = evaluate(engine, tokenizer, scale, examples, PARAMS, name="x", seed=4, bootstrap=1).predictions
+    for row, prediction in zip(rows, expected, strict=True):
+        assert set(row) == {"id", "score", "distribution", "sampled_score", "critique", "no_anchor"}
+        assert row["id"] == prediction.id and row["critique"] == prediction.critiques[0]
+        assert row["sampled_score"] == prediction.sampled
+        assert list(row["distribution"]) == scale.texts
+        # Batches of other sizes: float32 logits differ in the last bits.
+        assert list(row["distribution"].values()) == pytest.approx(prediction.probabilities, rel=1e-4)
+        assert row["score"] == pytest.approx(
+            sum(row["distribution"][t] * v for t, v in zip(scale.texts, scale.values, strict=True))
+        )
+    assert summary.no_anchor == sum(row["no_anchor"] for row in rows)
+    assert not errors_path(tmp_path / "out.jsonl").exists()
+
+
+def test_several_critiques_are_listed_and_averaged(run, tmp_path) -> None:
+    run(params=SamplingParams(n=3, max_new_tokens=12))
+    for row in read_rows(tmp_path / "out.jsonl"):
+        assert len(row["samples"]) == 3 and row["critique"] == row["samples"][0]["critique"]
+        assert row["score"] == pytest.approx(sum(s["score"] for s in row["samples"]) / 3)
+
+
+def test_bad_rows_are_reported_and_tried_again(run, source, tmp_path) -> None:
+    output = tmp_path / "out.jsonl"
+    good = source.read_text()
+    bad = [
+        "{not json",
+        "[1, 2]",
+        '{"id": "no prompt"}',
+        '{"id": "number", "prompt": 3}',
+        '{"id": "r0", "prompt": "start"}',
+        json.dumps({"id": "long", "prompt": "a " * 300}),
+        '{"prompt": "start 1 critique:"}',
+        '{"id": "\\ud800", "prompt": "start"}',
+    ]
+    source.write_bytes((good + "\n".join(bad) + "\n").encode() + b'{"id": "latin", "prompt": "\xe9"}\n')
+    summary = run()
+    errors = {row["line"]: row["error"] for row in read_rows(errors_path(output))}
+    assert sorted(errors) == [8, 9, 10, 11, 12, 13, 15, 16]
+    for line, text in {
+        8: "not JSON",
+        9: "not a JSON object but list",
+        10: "no field 'prompt'",
+        11: "prompt is not a text",
+        12: "'r0' occurs in an earlier row",
+        13: "exceeds the model's 256 positions",
+        15: "surrogates not allowed",
+        16: "not UTF-8",
+    }.items():
+        assert text in errors[line], line
+    assert [row["id"] for row in read_rows(output)] == [*(f"r{i}" for i in range(7)), "line 14"]
+    assert (summary.judged, summary.bad) == (8, 8)
+    source.write_text(good + json.dumps({"id": "long", "prompt": "note"}) + "\n")
+    mended = run()
+    assert (mended.judged, mended.skipped, mended.bad) == (1, 7, 0) and not errors_path(output).exists()
+
+
+def test_a_job_killed_at_any_byte_ends_with_the_same_rows(run, tmp_path) -> None:
+    output = tmp_path / "out.jsonl"
+    run(output)
+    whole = output.read_bytes()
+    ends = [i + 1 for i, byte in enumerate(whole) if byte == 10]
+    for size in (0, 1, ends[0] - 1, ends[0], ends[2] + 5, len(whole) - 1):
+        output.write_bytes(whole[:size])
+        summary = run(output)
+        complete = sum(end <= size for end in ends)
+        assert (summary.skipped, summary.judged) == (complete, 7 - complete)
+        rows, expected = read_rows(output), [json.loads(line) for line in whole.splitlines()]
+        assert [r["id"] for r in rows] == [r["id"] for r in expected]
+        assert [r["critique"] for r in rows] == [r["critique"] for r in expected]
+        # Resumed batches hold other rows: float32 logits differ in the last bits.
+        assert [r["score"] for r in rows] == pytest.approx([r["score"] for r in expected], rel=1e-4)
+
+
+def test_what_was_judged_before_the_engine_failed_is_kept(run, engine, tmp_path) -> None:
+    class Failing:
+        calls = 0
+
+        def generate(self, *args):
+            self.calls += 1
+            if self.calls == 3:
+                raise RuntimeError("the server is gone")
+            return engine.generate(*args)
+
+        def next_token_logprobs(self, *args):
+            return engine.next_token_logprobs(*args)
+
+    with pytest.raises(RuntimeError, match="the server is gone"):
+        run(engine=Failing())
+    assert len(read_rows(tmp_path / "out.jsonl")) == 6
+    assert (run().judged, len(read_rows(tmp_path / "out.jsonl"))) == (1, 7)
+
+
+def test_a_job_is_not_resumed_with_other_settings(run, tmp_path) -> None:
+    output = tmp_path / "out.jsonl"
+    run(settings={"model": "a"})
+    before = output.read_bytes()
+    with pytest.raises(ConfigError, match="model was 'a', is 'b'"):
+        run(settings={"model": "b"})
+    with pytest.raises(ConfigError, match="seed was 0, is 1"):
+        run(settings={"model": "a"}, seed=1)
+    job_path(output).unlink()
+    with pytest.raises(ConfigError, match="cannot be resumed"):
+        run(settings={"model": "a"})
+    assert output.read_bytes() == before
+
+
+def test_an_output_of_something_else_is_refused(run, tmp_path) -> None:
+    output = tmp_path / "out.jsonl"
+    run()
+    output.write_text('{"score": 1}\n')
+    with pytest.raises(ConfigError, match="line 1: not a row of this job"):
+        run()

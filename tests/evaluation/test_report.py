@@ -1,0 +1,136 @@
+"""The report from files of runs: tables hold the evaluations' numbers, curves are drawn, faults are named."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+from matplotlib.image import imread
+
+from real_megatron.evaluation import plots
+from real_megatron.evaluation.metrics import agreement
+from real_megatron.evaluation.report import evaluation_path, read_metrics, read_stage, write_report
+from real_megatron.evaluation.runner import Evaluation, Prediction
+from real_megatron.sections import ConfigError
+
+SCALE = [1.0, 2.0, 3.0, 4.0, 5.0]
+
+
+def make(name: str, noise: float, step: int | None = None, n: int = 60) -> Evaluation:
+    """An evaluation whose predictions are labels plus noise."""
+    rng = np.random.default_rng(0)
+    labels = rng.integers(1, 6, n).astype(float)
+    rail = labels + noise * rng.normal(size=n)
+    predictions = [
+        Prediction(f"{i}", label, r, round(r), [0.2] * 5, ["fine"])
+        for i, (label, r) in enumerate(zip(labels.tolist(), rail.tolist(), strict=True))
+    ]
+    metrics = {d: agreement([getattr(p, d) for p in predictions], labels, SCALE, 100) for d in ("rail", "sampled")}
+    counts = dict(examples=n, unanswered=0, responses=n, no_anchor=4, truncated=3, forced=4)
+    means = {"response_tokens": 12.0, "score_mass": 0.99, "score_entropy": 0.3}
+    config = dict(samples=1, temperature=1.0, top_p=1.0, seed=0, bootstrap=100, no_anchor_rule="force")
+    config |= {"probabilities": "full", "scale": {"values": SCALE}, "model": f"runs/{noise}/hf"}
+    return Evaluation(name, metrics, counts, means, config, step, predictions)
+
+
+@pytest.fixture
+def runs(tmp_path):
+    """Two runs as training leaves them: metrics.jsonl and evaluations."""
+    for run, noise in (("sft", 2.0), ("real", 0.5)):
+        directory = tmp_path / run
+        directory.mkdir()
+        rows = [{"step": s, "loss": 1 / s, "grad_norm": None if s == 3 else 1.0} for s in range(1, 21)]
+        if run == "real":
+            for row in rows:
+                step = row["step"]
+                row |= {"reward": -1 / step, "squared_error": 1 / step, "score_entropy": 0.5, "valid": 1.0}
+                row |= {"rollout/no_anchor": 0.1, "rollout/response_tokens": 10.0 + step, "cot/distinct_2": 0.5}
+        (directory / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        for name in ("in_domain", "ood"):
+            for step, extra in ((0, 2.0), (20, 0.0)):
+                make(name, noise + extra, step).save(evaluation_path(directory, name, step))
+    return tmp_path
+
+
+def test_the_table_compares_the_newest_evaluations(runs, tmp_path) -> None:
+    stages = [read_stage("SFT", runs / "sft"), read_stage("REAL", runs / "real")]
+    path = write_report(tmp_path / "report", stages, command=["real-megatron", "report", "a b"], title="T")
+    text = path.read_text()
+    assert text.startswith("# T\n") and "    real-megatron report 'a b'\n" in text
+    for name in ("in_domain", "ood"):
+        section = text.split(f"## {name}\n")[1].split("\n## ")[0]
+        rows = [line for line in section.splitlines() if line.startswith("| ") and "---" not in line]
+        for stage, noise in (("SFT", 2.0), ("REAL", 0.5)):
+            for decoding, title in (("rail", "RAIL"), ("sampled", "sampled score")):
+                (row,) = [line for line in rows if line.startswith(f"| {stage} | {title} |")]
+                cells = [cell.strip() for cell in row.strip("|").split("|")][2:]
+                for cell, e in zip(cells, make(name, noise).metrics[decoding].values(), strict=True):
+                    assert cell == f"{e.value:.3f} [{e.low:.3f}, {e.high:.3f}]"
+        (gain,) = [line for line in rows if line.startswith("| REAL − SFT (60) | RAIL |")]
+        expected = make(name, 0.5).metrics["rail"]["pearson"].value - make(name, 2.0).metrics["rail"]["pearson"].value
+        assert gain.split("|")[3].strip().startswith(f"{expected:+.3f} [+")
+        assert "| REAL | 20 | 60 | 4 | 3 | 4 | 0 | 12.0 | 0.990 |" in rows
+        assert "- REAL: model `runs/0.5/hf`, 1 critique an example at temperature 1" in section
+    for image in ("curves.png", "evaluation.png"):
+        pixels = imread(tmp_path / "report" / image)
+        assert pixels.shape[0] > 300 and pixels.shape[1] > 600 and pixels[..., :3].std() > 0.05
+        assert f"]({image})" in text
+
+
+def test_panels_show_what_the_runs_recorded(runs, tmp_path, monkeypatch) -> None:
+    figures = []
+    monkeypatch.setattr(plots, "_save", lambda figure, path: figures.append(figure))
+    metrics = {name: read_stage(name, runs / name).metrics for name in ("sft", "real")}
+    assert plots.learning_curves(tmp_path / "x.png", metrics)
+    axes = {ax.get_title(): ax for ax in figures[0].axes}
+    assert len(axes) == len(plots.PANELS)
+    for ax in axes.values():
+        assert ax.get_xlabel() == "step" and ax.get_ylabel() and ax.get_legend() is not None
+    raw, smooth = axes["Reward"].get_lines()
+    assert raw.get_ydata().tolist() == [-1 / s for s in range(1, 21)]
+    assert smooth.get_ydata()[-1] == pytest.approx((-1 / 19 - 1 / 20) / 2) and smooth.get_label() == "real"
+    assert axes["Responses that reach the score anchor"].get_lines()[0].get_ydata().tolist() == [0.9] * 20
+    assert [line.get_label() for line in axes["Loss"].get_lines()[1::2]] == ["sft", "real"]
+    assert len(axes["Gradient norm"].get_lines()[0].get_xdata()) == 19  # step 3 has none
+
+
+def test_undefined_numbers_are_said_to_be(tmp_path) -> None:
+    constant = make("set", 0.0)
+    constant.metrics["rail"] = agreement([2.0, 2.0], [1.0, 3.0], SCALE, 10)
+    constant.save(evaluation_path(tmp_path / "run", "set"))
+    text = write_report(tmp_path / "report", [read_stage("A", tmp_path / "run")]).read_text()
+    assert "| A | RAIL | undefined | undefined | undefined | 1.000 [1.000, 1.000] |" in text
+    assert "- A, RAIL, Pearson: all predictions are equal." in text
+    assert not (tmp_path / "report" / "curves.png").exists() and "png" not in text
+
+
+def test_differences_are_between_the_same_examples_only(tmp_path) -> None:
+    first, second, other = make("set", 1.0), make("set", 0.5), make("set", 0.2)
+    second.predictions = second.predictions[:30]
+    other.predictions = [Prediction(f"x{p.id}", *list(vars(p).values())[1:]) for p in other.predictions]
+    for run, e in (("a", first), ("b", second), ("c", other)):
+        e.save(evaluation_path(tmp_path / run, "set"))
+    text = write_report(tmp_path / "report", [read_stage(run, tmp_path / run) for run in "abc"]).read_text()
+    assert "| b − a (30) | RAIL |" in text and "| c − a" not in text
+
+
+def test_metrics_of_a_crashed_run_are_read(tmp_path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "loss": null}\n{"step": 2, "lo')
+    (row,) = read_metrics(path)
+    assert row["step"] == 1 and math.isnan(row["loss"])
+    path.write_text('{"step": 1}\nnonsense\n{"step": 2}\n')
+    with pytest.raises(ValueError, match="line 2: not a row of metrics"):
+        read_metrics(path)
+
+
+def test_what_cannot_be_reported_is_named(tmp_path) -> None:
+    with pytest.raises(ConfigError, match="no such directory"):
+        read_stage("x", tmp_path / "absent")
+    with pytest.raises(ConfigError, match="neither metrics.jsonl nor"):
+        read_stage("x", tmp_path)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 1}\n')
+    stage = read_stage("x", tmp_path)
+    for stages in ([], [stage, stage]):
+        with pytest.raises(ConfigError, match="different names"):
+            write_report(tmp_path / "report", stages)
