@@ -289,6 +289,9 @@ class EvaluationConfig(Section):
     samples: int = Field(1, ge=1, description="CoTs per example.")
     temperature: float = Field(1.0, ge=0, description="Sampling temperature of evaluation CoTs; 0: greedy.")
     bootstrap: int = Field(1000, ge=1, description="Bootstrap resamples for the confidence intervals.")
+    no_anchor: Literal["force", "drop"] = Field(
+        "force", description="CoT without an anchor: it gets one appended, or is left out (and counted)."
+    )
 
 
 class RunConfig(Section):

@@ -20,6 +20,7 @@ from real_megatron.rollout.factory import build_engine
 from real_megatron.scores import ScoreScale
 from real_megatron.sections import ConfigError
 from real_megatron.training.checkpoints import CheckpointStore
+from real_megatron.training.evaluating import evaluate_sets, load_evaluation_sets
 from real_megatron.training.examples import load_tokenizer
 from real_megatron.training.export import RUN_FILE, save_hf
 from real_megatron.training.metrics import Metrics
@@ -58,6 +59,7 @@ class Session:
         scale = config.scale
         self.scale = ScoreScale.resolve(self.tokenizer, scale.scores, scale.values, scale.anchor)
         self.groups = load(config, self.tokenizer, self.scale)
+        self.evaluation_sets = load_evaluation_sets(config, self.tokenizer, self.scale)
         self.sampler = EpochSampler(len(self.groups), config.batch.prompts, config.seed)
         self.steps = self.sampler.steps_of(config.epochs) if config.epochs is not None else config.steps
         self.start = 0
@@ -120,9 +122,24 @@ class Session:
 
     def evaluate(self, step: int) -> dict[str, float]:
         """Evaluate the policy as it is after `step` steps on every evaluation set; returns `eval/NAME/METRIC`."""
-        if not self.config.data.eval:
+        if not self.evaluation_sets:
             return {}
-        raise NotImplementedError
+        config = self.config
+        with self.engine_in_use:
+            self.publish(step)
+            results = evaluate_sets(
+                config,
+                self.engine,
+                self.tokenizer,
+                self.scale,
+                self.evaluation_sets,
+                config.output,
+                step=step,
+                about={"run": str(config.output)},
+            )
+        for name, result in results.items():
+            logger.info("step %d, %s: %s", step, name, _agreement(result.summary()))
+        return {f"eval/{set_name}/{k}": v for set_name, result in results.items() for k, v in result.summary().items()}
 
     def run(self, do_step: Step) -> None:
         """Do the steps that are left, with evaluations, checkpoints, metrics and the final export as configured.
@@ -196,3 +213,8 @@ def _figures(values: dict[str, float]) -> str:
     """The few numbers of a step that a person watches."""
     names = ("loss", "reward", "squared_error", "valid", "grad_norm", "tokens_per_second")
     return "  ".join(f"{name} {values[name]:.4g}" for name in names if name in values)
+
+
+def _agreement(summary: dict[str, float]) -> str:
+    names = ("rail/pearson", "rail/spearman", "rail/kendall", "rail/mse", "sampled/pearson", "sampled/mse", "no_anchor")
+    return "  ".join(f"{name} {summary[name]:.3f}" for name in names)

@@ -1,0 +1,87 @@
+"""Evaluation sets of a configuration: prepared once, judged by whatever engine serves the weights."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from transformers import PreTrainedTokenizerBase
+
+from real_megatron.config import RunConfig
+from real_megatron.data import encode_prompts, load_examples
+from real_megatron.evaluation.report import evaluation_path
+from real_megatron.evaluation.runner import Evaluation, evaluate
+from real_megatron.rollout.engine import RolloutEngine, SamplingParams
+from real_megatron.scores import ScoreScale
+
+
+@dataclass(frozen=True)
+class EvaluationPrompt:
+    """A labelled prompt as tokens."""
+
+    id: str
+    label: float
+    prompt_ids: list[int]
+
+
+def load_evaluation_sets(
+    config: RunConfig, tokenizer: PreTrainedTokenizerBase, scale: ScoreScale
+) -> dict[str, list[EvaluationPrompt]]:
+    """Every set of `data.eval`; too long prompts are dropped and counted."""
+    limit, data = config.rollout.max_prompt_tokens, config.data
+    return {
+        name: [
+            EvaluationPrompt(example.id, example.label, ids)
+            for example, ids in encode_prompts(
+                tokenizer, load_examples(source, data.template, scale.values), limit, data.chat_template
+            )
+        ]
+        for name, source in data.eval.items()
+    }
+
+
+def evaluation_params(config: RunConfig) -> SamplingParams:
+    """How evaluation and judging sample CoTs."""
+    return SamplingParams(
+        n=config.evaluation.samples,
+        temperature=config.evaluation.temperature,
+        max_new_tokens=config.rollout.max_new_tokens,
+    )
+
+
+def evaluate_sets(
+    config: RunConfig,
+    engine: RolloutEngine,
+    tokenizer: PreTrainedTokenizerBase,
+    scale: ScoreScale,
+    sets: Mapping[str, list[EvaluationPrompt]],
+    directory: Path,
+    *,
+    step: int | None = None,
+    about: Mapping[str, Any] | None = None,
+) -> dict[str, Evaluation]:
+    """Judge every set; rank 0 saves each result in `directory` (see `evaluation_path`). Collective.
+
+    about: what else the numbers depend on, such as the model's path; kept with the results.
+    """
+    results = {}
+    for name, prompts in sets.items():
+        results[name] = evaluate(
+            engine,
+            tokenizer,
+            scale,
+            prompts,
+            evaluation_params(config),
+            name=name,
+            seed=config.seed,
+            rule=config.evaluation.no_anchor,
+            probabilities=config.objective.probabilities,
+            bootstrap=config.evaluation.bootstrap,
+            batch=config.rollout.batch_size,
+            step=step,
+            config=about,
+        )
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            results[name].save(evaluation_path(directory, name, step))
+    return results
