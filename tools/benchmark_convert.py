@@ -30,12 +30,11 @@ TOOLS = Path(__file__).parent
 
 @dataclass
 class Measurement:
-    """One command: seconds, and the peak over time of the memory of all its processes together, in bytes."""
+    """One command: seconds, and the peak over time of the resident memory of all its processes together, in bytes."""
 
     label: str
     seconds: float
     rss: int
-    pss: int
 
 
 def model_config(gigabytes: float) -> Qwen2Config:
@@ -80,16 +79,14 @@ def measure(label: str, command: list[str]) -> Measurement:
     errors: list[str] = []
     reader = threading.Thread(target=lambda: errors.append(process.stderr.read()))
     reader.start()
-    rss = pss = 0
+    rss = 0
     while process.poll() is None:
-        used = [_memory(p) for p in _tree(process.pid)]
-        rss = max(rss, sum(u[0] for u in used))
-        pss = max(pss, sum(u[1] for u in used))
+        rss = max(rss, sum(_resident(p) for p in _tree(process.pid)))
         time.sleep(0.02)
     reader.join()
     if process.returncode:
         raise RuntimeError(f"{' '.join(command)} failed:\n{errors[0]}")
-    return Measurement(label, time.monotonic() - start, rss, pss)
+    return Measurement(label, time.monotonic() - start, rss)
 
 
 def _tree(pid: int) -> list[psutil.Process]:
@@ -100,12 +97,11 @@ def _tree(pid: int) -> list[psutil.Process]:
         return []
 
 
-def _memory(process: psutil.Process) -> tuple[int, int]:
+def _resident(process: psutil.Process) -> int:
     try:
-        info = process.memory_full_info()
-        return info.rss, info.pss
-    except (psutil.NoSuchProcess, psutil.AccessDenied):
-        return 0, 0
+        return process.memory_info().rss
+    except psutil.NoSuchProcess:
+        return 0
 
 
 def compare(first: Path, second: Path) -> int:
@@ -119,7 +115,13 @@ def compare(first: Path, second: Path) -> int:
 
 
 def report(
-    results: list[Measurement], size: int, count: int, tensors: int, workers: int, tp: int, arguments: list[str]
+    results: list[Measurement],
+    size: int,
+    count: int,
+    tensors: int,
+    tp: int,
+    load: float,
+    arguments: list[str],
 ) -> str:
     """The result page in Markdown."""
     cpu = next(
@@ -136,23 +138,24 @@ def report(
         f"A random Qwen2.5-3B-like model of {count:,} parameters in bfloat16, {size / 1e9:.2f} GB. Hugging Face → "
         f"Megatron (`--tp {tp}`) → Hugging Face: all {tensors} tensors bit-identical.",
         "",
-        f"- Hardware: {cpu}, {os.cpu_count()} cores, {psutil.virtual_memory().total / 2**30:.0f} GiB memory",
+        f"- Hardware: {cpu}, {os.cpu_count()} cores, {psutil.virtual_memory().total / 2**30:.0f} GiB memory; "
+        f"load average before the runs {load:.1f}",
         f"- Software: Python {platform.python_version()}, "
         + ", ".join(f"{name} {version(name)}" for name in ("torch", "megatron-core", "safetensors", "transformers")),
         f"- Command: `python tools/benchmark_convert.py {' '.join(arguments)}`".rstrip(),
         "",
-        "| Run | Seconds | MB/s | Peak resident (RSS) | Peak proportional (PSS) |",
-        "|---|---:|---:|---:|---:|",
+        "| Run | Seconds | MB/s | Peak resident memory |",
+        "|---|---:|---:|---:|",
     ]
     for run in results:
-        speed, rss, pss = size / 1e6 / run.seconds, run.rss / 2**30, run.pss / 2**30
-        lines.append(f"| {run.label} | {run.seconds:.1f} | {speed:.0f} | {rss:.2f} GiB | {pss:.2f} GiB |")
+        speed = size / 1e6 / run.seconds
+        lines.append(f"| {run.label} | {run.seconds:.1f} | {speed:.0f} | {run.rss / 2**30:.2f} GiB |")
     lines += [
         "",
-        f"Memory is the sum over all processes of a run ({workers} worker{'s' if workers > 1 else ''}), imports of "
-        "Python and torch included, sampled every 20 ms. RSS counts shared libraries and mapped file pages once per "
-        "process, PSS divides shared ones. Seconds are those of the whole command, imports included. Every run, `cp` "
-        "too, ends with the data flushed to disk; the source is in the page cache where it fits.",
+        "Memory is the sum of the resident sizes of all processes of a run, the waiting parent included, sampled every "
+        "20 ms; it counts Python and torch once per process, and the mapped pages of the files being read. Seconds are "
+        "those of the whole command, imports included. Every run, `cp` too, ends with the data flushed to disk; the "
+        "source is in the page cache where it fits. `cp` is the yardstick of the same minutes on the same disk.",
         "",
     ]
     return "\n".join(lines)
@@ -162,31 +165,36 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, required=True, help="empty or new directory for the files")
     parser.add_argument("--gigabytes", type=float, default=4.2)
-    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2], help="process counts to run with")
     parser.add_argument("--tp", type=int, default=2)
     parser.add_argument("--output", type=Path, help="file for the result page; default: print only")
     args = parser.parse_args()
     hf, megatron, back, copy = (args.work / name for name in ("hf", "megatron", "back", "copy"))
     config = model_config(args.gigabytes)
+    load = os.getloadavg()[0]
     try:
         size = write_random(hf, config)
-        workers = ["--workers", str(args.workers)]
         to_megatron = [sys.executable, str(TOOLS / "convert_hf_to_megatron.py"), "--hf-path", str(hf)]
         to_hf = [sys.executable, str(TOOLS / "convert_megatron_to_hf.py"), "--megatron-path", str(megatron)]
         copying = f"cp -r '{hf}' '{copy}' && sync -f '{copy}'"
         results = [measure("`cp`", ["sh", "-c", copying])]
         shutil.rmtree(copy)
-        results += [
-            measure("HF → Megatron", [*to_megatron, "--output", str(megatron), "--tp", str(args.tp), *workers]),
-            measure("Megatron → HF", [*to_hf, "--output", str(back), "--max-shard-gb", "1", *workers]),
-        ]
-        tensors = compare(hf, back)
+        for count in args.workers:
+            label = f"{count} process" + ("es" if count > 1 else "")
+            workers = ["--workers", str(count)]
+            forward = [*to_megatron, "--output", str(megatron), "--tp", str(args.tp), *workers]
+            results.append(measure(f"HF → Megatron, {label}", forward))
+            backward = [*to_hf, "--output", str(back), "--max-shard-gb", "1", *workers]
+            results.append(measure(f"Megatron → HF, {label}", backward))
+            tensors = compare(hf, back)
+            shutil.rmtree(megatron)
+            shutil.rmtree(back)
     finally:
         for directory in (hf, megatron, back, copy):
             shutil.rmtree(directory, ignore_errors=True)
     shown = [a for a in sys.argv[1:] if not a.startswith(str(args.work))]
     shown = [("--work DIR" if a == "--work" else a) for a in shown]
-    page = report(results, size, parameter_count(describe(config)), tensors, args.workers, args.tp, shown)
+    page = report(results, size, parameter_count(describe(config)), tensors, args.tp, load, shown)
     print(page)
     if args.output:
         args.output.write_text(page)

@@ -29,7 +29,7 @@ from real_megatron.bridge.workers import Progress, run
 # A rank's share is cut into files of about this size, so that processes can share the work.
 FILE_BYTES = 2 * 2**30
 # Larger blocks are stored as several, so that no process ever holds much at once.
-BLOCK_BYTES = 64 * 2**20
+BLOCK_BYTES = 16 * 2**20
 SHARD_BYTES = 5 * 10**9
 
 

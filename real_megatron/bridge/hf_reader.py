@@ -18,7 +18,7 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # Files are memory-mapped; what has been read counts as resident until the mapping is closed.
-REMAP_BYTES = 128 * 2**20
+REMAP_BYTES = 32 * 2**20
 
 
 class CheckpointError(ValueError):
