@@ -151,7 +151,8 @@ def update(policy: Policy, groups: Sequence[Group], objective: Objective, update
     results = [policy.train_step(part, objective) for part in parts(groups, updates)]
     names = {name: None for result in results for name in result}
     metrics = {name: fmean([r[name] for r in results if name in r]) for name in names}
-    metrics["tokens"] = sum(result["tokens"] for result in results)
+    for counted in ("tokens", "information_tokens", "model_flops"):
+        metrics[counted] = sum(result[counted] for result in results)
     metrics["updates"] = float(len(results))
     return metrics
 

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from real_megatron.batch.types import Group
 from real_megatron.config import RunConfig
+from real_megatron.policy.flops import peak_flops
 from real_megatron.policy.policy import Policy
 from real_megatron.policy.runtime import default_dtype
 from real_megatron.rollout.engine import RolloutEngine
@@ -178,6 +179,9 @@ class Session:
                 values |= {f"seconds/{name}": value for name, value in seconds.items()}
                 training = seconds["step"] - seconds.get("evaluate", 0.0) - seconds.get("checkpoint", 0.0)
                 values["tokens_per_second"] = values["tokens"] / training
+                peak = peak_flops(self.policy.runtime.device)
+                if peak is not None:  # model FLOPs utilisation of the update phase, over all GPUs
+                    values["mfu"] = values["model_flops"] / seconds["update"] / (peak * self.policy.runtime.world_size)
                 metrics.write(done, values)
                 bar.update(task, completed=done, figures=_figures(values))
                 if last or _due(done, config.metrics.print_every):
