@@ -21,6 +21,8 @@ EXIT_TERMINATED = 143  # what a shell reports for SIGTERM: schedulers requeue on
 
 # Errors whose message says what to mend: shown without a traceback, unless --traceback asks for it.
 MENDABLE = (ConfigError, ValueError, OSError, FloatingPointError)
+# Tables in a file or pipe are not squeezed into 80 columns.
+CONSOLE_OUT = Console(width=None if sys.stdout.isatty() else 180)
 full_traceback = False
 
 app = typer.Typer(
@@ -105,6 +107,97 @@ def sft(config: ConfigFile, overrides: Overrides = None) -> None:
         run(RunConfig.from_yaml(config, overrides or []))
 
 
+@app.command()
+def evaluate(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    model: Annotated[
+        Path | None, typer.Option(help="Hugging Face checkpoint to evaluate; default: the run's own, output/hf.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Directory for evaluation/NAME.json; default: the run's output directory.")
+    ] = None,
+) -> None:
+    """Evaluate a checkpoint on the configuration's test sets (data.eval).
+
+    Samples evaluation.samples critiques per example, reads RAIL (expected score) and sampled scores, and prints
+    Pearson, Spearman and Kendall correlation and squared error with 95 % bootstrap intervals.
+
+    Examples:
+
+      real-megatron evaluate real.yaml
+
+      real-megatron evaluate real.yaml --model Qwen3-8B --output runs/before evaluation.samples=4
+    """
+    with reported():
+        from real_megatron.config import RunConfig
+        from real_megatron.training.commands import evaluate_checkpoint
+
+        run = RunConfig.from_yaml(config, overrides or [])
+        CONSOLE_OUT.print(evaluate_checkpoint(run, model or run.output / "hf", output or run.output))
+
+
+@app.command()
+def judge(
+    model: Annotated[Path, typer.Option(help="Directory of a Hugging Face checkpoint.")],
+    source: Annotated[
+        Path, typer.Option("--input", help="JSONL file: `prompt` or `messages` (or the template's fields) a row.")
+    ],
+    output: Annotated[Path, typer.Option(help="JSONL file to write: score, distribution and critique a row.")],
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            help="YAML with scale, template and sampling; default: the one that training left with the model."
+        ),
+    ] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Score every row of a JSONL file: critique, expected score and score distribution.
+
+    Run it again to go on where it stopped. A bad row does not stop the job: it is reported, with its line, in
+    OUTPUT.errors.jsonl, and tried again by the next run.
+
+    Examples:
+
+      real-megatron judge --model runs/real/hf --input answers.jsonl --output scores.jsonl
+
+      real-megatron judge --model Qwen3-8B --input a.jsonl --output s.jsonl data.template=prometheus
+    """
+    with reported():
+        from real_megatron.config import RunConfig
+        from real_megatron.training.commands import judge_file
+        from real_megatron.training.export import RUN_FILE
+
+        if config is None and (model / RUN_FILE).exists():
+            config = model / RUN_FILE
+        done = judge_file(RunConfig.from_yaml(config, overrides or []), model, source, output)
+        typer.echo(
+            f"{output}: {done.judged} rows judged, {done.skipped} done before, {done.bad} bad, "
+            f"{done.no_anchor} critiques without an anchor"
+        )
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Output directories of runs, the one to compare with first.")],
+    output: Annotated[Path | None, typer.Option(help="Directory of report.md; default: the last run's.")] = None,
+    title: Annotated[str, typer.Option(help="Title of the report.")] = "Evaluation report",
+) -> None:
+    """Write report.md: tables of agreement with the labels, differences between runs, learning curves (PNG).
+
+    Examples:
+
+      real-megatron report runs/real
+
+      real-megatron report runs/sft runs/real --output runs/comparison
+    """
+    with reported():
+        from real_megatron.evaluation.report import read_stage, write_report
+
+        stages = [read_stage(run.name, run) for run in runs]
+        typer.echo(write_report(output or runs[-1], stages, command=["real-megatron", *sys.argv[1:]], title=title))
+
+
 convert = typer.Typer(
     help="Convert checkpoints between Hugging Face and Megatron-Core (torch_dist), bit for bit, streaming.\n\n"
     "Training needs no conversion: it reads Hugging Face checkpoints and writes one at its end.",
@@ -142,7 +235,7 @@ def to_megatron(
 
         layout = {"tp": tp, "pp": pp, "ep": ep, "dtype": torch_dtype(dtype)}
         if dry_run:
-            Console().print(bridge.dry_run(source, **layout))
+            CONSOLE_OUT.print(bridge.dry_run(source, **layout))
             return
         if output is None:
             raise ConfigError("convert to-megatron: name the OUTPUT directory, or add --dry-run")

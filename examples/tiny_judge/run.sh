@@ -1,0 +1,36 @@
+#!/usr/bin/env bash
+# The tiny judge, end to end, on a machine with nothing but Python 3.11 (about ten minutes on two cores):
+# environment → data and model → SFT (RAFT) → REAL → evaluation on both test sets → report → the checkpoint loads.
+# Run it again after an interruption: finished stages are skipped, training goes on from its last checkpoint.
+#   bash examples/tiny_judge/run.sh
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+bash tools/setup_env.sh requirements.txt
+out=runs/tiny_judge
+real_megatron() { .venv/bin/python -m real_megatron "$@"; }
+
+if [ ! -f "$out/task/model/config.json" ]; then
+    .venv/bin/python -m real_megatron.data.tiny_judge --output "$out/task"
+fi
+if [ ! -d "$out/sft/hf" ]; then
+    real_megatron sft examples/tiny_judge/sft.yaml
+fi
+if [ ! -d "$out/real/hf" ]; then
+    real_megatron train examples/tiny_judge/real.yaml
+fi
+# The runs have evaluated themselves at their last step; this reads the exported checkpoint, as a user would.
+if [ ! -f "$out/checkpoint/evaluation/out_of_domain.json" ]; then
+    real_megatron evaluate examples/tiny_judge/real.yaml --output "$out/checkpoint"
+fi
+real_megatron report "$out/sft" "$out/real" --output "$out" --title "The tiny judge: SFT, then REAL"
+.venv/bin/python - "$out/real/hf" <<'PYTHON'
+import sys
+
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model, tokenizer = (kind.from_pretrained(sys.argv[1]) for kind in (AutoModelForCausalLM, AutoTokenizer))
+prompt = "start 3 marks good reversed slip note great error good - - - - - critique:"
+output = model.generate(**tokenizer(prompt, return_tensors="pt", return_token_type_ids=False), max_new_tokens=16, do_sample=False)
+print("AutoModelForCausalLM loads", sys.argv[1], "and judges:", tokenizer.decode(output[0]))
+PYTHON
+echo "Report: $out/report.md"

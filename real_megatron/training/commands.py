@@ -1,0 +1,117 @@
+"""Evaluating and judging with a checkpoint as it is: no policy, only a rollout engine that serves it."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from rich.table import Table
+from transformers import PreTrainedTokenizerBase
+
+from real_megatron.config import RunConfig
+from real_megatron.data import encode_prompt, example_from_record, load_template
+from real_megatron.evaluation.judge import JudgeSummary, judge
+from real_megatron.evaluation.metrics import NAMES
+from real_megatron.evaluation.runner import DECODINGS, Evaluation
+from real_megatron.policy.runtime import default_device, default_dtype
+from real_megatron.rollout.engine import RolloutEngine
+from real_megatron.rollout.factory import build_engine
+from real_megatron.scores import ScoreScale
+from real_megatron.sections import ConfigError
+from real_megatron.training.evaluating import evaluate_sets, evaluation_params, load_evaluation_sets
+from real_megatron.training.examples import load_tokenizer
+from real_megatron.training.terminal import progress
+
+
+@dataclass(frozen=True)
+class Served:
+    """A checkpoint behind an engine."""
+
+    engine: RolloutEngine
+    tokenizer: PreTrainedTokenizerBase
+    scale: ScoreScale
+
+
+@contextmanager
+def served(config: RunConfig, model: Path, work_dir: Path) -> Iterator[Served]:
+    """Serve a Hugging Face checkpoint with the configured engine, which is closed at the end."""
+    if not (model / "config.json").is_file():
+        raise ConfigError(f"{model}: no config.json there; name the directory of a Hugging Face checkpoint")
+    tokenizer = load_tokenizer(str(model))
+    scale = ScoreScale.resolve(tokenizer, config.scale.scores, config.scale.values, config.scale.anchor)
+    engine = build_engine(
+        config.rollout,
+        model,
+        tokenizer,
+        work_dir,
+        device=default_device(),
+        dtype=default_dtype(config.model.dtype),
+        serve_loaded=True,
+    )
+    try:
+        yield Served(engine, tokenizer, scale)
+    finally:
+        engine.close()
+
+
+def evaluate_checkpoint(config: RunConfig, model: Path, output: Path) -> Table:
+    """Evaluate a checkpoint on the sets of `data.eval`; saves `output/evaluation/NAME.json`, returns a table to print.
+
+    Raises ConfigError when there is no set or no checkpoint.
+    """
+    if not config.data.eval:
+        raise ConfigError("data.eval is empty: name at least one test set, for example data.eval.dev.path=dev.jsonl")
+    with served(config, model, output / "rollout") as judge_model:
+        tokenizer, scale = judge_model.tokenizer, judge_model.scale
+        sets = load_evaluation_sets(config, tokenizer, scale)
+        about = {"model": str(model)}
+        return _table(evaluate_sets(config, judge_model.engine, tokenizer, scale, sets, output, about=about))
+
+
+def judge_file(config: RunConfig, model: Path, source: Path, output: Path) -> JudgeSummary:
+    """Score every row of the JSONL file `source`; resumable, and bad rows are reported beside `output`.
+
+    Raises ConfigError when the output was begun with other settings, OSError when a file cannot be read.
+    """
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        raise ConfigError("judge runs as one process: start it without torchrun; servers take several GPUs")
+    template = load_template(config.data.template)
+    with source.open("rb") as lines:
+        total = sum(1 for line in lines if line.strip())
+    with served(config, model, output.parent / "rollout") as judge_model, progress(True) as bar:
+        tokenizer, limit = judge_model.tokenizer, config.rollout.max_prompt_tokens
+
+        def encode(record: dict[str, Any]) -> list[int]:
+            example = example_from_record(record, template, "row", "row")
+            ids = encode_prompt(tokenizer, example, config.data.chat_template)
+            if len(ids) > limit:
+                raise ValueError(f"the prompt has {len(ids)} tokens, more than rollout.max_prompt_tokens = {limit}")
+            return ids
+
+        task = bar.add_task("judging", total=total, figures="")
+        return judge(
+            judge_model.engine,
+            tokenizer,
+            judge_model.scale,
+            source,
+            output,
+            encode,
+            evaluation_params(config),
+            seed=config.seed,
+            rule=config.evaluation.no_anchor,
+            probabilities=config.objective.probabilities,
+            batch=config.rollout.batch_size,
+            settings={"model": str(model), "template": config.data.template},
+            on_progress=lambda done: bar.update(task, completed=done.judged + done.skipped + done.bad),
+        )
+
+
+def _table(results: dict[str, Evaluation]) -> Table:
+    table = Table("test set", "decoding", *NAMES)
+    for name, result in results.items():
+        for decoding in DECODINGS:
+            estimates = (result.metrics[decoding][metric] for metric in NAMES)
+            table.add_row(name, decoding, *(f"{e.value:.3f} [{e.low:.3f}, {e.high:.3f}]" for e in estimates))
+    return table
