@@ -104,8 +104,9 @@ def pearson(x: Array, y: Array) -> Array:
 class _KendallPairs:
     """Kendall's tau-b of many resamples at once.
 
-    With w_i = how often example i was drawn, the sum over drawn pairs of sign(Δx)·sign(Δy) is ½ wᵀCw, and the pairs
-    not tied in x are ½ wᵀ|sign Δx|w: matrix products instead of a sort per resample. C is formed in blocks of rows.
+    With w_i = how often example i was drawn, the sum over drawn pairs of C = sign(Δx)·sign(Δy) is ½ wᵀCw: one matrix
+    product, in blocks of rows of C, instead of a sort per resample. The pairs not tied in x are ½ (n² − Σ_g w_g²), with
+    w_g the draws among the examples of one x.
     """
 
     def __init__(self, x: Array, y: Array) -> None:
@@ -114,16 +115,22 @@ class _KendallPairs:
     def tau(self, counts: Array) -> Array:
         """counts [resamples, n] → [resamples]; NaN where x or y is constant."""
         n = len(self._x)
-        both, in_x, in_y = (np.zeros(len(counts)) for _ in range(3))
+        both = np.zeros(len(counts))
         step = max(1, CELLS // n)
         for start in range(0, n, step):
             rows = slice(start, start + step)
-            sx = np.sign(self._x[rows, None] - self._x)
-            sy = np.sign(self._y[rows, None] - self._y)
-            for total, matrix in ((both, sx * sy), (in_x, np.abs(sx)), (in_y, np.abs(sy))):
-                total += ((counts[:, rows] @ matrix) * counts).sum(-1)
+            signs = np.sign(self._x[rows, None] - self._x) * np.sign(self._y[rows, None] - self._y)
+            both += ((counts[:, rows] @ signs) * counts).sum(-1)
+        in_x, in_y = (n**2 - _same(counts, values) for values in (self._x, self._y))
         norm = np.sqrt(in_x * in_y)
         return np.where(norm == 0, math.nan, both / np.where(norm == 0, 1.0, norm))
+
+
+def _same(counts: Array, values: Array) -> Array:
+    """[resamples]: ordered pairs of draws with equal values, each draw with itself included."""
+    order = np.argsort(values, kind="stable")
+    starts = np.flatnonzero(np.diff(values[order], prepend=math.nan) != 0)
+    return (np.add.reduceat(counts[:, order], starts, axis=-1) ** 2).sum(-1)
 
 
 def _metrics(x: Array, y: Array, scale_values: Sequence[float]) -> dict[str, float]:

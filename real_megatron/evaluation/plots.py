@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from real_megatron.evaluation.runner import Evaluation
 
@@ -87,14 +88,14 @@ def evaluation_curves(path: Path, stages: Mapping[str, Sequence[Evaluation]]) ->
     if not lines:
         return False
     figure, axes = _figure(2)
-    for ax, metric, title in zip(axes, ("pearson", "mse"), ("Pearson correlation", "Mean squared error"), strict=True):
+    for ax, metric, title in zip(axes, ("pearson", "mse"), ("Pearson correlation", "Squared error"), strict=True):
         for label, own in lines:
             estimates = [e.metrics["rail"][metric] for e in own]
             steps = [e.step for e in own]
             (line,) = ax.plot(steps, [e.value for e in estimates], marker="o", markersize=4, label=label)
             low, high = [e.low for e in estimates], [e.high for e in estimates]
             ax.fill_between(steps, low, high, color=line.get_color(), alpha=0.15)
-        _label(ax, f"{title} on the test sets (RAIL, 95 % interval)", title.lower())
+        _label(ax, f"{title} on the test sets (RAIL, 95 % interval)", title)
     _save(figure, path)
     return True
 
@@ -129,6 +130,10 @@ def _label(ax: Axes, title: str, unit: str) -> None:
     ax.set_title(title, fontsize=11)
     ax.set_xlabel("step")
     ax.set_ylabel(unit)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.ticklabel_format(axis="y", useOffset=False)
+    if unit == "share":
+        ax.set_ylim(0, 1.03)
     ax.grid(alpha=0.3)
     ax.legend(fontsize=8)
 

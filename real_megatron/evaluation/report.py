@@ -25,7 +25,7 @@ DECODING_TITLES = {"rail": "RAIL", "sampled": "sampled score"}
 
 @dataclass(frozen=True)
 class Stage:
-    """One column of the comparison: a run, or a checkpoint that was evaluated."""
+    """One line of the comparison: a run, or a checkpoint that was evaluated."""
 
     name: str
     metrics: list[dict[str, float]]
@@ -189,7 +189,7 @@ def _settings(evaluations: Mapping[str, Evaluation]) -> list[str]:
     lines = ["How the numbers were made:", ""]
     for stage, e in evaluations.items():
         c = e.config
-        where = "".join(f"{key} `{c[key]}`, " for key in ("model", "command") if c.get(key))
+        where = "".join(f"{key} `{c[key]}`, " for key in ("model", "run", "command") if c.get(key))
         lines.append(
             f"- {stage}: {where}{c['samples']} critique{'s' if c['samples'] > 1 else ''} an example at temperature "
             f"{c['temperature']:g}, top-p {c['top_p']:g}, seed {c['seed']}; a critique without anchor: "

@@ -40,8 +40,10 @@ def read_rows(path):
 
 def test_rows_say_what_evaluation_says(run, engine, tokenizer, scale, source, tmp_path) -> None:
     seen = []
-    summary = run(seed=4, on_progress=lambda s: seen.append(s.judged))
-    assert (summary.judged, summary.skipped, summary.bad) == (7, 0, 0) and seen == [3, 6, 7]
+    output = tmp_path / "out.jsonl"
+    summary = run(seed=4, on_progress=lambda s: seen.append((s.judged, len(read_rows(output)))))
+    assert (summary.judged, summary.skipped, summary.bad) == (7, 0, 0)
+    assert seen == [(3, 3), (6, 6), (7, 7)]  # what is reported as judged is in the file
     rows = read_rows(tmp_path / "out.jsonl")
     examples = [
         SimpleNamespace(id=r["id"], label=3.0, prompt_ids=tokenizer.encode(r["prompt"])) for r in read_rows(source)

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -69,6 +70,9 @@ def test_nothing_but_seed_and_example_decides(result, engine, tokenizer, scale, 
         assert own[prediction.id].rail == pytest.approx(prediction.rail, rel=1e-4)
     other = evaluate(engine, tokenizer, scale, examples, PARAMS, name="set", seed=6, bootstrap=5)
     assert [p.critiques for p in other.predictions] != [p.critiques for p in result.predictions]
+    twins = [replace(examples[0], id=f"twin {i}") for i in range(8)]
+    own = evaluate(engine, tokenizer, scale, twins, PARAMS, name="set", bootstrap=5).predictions
+    assert len({tuple(p.critiques) for p in own}) > 1 and len({p.sampled for p in own}) > 1
 
 
 def test_sampled_scores_follow_the_renormalised_distribution(engine, tokenizer, scale, examples) -> None:
