@@ -29,7 +29,7 @@ import sys
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model, tokenizer = (kind.from_pretrained(sys.argv[1]) for kind in (AutoModelForCausalLM, AutoTokenizer))
-prompt = "start 3 marks good reversed slip note great error good - - - - - critique:"
+prompt = "start 3 marks good reversed slip note great error good - - - critique:"
 output = model.generate(**tokenizer(prompt, return_tensors="pt", return_token_type_ids=False), max_new_tokens=16, do_sample=False)
 print("AutoModelForCausalLM loads", sys.argv[1], "and judges:", tokenizer.decode(output[0]))
 PYTHON
