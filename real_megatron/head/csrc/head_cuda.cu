@@ -196,7 +196,8 @@ __global__ void __launch_bounds__(kThreads, 4)
 template <typename T>
 __global__ void __launch_bounds__(kThreads) stats_rows(const T* logits, int64_t rows, int64_t stride, Shard shard,
                                                        const int64_t* ids, const int64_t* offsets, const float* values,
-                                                       bool weighted, unsigned tiles, const MaxSum* partial, float* packed) {
+                                                       bool weighted, unsigned tiles, const MaxSum* partial,
+                                                       float* packed) {
   const int64_t r = int64_t(blockIdx.x) * (kThreads / kWarp) + threadIdx.x / kWarp;
   const int lane = threadIdx.x % kWarp;
   if (r >= rows) return;
@@ -251,7 +252,9 @@ __global__ void __launch_bounds__(kThreads, 4)
   const bool last = tile + 1 == tiles;
   const bool idle = coefficient == 0.f;
 
-  const auto scalar = [&](int64_t c) { store(to + c, idle ? 0.f : dense_gradient(load(from[c]), row_max, coefficient)); };
+  const auto scalar = [&](int64_t c) {
+    store(to + c, idle ? 0.f : dense_gradient(load(from[c]), row_max, coefficient));
+  };
   if (reinterpret_cast<uintptr_t>(from) % 16 != reinterpret_cast<uintptr_t>(to) % 16) {
 #pragma unroll 1
     for (int64_t c = first + threadIdx.x; c < end; c += kThreads) scalar(c);

@@ -1,6 +1,6 @@
 // Runs CUDA kernels on a CPU, one fiber a CUDA thread, so that their indexing, reductions and barriers are tested where
-// there is no GPU. Covers what head_cuda.cu uses. Misaligned 16-byte accesses abort; fibers can be scheduled backwards, so
-// that a missing barrier changes the result.
+// there is no GPU. Covers what head_cuda.cu uses. Misaligned 16-byte accesses abort; fibers can be scheduled backwards,
+// so that a missing barrier changes the result.
 #pragma once
 #include <ucontext.h>
 
