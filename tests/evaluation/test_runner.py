@@ -72,7 +72,10 @@ def test_nothing_but_seed_and_example_decides(result, engine, tokenizer, scale, 
     assert [p.critiques for p in other.predictions] != [p.critiques for p in result.predictions]
     twins = [replace(examples[0], id=f"twin {i}") for i in range(8)]
     own = evaluate(engine, tokenizer, scale, twins, PARAMS, name="set", bootstrap=5).predictions
-    assert len({tuple(p.critiques) for p in own}) > 1 and len({p.sampled for p in own}) > 1
+    assert len({tuple(p.critiques) for p in own}) > 1
+    greedy = SamplingParams(n=1, temperature=0.0, max_new_tokens=12)
+    own = evaluate(engine, tokenizer, scale, twins, greedy, name="set", bootstrap=5).predictions
+    assert len({tuple(p.critiques) for p in own}) == 1 and len({p.sampled for p in own}) > 1
 
 
 def test_sampled_scores_follow_the_renormalised_distribution(engine, tokenizer, scale, examples) -> None:
