@@ -70,7 +70,7 @@ def test_nothing_but_seed_and_example_decides(result, engine, tokenizer, scale, 
         assert own[prediction.id].rail == pytest.approx(prediction.rail, rel=1e-4)
     other = evaluate(engine, tokenizer, scale, examples, PARAMS, name="set", seed=6, bootstrap=5)
     assert [p.critiques for p in other.predictions] != [p.critiques for p in result.predictions]
-    twins = [replace(examples[0], id=f"twin {i}") for i in range(8)]
+    twins = [replace(examples[0], id=f"twin {i}") for i in range(100)]
     own = evaluate(engine, tokenizer, scale, twins, PARAMS, name="set", bootstrap=5).predictions
     assert len({tuple(p.critiques) for p in own}) > 1
     greedy = SamplingParams(n=1, temperature=0.0, max_new_tokens=12)
