@@ -204,7 +204,8 @@ class FakeServer:
 
     def get(self, path: str) -> tuple[int, object]:
         if path == "/health":
-            return 200, None
+            # SGLang's check generates a token, which a paused server does not.
+            return (503, None) if self.paused and self.flavour == "sglang" else (200, None)
         if path == "/model_info":
             return 200, RECORDED["model_info"]["body"] | {"weight_version": self.version}
         if path == "/server_info":

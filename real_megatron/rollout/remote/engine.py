@@ -2,6 +2,7 @@
 
 import asyncio
 import queue
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -32,22 +33,22 @@ class RemoteEngine(ABC):
         self._vocab_size = vocab_size
         self._max_tokens = max_tokens
         self._asleep = False
+        self._closing = threading.Lock()
         self._loop = LoopThread(type(self).__name__)
-        self._http = self._loop.run(self._open(replicas))
+        self._loop.run(self._open(replicas))
 
-    async def _open(self, replicas: list[Replica]) -> Any:
+    async def _open(self, replicas: list[Replica]) -> None:
         config = self._config
-        http = open_http()
+        http = self._http = open_http()
         self._pool = ReplicaPool(
             replicas,
-            http,
             concurrency=config.concurrency,
             start_timeout_s=config.start_timeout_s,
             restarts=config.restarts,
+            probe=self._probe,
             restore=self._restore,
         )
         self._client = RequestClient(http, self._pool, config.timeout_s, config.attempts, config.router)
-        return http
 
     # --- what a subclass says ---------------------------------------------------------------------------------------
 
@@ -67,6 +68,15 @@ class RemoteEngine(ABC):
     @abstractmethod
     async def _restore(self, replica: Replica) -> None:
         """Bring a server that is up to the current weights (see ReplicaPool)."""
+
+    async def _shutdown(self) -> None:
+        """End the servers that were started here, and the connections."""
+        await self._pool.close()
+        await self._http.aclose()
+
+    async def _probe(self, replica: Replica, timeout_s: float) -> None:
+        """Raise httpx.HTTPError unless the server answers its health check."""
+        (await self._http.get(replica.url + "/health", timeout=timeout_s)).raise_for_status()
 
     # --- the protocol -----------------------------------------------------------------------------------------------
 
@@ -123,11 +133,10 @@ class RemoteEngine(ABC):
 
     def close(self) -> None:
         """End the servers that were started here; attached ones go on."""
-        if self._loop.loop.is_closed():
-            return
-        self._loop.run(self._pool.close())
-        self._loop.run(self._http.aclose())
-        self._loop.close()
+        with self._closing:  # two threads may close: the second finds nothing left to do
+            if self._loop.alive:
+                self._loop.run(self._shutdown())
+            self._loop.close()
 
     # --- inside -----------------------------------------------------------------------------------------------------
 

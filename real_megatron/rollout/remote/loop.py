@@ -3,10 +3,12 @@
 import asyncio
 import threading
 from collections.abc import Callable, Coroutine
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+
+_POLL_S = 1.0
 
 
 class LoopThread:
@@ -21,13 +23,24 @@ class LoopThread:
         return asyncio.run_coroutine_threadsafe(coroutine, self.loop)
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        """Run to completion; an interrupt of the caller cancels the coroutine."""
+        """Run to completion; an interrupt of the caller cancels the coroutine.
+
+        Raises RuntimeError when the loop's thread has ended: nobody would ever run the coroutine.
+        """
         future = self.submit(coroutine)
         try:
+            while not wait([future], timeout=_POLL_S).done:
+                if not self.alive:
+                    raise RuntimeError("the engine's event loop has ended")
             return future.result()
         except BaseException:
             future.cancel()
             raise
+
+    @property
+    def alive(self) -> bool:
+        """Whether coroutines still run."""
+        return self._thread.is_alive() and not self.loop.is_closed()
 
     def close(self) -> None:
         async def drain() -> None:
@@ -36,12 +49,12 @@ class LoopThread:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-        if self.loop.is_closed():
-            return
-        self.run(drain())
-        self.loop.call_soon_threadsafe(self.loop.stop)
-        self._thread.join()
-        self.loop.close()
+        if self.alive:
+            self.run(drain())
+            self.loop.call_soon_threadsafe(self.loop.stop)
+            self._thread.join()
+        if not self.loop.is_closed():
+            self.loop.close()
 
 
 async def in_daemon_thread(function: Callable[[], T]) -> T:

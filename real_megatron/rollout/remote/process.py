@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 logger = logging.getLogger(__name__)
@@ -36,7 +37,8 @@ class ServerProcess:
         self._process: subprocess.Popen | None = None
 
     def start(self) -> None:
-        self.stop()
+        """Start, or replace what runs: a server that is replaced has nothing to save."""
+        self.stop(grace_s=0)
         self._log_dir.mkdir(parents=True, exist_ok=True)
         self.log = self._log_dir / f"{self._name}.{self.starts}.log"
         self.starts += 1
@@ -71,23 +73,23 @@ class ServerProcess:
                 tail = log.read().decode(errors="replace")
         return f"{self._name}: {status}; log {self.log}:\n{tail}"
 
-    def stop(self) -> None:
-        """End the whole process group, politely at first."""
+    def stop(self, grace_s: float = _GRACE_S) -> None:
+        """End the whole process group, politely at first unless `grace_s` is 0."""
         if self._process is None:
             return
-        for sig in (signal.SIGTERM, signal.SIGKILL):
-            # The group outlives its leader while a worker hangs.
-            try:
-                os.killpg(self._process.pid, sig)
-            except ProcessLookupError:
-                break
-            try:
-                self._process.wait(_GRACE_S)
-            except subprocess.TimeoutExpired:
-                continue
+        if grace_s:
+            self._signal(signal.SIGTERM)
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(grace_s)
+        # The group outlives its leader while a worker hangs.
+        self._signal(signal.SIGKILL)
         self._process.wait()
         self._process.stdin.close()
         self._process = None
+
+    def _signal(self, number: int) -> None:
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, number)
 
 
 def free_port() -> int:

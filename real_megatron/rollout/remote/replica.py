@@ -51,20 +51,23 @@ class ReplicaPool:
     def __init__(
         self,
         replicas: list[Replica],
-        http: httpx.AsyncClient,
         *,
         concurrency: int,
         start_timeout_s: float,
         restarts: int,
+        probe: Callable[[Replica, float], Awaitable[None]],
         restore: Callable[[Replica], Awaitable[None]],
     ) -> None:
-        """`restore` brings a server that is up to the current weights and sets `version`; it raises
-        NoCurrentWeights when it cannot yet."""
+        """
+        probe: raises httpx.HTTPError unless the server answers its health check within so many seconds
+        restore: brings a server that is up to the current weights and sets `version`; raises NoCurrentWeights when
+            it cannot yet
+        """
         self.replicas = replicas
-        self._http = http
         self._concurrency = concurrency
         self._start_timeout_s = start_timeout_s
         self._restarts = restarts
+        self._probe = probe
         self._restore = restore
         self._waiters: list[asyncio.Future] = []
         self._recoveries: dict[Replica, asyncio.Task] = {}
@@ -155,7 +158,7 @@ class ReplicaPool:
                     logger.warning("rollout server %s: %s", replica.url, replica.reason)
                     self._count_failure(replica)
                     if replica.process is not None:
-                        await asyncio.to_thread(replica.process.stop)
+                        await asyncio.to_thread(replica.process.stop, 0)
                     await asyncio.sleep(_POLL_S)
         except _GivenUp as error:
             replica.reason = f"given up after {replica.failures_in_a_row} recoveries in a row: {error}"
@@ -192,9 +195,6 @@ class ReplicaPool:
         await asyncio.to_thread(process.start)
         await self._wait_healthy(replica)
         self.set_state(replica, "stale", "just started")
-
-    async def _probe(self, replica: Replica, timeout: float) -> None:
-        (await self._http.get(replica.url + "/health", timeout=timeout)).raise_for_status()
 
     async def _wait_healthy(self, replica: Replica) -> None:
         deadline = time.monotonic() + self._start_timeout_s

@@ -164,6 +164,13 @@ class SGLangEngine(RemoteEngine):
             reasons = "; ".join(r.describe() for r in self._pool.replicas)
             raise WeightSyncError(f"no rollout server holds the new weights: {reasons}")
 
+    async def _probe(self, replica: Replica, timeout_s: float) -> None:
+        # The health check generates a token, for which a server that a failed sync left paused would wait for ever.
+        # Its weights are marked as a mixture, and nobody sends it requests.
+        reply = await self._http.post(replica.url + "/continue_generation", json={}, timeout=timeout_s)
+        reply.raise_for_status()
+        await super()._probe(replica, timeout_s)
+
     async def _restore(self, replica: Replica) -> None:
         if self._serve_loaded and self._label is None:
             replica.version = await self._control.weight_version(replica)
@@ -250,10 +257,10 @@ class SGLangEngine(RemoteEngine):
         for replica, reason in flight.failed.items():
             self._pool.recover(replica, reason)
 
-    def close(self) -> None:
-        if not self._loop.loop.is_closed() and hasattr(self, "_transport"):
-            self._loop.run(self._transport.close())
-        super().close()
+    async def _shutdown(self) -> None:
+        if hasattr(self, "_transport"):
+            await self._transport.close()
+        await super()._shutdown()
 
 
 def _transport_factory(config: RolloutConfig, control: Control, weights_dir: Path, model_dir: Path, device: str):

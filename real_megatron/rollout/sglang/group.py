@@ -1,12 +1,15 @@
 """A process group that joins the trainer and the servers: the trainer is rank 0, the servers follow."""
 
 import datetime
+import threading
 from contextlib import suppress
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import distributed_c10d
+
+_LONGEST_OPERATION_S = 120
 
 
 class SenderGroup:
@@ -19,13 +22,16 @@ class SenderGroup:
     def __init__(self, name: str, backend: str, timeout_s: float) -> None:
         self.name = name
         self._backend = backend
-        self._timeout = datetime.timedelta(seconds=timeout_s)
+        # Of one operation. A broadcast that nobody takes cannot be cancelled, and keeps the process from ending.
+        self._timeout = datetime.timedelta(seconds=min(timeout_s, _LONGEST_OPERATION_S))
         # Port 0: the operating system picks a free one.
         self._store = dist.TCPStore(
             "0.0.0.0", 0, is_master=True, wait_for_workers=False, timeout=self._timeout, multi_tenant=True
         )
         self.port = self._store.port
         self._group: dist.ProcessGroup | None = None
+        self._lock = threading.Lock()
+        self._sending = False
 
     def join(self, world_size: int) -> None:
         """Blocks until every server has joined, or raises at the timeout."""
@@ -48,16 +54,33 @@ class SenderGroup:
         options.rootTensor = 0
         if flat.is_cuda:
             torch.cuda.set_device(flat.device)
-        self._group.broadcast([flat], options).wait()
-        if flat.is_cuda:
-            torch.cuda.synchronize(flat.device)
+        with self._lock:
+            group, self._sending = self._group, True
+        try:
+            group.broadcast([flat], options).wait()
+            if flat.is_cuda:
+                torch.cuda.synchronize(flat.device)
+        finally:
+            with self._lock:
+                self._sending = False
+                given_up = self._group is None
+            if given_up:
+                _destroy(group)
 
     def abort(self) -> None:
-        """Close the connections, so that no server waits for a sender that has given up."""
-        if self._group is None:
+        """Give the group up. Connections close at once, or, while a broadcast runs, when that ends."""
+        with self._lock:
+            group, self._group = self._group, None
+            sending = self._sending
+        if group is None:
             return
-        group, self._group = self._group, None
-        with suppress(RuntimeError, ValueError):
+        with suppress(RuntimeError):
             group.abort()
-        with suppress(RuntimeError, ValueError):
-            dist.destroy_process_group(group)
+        # Destroying a gloo group waits for its broadcast, and holds the interpreter's lock meanwhile.
+        if not sending:
+            _destroy(group)
+
+
+def _destroy(group: dist.ProcessGroup) -> None:
+    with suppress(RuntimeError, ValueError):
+        dist.destroy_process_group(group)
