@@ -23,14 +23,18 @@ if [ ! -f "$out/checkpoint/evaluation/out_of_domain.json" ]; then
     real_megatron evaluate examples/tiny_judge/real.yaml --output "$out/checkpoint"
 fi
 real_megatron report "$out/sft" "$out/real" --output "$out" --title "The tiny judge: SFT, then REAL"
-.venv/bin/python - "$out/real/hf" <<'PYTHON'
+.venv/bin/python - "$out" <<'PYTHON'
+import json
 import sys
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model, tokenizer = (kind.from_pretrained(sys.argv[1]) for kind in (AutoModelForCausalLM, AutoTokenizer))
-prompt = "start 3 marks good reversed slip note great error good - - - critique:"
-output = model.generate(**tokenizer(prompt, return_tensors="pt", return_token_type_ids=False), max_new_tokens=16, do_sample=False)
-print("AutoModelForCausalLM loads", sys.argv[1], "and judges:", tokenizer.decode(output[0]))
+out = sys.argv[1]
+model, tokenizer = (kind.from_pretrained(f"{out}/real/hf") for kind in (AutoModelForCausalLM, AutoTokenizer))
+with open(f"{out}/task/test_in_domain.jsonl") as lines:
+    row = json.loads(next(lines))
+tokens = tokenizer(row["prompt"], return_tensors="pt", return_token_type_ids=False)
+output = model.generate(**tokens, max_new_tokens=16, do_sample=False)
+print(f"AutoModelForCausalLM loads {out}/real/hf; label {row['label']}, it says: {tokenizer.decode(output[0])}")
 PYTHON
 echo "Report: $out/report.md"

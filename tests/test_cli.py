@@ -1,0 +1,65 @@
+"""The command line: help that teaches, errors that say what to mend."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from real_megatron.cli import app
+
+COMMANDS = ["train", "sft", "evaluate", "judge", "report", "convert"]
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(app, list(arguments))
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_teaches_by_example(command: str) -> None:
+    result = run(command, "--help")
+    assert result.exit_code == 0
+    text = run("convert", "to-hf", "--help").output if command == "convert" else result.output
+    assert "Examples:" in text and f"real-megatron {command}" in text
+    assert command in run("--help").output
+
+
+def test_help_imports_neither_torch_nor_megatron() -> None:
+    code = "import sys; import real_megatron.cli; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "absent.yaml"], "absent.yaml: cannot read the configuration"),
+        (["train", "RUN", "optimizer.lrr=1"], "unknown key `optimizer.lrr`; did you mean `optimizer.lr`?"),
+        (["train", "RUN", "objective.name=raft"], "use `real-megatron sft`"),
+        (["sft", "RUN"], "use `real-megatron train`"),
+        (["train", "RUN", "model.path="], "model.path is not set"),
+        (["train", "RUN", "batch.updates=2"], "set objective.ratio to ppo or truncated_is"),
+        (["train", "RUN", "rollout.staleness=1"], "rollout.staleness is 1"),
+        (["evaluate", "RUN"], "data.eval is empty"),
+        (["evaluate", "RUN", "data.eval.dev.path=x.jsonl", "--model", "nowhere"], "nowhere: no config.json there"),
+        (["judge", "--model", "nowhere", "--input", "RUN", "--output", "o.jsonl"], "nowhere: no config.json there"),
+        (["report", "nowhere"], "nowhere: no such directory"),
+        (["convert", "to-megatron", "nowhere"], "name the OUTPUT directory, or add --dry-run"),
+        (["convert", "to-hf", "nowhere", "out", "--dtype", "fp8"], "--dtype fp8: use one of float32, bfloat16, float16"),
+    ],
+)
+def test_a_mistake_is_one_message_without_a_traceback(
+    arguments: list[str], message: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_text("steps: 2\n")
+    result = run(*[str(config) if a == "RUN" else a for a in arguments])
+    assert result.exit_code == 1
+    errors = capfd.readouterr().err + result.output
+    assert message in " ".join(errors.split())
+    assert "Traceback" not in errors and errors.count("error:") == 1
+
+
+def test_the_traceback_can_be_asked_for(tmp_path: Path) -> None:
+    result = run("--traceback", "train", str(tmp_path / "absent.yaml"))
+    assert result.exit_code == 1 and type(result.exception).__name__ == "ConfigError"
