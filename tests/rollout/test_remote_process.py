@@ -1,0 +1,202 @@
+"""Servers as child processes: started, restarted when they die, ended with their parent."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+from real_megatron.config import RolloutConfig
+from real_megatron.rollout.engine import SamplingParams
+from real_megatron.rollout.remote import client, replica
+from real_megatron.rollout.remote.errors import RolloutError
+from real_megatron.rollout.remote.process import LAUNCHER, ServerProcess
+from real_megatron.rollout.sglang.engine import SGLangEngine
+from tests.support.rollout_fake_server import VOCABULARY, expected_ids
+from tests.support.rollout_models import tiny_qwen3
+
+ROOT = Path(__file__).parents[2]
+CONFIG = tiny_qwen3(VOCABULARY, max_position_embeddings=64)
+PROMPTS = [[i, i + 1, 5] for i in range(1, 20)]
+PARAMS = SamplingParams(n=2, max_new_tokens=8)
+
+
+@pytest.fixture(autouse=True)
+def short_pauses(monkeypatch):
+    monkeypatch.setattr(client, "_FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(replica, "_POLL_S", 0.05)
+
+
+def python_that_runs(tmp_path: Path, body: str) -> str:
+    """An executable that takes the place of the server environment's Python: it gets the engine's own command line."""
+    path = tmp_path / "python"
+    path.write_text(f"#!{sys.executable}\n" + textwrap.dedent(body))
+    path.chmod(0o755)
+    return str(path)
+
+
+FAKE = f"""
+    import sys
+    sys.path.insert(0, {str(ROOT)!r})
+    from tests.support.rollout_fake_server import main
+    main()
+"""
+
+
+@pytest.fixture
+def build(tmp_path):
+    model = AutoModelForCausalLM.from_config(CONFIG)
+    model.save_pretrained(tmp_path / "model")
+    engines = []
+
+    def make(body: str = FAKE, **settings):
+        settings = {"weight_sync": "disk", "max_prompt_tokens": 32, "max_new_tokens": 16} | settings
+        config = RolloutConfig(engine="sglang", python=python_that_runs(tmp_path, body), **settings)
+        engine = SGLangEngine(config, CONFIG, tmp_path / "model", tmp_path / "work")
+        engines.append(engine)
+        engine.update_weights(model.named_parameters(), 1)
+        return engine
+
+    yield make
+    for engine in engines:
+        engine.close()
+
+
+def check(groups):
+    for prompt, group in zip(PROMPTS, groups, strict=True):
+        assert [r.token_ids for r in group] == [expected_ids(prompt, k, 6) for k in range(2)]
+        assert {r.weight_version for r in group} == {1}
+
+
+def processes(engine):
+    return [r.process for r in engine._pool.replicas]
+
+
+def test_a_killed_server_is_restarted_with_the_current_weights(build):
+    engine = build(replicas=2)
+    first, second = processes(engine)
+    check(engine.generate(PROMPTS, PARAMS))
+    for _ in range(2):
+        os.kill(first.pid, signal.SIGKILL)
+        os.kill(second.pid, signal.SIGKILL)
+        check(engine.generate(PROMPTS, PARAMS))
+    assert first.starts >= 2 and second.starts >= 2
+    logs = sorted(path.name for path in first.log.parent.iterdir())
+    assert {"sglang-0.0.log", "sglang-0.1.log", "sglang-1.0.log"} <= set(logs)
+    assert "fake server on port" in first.log.read_text()
+
+
+def test_killed_in_mid_batch(build):
+    engine = build(concurrency=2)
+    (process,) = processes(engine)
+    results = engine.generate_stream(PROMPTS, PARAMS)
+    groups = dict([next(results)])
+    os.kill(process.pid, signal.SIGKILL)
+    for index, group in results:
+        assert index not in groups
+        groups[index] = group
+    check([groups[i] for i in range(len(PROMPTS))])
+
+
+def test_a_stopped_server_is_replaced(build, monkeypatch):
+    """Not dead, but answering nothing: the health check misses its deadline and the process is started anew."""
+    monkeypatch.setattr(replica, "_PROBE_S", 0.5)
+    engine = build(timeout_s=1, attempts=10)
+    (process,) = processes(engine)
+    os.kill(process.pid, signal.SIGSTOP)
+    stopped = process.pid
+    check(engine.generate(PROMPTS, PARAMS))
+    assert process.pid != stopped and process.starts == 2
+
+
+def test_a_server_that_cannot_start_is_one_error_with_its_last_words(build):
+    with pytest.raises(RolloutError, match="(?s)given up after 1 recoveries in a row.*exit status 3.*no such device"):
+        build(
+            """
+            import sys
+            print("no such device")
+            sys.exit(3)
+        """,
+            restarts=1,
+        )
+
+
+def test_a_missing_python_is_named(tmp_path):
+    process = ServerProcess(["/no/such/python", "x"], tmp_path, "server-0")
+    with pytest.raises(RuntimeError, match="cannot start server-0: /no/such/python: No such file"):
+        process.start()
+
+
+def test_a_server_that_dies_at_every_request_is_given_up(build):
+    """A request that kills servers must not restart them for ever."""
+    engine = build(restarts=2, attempts=20)
+    (process,) = processes(engine)
+    stop = threading.Event()
+
+    def kill():
+        while not stop.wait(0.01):
+            pid = process.pid
+            if pid is not None and engine._pool.replicas[0].state == "ready":
+                os.kill(pid, signal.SIGKILL)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    try:
+        with pytest.raises(RolloutError, match="given up after 2 recoveries|failed 20 times"):
+            engine.generate(PROMPTS * 200, PARAMS)
+    finally:
+        stop.set()
+        killer.join()
+    assert process.starts <= 30
+
+
+def test_close_ends_the_whole_process_group(build):
+    engine = build()
+    (process,) = processes(engine)
+    pid = process.pid
+    engine.close()
+    engine.close()
+    with pytest.raises(ProcessLookupError):
+        os.killpg(pid, 0)
+
+
+def test_the_launcher_ends_the_server_when_the_parent_dies(tmp_path):
+    """The parent is killed outright; the server, which the launcher runs as a module, must follow."""
+    (tmp_path / "endless.py").write_text("import time\nwhile True: time.sleep(1)\n")
+    parent = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(f"""
+            import sys, time
+            sys.path.insert(0, {str(ROOT)!r})
+            from pathlib import Path
+            from real_megatron.rollout.remote.process import ServerProcess
+            server = ServerProcess([sys.executable, {str(LAUNCHER)!r}, "endless"], Path({str(tmp_path)!r}), "server")
+            server.start()
+            print(server.pid, flush=True)
+            time.sleep(60)
+        """)],
+        stdout=subprocess.PIPE,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+    )  # fmt: skip
+    pid = int(parent.stdout.readline())
+    time.sleep(0.3)
+    os.kill(pid, 0)
+    parent.kill()
+    parent.wait()
+    parent.stdout.close()
+    for _ in range(200):
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return
+        # An orphan that nobody has reaped yet still has its number.
+        if Path(f"/proc/{pid}/stat").read_text().split()[2] == "Z":
+            return
+        time.sleep(0.05)
+    os.kill(pid, signal.SIGKILL)
+    pytest.fail("the server outlived its parent")

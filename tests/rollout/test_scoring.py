@@ -1,0 +1,94 @@
+"""Critiques with score distributions: the engine's own log-probs in one pass against a second pass."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from real_megatron.rollout.engine import SamplingParams
+from real_megatron.rollout.scoring import sample_scored
+from real_megatron.rollout.transformers_engine import TransformersEngine
+from real_megatron.scores import ScoreScale
+from tests.support.rollout_models import byte_level, tiny_qwen3
+
+TOKENIZER = byte_level()
+SCALE = ScoreScale.resolve(TOKENIZER, ["1", "4", "5"], None, "[RESULT] ")
+PROMPTS = [TOKENIZER.encode(text) for text in ("The answer", "poor", "It ignores the question")]
+SEEDS = [1, 2, 3]
+
+
+@pytest.fixture(scope="module")
+def engine():
+    """A model that likes to say the anchor and then a score: nearly a bigram model, its layers contribute little."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(tiny_qwen3(len(TOKENIZER), tie_word_embeddings=False)).eval()
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.mul_(0.1)
+            layer.mlp.down_proj.weight.mul_(0.1)
+        embeddings, head = model.model.embed_tokens.weight, model.lm_head.weight
+        embeddings[:, 0] = 0.5
+        head[SCALE.anchor_ids[0], 0] += 3.0
+        for previous, following in zip(SCALE.anchor_ids, [*SCALE.anchor_ids[1:], SCALE.score_ids[0]], strict=True):
+            direction = embeddings[previous].clone()
+            direction[0] = 0
+            head[following] += 4.0 * direction
+    engine = TransformersEngine(model.config, TOKENIZER)
+    engine.update_weights(model.named_parameters(), 0)
+    return engine
+
+
+def second_pass(engine, prompt, scored):
+    return engine.next_token_logprobs([prompt + scored.response_ids], SCALE.score_ids)[0]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.0, 0.7])
+@pytest.mark.parametrize("rule", ["penalize", "force"])
+def test_one_pass_equals_a_second_pass(engine, temperature, rule):
+    params = SamplingParams(n=16, temperature=temperature, max_new_tokens=24)
+    groups = sample_scored(engine, TOKENIZER, SCALE, PROMPTS, params, rule, SEEDS)
+    read = forced = 0
+    for prompt, group in zip(PROMPTS, groups, strict=True):
+        assert len(group) == 16
+        for scored in group:
+            anchored = TOKENIZER.decode(scored.response_ids).endswith(SCALE.anchor_text)
+            assert anchored == (scored.score_logprobs is not None) or rule == "force"
+            if scored.score_logprobs is None:
+                assert rule == "penalize" and scored.finish_reason != "stop"
+                continue
+            read += not scored.forced_anchor
+            forced += scored.forced_anchor
+            assert (scored.finish_reason == "stop") == (not scored.forced_anchor)
+            # fp32 with another batch shape and a cache.
+            torch.testing.assert_close(
+                torch.tensor(scored.score_logprobs), second_pass(engine, prompt, scored), atol=2e-5, rtol=0
+            )
+    assert read > 0
+    # Greedy critiques of this model all reach the anchor.
+    assert (forced > 0) == (rule == "force" and temperature > 0)
+
+
+def test_generation_stops_behind_the_score(engine):
+    asked = []
+
+    class Spy:
+        def generate(self, prompts, params, seeds):
+            asked.append(params)
+            groups = engine.generate(prompts, params, seeds)
+            asked.append(groups)
+            return groups
+
+        next_token_logprobs = engine.next_token_logprobs
+
+    params = SamplingParams(n=16, max_new_tokens=24)
+    groups = sample_scored(Spy(), TOKENIZER, SCALE, PROMPTS, params, "penalize", SEEDS)
+    assert asked[0].stop == tuple(SCALE.anchor_text + text for text in (" 1", " 4", " 5"))
+    sampled = 0
+    for row, responses in zip(groups, asked[1], strict=True):
+        for scored, response in zip(row, responses, strict=True):
+            if scored.sampled_score is not None:
+                sampled += 1
+                cut = len(scored.response_ids)
+                assert response.token_ids[cut] == SCALE.score_ids[scored.sampled_score]
+                if response.finish_reason == "stop":
+                    assert len(response.token_ids) == cut + 1
+    assert sampled > 0

@@ -1,0 +1,323 @@
+"""The SGLang engine against a real SGLang server on the CPU (tests/run.sh --sglang).
+
+One server for the whole module; engines with other settings attach to it. Log-probs are compared with transformers in
+fp32 on the same weights: two implementations of a two-layer model, so 1e-4 is loose.
+"""
+
+import json
+import os
+import signal
+import threading
+from pathlib import Path
+
+import httpx
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from real_megatron.config import RolloutConfig
+from real_megatron.rollout.engine import SamplingParams
+from real_megatron.rollout.remote.buckets import bucketed
+from real_megatron.rollout.remote.errors import RolloutError, WeightSyncError
+from real_megatron.rollout.scoring import sample_scored
+from real_megatron.rollout.sglang.engine import SGLangEngine
+from real_megatron.rollout.sglang.tensor_transport import _pickle_by_handle
+from real_megatron.scores import ScoreScale
+from tests.support import rollout_ranks
+from tests.support.ranks import run_ranks
+from tests.support.rollout_models import byte_level, tiny_qwen3
+
+pytestmark = pytest.mark.sglang
+
+TOKENIZER = byte_level()
+EOS = TOKENIZER.eos_token_id
+CONFIG = tiny_qwen3(len(TOKENIZER), eos_token_id=EOS)
+PROMPTS = [TOKENIZER.encode(text) for text in ("The answer", "poor answer;", "It ignores the question", "a", "short")]
+PARAMS = SamplingParams(n=4, temperature=0.8, top_p=0.9, max_new_tokens=24, stop=("e", " t"), watch_ids=(40, 5))
+RECORDED = json.loads((Path(__file__).parent / "recorded_sglang.json").read_text(encoding="utf-8"))
+
+
+def policy(seed: int):
+    torch.manual_seed(seed)
+    return AutoModelForCausalLM.from_config(CONFIG).eval()
+
+
+def settings(**changes) -> RolloutConfig:
+    fields = {"engine": "sglang", "max_prompt_tokens": 64, "max_new_tokens": 64, "n": 4, "bucket_mib": 1}
+    return RolloutConfig(**(fields | changes))
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model")
+    policy(0).save_pretrained(path)
+    TOKENIZER.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def engine(model_dir, sglang_python, tmp_path_factory):
+    engine = SGLangEngine(settings(python=sglang_python), CONFIG, model_dir, tmp_path_factory.mktemp("work"))
+    yield engine
+    engine.close()
+
+
+@pytest.fixture
+def attach(engine, model_dir, tmp_path):
+    engines = []
+
+    def make(serve_loaded=False, **changes):
+        config = settings(servers=[url(engine)], **changes)
+        engines.append(SGLangEngine(config, CONFIG, model_dir, tmp_path, serve_loaded=serve_loaded))
+        return engines[-1]
+
+    yield make
+    for attached in engines:
+        attached.close()
+
+
+def url(engine) -> str:
+    return engine._pool.replicas[0].url
+
+
+def post(engine, path: str, body: dict) -> httpx.Response:
+    return httpx.post(url(engine) + path, json=body, timeout=60, trust_env=False)
+
+
+def worst_difference(groups, model, temperature=PARAMS.temperature, prompts=PROMPTS) -> float:
+    """Largest |engine − policy| over sampled and watched log-probs."""
+    worst = 0.0
+    for prompt, group in zip(prompts, groups, strict=True):
+        for response in group:
+            ids = torch.tensor(response.token_ids)
+            with torch.no_grad():
+                logits = model(torch.tensor([prompt + response.token_ids])).logits[0].double()
+            exact = (logits / (temperature or 1)).log_softmax(-1)[len(prompt) - 1 : -1]
+            worst = max(
+                worst, (exact.gather(1, ids[:, None])[:, 0] - torch.tensor(response.logprobs)).abs().max().item()
+            )
+            if response.watched:
+                watched = exact[:, list(PARAMS.watch_ids)] - torch.tensor(response.watched)
+                worst = max(worst, watched.abs().max().item())
+    return worst
+
+
+def test_nothing_is_generated_before_the_first_weights(engine):
+    if engine.version is None:
+        with pytest.raises(RolloutError, match="waiting for the next weight update"):
+            engine.generate(PROMPTS, PARAMS)
+
+
+@pytest.mark.parametrize("transport", ["distributed", "tensor", "disk"])
+def test_served_log_probs_are_the_policys_after_every_sync(attach, transport):
+    engine = attach(weight_sync=transport)
+    previous = None
+    for version in (1, 2, 3):
+        model = policy(10 + version)
+        engine.update_weights(model.named_parameters(), version)
+        groups = engine.generate(PROMPTS, PARAMS)
+        assert worst_difference(groups, model) < 1e-4
+        assert previous is None or worst_difference(groups, previous) > 0.1
+        assert {r.weight_version for g in groups for r in g} == {version}
+        scored = engine.next_token_logprobs(PROMPTS, [40, 5, 300])
+        with torch.no_grad():
+            exact = torch.stack([model(torch.tensor([p])).logits[0, -1].log_softmax(-1)[[40, 5, 300]] for p in PROMPTS])
+        torch.testing.assert_close(scored, exact, atol=1e-4, rtol=0)
+        previous = model
+
+
+def test_responses_end_as_they_say(engine):
+    model = policy(1)
+    with torch.no_grad():
+        # The end of sequence becomes likely, not certain: a logit of 5 where the hidden state is the mean one.
+        mean = torch.cat([model.model(torch.tensor([p])).last_hidden_state[0] for p in PROMPTS]).mean(0)
+        model.model.embed_tokens.weight[EOS] = 5 * mean / mean.square().sum()
+    engine.update_weights(model.named_parameters(), 1)
+    groups = engine.generate(PROMPTS, SamplingParams(n=32, max_new_tokens=24, stop=("a", " t")))
+    reasons = {"stop": 0, "eos": 0, "length": 0}
+    for response in (r for group in groups for r in group):
+        reasons[response.finish_reason] += 1
+        ids = response.token_ids
+        text, before = TOKENIZER.decode(ids), TOKENIZER.decode(ids[:-1])
+        if response.finish_reason == "stop":
+            assert ("a" in text or " t" in text) and "a" not in before and " t" not in before
+        elif response.finish_reason == "eos":
+            assert ids.index(EOS) == len(ids) - 1
+        else:
+            assert len(ids) == 24 and EOS not in ids and "a" not in text
+    assert all(reasons.values()), reasons
+    assert worst_difference(groups, model, 1.0) < 1e-4
+
+
+def test_greedy_log_probs_are_at_temperature_one(engine):
+    model = policy(2)
+    engine.update_weights(model.named_parameters(), 2)
+    params = SamplingParams(n=2, temperature=0, max_new_tokens=8, watch_ids=PARAMS.watch_ids)
+    groups = engine.generate(PROMPTS, params)
+    assert worst_difference(groups, model, 0) < 1e-4
+    for prompt, group in zip(PROMPTS, groups, strict=True):
+        assert group[0].token_ids == group[1].token_ids
+        with torch.no_grad():
+            assert group[0].token_ids[0] == model(torch.tensor([prompt])).logits[0, -1].argmax()
+
+
+def test_scores_in_one_pass(engine):
+    """The judge's path: the distribution behind the anchor comes from the server's own log-probs."""
+    scale = ScoreScale.resolve(TOKENIZER, ["1", "4", "5"], None, "[RESULT] ")
+    model = policy(3)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.mul_(0.1)
+            layer.mlp.down_proj.weight.mul_(0.1)
+    engine.update_weights(model.named_parameters(), 3)
+    prompts = [p + scale.anchor_ids[:-1] for p in PROMPTS]
+    groups = sample_scored(engine, TOKENIZER, scale, prompts, SamplingParams(n=4, max_new_tokens=8), "force")
+    for prompt, group in zip(prompts, groups, strict=True):
+        for scored in group:
+            with torch.no_grad():
+                logits = model(torch.tensor([prompt + scored.response_ids])).logits[0, -1]
+            exact = logits.log_softmax(-1)[scale.score_ids]
+            torch.testing.assert_close(torch.tensor(scored.score_logprobs), exact, atol=1e-4, rtol=0)
+
+
+def test_a_cached_prompt_is_not_served_from_old_weights(engine, attach):
+    """The trap is real: without the flush, output log-probs mix old cache and new weights. The engine avoids it."""
+    long = [TOKENIZER.encode("It ignores the question; a poor answer. The answer is short")[:40]]
+    params = SamplingParams(n=1, temperature=1.0, max_new_tokens=8)
+    old, new = policy(4), policy(5)
+    engine.update_weights(old.named_parameters(), 4)
+    engine.generate(long, params)
+    (bucket,) = bucketed(new.named_parameters(), 2**30)
+    assert post(engine, "/begin_weight_update", {}).status_code == 200
+    body = {"serialized_named_tensors": [_pickle_by_handle(bucket)], "flush_cache": False}
+    assert post(engine, "/update_weights_from_tensor", body).status_code == 200
+    assert post(engine, "/end_weight_update", {}).status_code == 200
+    assert worst_difference(engine.generate(long, params), new, 1.0, long) > 0.01
+    for transport in ("distributed", "tensor", "disk"):
+        other = attach(weight_sync=transport)
+        for model, version in ((old, 1), (new, 2)):
+            other.update_weights(model.named_parameters(), version)
+            for _ in range(2):
+                assert worst_difference(other.generate(long, params), model, 1.0, long) < 1e-4
+
+
+@pytest.mark.parametrize("transport", ["distributed", "tensor"])
+def test_a_half_failed_sync_is_detected_and_repaired(attach, transport):
+    """The server closes its bracket between two buckets and refuses the rest."""
+    engine = attach(weight_sync=transport)
+    engine.update_weights(policy(6).named_parameters(), 1)
+    model = policy(7)
+    refused = []
+
+    def stream():
+        for i, (name, tensor) in enumerate(model.named_parameters()):
+            if i == 3:
+                refused.append(post(engine, "/end_weight_update", {}).status_code)
+            yield name, tensor
+
+    engine._config = engine._config.model_copy(update={"bucket_mib": 0})
+    engine.update_weights(stream(), 2)
+    assert refused == [200]
+    assert worst_difference(engine.generate(PROMPTS, PARAMS), model) < 1e-4
+
+
+def test_a_half_failed_sync_without_kept_weights_serves_nothing_until_the_next(attach):
+    engine = attach(weight_sync="tensor", keep_weights=False)
+
+    def stream():
+        for i, (name, tensor) in enumerate(policy(8).named_parameters()):
+            if i == 3:
+                post(engine, "/end_weight_update", {})
+            yield name, tensor
+
+    engine._config = engine._config.model_copy(update={"bucket_mib": 0})
+    with pytest.raises(WeightSyncError, match="no rollout server holds the new weights"):
+        engine.update_weights(stream(), 1)
+    with pytest.raises(RolloutError):
+        engine.generate(PROMPTS, PARAMS)
+    # The mixture is marked on the server itself, for whoever comes next.
+    assert httpx.get(url(engine) + "/model_info", trust_env=False).json()["weight_version"].endswith("-incomplete")
+    model = policy(9)
+    engine.update_weights(model.named_parameters(), 2)
+    assert worst_difference(engine.generate(PROMPTS, PARAMS), model) < 1e-4
+
+
+def test_ranks_of_a_trainer_share_one_server(engine, model_dir, tmp_path):
+    """In a gloo world: rank 0 broadcasts over a group beside it, the others follow the export and get the responses."""
+    engine.update_weights(policy(11).named_parameters(), 1)
+    results = run_ranks(2, rollout_ranks.attached, url(engine), str(model_dir), str(tmp_path), PROMPTS)
+    assert results[0] == results[1]
+    model = rollout_ranks.model_of(str(model_dir))
+    for prompt, (ids, logprobs) in zip(PROMPTS, results[0], strict=True):
+        with torch.no_grad():
+            exact = model(torch.tensor([prompt + ids])).logits[0].log_softmax(-1)[len(prompt) - 1 : -1]
+        served = torch.tensor(logprobs)
+        torch.testing.assert_close(exact.gather(1, torch.tensor(ids)[:, None])[:, 0], served, atol=1e-4, rtol=0)
+
+
+def test_a_loaded_checkpoint_is_served_as_version_zero(engine, attach, model_dir):
+    httpx.post(url(engine) + "/update_weights_from_disk", json={"model_path": str(model_dir)}, timeout=60)
+    served = attach(serve_loaded=True)
+    groups = served.generate(PROMPTS, PARAMS)
+    assert worst_difference(groups, policy(0)) < 1e-4
+    assert {r.weight_version for g in groups for r in g} == {0}
+
+
+def test_refusals_of_the_server_are_errors_at_once(attach):
+    engine = attach(serve_loaded=True, max_prompt_tokens=1000)
+    with pytest.raises(RolloutError, match="refused .*context length"):
+        engine.generate([[5] * 200], PARAMS)
+
+
+def shape(value):
+    """Types and keys, without the values."""
+    if isinstance(value, dict):
+        return {key: shape(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [shape(value[0])] if value else []
+    return "number" if isinstance(value, (int, float)) else type(value).__name__
+
+
+def test_recorded_replies_are_still_those_of_the_server(engine):
+    """The local servers of the other tests replay these recordings."""
+    engine.update_weights(policy(12).named_parameters(), 12)
+    recorded = RECORDED["generate"]["body"]
+    for _ in range(20):
+        reply = post(engine, "/generate", engine._generation_body(PROMPTS[0], PARAMS, None)).json()
+        endings = [sample["meta_info"]["finish_reason"] for sample in reply]
+        if endings[0].keys() == recorded[0]["meta_info"]["finish_reason"].keys():
+            break
+    assert shape(reply[0]) == shape(recorded[0])
+    scored = post(engine, "/generate", engine._scoring_body(PROMPTS[0], [5, 6, 300])).json()
+    assert shape(scored) == shape(RECORDED["score"]["body"])
+    for path in ("/pause_generation", "/begin_weight_update", "/begin_weight_update#twice", "/end_weight_update"):
+        reply = post(engine, path.split("#")[0], {"mode": "abort"} if "pause" in path else {})
+        assert (reply.status_code, reply.json()) == (RECORDED[path]["status"], RECORDED[path]["body"])
+    for path in ("/end_weight_update#twice", "/update_weights_from_distributed"):
+        body = {"names": [], "dtypes": [], "shapes": []} if "distributed" in path else {}
+        reply = post(engine, path.split("#")[0], body)
+        assert (reply.status_code, reply.json()) == (RECORDED[path]["status"], RECORDED[path]["body"])
+    post(engine, "/continue_generation", {})
+
+
+def test_killed_in_mid_batch(engine):
+    """Last: it restarts the module's server. Every response arrives, once, from the current weights."""
+    model = policy(13)
+    engine.update_weights(model.named_parameters(), 13)
+    prompts = [p + [i % 200 + 20] for i in range(8) for p in PROMPTS]
+    params = SamplingParams(n=4, temperature=1.0, max_new_tokens=60)
+    process = engine._pool.replicas[0].process
+    killer = threading.Timer(0.4, lambda: os.killpg(process.pid, signal.SIGKILL))
+    killer.start()
+    groups = engine.generate(prompts, params)
+    killer.join()
+    assert process.starts == 2
+    assert [len(group) for group in groups] == [4] * len(prompts)
+    assert worst_difference(groups, model, 1.0, prompts) < 1e-4
+    assert {r.weight_version for g in groups for r in g} == {13}
+    model = policy(14)
+    engine.update_weights(model.named_parameters(), 14)
+    assert worst_difference(engine.generate(PROMPTS, PARAMS), model) < 1e-4
+    engine.sleep()
+    engine.wake()
+    assert worst_difference(engine.generate(PROMPTS, PARAMS), model) < 1e-4
