@@ -19,7 +19,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor
 
-from real_megatron.bridge import ModelDescription
+from real_megatron.bridge import ModelDescription, padded_vocab
 from real_megatron.config import ModelConfig, ParallelConfig
 from real_megatron.head import gathered_log_softmax, linear_gathered_log_softmax
 from real_megatron.policy import cpu, rope
@@ -89,12 +89,6 @@ class JudgeModel(GPTModel):
         return gathered_log_softmax(logits, params.rows, vocab_size=self.true_vocab_size, group=group)
 
 
-def padded_vocab_size(vocab_size: int, multiple: int, tensor_parallel: int) -> int:
-    """Vocabulary rows of the whole model: the true size, rounded up to a multiple of `multiple` on each rank."""
-    step = multiple * tensor_parallel
-    return (vocab_size + step - 1) // step * step
-
-
 def build_model(description: ModelDescription, parallel: ParallelConfig, model: ModelConfig) -> list[JudgeModel]:
     """This rank's model chunks (one, or `virtual_pipeline` of them), with all weights zero: the bridge fills them.
 
@@ -109,7 +103,7 @@ def build_model(description: ModelDescription, parallel: ParallelConfig, model: 
             chunk = JudgeModel(
                 config=config,
                 transformer_layer_spec=_block_spec(config, description, use_te, vp_stage),
-                vocab_size=padded_vocab_size(description.vocab_size, model.vocab_multiple, parallel.tensor),
+                vocab_size=padded_vocab(description, parallel.tensor, model.vocab_multiple),
                 max_sequence_length=description.max_positions,
                 pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
                 post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
