@@ -126,6 +126,27 @@ def test_over_ranks(tp: int, reduction: str) -> None:
         check(dict(log_probs=results[0]["log_probs"], dhidden=dhidden, dweight=dweight), expected, torch.float32)
 
 
+def test_the_reduction_starts_before_the_last_weight_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    # dhidden is whole after the last chunk's first GEMM; its reduction then runs beside the last one.
+    calls = []
+    add_mm = linear_module.add_mm
+    start = linear_module._Reduction.start
+
+    def recorded_add(out: Tensor, a: Tensor, b: Tensor) -> None:
+        calls.append("dhidden" if out.shape[0] <= ROWS else "dweight")
+        add_mm(out, a, b)
+
+    def recorded_start(self: linear_module._Reduction, dhidden: Tensor) -> None:
+        calls.append("reduce")
+        start(self, dhidden)
+
+    monkeypatch.setattr(linear_module, "add_mm", recorded_add)
+    monkeypatch.setattr(linear_module._Reduction, "start", recorded_start)
+    Problem(torch.float32).run(memory_budget_bytes=TINY_BUDGET[torch.float32])
+    assert calls[-3:] == ["dhidden", "reduce", "dweight"]
+    assert calls.count("reduce") == 1 and calls.count("dweight") > 3
+
+
 def test_a_rank_of_padding_takes_part() -> None:
     # Padded to four shards of 128: ids 300 … 511 do not exist, so the last rank has no column at all.
     problem = Problem(torch.float32)

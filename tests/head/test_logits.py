@@ -87,22 +87,24 @@ def test_a_tail_is_not_a_logit_of_zero(form: tuple[str, str]) -> None:
 
 
 def test_rows_of_mostly_minus_infinity(form: tuple[str, str]) -> None:
-    case = random_case(4, 1100, 1100)
-    case.logits[:, 5:1090] = -torch.inf
-    case.lists, case.grad = [[1], [1090, 2], [3], [500, 4]], torch.tensor([1.0, 2.0, -1.0, 0.5, 0.0, 3.0])
+    case = random_case(4, 2200, 2200)
+    case.logits[:, 5:2190] = -torch.inf
+    case.logits[2:, :5] = -torch.inf  # the first blocks and tiles of these rows see nothing else
+    case.lists, case.grad = [[1], [2190, 2], [2193], [500, 2199]], torch.tensor([1.0, 2.0, -1.0, 0.5, 0.0, 3.0])
     actual = run(case, form)
     assert actual["log_probs"][4] == -torch.inf
-    assert (actual["dlogits"][:3, 5:1090] == 0).all()
+    assert (actual["dlogits"][:3, 5:2190] == 0).all()
     check(case, actual)
 
 
 def test_a_row_of_minus_infinity_alone_is_nan(form: tuple[str, str]) -> None:
-    # As in log_softmax. Other rows do not notice.
-    case = random_case(2, 50, 50)
-    case.logits[0] = -torch.inf
-    case.lists, case.grad = [[3], [4]], torch.tensor([1.0, 1.0])
+    # As in log_softmax. Other rows do not notice, and where there is no gradient there is none to spoil.
+    case = random_case(3, 50, 50)
+    case.logits[:2] = -torch.inf
+    case.lists, case.grad = [[3], [3], [4]], torch.tensor([1.0, 0.0, 1.0])
     actual = run(case, form)
-    assert actual["log_probs"][0].isnan() and actual["log_probs"][1].isfinite()
+    assert actual["log_probs"].isnan().tolist() == [True, True, False]
+    assert (actual["dlogits"][1] == 0).all() and actual["dlogits"][2].isfinite().all()
 
 
 def test_rows_without_gradient_are_zero_and_unread(form: tuple[str, str]) -> None:
