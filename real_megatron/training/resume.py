@@ -2,8 +2,11 @@
 
 from typing import Any
 
-from real_megatron.config import RunConfig
+from real_megatron.config import RolloutConfig, RunConfig
 from real_megatron.sections import ConfigError
+
+# Of the rollouts, what decides which responses are sampled; the rest says where and how fast.
+SAMPLING = ("n", "temperature", "top_p", "max_prompt_tokens", "max_new_tokens", "staleness")
 
 # What may differ: none of it changes which updates the run makes (but for the order of floating-point sums).
 FREE = (
@@ -19,8 +22,7 @@ FREE = (
     "model.fp32_logits",
     "batch.max_tokens",
     "batch.share_prompt",
-    "rollout.engine",
-    "rollout.batch_size",
+    *(f"rollout.{name}" for name in RolloutConfig.model_fields if name not in SAMPLING),
     "data.eval",
     "evaluation",
     "checkpoint",

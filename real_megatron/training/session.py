@@ -147,7 +147,8 @@ class Session:
 
         Raises:
             Terminated: SIGTERM arrived; a checkpoint of the finished step has been saved.
-            FloatingPointError: loss or gradient is not finite; names the step and rank. The weights are as before.
+            FloatingPointError, ValueError: log-probs, loss or gradient are not finite, or nothing can be trained on;
+                names the step and rank. The weights are as before that step.
         """
         config, rank, timer = self.config, self.policy.runtime.rank, PhaseTimer()
         if self.start == self.steps and self._hf.exists():
@@ -165,8 +166,8 @@ class Session:
             for step in range(self.start, self.steps):
                 try:
                     values = do_step(step, timer)
-                except FloatingPointError as error:
-                    raise FloatingPointError(f"step {step + 1}, rank {rank}: {error}") from error
+                except (FloatingPointError, ValueError) as error:
+                    raise type(error)(f"step {step + 1}, rank {rank}: {error}") from error
                 done = step + 1
                 last, stopping = done == self.steps, stop.requested()
                 if last or _due(done, config.evaluation.every):

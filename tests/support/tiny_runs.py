@@ -1,8 +1,10 @@
 """Whole training runs on the tiny judge's words: data files, a very small checkpoint, configurations."""
 
 import json
+import math
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +13,14 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from real_megatron.batch.types import Group
 from real_megatron.config import RunConfig
 from real_megatron.data.tiny_judge import build_config, build_tokenizer, write_task
+from real_megatron.evaluation.judge import JudgeSummary
+from real_megatron.objective import Objective
+from real_megatron.policy.policy import Policy
 from real_megatron.training import rl, sft
+from real_megatron.training.commands import evaluate_checkpoint, judge_file
 from real_megatron.training.session import Session
 from real_megatron.training.stop import Terminated
 
@@ -86,3 +93,36 @@ def train_until(config: RunConfig, step: int) -> None:
 def weights(output: Path) -> dict[str, bytes]:
     """The exported Hugging Face tensors, bit by bit."""
     return {name: tensor.numpy().tobytes() for name, tensor in load_file(output / "hf/model.safetensors").items()}
+
+
+def train_and_evaluate(config: RunConfig, output: Path) -> None:
+    """A run, then its exported checkpoint evaluated on its own."""
+    train(config)
+    evaluate_checkpoint(config, config.output / "hf", output)
+
+
+def judge(model: Path, source: Path, output: Path) -> JudgeSummary:
+    """Judge a file with the configuration that the run left beside its checkpoint."""
+    return judge_file(RunConfig.from_yaml(model / "real_megatron.yaml"), model, source, output)
+
+
+def poisoned(config: RunConfig, step: int) -> tuple[str, bool]:
+    """A run whose labels turn NaN in step `step`: the error's message, and whether that step left the weights alone."""
+    real_update, seen = Policy.train_step, []
+    before: dict[str, torch.Tensor] = {}
+
+    def update(policy: Policy, groups: list[Group], objective: Objective) -> dict[str, float]:
+        seen.append(policy)
+        if len(seen) == step:
+            before.update({name: tensor.clone() for name, tensor in policy.export()})
+            groups = [replace(group, label=math.nan) for group in groups]
+        return real_update(policy, groups, objective)
+
+    Policy.train_step = update
+    try:
+        train(config)
+    except (FloatingPointError, ValueError) as error:
+        return str(error), all(torch.equal(tensor, before[name]) for name, tensor in seen[-1].export())
+    finally:
+        Policy.train_step = real_update
+    raise AssertionError("the run did not stop")

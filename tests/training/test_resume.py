@@ -16,7 +16,8 @@ def resumed(*overrides: str, base: tuple[str, ...] = ()) -> None:
 
 @pytest.mark.parametrize(
     "override",
-    ["parallel.tensor=2", "output=elsewhere", "checkpoint.every=3", "data.eval.dev.path=x", "model.dtype=bfloat16"],
+    ["parallel.tensor=2", "output=elsewhere", "checkpoint.every=3", "data.eval.dev.path=x", "model.dtype=bfloat16"]
+    + ["rollout.engine=sglang", "rollout.batch_size=2"],
 )
 def test_what_changes_no_update_may_change(override: str) -> None:
     resumed(override)
@@ -26,6 +27,7 @@ def test_what_changes_no_update_may_change(override: str) -> None:
     ("override", "line"),
     [
         ("objective.beta=0.5", "objective.beta: 1.0 in the checkpoint, 0.5 now"),
+        ("rollout.top_p=0.5", "rollout.top_p: 1.0 in the checkpoint, 0.5 now"),
         ("seed=3", "seed: 0 in the checkpoint, 3 now"),
         ("batch.prompts=8", "batch.prompts: 256 in the checkpoint, 8 now"),
         ("data.train.0.path=x", "data.train: "),

@@ -1,0 +1,149 @@
+"""The whole job in a few steps: SFT, REAL, evaluation, report, judging, on the tiny judge and a published file."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+from real_megatron.evaluation.report import read_stage, write_report
+from tests.support.ranks import run_ranks
+from tests.support.tiny_runs import judge, rows, tiny_config, train, train_and_evaluate, write_tiny_task
+
+VICUNA = Path(__file__).parents[3] / "shared/data/vicuna_eval.json"
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_task(tmp_path_factory.mktemp("task"))
+
+
+@pytest.fixture(scope="module")
+def pipeline(task: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SFT, then REAL from its checkpoint, each evaluated on one set."""
+    runs = tmp_path_factory.mktemp("runs")
+    shared = {
+        "data": {"eval": {"dev": {"path": str(task / "test_ood.jsonl")}}},
+        "evaluation": {"bootstrap": 20, "every": 2},
+        "checkpoint": {"save_hf": True},
+        "rollout": {"max_new_tokens": 16},
+    }
+    sft = {
+        **shared,
+        "objective": {"name": "raft"},
+        "epochs": 1,
+        "batch": {"prompts": 16},
+        "data": {**shared["data"], "train": [{"path": str(task / "train_sft.jsonl")}]},
+    }
+    run_ranks(1, train, tiny_config(task, runs / "sft", **sft))
+    real = {**shared, "steps": 2, "model": {"path": str(runs / "sft/hf")}, "metrics": {"tensorboard": True}}
+    run_ranks(1, train_and_evaluate, tiny_config(task, runs / "real", **real), runs / "checkpoint")
+    return runs
+
+
+def test_every_stage_leaves_its_metrics(pipeline: Path) -> None:
+    sft, real = rows(pipeline / "sft"), rows(pipeline / "real")
+    assert [row["step"] for row in sft] == [
+        0,
+        1,
+        2,
+        3,
+        4,
+    ]  # 64 examples by 16, and the evaluation before the first step
+    assert sft[4]["loss"] < sft[1]["loss"]
+    assert [row["step"] for row in real] == [0, 1, 2]
+    for name in ("reward", "squared_error", "advantage_std", "valid", "score_entropy", "grad_norm", "lr", "tokens"):
+        assert math.isfinite(real[1][name]), name
+    for name in ("rollout/response_tokens", "rollout/no_anchor", "cot/distinct_2", "cot/copies"):
+        assert math.isfinite(real[1][name]), name
+    assert (
+        "eval/dev/rail/pearson" in real[0] and "eval/dev/rail/pearson" in real[2] and "eval/dev/rail/mse" not in real[1]
+    )
+    # The last evaluation of SFT and the first of REAL see the same weights and seeds.
+    assert sft[4]["eval/dev/rail/mse"] == pytest.approx(real[0]["eval/dev/rail/mse"], rel=1e-5)
+    assert list((pipeline / "real/tensorboard").iterdir()) and (pipeline / "real/config.yaml").exists()
+
+
+def test_the_phases_of_each_step_sum_to_it(pipeline: Path) -> None:
+    for line in (pipeline / "real/metrics.jsonl").read_text().splitlines()[1:]:
+        seconds = {k: v for k, v in json.loads(line).items() if k.startswith("seconds/")}
+        step = seconds.pop("seconds/step")
+        assert sum(seconds.values()) == pytest.approx(step) and {"seconds/rollout", "seconds/update"} <= seconds.keys()
+
+
+def test_the_exported_checkpoint_scores_like_the_run(pipeline: Path) -> None:
+    AutoModelForCausalLM.from_pretrained(pipeline / "real/hf")
+    saved = json.loads((pipeline / "checkpoint/evaluation/dev.json").read_text())
+    value = saved["metrics"]["rail"]["mse"]["value"]
+    assert value == pytest.approx(rows(pipeline / "real")[2]["eval/dev/rail/mse"], rel=1e-5)
+
+
+def test_the_report_compares_the_runs(pipeline: Path) -> None:
+    stages = [read_stage(name, pipeline / name) for name in ("sft", "real")]
+    text = write_report(pipeline, stages).read_text()
+    assert "## dev" in text and "real − sft" in text
+    assert (pipeline / "curves.png").stat().st_size > 1000 and (pipeline / "evaluation.png").stat().st_size > 1000
+
+
+def test_judging_survives_bad_rows_and_resumes(pipeline: Path, tmp_path: Path) -> None:
+    source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    prompt = "start 3 marks good slip note good error good - - - - critique:"
+    lines = [json.dumps({"id": str(i), "prompt": prompt}) for i in range(3)]
+    source.write_text(
+        "\n".join([lines[0], "not json", '{"id": "x"}', json.dumps({"id": "y", "prompt": prompt * 9}), *lines[1:]])
+    )
+    first = run_ranks(1, judge, pipeline / "real/hf", source, output)[0]
+    assert (first.judged, first.skipped, first.bad) == (3, 0, 3)
+    judged = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [row["id"] for row in judged] == ["0", "1", "2"]
+    assert all(set(row["distribution"]) == set("12345") and 0 <= row["score"] <= 5 for row in judged)
+    errors = [json.loads(line) for line in (tmp_path / "out.jsonl.errors.jsonl").read_text().splitlines()]
+    assert [e["line"] for e in errors] == [2, 3, 4] and "rollout.max_prompt_tokens" in errors[2]["error"]
+    output.write_text("\n".join(output.read_text().splitlines()[:1]) + "\n")  # a job that was killed
+    second = run_ranks(1, judge, pipeline / "real/hf", source, output)[0]
+    assert (second.judged, second.skipped) == (2, 1)
+    assert [json.loads(line) for line in output.read_text().splitlines()] == judged
+
+
+def test_tract_trains_on_its_own_cots_and_keeps_them_for_resume(pipeline: Path, task: Path, tmp_path: Path) -> None:
+    config = tiny_config(
+        task,
+        tmp_path,
+        steps=2,
+        objective={"name": "tract"},
+        data={"train": [{"path": str(task / "train_sft.jsonl"), "limit": 12}]},
+        sft={"cots": "generated", "cot_model": str(pipeline / "sft/hf"), "cots_per_example": 2},
+        rollout={"max_new_tokens": 16},
+    )
+    run_ranks(1, train, config)
+    generated = (tmp_path / "generated_cots.jsonl").read_text()
+    cots = [json.loads(line) for line in generated.splitlines()]
+    given = {json.loads(line)["cot"] for line in (task / "train_sft.jsonl").read_text().splitlines()[:12]}
+    assert 0 < len(cots) <= 24 and any(row["cot"] not in given for row in cots)
+    assert all("[RESULT]" not in row["cot"] for row in cots)
+    assert math.isfinite(rows(tmp_path)[1]["loss"])
+    run_ranks(1, train, config.model_copy(update={"steps": 3}))
+    assert (tmp_path / "generated_cots.jsonl").read_text() == generated and len(rows(tmp_path)) == 3
+
+
+@pytest.mark.skipif(not VICUNA.exists(), reason=f"{VICUNA} is not there")
+def test_a_published_judge_file_runs_through(tmp_path: Path) -> None:
+    """Prometheus' prompts and GPT-4's critiques, byte by byte, in a tiny random model: it runs, that is all."""
+    from real_megatron.data.byte_model import make_byte_model
+
+    make_byte_model(tmp_path / "model", num_hidden_layers=1, hidden_size=32, intermediate_size=64)
+    source = {"format": "vicuna_bench", "path": str(VICUNA), "limit": 3}
+    common = {
+        "model": {"path": str(tmp_path / "model")},
+        "data": {"train": [source], "eval": {"vicuna": source}},
+        "batch": {"prompts": 2, "max_tokens": 16384},
+        "evaluation": {"bootstrap": 10},
+    }
+    sft = {**common, "steps": 1, "objective": {"name": "raft"}, "checkpoint": {"save_hf": True}}
+    limits = {"max_prompt_tokens": 8192, "n": 2, "batch_size": 4}
+    run_ranks(1, train, tiny_config(tmp_path, tmp_path / "sft", **sft, rollout={**limits, "max_new_tokens": 4096}))
+    real = {**common, "steps": 1, "model": {"path": str(tmp_path / "sft/hf")}}
+    run_ranks(1, train, tiny_config(tmp_path, tmp_path / "real", **real, rollout={**limits, "max_new_tokens": 8}))
+    assert math.isfinite(rows(tmp_path / "real")[0]["loss"])
+    assert (tmp_path / "real/evaluation/vicuna-step-000001.json").exists()

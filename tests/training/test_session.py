@@ -1,0 +1,60 @@
+"""What a run does when something goes wrong, or is asked for that the plain run does not use."""
+
+import math
+from pathlib import Path
+
+import pytest
+
+from tests.support.ranks import run_ranks
+from tests.support.tiny_runs import poisoned, rows, tiny_config, train, write_tiny_task
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_task(tmp_path_factory.mktemp("task"))
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_loss_that_is_not_finite_stops_before_the_weights_are_touched(world: int, task: Path, tmp_path: Path) -> None:
+    config = tiny_config(task, tmp_path, checkpoint={"every": 1})
+    for message, same in run_ranks(world, poisoned, config, 2):
+        assert "step 2, rank" in message and "NaN or infinite values in labels" in message
+        assert same, "the weights of step 1 must stand"
+    assert [row["step"] for row in rows(tmp_path)] == [1]
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-000001"]
+
+
+def test_the_next_batch_can_be_sampled_while_this_one_trains(task: Path, tmp_path: Path) -> None:
+    changes = {"rollout": {"staleness": 1}, "objective": {"ratio": "truncated_is"}, "evaluation": {"every": 1}}
+    changes["data"] = {"eval": {"dev": {"path": str(task / "test_ood.jsonl")}}}
+    changes["evaluation"] |= {"bootstrap": 5}
+    run_ranks(2, train, tiny_config(task, tmp_path / "stale", **changes))
+    stale = rows(tmp_path / "stale")
+    assert [row["step"] for row in stale] == [0, 1, 2, 3]
+    changes["rollout"] = {"staleness": 0}
+    run_ranks(1, train, tiny_config(task, tmp_path / "fresh", **changes))
+    fresh = rows(tmp_path / "fresh")
+    # The first batch comes from the start weights either way; after it, the stale run's sampler is one update behind.
+    assert stale[1]["loss"] == pytest.approx(fresh[1]["loss"], rel=1e-5)
+    assert fresh[2]["ratio"] == pytest.approx(1.0, abs=1e-4) and abs(stale[2]["ratio"] - 1.0) > 1e-4
+
+
+def test_the_policy_can_recompute_the_samplers_log_probs(task: Path, tmp_path: Path) -> None:
+    config = tiny_config(
+        task,
+        tmp_path,
+        steps=1,
+        batch={"updates": 2, "old_logprobs": "policy"},
+        objective={"ratio": "ppo"},
+    )
+    run_ranks(1, train, config)
+    row = rows(tmp_path)[0]
+    # The embedded engine and the policy are two implementations of one model in fp32.
+    assert 0 <= row["mismatch/max"] < 1e-4 and row["mismatch/tokens"] > 0
+    assert row["updates"] == 2 and math.isfinite(row["loss"])
+
+
+def test_a_kl_term_starts_at_zero_and_grows(task: Path, tmp_path: Path) -> None:
+    run_ranks(1, train, tiny_config(task, tmp_path, objective={"kl": 0.1}))
+    kl = [row["kl"] for row in rows(tmp_path)]
+    assert abs(kl[0]) < 1e-6 and kl[2] > 1e-6
