@@ -42,7 +42,7 @@ def stacks_layers(description: ModelDescription) -> bool:
 
 
 def locations(parameter: Parameter, description: ModelDescription, stacked: bool) -> list[Location]:
-    """The places of a parameter, the first of which every reader knows; stacked: see `stacks_layers`."""
+    """The places of a parameter (two where the layer specs disagree on its key); stacked: see `stacks_layers`."""
     if parameter.layer is None:
         return [Location(parameter.name)]
     prefix = f"decoder.layers.{parameter.layer}."
