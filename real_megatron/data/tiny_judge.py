@@ -1,14 +1,14 @@
-"""A synthetic judging task, small enough for a laptop CPU, on which a chain of thought really helps.
+"""A synthetic judging task, small enough for a laptop CPU, on which a better chain of thought gives a better score.
 
 A candidate's work is a list of marks that a grader reads in order. Each mark changes the running score, within 1 to 5:
 
     good +1    great +2    slip −1    error −2    note 0    reversed: what stood is turned on its head, s becomes 6 − s
 
-The label is the score after the last mark. Reading it off the prompt takes as many dependent steps as there are marks,
-more than a small transformer has layers; written down one after another, each step is a small table look-up. The
+The label is the score after the last mark. Written down one after another, each step is a small table look-up. The
 critiques that come with the training set are human-like: they skip the reversal about half of the time, slip by one now
 and then, and some guess instead of working it out. Labels are always right. So imitation learns the graders' habits,
-and only a reward on the score can unlearn them.
+and only a reward on the score can unlearn them. A model trained to answer without a critique does about as well as one
+that imitates these, because the limits of 1 and 5 make early marks count less than late ones.
 
     python -m real_megatron.data.tiny_judge --output DIR [--seed 0]
 
