@@ -20,7 +20,7 @@ def test_a_gpu_server_takes_its_own_gpus_and_the_users_arguments_win():
     assert value(command, "--base-gpu-id") == "10" and value(command, "--tp") == "2"
     assert value(command, "--host") == "127.0.0.1" and value(command, "--port") == "5000"
     assert value(command, "--dtype") == "bfloat16" and command[-2:] == ["--dtype", "half"]
-    assert value(command, "--context-length") == "3072"
+    assert value(command, "--context-length") == "3074"
     assert "--enable-memory-saver" in command and "cpu" not in command
 
 

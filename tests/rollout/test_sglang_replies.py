@@ -2,12 +2,13 @@
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from real_megatron.rollout.engine import SamplingParams
-from real_megatron.rollout.remote.errors import Retryable, StaleReply
+from real_megatron.rollout.remote.errors import Retryable, RolloutError, StaleReply
 from real_megatron.rollout.sglang.replies import generation_body, parse_generation, parse_scoring
 
 RECORDED = json.loads((Path(__file__).parent / "recorded_sglang.json").read_text(encoding="utf-8"))
@@ -41,6 +42,13 @@ def test_recorded_end_of_sequence():
     params = SamplingParams(n=1, max_new_tokens=100)
     (response,) = parse_generation(recorded("generate_eos"), params, {LABEL}, 0)
     assert (response.finish_reason, response.token_ids, response.watched) == ("eos", [1], None)
+
+
+def test_a_response_that_the_server_cut_short_is_an_error():
+    """Not a length that the request asked for: the server's context ended."""
+    with pytest.raises(RolloutError, match="after 8 of 9 tokens: its --context-length"):
+        longer = replace(PARAMS, max_new_tokens=9)
+        parse_generation([recorded("generate")[0]] * 2, longer, {LABEL}, 0)
 
 
 def test_recorded_scoring():

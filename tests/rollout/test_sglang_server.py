@@ -149,6 +149,15 @@ def test_responses_end_as_they_say(engine):
     assert worst_difference(groups, model, 1.0) < 1e-4
 
 
+def test_the_longest_prompt_gets_the_longest_response(engine):
+    params = SamplingParams(n=2, max_new_tokens=64)
+    for _ in range(20):
+        (group,) = engine.generate([[40 + i for i in range(64)]], params)
+        if any(response.finish_reason == "length" for response in group):
+            break
+    assert max(len(response.token_ids) for response in group) == 64
+
+
 def test_greedy_log_probs_are_at_temperature_one(engine):
     model = policy(2)
     engine.update_weights(model.named_parameters(), 2)

@@ -118,6 +118,8 @@ class FakeServer:
             watch = body.get("token_ids_logprob") or []
             meta["output_token_ids_logprobs"] = [[[WATCHED - i, i, None] for i in reversed(watch)] for _ in ids]
             meta["finish_reason"] = {"type": "length", "length": length}
+            if length < params["max_new_tokens"]:
+                meta["finish_reason"] = {"type": "stop", "matched": "on a text"}
             if fault == "short_logprobs":
                 meta["output_token_logprobs"].pop()
             if fault == "nan":

@@ -131,6 +131,11 @@ class RemoteEngine(ABC):
         if not self._loop.run(self._pool.any_ready()):
             raise RolloutError("no rollout server can serve: " + "; ".join(r.describe() for r in self._pool.replicas))
 
+    @property
+    def urls(self) -> list[str]:
+        """Addresses of the servers, started or attached."""
+        return [replica.url for replica in self._pool.replicas]
+
     def close(self) -> None:
         """End the servers that were started here; attached ones go on."""
         with self._closing:  # two threads may close: the second finds nothing left to do

@@ -8,6 +8,7 @@ import torch
 from real_megatron.config import RolloutConfig
 from real_megatron.rollout.remote.process import LAUNCHER, ServerProcess, free_port
 from real_megatron.rollout.remote.replica import Replica
+from real_megatron.rollout.sglang.replies import RESERVED_TOKENS
 
 # SGLang 0.5.21 without a GPU: the torch-native path, no kernels of its own.
 _CPU_ARGUMENTS = (
@@ -39,7 +40,7 @@ def server_command(
     """Arguments of server number `index`; `rollout.server_args` come last and win."""
     command = [config.python or sys.executable, str(LAUNCHER), "sglang.launch_server"]
     command += ["--model-path", str(model_dir), "--host", "127.0.0.1", "--port", str(port)]
-    command += ["--dtype", str(dtype).removeprefix("torch."), "--context-length", str(context)]
+    command += ["--dtype", str(dtype).removeprefix("torch."), "--context-length", str(context + RESERVED_TOKENS)]
     command += ["--skip-server-warmup"]
     if device == "cpu":
         # Room for every sample of the prompts in flight at half their longest length; more would wait in the queue.

@@ -69,7 +69,7 @@ class SGLangEngine(RemoteEngine):
         self._kept: list[Bucket] | None = None
         self._released: list[str] = []
         positions = getattr(hf_config, "max_position_embeddings", None) or sys.maxsize
-        context = min(config.max_prompt_tokens + config.max_new_tokens, positions)
+        context = min(config.max_prompt_tokens + config.max_new_tokens, positions - replies.RESERVED_TOKENS)
         replicas = local_servers(config, model_dir, work_dir / "logs", device, dtype, context)
         super().__init__(config, replicas, hf_config.vocab_size, context)
         try:

@@ -5,7 +5,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from real_megatron.rollout.engine import Response, SamplingParams
-from real_megatron.rollout.remote.errors import Retryable, StaleReply
+from real_megatron.rollout.remote.errors import Retryable, RolloutError, StaleReply
+
+RESERVED_TOKENS = 2
+"""SGLang 0.5.21 ends a response this many tokens before its context length, whatever was asked for."""
 
 
 def generation_body(prompt: list[int], params: SamplingParams) -> dict[str, Any]:
@@ -47,7 +50,8 @@ def parse_generation(reply: Any, params: SamplingParams, versions: set[str], ver
 
     versions: what the servers' labels of the current weights may be
 
-    Raises Retryable when the reply is not exactly `n` whole responses, StaleReply when other weights were used.
+    Raises Retryable when the reply is not exactly `n` whole responses, StaleReply when other weights were used, and
+    RolloutError when the server's context is too small for what was asked.
     """
     samples = reply if isinstance(reply, list) else [reply]
     if len(samples) != params.n:
@@ -88,6 +92,11 @@ def _response(sample: dict, params: SamplingParams, versions: set[str], version:
             raise Retryable(f"{len(watched)} positions with watched tokens for {len(ids)} tokens")
     if finish["type"] == "length":
         reason = "length"
+        if len(ids) < params.max_new_tokens:
+            raise RolloutError(
+                f"the server ended a response after {len(ids)} of {params.max_new_tokens} tokens: its --context-length "
+                f"must be {RESERVED_TOKENS} above the longest prompt and response together"
+            )
     else:
         # `matched` is the token's id for an end of sequence, the text for a stop text.
         reason = "stop" if isinstance(finish["matched"], str) else "eos"

@@ -1,0 +1,200 @@
+"""Throughput of the SGLang engine's client beside SGLang's own benchmark client on the same server, in one run.
+
+    python tools/benchmark_rollout.py [--sglang-python PYTHON] [--output benchmarks/results/rollout_cpu.md]
+
+Starts one server (on the CPU: a random Qwen3 of about 1M parameters; with --model and --device cuda any checkpoint) and
+drives it in turns: engine, `sglang.bench_serving`, engine, … with equal loads: as many requests, of one sample each,
+prompts from the same rule, output lengths fixed, log-probs returned, the same concurrency, no streaming. The ratio is
+taken pair by pair, so that other load on the machine meets both. A last row has the engine's usual load, K samples a
+prompt, which the benchmark client cannot read.
+"""
+
+import argparse
+import json
+import os
+import platform
+import random
+import statistics
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+import httpx
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config
+
+from real_megatron.config import RolloutConfig
+from real_megatron.rollout.engine import SamplingParams
+from real_megatron.rollout.remote.process import LAUNCHER
+from real_megatron.rollout.sglang.engine import SGLangEngine
+
+VOCABULARY = 512
+
+
+def write_model(directory: Path) -> None:
+    """A random model without an end of sequence, so that both clients get outputs of full length."""
+    config = Qwen3Config(
+        vocab_size=VOCABULARY,
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        eos_token_id=None,
+    )
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(directory)
+    tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0").save_pretrained(directory)
+
+
+def prompts_of(count: int, length: int, vocabulary: int, seed: int) -> list[list[int]]:
+    """The rule of bench_serving's `random-ids`: consecutive ids from a random start."""
+    rng = random.Random(seed)
+    starts = [rng.randrange(vocabulary) + i for i in range(count)]
+    return [[(start + j) % vocabulary for j in range(length)] for start in starts]
+
+
+def drive_engine(engine: SGLangEngine, args: argparse.Namespace, samples: int, seed: int) -> float:
+    """Output tokens per second of the engine; `args.prompts` responses in all."""
+    prompts = prompts_of(args.prompts // samples, args.prompt_tokens, args.vocabulary, seed)
+    params = SamplingParams(n=samples, max_new_tokens=args.output_tokens)
+    start = time.perf_counter()
+    groups = engine.generate(prompts, params)
+    seconds = time.perf_counter() - start
+    tokens = sum(len(response.token_ids) for group in groups for response in group)
+    expected = len(prompts) * samples * args.output_tokens
+    if tokens != expected:
+        raise RuntimeError(f"{tokens} output tokens instead of {expected}: does the model end sequences?")
+    return tokens / seconds
+
+
+def drive_benchmark(args: argparse.Namespace, url: str, model: Path, seed: int) -> float:
+    """Output tokens per second that `sglang.bench_serving` reports for its own load."""
+    with tempfile.TemporaryDirectory() as directory:
+        report = Path(directory) / "report.jsonl"
+        code = "import runpy, sys; runpy.run_module('sglang.bench_serving', run_name='__main__', alter_sys=True)"
+        if args.device == "cpu":
+            code = f"import sys; sys.path.insert(0, {str(LAUNCHER.parent)!r}); import sglang_cpu_shim; " + code
+        command = [args.sglang_python, "-c", code, "--backend", "sglang", "--base-url", url]
+        command += ["--model", str(model), "--tokenizer", str(model), "--dataset-name", "random-ids"]
+        command += ["--tokenize-prompt", "--num-prompts", str(args.prompts), "--seed", str(seed)]
+        command += ["--random-input-len", str(args.prompt_tokens), "--random-output-len", str(args.output_tokens)]
+        command += ["--random-range-ratio", "1.0", "--max-concurrency", str(args.concurrency)]
+        command += ["--disable-stream", "--return-logprob", "--temperature", "1.0", "--warmup-requests", "0"]
+        command += ["--disable-tqdm", "--output-file", str(report)]
+        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+        if done.returncode or not report.exists():
+            raise RuntimeError(f"bench_serving failed:\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}")
+        result = json.loads(report.read_text().splitlines()[-1])
+    if result["total_output_tokens"] != args.prompts * args.output_tokens:
+        raise RuntimeError(f"bench_serving got {result['total_output_tokens']} output tokens")
+    return result["output_throughput"]
+
+
+def measure(engine: SGLangEngine, args: argparse.Namespace, url: str, model: Path) -> dict[str, list[float]]:
+    """Tokens per second of each turn. Each load begins with an empty prefix cache."""
+
+    def flushed(seed: int) -> int:
+        httpx.post(url + "/flush_cache", trust_env=False, timeout=60).raise_for_status()
+        return seed
+
+    rates: dict[str, list[float]] = {"engine": [], "benchmark": [], "samples": []}
+    drive_engine(engine, args, 1, flushed(99))
+    for turn in range(args.turns):
+        order = ["engine", "benchmark"] if turn % 2 == 0 else ["benchmark", "engine"]
+        for client in order:
+            seed = flushed(turn)
+            if client == "engine":
+                rates["engine"].append(drive_engine(engine, args, 1, seed))
+            else:
+                rates["benchmark"].append(drive_benchmark(args, url, model, seed))
+        rates["samples"].append(drive_engine(engine, args, args.samples, flushed(turn)))
+        print({name: round(values[-1]) for name, values in rates.items()}, flush=True)
+    return rates
+
+
+def report(args: argparse.Namespace, rates: dict[str, list[float]], load: float) -> str:
+    ratios = [a / b for a, b in zip(rates["engine"], rates["benchmark"], strict=True)]
+
+    def row(name: str, values: list[float]) -> str:
+        return f"| {name} | {statistics.median(values):,.0f} | {min(values):,.0f} – {max(values):,.0f} |"
+
+    model = args.model or "a random Qwen3 of 0.8M parameters (4 layers, hidden size 128)"
+    lines = [
+        "# Rollout client: throughput beside SGLang's own benchmark client",
+        "",
+        f"The same SGLang server, in turns. Each load: {args.prompts} responses of {args.output_tokens} tokens to "
+        f"prompts of {args.prompt_tokens} tokens, {args.concurrency} requests in flight, log-probs returned.",
+        "",
+        f"- Hardware: {platform.machine()}, {os.cpu_count()} cores, device {args.device}; load average before the run "
+        f"{load:.1f} (server and client share the cores)",
+        f"- Software: Python {platform.python_version()}, torch {torch.__version__}, SGLang 0.5.21; model: {model}",
+        f"- Command: `python tools/benchmark_rollout.py --sglang-python {args.shown_python} --prompts {args.prompts} "
+        f"--turns {args.turns}`",
+        "",
+        "| Client | Output tokens/s, median | Range |",
+        "|---|---:|---:|",
+        row("SGLangEngine, 1 sample a request", rates["engine"]),
+        row("`sglang.bench_serving`, 1 sample a request", rates["benchmark"]),
+        row(f"SGLangEngine, {args.samples} samples a request", rates["samples"]),
+        "",
+        f"Ratio engine / bench_serving over {len(ratios)} pairs: median **{statistics.median(ratios):.2f}**, "
+        f"range {min(ratios):.2f} – {max(ratios):.2f}.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sglang-python", default=".venv-sglang/bin/python", help="Python that has SGLang")
+    parser.add_argument("--model", type=Path, help="checkpoint to serve instead of a small random one")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--prompts", type=int, default=256, help="responses per load")
+    parser.add_argument("--prompt-tokens", type=int, default=64)
+    parser.add_argument("--output-tokens", type=int, default=64)
+    parser.add_argument("--samples", type=int, default=8, help="K of the last row")
+    parser.add_argument("--concurrency", type=int, default=64)
+    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--output", type=Path, help="Markdown file for the result")
+    args = parser.parse_args()
+    args.shown_python = ".venv-sglang/bin/python"
+    load = os.getloadavg()[0]
+    with tempfile.TemporaryDirectory() as directory:
+        model = args.model or Path(directory) / "model"
+        if args.model is None:
+            write_model(model)
+        config = RolloutConfig(
+            engine="sglang",
+            python=args.sglang_python,
+            max_prompt_tokens=args.prompt_tokens,
+            max_new_tokens=args.output_tokens,
+            n=args.samples,
+            concurrency=args.concurrency,
+        )
+        hf_config = AutoConfig.from_pretrained(model)
+        args.vocabulary = hf_config.vocab_size
+        dtype = torch.float32 if args.device == "cpu" else torch.bfloat16
+        engine = SGLangEngine(
+            config, hf_config, model, Path(directory), device=args.device, dtype=dtype, serve_loaded=True
+        )
+        try:
+            rates = measure(engine, args, engine.urls[0], model)
+        finally:
+            engine.close()
+    text = report(args, rates, load)
+    print(text)
+    if args.output:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        args.output.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
