@@ -70,6 +70,7 @@ class Session:
         self.engine_in_use = Lock()
         """Held while the engine generates, be it in another thread: its weights must not change then."""
         self._engine: RolloutEngine | None = None
+        self._published: int | None = None
 
     @property
     def engine(self) -> RolloutEngine:
@@ -90,10 +91,12 @@ class Session:
         return self._engine
 
     def publish(self, step: int) -> None:
-        """Give the engine the policy's weights after `step` steps, waking it up where it shares the trainer's GPUs."""
-        if self.config.rollout.colocate:
+        """Give the engine the policy's weights after `step` steps, unless an evaluation has just done so."""
+        if self.config.rollout.colocate:  # it sleeps while the trainer uses its GPUs
             self.engine.wake()
-        self.engine.update_weights(self.policy.export(), version=step)
+        if self._published != step:
+            self.engine.update_weights(self.policy.export(), version=step)
+            self._published = step
 
     def close(self) -> None:
         """End the engine's servers. Not collective."""
