@@ -11,7 +11,8 @@ Contenders, all on the same random model, the same groups and the same objective
     binary     ours with a binary-reward RLOO objective: what the reward costs
 
 Each contender runs in a process of its own, so that peak memory is its own, and takes turns with the others. Before the
-clock starts, the gradients of ours and (b) are compared with those of (a).
+clock starts, the gradients of ours and (b) are compared with those of (a). The reward costs little beside a step's
+noise: ours and binary alternate for `--pairs` more steps each, and the median of their ratios is given.
 """
 
 import argparse
@@ -20,6 +21,7 @@ import os
 import platform
 import random
 import resource
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -235,8 +237,19 @@ def largest_difference(found: Path, expected: Path) -> float:
     return max(float((ours[n].double() - theirs[n].double()).norm() / theirs[n].double().norm()) for n in theirs)
 
 
+def reward_cost(ours: Contender, binary: Contender, pairs: int) -> float:
+    """Median ratio of the seconds of a REAL step and of a binary-reward step right before or after it."""
+    ratios = []
+    for turn in range(pairs):
+        first, second = (ours, binary) if turn % 2 == 0 else (binary, ours)
+        seconds = {id(contender): contender.ask("step")["seconds"] for contender in (first, second)}
+        ratios.append(seconds[id(ours)] / seconds[id(binary)])
+    return statistics.median(ratios)
+
+
 def measure(k: int, checkpoint: Path, args: argparse.Namespace, argv: list[str]) -> dict[str, dict[str, float]]:
-    """Interleaved steps of all contenders at one K: fastest time, peak memory of a step, gradient difference."""
+    """Interleaved steps of all contenders at one K: fastest time, peak memory of a step, gradient difference of
+    (b) and ours, and for ours the reward's cost."""
     results: dict[str, dict[str, float]] = {name: {"seconds": float("inf")} for name in CONTENDERS}
     with tempfile.TemporaryDirectory() as scratch:
         for name in ("a", "b", "ours"):
@@ -251,6 +264,7 @@ def measure(k: int, checkpoint: Path, args: argparse.Namespace, argv: list[str])
             answer = contender.ask("step")
             results[name]["seconds"] = min(results[name]["seconds"], answer["seconds"])
             results[name]["peak"] = answer["peak"]
+    results["ours"]["reward_cost"] = reward_cost(contenders["ours"], contenders["binary"], args.pairs)
     for contender in contenders.values():
         contender.close()
     return results
@@ -284,6 +298,11 @@ def table(results: dict[int, dict[str, dict[str, float]]], args: argparse.Namesp
                 f"{row['peak'] / 2**20:.0f} | {ours['peak'] / row['peak']:.2f}× | {difference} | "
                 f"{tokens[name]:,} | {work / 1e12:.3f} |"
             )
+    costs = ", ".join(f"{rows['ours']['reward_cost']:.3f} at K = {k}" for k, rows in results.items())
+    lines += [
+        "",
+        f"A REAL step takes, of a binary-reward RLOO step of the same batch (median of {args.pairs} pairs): {costs}.",
+    ]
     return "\n".join(lines)
 
 
@@ -304,6 +323,7 @@ def main() -> None:
     parser.add_argument("--vocab", type=int, default=8192)
     parser.add_argument("--max-tokens", type=int, default=16384, help="token budget of a micro-batch")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--pairs", type=int, default=10, help="pairs of steps that the reward's cost comes from")
     parser.add_argument("--output", type=Path, help="write the result here as well")
     parser.add_argument("--contender", choices=CONTENDERS, help=argparse.SUPPRESS)
     parser.add_argument("--checkpoint", help=argparse.SUPPRESS)
@@ -311,6 +331,7 @@ def main() -> None:
     if args.contender:
         work(args)
         return
+    load = os.getloadavg()[0]
     argv = []
     for name in ("prompts", "hidden", "ffn", "layers", "vocab", "max_tokens"):
         argv += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
@@ -331,6 +352,7 @@ def main() -> None:
             f" {args.vocab}), {'bfloat16' if torch.cuda.is_available() else 'float32'}; {args.prompts} prompts a step.",
             "Lengths: Vicuna Bench in Prometheus format (benchmarks/lengths/vicuna_bench.json), "
             f"{TOKENS_PER_WORD} tokens a word.",
+            f"Load average before the run: {load:.1f}.",
             f"Command: `python tools/benchmark_step.py {' '.join(sys.argv[1:])}`".rstrip(),
             "",
             table(results, args),
