@@ -4,6 +4,7 @@ Every section is one pydantic model; every field's description becomes a line of
 `python -m real_megatron.config > docs/configuration.md`.
 """
 
+import re
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -116,7 +117,9 @@ class ObjectiveConfig(Section):
     """What is optimised (DESIGN.md, The mathematics).
 
     `name` also chooses the defaults of the other fields: grpo, rloo and jepo are the same code as real with another
-    reward and advantage. Fields that are given win over the name's defaults.
+    reward and advantage. Fields that are given win over the name's defaults; a run's saved `config.yaml` gives all of
+    them. grpo is GRPO's normalised advantage and clipping without its division by the response's length and, unless
+    `kl` is set, without its KL term; jepo is the single-sample bound.
     """
 
     name: Literal["real", "rloo", "grpo", "jepo", "raft", "tract", "sft"] = Field("real", description="Objective.")
@@ -171,7 +174,9 @@ class ObjectiveConfig(Section):
             "grpo": {"reward": "binary", "baseline": "group_mean", "std_normalize": True, "ratio": "ppo"},
             "jepo": {"reward": "answer_logprob"},
         }
-        return {**defaults.get(data.get("name"), {}), **data} if isinstance(data, dict) else data
+        if not isinstance(data, dict) or not isinstance(data.get("name"), str):
+            return data
+        return {**defaults.get(data["name"], {}), **data}
 
     @model_validator(mode="after")
     def _learns_something(self) -> Self:
@@ -245,6 +250,16 @@ class DataConfig(Section):
     template: str = Field("plain", description="Prompt template: a built-in name (plain, prometheus) or a file.")
     chat_template: bool = Field(True, description="Write prompts with the tokenizer's chat template, if it has one.")
 
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        bad = [name for name in self.eval if not re.fullmatch(r"\w[\w.-]*", name)]
+        if bad:
+            raise ValueError(
+                f"eval: {bad[0]!r} names files of results: use letters, digits, `_`, `-` and `.`, and begin with one "
+                "of the first three"
+            )
+        return self
+
 
 class SftConfig(Section):
     """Supervised fine-tuning: where the CoTs come from."""
@@ -260,7 +275,7 @@ class SftConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.cots == "generated" and self.cot_model is None:
+        if self.cots == "generated" and not self.cot_model:
             raise ValueError("cots is generated: name the checkpoint that writes them in cot_model")
         return self
 
@@ -297,7 +312,7 @@ class EvaluationConfig(Section):
 class RunConfig(Section):
     """A whole run."""
 
-    seed: int = Field(0, description="Seed of data order and sampling.")
+    seed: int = Field(0, ge=0, description="Seed of data order and sampling.")
     output: Path = Field(Path("runs/default"), description="Directory for metrics, checkpoints and reports.")
     steps: int = Field(100, ge=1, description="Training steps: rollout batches, or batches of SFT examples.")
     epochs: float | None = Field(None, gt=0, description="Passes over the training data; when set, it replaces steps.")
@@ -317,6 +332,11 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.is_rl:
+            if self.batch.updates > self.batch.prompts:
+                raise ValueError(
+                    f"batch.updates is {self.batch.updates} for batch.prompts {self.batch.prompts}: an update needs at "
+                    "least one prompt"
+                )
             return self
         if self.batch.updates > 1:
             raise ValueError(

@@ -20,10 +20,14 @@ class ConfigError(ValueError):
 
 
 class Section(BaseModel):
-    """A part of the configuration: unknown keys are errors, assignments are validated."""
+    """A part of the configuration: unknown keys are errors, numbers are finite, assignments are validated."""
 
     model_config = ConfigDict(
-        extra="forbid", validate_assignment=True, validate_default=True, coerce_numbers_to_str=True
+        extra="forbid",
+        validate_assignment=True,
+        validate_default=True,
+        coerce_numbers_to_str=True,
+        allow_inf_nan=False,
     )
 
     @classmethod
@@ -88,6 +92,8 @@ def _read(path: str | Path | None) -> tuple[dict[str, Any], dict[tuple[str, ...]
         tree = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not valid YAML: {error}") from None
+    except RecursionError:
+        raise ConfigError(f"{path}: nested too deeply, or an alias that holds itself") from None
     if tree is None:
         return {}, lines
     if not isinstance(tree, dict):
@@ -129,7 +135,7 @@ def _apply(tree: dict[str, Any], override: str, sources: dict[tuple[str, ...], s
         if isinstance(node, list):
             if not key.isdigit() or int(key) > len(node):
                 raise ConfigError(
-                    f"override `{override}`: `{'.'.join(keys[:depth])}` is a list of {len(node)} items; "
+                    f"override `{override}`: `{'.'.join(keys[:depth])}` is a list of {len(node)} items in the file; "
                     f"`{key}` must be a number from 0 to {len(node)}"
                 )
             if int(key) == len(node):
@@ -156,7 +162,10 @@ def _explain(
 ) -> str:
     """One line for one pydantic error: where, which key, what is wrong, and the nearest known key."""
     loc = tuple(str(part) for part in fault["loc"])
-    known = [key for key in sources if loc[: len(key)] == key]
+    # The override of the faulty key or of a section around it; else of a key inside of what is faulty as a whole.
+    known = [key for key in sources if loc[: len(key)] == key] or [
+        key for key in sources if loc and key[: len(loc)] == loc
+    ]
     if known:
         where = f"override `{sources[known[-1]]}`"
     elif path is None:

@@ -27,6 +27,12 @@ def test_the_default_is_valid_and_survives_a_file(tmp_path: Path) -> None:
         (["sft.cots=generated"], "sft: cots is generated: name the checkpoint"),
         (["objective.name=raft", "batch.updates=2", "objective.ratio=ppo"], "raft has no rollouts to reuse"),
         (["objective.name=sft", "objective.kl=0.1"], "sft has no KL term"),
+        (["batch.prompts=2", "batch.updates=3", "objective.ratio=ppo"], "an update needs at least one prompt"),
+        (["data.eval.a/b.path=x"], "'a/b' names files of results"),
+        (["objective.name=[real]"], "objective.name"),
+        (["seed=-1"], "`seed`: Input should be greater than or equal to 0"),
+        (["epochs=.inf"], "`epochs`: Input should be a finite number"),
+        (["scale.scores.0=A"], "override `scale.scores.0=A`: scale: scores must be two or more different texts"),
     ],
 )
 def test_contradictions_are_refused_with_the_mend(overrides: list[str], message: str) -> None:

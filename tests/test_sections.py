@@ -99,8 +99,15 @@ def test_saved_yaml_reads_back_equal(tmp_path: Path) -> None:
         (
             "items: [{path: x}]",
             ("items.5.path=y",),
-            "override `items.5.path=y`: `items` is a list of 1 items; `5` must be a number from 0 to 1",
+            "override `items.5.path=y`: `items` is a list of 1 items in the file; `5` must be a number from 0 to 1",
         ),
+        (
+            "",
+            ("items.-1.path=y",),
+            "override `items.-1.path=y`: `items`: Input should be a valid list (got {'-1': {'path': 'y'}})",
+        ),
+        ("optimizer: {lr: .inf}", (), "run.yaml:1: `optimizer.lr`: Input should be a finite number (got inf)"),
+        ("items: &x [*x]", (), "run.yaml: nested too deeply, or an alias that holds itself"),
         ("- 1", (), "run.yaml: the file must hold `key: value` lines, not a list"),
     ],
 )
