@@ -102,15 +102,6 @@ class ScoreScale:
         """Index of the score whose value is nearest to `label`; the first of two equally near ones."""
         return min(range(len(self.values)), key=lambda k: abs(self.values[k] - label))
 
-    def validate_label(self, label: float, where: str) -> None:
-        """Raise ValueError, naming `where` (a file and row), unless `label` lies within the scale's values."""
-        low, high = min(self.values), max(self.values)
-        if not low <= label <= high:
-            raise ValueError(
-                f"{where}: label {label} is outside of the score scale [{low:g}, {high:g}]; correct the label or "
-                "configure scale.scores and scale.values"
-            )
-
 
 def _values(texts: list[str], values: Sequence[float] | None) -> list[float]:
     if len(texts) < 2:

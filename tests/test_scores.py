@@ -333,8 +333,3 @@ def test_cut_decodes_few_prefixes() -> None:
 def test_labels() -> None:
     scale = ScoreScale.resolve(byte_level(), DIGITS)
     assert [scale.label_index(y) for y in (1, 1.4, 1.5, 1.6, 4.9, 5)] == [0, 0, 0, 1, 4, 4]
-    for label in (1, 3.4, 5):
-        scale.validate_label(label, "a.jsonl, row 3")
-    for label in (0.9, 6, float("nan")):
-        with pytest.raises(ValueError, match=r"a.jsonl, row 3: label .* is outside of the score scale \[1, 5\]"):
-            scale.validate_label(label, "a.jsonl, row 3")

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from real_megatron.config import DataSource
 from real_megatron.data.example import JudgeExample
@@ -14,21 +14,15 @@ from real_megatron.data.template import PLAIN, Template, load_template
 
 logger = logging.getLogger(__name__)
 
-Labels = Literal["required", "optional"]
-
-
 def load_examples(
-    source: DataSource,
-    template: str | Template = PLAIN,
-    values: Sequence[float] | None = None,
-    labels: Labels = "required",
+    source: DataSource, template: str | Template = PLAIN, values: Sequence[float] | None = None
 ) -> list[JudgeExample]:
     """All examples of a data set, their prompts written with `template` (a built-in name, a file, or a Template).
 
     Several annotations of one record are averaged, as Prometheus' and TRACT's evaluations do; FLASK's label is the
     humans' where the file has their scores, else GPT-4's. Records of published formats without any annotation are
     left out as there, counted and logged. `values` are the scale's numeric values: a label outside of their range is
-    an error. With `labels="optional"`, examples without a label are kept (their label is NaN).
+    an error.
 
     Raises ValueError, naming file and row and the mend, at the first record that does not fit.
     """
@@ -44,12 +38,12 @@ def load_examples(
     unlabelled = 0
     for number, (where, record) in enumerate(records, 1):
         example = _example(record, read, template, where, f"{Path(source.path).stem}-{number}")
-        if not example.has_label and labels == "required":
+        if not example.has_label:
             if source.format == "jsonl":
                 raise ValueError(f"{where}: no 'label'; training and evaluation need one in every record")
             unlabelled += 1
             continue
-        if example.has_label and values is not None and not min(values) <= example.label <= max(values):
+        if values is not None and not min(values) <= example.label <= max(values):
             raise ValueError(
                 f"{where}: label {example.label:g} is outside of the score scale [{min(values):g}, {max(values):g}]; "
                 "correct the label or configure scale.scores and scale.values"

@@ -54,13 +54,6 @@ def test_a_bad_row_is_named(tmp_path: Path, row: dict[str, Any], message: str) -
         load_examples(data, values=[1.0, 2.0, 5.0])
 
 
-def test_labels_are_optional_for_judging(tmp_path: Path) -> None:
-    unlabelled, labelled = load_examples(
-        source(tmp_path, [{"prompt": "a"}, {"prompt": "b", "label": 2}]), values=[1, 5], labels="optional"
-    )
-    assert (unlabelled.has_label, labelled.has_label) == (False, True)
-
-
 def test_records_without_annotations_are_left_out_and_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     rows = [{"instruction": "p", "gpt4_score": s, "gpt4_feedback": []} for s in ([1, 2], [], None, [3, None])]
     examples = load_examples(source(tmp_path, rows, "mt_bench"))

@@ -118,7 +118,7 @@ def test_tract_trains_on_its_own_cots_and_keeps_them_for_resume(pipeline: Path, 
     )
     run_ranks(1, train, config)
     generated = (tmp_path / "generated_cots.jsonl").read_text()
-    cots = [json.loads(line) for line in generated.splitlines()]
+    cots = [json.loads(line) for line in generated.splitlines()[1:]]
     given = {json.loads(line)["cot"] for line in (task / "train_sft.jsonl").read_text().splitlines()[:12]}
     assert 0 < len(cots) <= 24 and any(row["cot"] not in given for row in cots)
     assert all("[RESULT]" not in row["cot"] for row in cots)

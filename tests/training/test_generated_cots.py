@@ -1,0 +1,77 @@
+"""CoTs sampled before training belong to their examples, survive every character, and to the settings they came from."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from real_megatron.config import RunConfig
+from real_megatron.data import load_examples
+from real_megatron.data.byte_model import byte_tokenizer
+from real_megatron.rollout.engine import Response
+from real_megatron.sections import ConfigError
+from real_megatron.training import generated_cots
+from real_megatron.training.generated_cots import FILE, with_generated_cots
+from tests.support.rollout_fakes import ScriptedEngine
+
+TOKENIZER = byte_tokenizer()
+
+
+@pytest.fixture(autouse=True)
+def world_of_one() -> Iterator[None]:
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def config_of(tmp_path: Path, *overrides: str) -> RunConfig:
+    """Two data sets in files of one name: their examples have the same default ids."""
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir(exist_ok=True)
+        row = {"prompt": f"of {name}", "label": 1 if name == "a" else 5}
+        (tmp_path / name / "train.jsonl").write_text(json.dumps(row) + "\n")
+    paths = [f"data.train.{i}.path={tmp_path}/{name}/train.jsonl" for i, name in enumerate("ab")]
+    fixed = ["objective.name=tract", "sft.cots=generated", "sft.cot_model=writer", f"output={tmp_path}/run"]
+    return RunConfig.from_yaml(None, [*paths, *fixed, *overrides])
+
+
+def sampled(config: RunConfig, texts: list[str], monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, float, str]]:
+    """Prompt, label and CoT of every example, when the model writes `texts`, one to a prompt."""
+    responses = [[Response(list(text.encode()), [-1.0] * len(text.encode()), "stop", 0)] for text in texts]
+    monkeypatch.setattr(generated_cots, "build_engine", lambda *args, **options: ScriptedEngine(responses))
+    examples = [e for source in config.data.train for e in load_examples(source)]
+    found = with_generated_cots(config, examples, TOKENIZER)
+    return [(e.messages[0]["content"], e.label, e.cot) for e in found]
+
+
+def test_each_cot_stays_with_its_example_whatever_is_in_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = config_of(tmp_path)
+    texts = ["one\u2028line\x85 \x0b.\r\n[RESULT] ", "good .[RESULT] "]
+    want = [("of a", 1.0, "one\u2028line\x85 \x0b."), ("of b", 5.0, "good .")]
+    assert sampled(config, texts, monkeypatch) == want
+    # Kept: a second run samples nothing, and no other CoTs.
+    assert sampled(config, ["never[RESULT] "] * 2, monkeypatch) == want
+
+
+def test_cots_of_other_settings_are_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sampled(config_of(tmp_path), ["x[RESULT] "] * 2, monkeypatch)
+    sampled(config_of(tmp_path, "optimizer.lr=1e-3"), [], monkeypatch)  # decides nothing about them
+    for override, message in (
+        ("sft.cot_model=another", "sft.cot_model was 'writer', is 'another'"),
+        ("rollout.temperature=0.5", "rollout.temperature was 1.0, is 0.5"),
+        ("data.train.0.limit=1", "data.train was"),
+    ):
+        with pytest.raises(ConfigError, match="sampled with other settings") as error:
+            sampled(config_of(tmp_path, override), [], monkeypatch)
+        assert message in str(error.value)
+
+
+def test_a_model_that_never_writes_the_anchor_is_named_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_of(tmp_path)
+    with pytest.raises(ConfigError, match=r"writer wrote no CoT with the anchor '\[RESULT\] ' to 2 prompts"):
+        sampled(config, ["none", "neither"], monkeypatch)
+    assert not (config.output / FILE).exists()
