@@ -128,13 +128,17 @@ def evaluate(
       real-megatron evaluate real.yaml
 
       real-megatron evaluate real.yaml --model Qwen3-8B --output runs/before evaluation.samples=4
+
+      torchrun --nproc-per-node 8 -m real_megatron evaluate real.yaml
     """
     with reported():
         from real_megatron.config import RunConfig
         from real_megatron.training.commands import evaluate_checkpoint
 
         run = RunConfig.from_yaml(config, overrides or [])
-        CONSOLE_OUT.print(evaluate_checkpoint(run, model or run.output / "hf", output or run.output))
+        table = evaluate_checkpoint(run, model or run.output / "hf", output or run.output)
+        if os.environ.get("RANK", "0") == "0":
+            CONSOLE_OUT.print(table)
 
 
 @app.command()
@@ -192,9 +196,9 @@ def report(
       real-megatron report runs/sft runs/real --output runs/comparison
     """
     with reported():
-        from real_megatron.evaluation.report import read_stage, write_report
+        from real_megatron.evaluation.report import read_stage, stage_names, write_report
 
-        stages = [read_stage(run.name, run) for run in runs]
+        stages = [read_stage(name, run) for name, run in zip(stage_names(runs), runs, strict=True)]
         typer.echo(write_report(output or runs[-1], stages, command=["real-megatron", *sys.argv[1:]], title=title))
 
 

@@ -1,5 +1,7 @@
 """Score a JSONL file of any length with a judge: streaming, resumable, and not stopped by bad rows."""
 
+import codecs
+import hashlib
 import json
 import logging
 import os
@@ -42,6 +44,8 @@ class _Row:
     number: int
     """Line of the input, from 1."""
     id: str
+    digest: str
+    """Of the line, so that a changed row is not taken for one that is judged."""
     prompt_ids: list[int]
 
 
@@ -73,19 +77,21 @@ def judge(
 ) -> JudgeSummary:
     """Judge each row of `source` (JSONL) and append a row to `output`: `id`, `score` (RAIL), `distribution` (score text
     → probability), `sampled_score`, `critique`, `no_anchor`; with several critiques the first three are means,
-    `critique` and `no_anchor` are the first one's, and `samples` lists all.
+    `critique` and `no_anchor` are the first one's, and `samples` lists all. `row` is a digest of the input's line.
 
     A row's id is its `id` field, else `line N`. Rows whose id is in the output are skipped, so a job that was killed is
     resumed by the same call; a line cut short by the kill is removed and judged again. Each batch is on disk before the
-    next begins. Bad rows (no JSON object, no prompt, too long, an id seen before) go to `errors_path(output)` with line
-    and reason; each run writes that file anew, since it tries those rows again. `settings` (the model's path, …) and
-    the arguments are kept in `job_path(output)`. `params.n` critiques per row; `batch` rows are judged at a time.
+    next begins. Bad rows (no JSON object, no prompt, too long, an id seen before, judged when it read differently) go
+    to `errors_path(output)` with line and reason; each run writes that file anew, since it tries those rows again.
+    `settings` (the model's path, …), the input's path and the arguments are kept in `job_path(output)`. `params.n`
+    critiques per row; `batch` rows are judged at a time.
 
     Raises ConfigError when `output` was begun with other settings or is damaged, OSError when a file cannot be read or
     written, RuntimeError when the engine fails. What is finished then stays on disk.
     """
     output.parent.mkdir(parents=True, exist_ok=True)
-    _same_job(output, _settings(params, seed, rule, probabilities, scale, settings))
+    more = {**(settings or {}), "input": str(source.resolve())}
+    _same_job(output, _settings(params, seed, rule, probabilities, scale, more))
     done = _finished(output)
     ask = partial(read, engine, tokenizer, scale, params=params, seed=seed, rule=rule, probabilities=probabilities)
     summary = JudgeSummary()
@@ -98,7 +104,7 @@ def judge(
 
         def flush(rows: list[_Row]) -> None:
             for row, readings in _judged(ask, rows, report):
-                _write(out, _result(row.id, readings, scale))
+                _write(out, {"id": row.id, **_result(readings, scale), "row": row.digest})
                 summary.judged += 1
                 summary.no_anchor += sum(r.no_anchor for r in readings)
             _sync(out)
@@ -109,9 +115,12 @@ def judge(
         seen: set[str] = set()
         waiting: list[_Row] = []
         for number, line in enumerate(lines, start=1):
-            if not line.strip():
+            if number == 1:
+                line = line.removeprefix(codecs.BOM_UTF8)
+            line = line.strip()
+            if not line:
                 continue
-            id = None
+            id, digest = None, hashlib.blake2b(line, digest_size=8).hexdigest()
             try:
                 record = _parse(line)
                 id = str(record["id"]) if record.get("id") is not None else f"line {number}"
@@ -119,9 +128,14 @@ def judge(
                     raise ValueError(f"the id {id!r} occurs in an earlier row; give every row its own")
                 seen.add(id)
                 if id in done:
+                    if done[id] != digest:
+                        raise ValueError(
+                            f"the row {id!r} read differently when it was judged; remove its line from {output} to "
+                            "have it judged anew, or choose another output"
+                        )
                     summary.skipped += 1
                     continue
-                waiting.append(_Row(number, id, encode(record)))
+                waiting.append(_Row(number, id, digest, encode(record)))
             except (ValueError, KeyError, TypeError) as error:
                 report(number, id, f"no field {error}" if isinstance(error, KeyError) else str(error))
             if len(waiting) == batch:
@@ -158,6 +172,8 @@ def _parse(line: bytes) -> dict[str, Any]:
         record = json.loads(line.decode("utf-8"))
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON: {error}") from None
+    except RecursionError:
+        raise ValueError("not JSON that can be read: nested too deeply") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8: {error}") from None
     if not isinstance(record, dict):
@@ -165,7 +181,7 @@ def _parse(line: bytes) -> dict[str, Any]:
     return record
 
 
-def _result(id: str, readings: list[Reading], scale: ScoreScale) -> dict[str, Any]:
+def _result(readings: list[Reading], scale: ScoreScale) -> dict[str, Any]:
     samples = [
         {
             "score": reading.expected,
@@ -177,14 +193,14 @@ def _result(id: str, readings: list[Reading], scale: ScoreScale) -> dict[str, An
         for reading in readings
     ]
     if len(samples) == 1:
-        return {"id": id, **samples[0]}
+        return samples[0]
     scored = [reading for reading in readings if reading.probabilities is not None]
     means = {
         "score": fmean(r.expected for r in scored) if scored else None,
         "distribution": _distribution(mean_distribution(scored) if scored else None, scale),
         "sampled_score": fmean(r.sampled for r in scored) if scored else None,
     }
-    return {"id": id, **samples[0], **means, "samples": samples}
+    return {**samples[0], **means, "samples": samples}
 
 
 def _distribution(probabilities: list[float] | None, scale: ScoreScale) -> dict[str, float] | None:
@@ -197,10 +213,10 @@ def _settings(
     rule: str,
     probabilities: str,
     scale: ScoreScale,
-    more: Mapping[str, Any] | None,
+    more: Mapping[str, Any],
 ) -> dict[str, Any]:
     return {
-        **(more or {}),
+        **more,
         "samples": params.n,
         "temperature": params.temperature,
         "top_p": params.top_p,
@@ -230,9 +246,9 @@ def _same_job(output: Path, settings: dict[str, Any]) -> None:
         raise ConfigError(f"{output} was begun with other settings ({what}): choose another output, or use the same")
 
 
-def _finished(output: Path) -> set[str]:
-    """Ids in the output; a last line that was cut short is removed from the file."""
-    done: set[str] = set()
+def _finished(output: Path) -> dict[str, str]:
+    """Ids in the output, with the digests of their rows; a last line that was cut short is removed from the file."""
+    done: dict[str, str] = {}
     if not output.exists():
         return done
     whole = 0
@@ -241,7 +257,8 @@ def _finished(output: Path) -> set[str]:
             if not line.endswith(b"\n"):
                 break
             try:
-                done.add(json.loads(line)["id"])
+                row = json.loads(line)
+                done[row["id"]] = row["row"]
             except (ValueError, KeyError, TypeError) as error:
                 raise ConfigError(f"{output}, line {number}: not a row of this job; choose another output") from error
             whole += len(line)

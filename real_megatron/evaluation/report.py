@@ -40,6 +40,18 @@ def evaluation_path(directory: Path, name: str, step: int | None = None) -> Path
     return directory / "evaluation" / f"{name}{suffix}.json"
 
 
+def stage_names(directories: Sequence[Path]) -> list[str]:
+    """The directories' own names, with as many of the directories around them as tell them apart."""
+    paths = [path.resolve() for path in directories]
+    if len(set(paths)) < len(paths):
+        raise ConfigError(f"a report compares different runs, not one with itself: {', '.join(map(str, directories))}")
+    for length in range(1, max(len(path.parts) for path in paths)):
+        names = ["/".join(path.parts[-length:]) for path in paths]
+        if len(set(names)) == len(names):
+            return names
+    return [str(path) for path in paths]
+
+
 def read_stage(name: str, directory: Path) -> Stage:
     """A run's metrics.jsonl and the evaluations in its `evaluation/`. Raises ConfigError when it has neither."""
     if not directory.is_dir():
@@ -118,7 +130,7 @@ def _test_set(name: str, evaluations: Mapping[str, Evaluation]) -> list[str]:
     lines += _table(
         ["stage", "decoding", *(TITLES[m] + (" ↓" if m in LOWER_IS_BETTER else "") for m in NAMES)],
         [
-            [stage, DECODING_TITLES[d], *(_cell(e.metrics[d][m]) for m in NAMES)]
+            [stage, DECODING_TITLES[d], *(cell(e.metrics[d][m]) for m in NAMES)]
             for stage, e in evaluations.items()
             for d in DECODINGS
         ],
@@ -178,7 +190,7 @@ def _differences(evaluations: Mapping[str, Evaluation]) -> list[str]:
                 e.config["seed"],
             )
             label = f"{stage} − {base_name} ({len(pairs)})"
-            rows.append([label, DECODING_TITLES[decoding], *(_cell(difference[m], signed=True) for m in NAMES)])
+            rows.append([label, DECODING_TITLES[decoding], *(cell(difference[m], signed=True) for m in NAMES)])
     if not rows:
         return []
     header = ["difference (examples)", "decoding", *(TITLES[m] for m in NAMES)]
@@ -198,7 +210,8 @@ def _settings(evaluations: Mapping[str, Evaluation]) -> list[str]:
     return [*lines, ""]
 
 
-def _cell(estimate: Estimate, signed: bool = False) -> str:
+def cell(estimate: Estimate, signed: bool = False) -> str:
+    """`value [low, high]`, without the interval or the value where they are undefined."""
     if not math.isfinite(estimate.value):
         return "undefined"
     style = "+.3f" if signed else ".3f"

@@ -11,7 +11,7 @@ from typing import Any, Protocol, Self
 
 from transformers import PreTrainedTokenizerBase
 
-from real_megatron.evaluation.metrics import Estimate, agreement
+from real_megatron.evaluation.metrics import NAMES, Estimate, agreement
 from real_megatron.evaluation.reading import NoAnchorRule, Probabilities, Reading, read
 from real_megatron.rollout.engine import RolloutEngine, SamplingParams
 from real_megatron.scores import ScoreScale
@@ -87,7 +87,7 @@ class Evaluation:
 
     @classmethod
     def load(cls, path: Path) -> Self:
-        """Read what `save` wrote. Raises ValueError, naming the file, for anything else."""
+        """Read what `save` wrote. Raises ValueError, naming the file, for anything else, or where a file is missing."""
         try:
             fields = json.loads(path.read_text(encoding="utf-8"))
             metrics = {
@@ -106,6 +106,8 @@ class Evaluation:
                 fields["step"],
                 predictions,
             )
+        except FileNotFoundError as error:
+            raise ValueError(f"{path}: {error.filename} is missing; evaluate again, or remove {path.name}") from error
         except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
             raise ValueError(
                 f"{path}: not a saved evaluation ({type(error).__name__}: {error}); evaluate again"
@@ -138,11 +140,11 @@ def evaluate(
 
     RAIL and sampled decoding read the same critiques. `rule`: a critique without an anchor gets one appended (`force`,
     the default: every example is judged) or is left out (`drop`: an example that loses all of them is counted as
-    `unanswered`, and no metric covers it). `config` (the model's path, the command, …) is kept with the result;
-    `on_progress` is called with the number of examples done. Every rank of a distributed engine must call it; all get
-    the same result.
+    `unanswered`, and no metric covers it; where none is answered, every metric is NaN, with a note). `config` (the
+    model's path, the command, …) is kept with the result; `on_progress` is called with the number of examples done.
+    Every rank of a distributed engine must call it; all get the same result.
 
-    Raises ValueError when there is no example, an id occurs twice, or no example is answered.
+    Raises ValueError when there is no example, or an id occurs twice.
     """
     if not examples:
         raise ValueError(f"test set {name}: no examples to evaluate on")
@@ -169,12 +171,6 @@ def evaluate(
             on_progress(len(rows))
     predictions = [_prediction(example, row) for example, row in zip(examples, rows, strict=True)]
     answered = [p for p in predictions if p.rail is not None]
-    if not answered:
-        raise ValueError(
-            f"test set {name}: no response has the anchor {scale.anchor_text!r}; train the model to write it, raise "
-            "the response length, or use the rule `force`"
-        )
-    labels = [p.label for p in answered]
     readings = [reading for row in rows for reading in row]
     settings = {
         "samples": params.n,
@@ -189,16 +185,23 @@ def evaluate(
     }
     return Evaluation(
         name=name,
-        metrics={
-            decoding: agreement([getattr(p, decoding) for p in answered], labels, scale.values, bootstrap, seed)
-            for decoding in DECODINGS
-        },
+        metrics={decoding: _agreement(answered, decoding, scale, bootstrap, seed) for decoding in DECODINGS},
         counts=_counts(readings, len(examples), len(examples) - len(answered)),
         means=_means(readings),
         config=dict(config or {}) | settings,
         step=step,
         predictions=predictions,
     )
+
+
+def _agreement(
+    answered: Sequence[Prediction], decoding: str, scale: ScoreScale, bootstrap: int, seed: int
+) -> dict[str, Estimate]:
+    if not answered:
+        note = f"no response has the anchor {scale.anchor_text!r}"
+        return {name: Estimate(math.nan, math.nan, math.nan, note) for name in NAMES}
+    values = [getattr(p, decoding) for p in answered]
+    return agreement(values, [p.label for p in answered], scale.values, bootstrap, seed)
 
 
 def _prediction(example: LabelledPrompt, readings: Sequence[Reading]) -> Prediction:
@@ -236,8 +239,8 @@ def _means(readings: Sequence[Reading]) -> dict[str, float]:
     distributions = [r.probabilities for r in readings if r.probabilities is not None]
     return {
         "response_tokens": fmean(r.tokens for r in readings),
-        "score_mass": fmean(map(sum, distributions)),
-        "score_entropy": fmean(map(_entropy, distributions)),
+        "score_mass": fmean(map(sum, distributions)) if distributions else math.nan,
+        "score_entropy": fmean(map(_entropy, distributions)) if distributions else math.nan,
     }
 
 

@@ -1,8 +1,11 @@
 """Evaluating and judging with a checkpoint as it is: no policy, only a rollout engine that serves it."""
 
+import hashlib
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +16,10 @@ from transformers import PreTrainedTokenizerBase
 from real_megatron.config import RunConfig
 from real_megatron.data import encode_prompt, example_from_record, load_template
 from real_megatron.evaluation.judge import JudgeSummary, judge
-from real_megatron.evaluation.metrics import NAMES
+from real_megatron.evaluation.metrics import NAMES, Estimate
+from real_megatron.evaluation.report import cell
 from real_megatron.evaluation.runner import DECODINGS, Evaluation
-from real_megatron.policy.runtime import default_device, default_dtype
+from real_megatron.policy.runtime import default_device, default_dtype, start_process_group
 from real_megatron.rollout.engine import RolloutEngine
 from real_megatron.rollout.factory import build_engine
 from real_megatron.scores import ScoreScale
@@ -36,7 +40,7 @@ class Served:
 
 @contextmanager
 def served(config: RunConfig, model: Path, work_dir: Path) -> Iterator[Served]:
-    """Serve a Hugging Face checkpoint with the configured engine, which is closed at the end."""
+    """Serve a Hugging Face checkpoint with the configured engine, which is closed at the end. Collective."""
     if not (model / "config.json").is_file():
         raise ConfigError(f"{model}: no config.json there; name the directory of a Hugging Face checkpoint")
     tokenizer = load_tokenizer(str(model))
@@ -49,6 +53,7 @@ def served(config: RunConfig, model: Path, work_dir: Path) -> Iterator[Served]:
         device=default_device(),
         dtype=default_dtype(config.model.dtype),
         serve_loaded=True,
+        group=dist.new_group(backend="gloo") if dist.is_initialized() and dist.get_world_size() > 1 else None,
     )
     try:
         yield Served(engine, tokenizer, scale)
@@ -59,10 +64,13 @@ def served(config: RunConfig, model: Path, work_dir: Path) -> Iterator[Served]:
 def evaluate_checkpoint(config: RunConfig, model: Path, output: Path) -> Table:
     """Evaluate a checkpoint on the sets of `data.eval`; saves `output/evaluation/NAME.json`, returns a table to print.
 
-    Raises ConfigError when there is no set or no checkpoint.
+    Under torchrun the ranks share the examples, and every rank gets the table. Raises ConfigError when there is no set
+    or no checkpoint.
     """
     if not config.data.eval:
         raise ConfigError("data.eval is empty: name at least one test set, for example data.eval.dev.path=dev.jsonl")
+    if _world_size() > 1 and not dist.is_initialized():
+        start_process_group()
     with served(config, model, output / "rollout") as judge_model:
         tokenizer, scale = judge_model.tokenizer, judge_model.scale
         sets = load_evaluation_sets(config, tokenizer, scale)
@@ -75,7 +83,7 @@ def judge_file(config: RunConfig, model: Path, source: Path, output: Path) -> Ju
 
     Raises ConfigError when the output was begun with other settings, OSError when a file cannot be read.
     """
-    if dist.is_initialized() and dist.get_world_size() > 1:
+    if _world_size() > 1:
         raise ConfigError("judge runs as one process: start it without torchrun; servers take several GPUs")
     template = load_template(config.data.template)
     with source.open("rb") as lines:
@@ -103,7 +111,13 @@ def judge_file(config: RunConfig, model: Path, source: Path, output: Path) -> Ju
             rule=config.evaluation.no_anchor,
             probabilities=config.objective.probabilities,
             batch=config.rollout.batch_size,
-            settings={"model": str(model), "template": config.data.template},
+            settings={
+                "model": str(model),
+                "weights_written": _written(model),
+                "template": config.data.template,
+                "template_digest": hashlib.blake2b(template.text.encode(), digest_size=8).hexdigest(),
+                "chat_template": config.data.chat_template,
+            },
             on_progress=lambda done: bar.update(task, completed=done.judged + done.skipped + done.bad),
         )
 
@@ -112,6 +126,19 @@ def _table(results: dict[str, Evaluation]) -> Table:
     table = Table("test set", "decoding", *NAMES)
     for name, result in results.items():
         for decoding in DECODINGS:
-            estimates = (result.metrics[decoding][metric] for metric in NAMES)
-            table.add_row(name, decoding, *(f"{e.value:.3f} [{e.low:.3f}, {e.high:.3f}]" for e in estimates))
+            table.add_row(name, decoding, *(_noted(result.metrics[decoding][metric]) for metric in NAMES))
     return table
+
+
+def _noted(estimate: Estimate) -> str:
+    return f"{cell(estimate)} ({estimate.note})" if estimate.note else cell(estimate)
+
+
+def _world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _written(model: Path) -> str | None:
+    """When the newest weights of a checkpoint were written: those of a later training in the same directory differ."""
+    newest = max((path.stat().st_mtime for path in model.glob("*.safetensors")), default=None)
+    return None if newest is None else datetime.fromtimestamp(newest, UTC).isoformat()

@@ -14,6 +14,7 @@ from real_megatron.evaluation.report import evaluation_path
 from real_megatron.evaluation.runner import Evaluation, evaluate
 from real_megatron.rollout.engine import RolloutEngine, SamplingParams
 from real_megatron.scores import ScoreScale
+from real_megatron.sections import ConfigError
 
 
 @dataclass(frozen=True)
@@ -28,17 +29,18 @@ class EvaluationPrompt:
 def load_evaluation_sets(
     config: RunConfig, tokenizer: PreTrainedTokenizerBase, scale: ScoreScale
 ) -> dict[str, list[EvaluationPrompt]]:
-    """Every set of `data.eval`; too long prompts are dropped and counted."""
+    """Every set of `data.eval`; too long prompts are dropped and counted. Raises ConfigError when none is left."""
     limit, data = config.rollout.max_prompt_tokens, config.data
-    return {
-        name: [
-            EvaluationPrompt(example.id, example.label, ids)
-            for example, ids in encode_prompts(
-                tokenizer, load_examples(source, data.template, scale.values), limit, data.chat_template
+    sets = {}
+    for name, source in data.eval.items():
+        examples = load_examples(source, data.template, scale.values)
+        kept = encode_prompts(tokenizer, examples, limit, data.chat_template)
+        if not kept:
+            raise ConfigError(
+                f"data.eval.{name}: no prompt of {source.path} is short enough: raise rollout.max_prompt_tokens"
             )
-        ]
-        for name, source in data.eval.items()
-    }
+        sets[name] = [EvaluationPrompt(example.id, example.label, ids) for example, ids in kept]
+    return sets
 
 
 def evaluation_params(config: RunConfig) -> SamplingParams:

@@ -50,7 +50,7 @@ def test_rows_say_what_evaluation_says(run, engine, tokenizer, scale, source, tm
     ]
     expected = evaluate(engine, tokenizer, scale, examples, PARAMS, name="x", seed=4, bootstrap=1).predictions
     for row, prediction in zip(rows, expected, strict=True):
-        assert set(row) == {"id", "score", "distribution", "sampled_score", "critique", "no_anchor"}
+        assert list(row) == ["id", "score", "distribution", "sampled_score", "critique", "no_anchor", "row"]
         assert row["id"] == prediction.id and row["critique"] == prediction.critiques[0]
         assert row["sampled_score"] == prediction.sampled
         assert list(row["distribution"]) == scale.texts
@@ -82,11 +82,12 @@ def test_bad_rows_are_reported_and_tried_again(run, source, tmp_path) -> None:
         json.dumps({"id": "long", "prompt": "a " * 300}),
         '{"prompt": "start 1 critique:"}',
         '{"id": "\\ud800", "prompt": "start"}',
+        "[" * 100_000,
     ]
     source.write_bytes((good + "\n".join(bad) + "\n").encode() + b'{"id": "latin", "prompt": "\xe9"}\n')
     summary = run()
     errors = {row["line"]: row["error"] for row in read_rows(errors_path(output))}
-    assert sorted(errors) == [8, 9, 10, 11, 12, 13, 15, 16]
+    assert sorted(errors) == [8, 9, 10, 11, 12, 13, 15, 16, 17]
     for line, text in {
         8: "not JSON",
         9: "not a JSON object but list",
@@ -95,11 +96,12 @@ def test_bad_rows_are_reported_and_tried_again(run, source, tmp_path) -> None:
         12: "'r0' occurs in an earlier row",
         13: "exceeds the model's 256 positions",
         15: "surrogates not allowed",
-        16: "not UTF-8",
+        16: "nested too deeply",
+        17: "not UTF-8",
     }.items():
         assert text in errors[line], line
     assert [row["id"] for row in read_rows(output)] == [*(f"r{i}" for i in range(7)), "line 14"]
-    assert (summary.judged, summary.bad) == (8, 8)
+    assert (summary.judged, summary.bad) == (8, 9)
     source.write_text(good + json.dumps({"id": "long", "prompt": "note"}) + "\n")
     mended = run()
     assert (mended.judged, mended.skipped, mended.bad) == (1, 7, 0) and not errors_path(output).exists()
@@ -153,6 +155,30 @@ def test_a_job_is_not_resumed_with_other_settings(run, tmp_path) -> None:
     with pytest.raises(ConfigError, match="cannot be resumed"):
         run(settings={"model": "a"})
     assert output.read_bytes() == before
+
+
+def test_rows_of_another_input_are_not_taken_for_judged(run, source, tmp_path) -> None:
+    """Rows without an id are known by their line, which says nothing about another file or an edited one."""
+    output, prompts = tmp_path / "out.jsonl", ["start", "start a", "start b"]
+    source.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in prompts))
+    run()
+    before = output.read_bytes()
+    source.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in ["new", *prompts]))
+    summary = run()
+    assert (summary.judged, summary.skipped, summary.bad) == (1, 0, 3) and output.read_bytes().startswith(before)
+    assert "read differently when it was judged" in read_rows(errors_path(output))[0]["error"]
+    source.rename(tmp_path / "other.jsonl")
+    source.symlink_to(tmp_path / "other.jsonl")
+    with pytest.raises(ConfigError, match=r"input was '.*in\.jsonl', is '.*other\.jsonl'"):
+        run()
+
+
+def test_windows_files_and_empty_ones(run, source, tmp_path) -> None:
+    source.write_bytes(b'\xef\xbb\xbf{"prompt": "start"}\r\n\r\n{"prompt": "start a"}\r\n')
+    assert (run().judged, [row["id"] for row in read_rows(tmp_path / "out.jsonl")]) == (2, ["line 1", "line 3"])
+    source.write_bytes(b"")
+    summary = run(tmp_path / "empty.jsonl")
+    assert (summary.judged, summary.bad, (tmp_path / "empty.jsonl").read_bytes()) == (0, 0, b"")
 
 
 def test_an_output_of_something_else_is_refused(run, tmp_path) -> None:

@@ -9,7 +9,7 @@ from matplotlib.image import imread
 
 from real_megatron.evaluation import plots
 from real_megatron.evaluation.metrics import agreement
-from real_megatron.evaluation.report import evaluation_path, read_metrics, read_stage, write_report
+from real_megatron.evaluation.report import evaluation_path, read_metrics, read_stage, stage_names, write_report
 from real_megatron.evaluation.runner import Evaluation, Prediction
 from real_megatron.sections import ConfigError
 
@@ -134,3 +134,16 @@ def test_what_cannot_be_reported_is_named(tmp_path) -> None:
     for stages in ([], [stage, stage]):
         with pytest.raises(ConfigError, match="different names"):
             write_report(tmp_path / "report", stages)
+
+
+def test_runs_are_named_by_what_tells_them_apart(tmp_path, monkeypatch) -> None:
+    assert stage_names([tmp_path / "sft", tmp_path / "real"]) == ["sft", "real"]
+    assert stage_names([tmp_path / "a/real", tmp_path / "b/real", tmp_path / "c"]) == [
+        "a/real",
+        "b/real",
+        f"{tmp_path.name}/c",
+    ]
+    monkeypatch.chdir(tmp_path)
+    assert stage_names([tmp_path / "."]) == [tmp_path.name]
+    with pytest.raises(ConfigError, match="not one with itself"):
+        stage_names([tmp_path / "a", tmp_path / "b/../a"])

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from real_megatron.evaluation.metrics import agreement
+from real_megatron.evaluation.report import read_stage, write_report
 from real_megatron.evaluation.runner import Evaluation, evaluate, predictions_path
 from real_megatron.rollout.engine import SamplingParams
 from tests.support.rollout_fakes import ScriptedEngine
@@ -108,9 +109,19 @@ def test_dropped_responses_are_counted_and_in_no_metric(engine, tokenizer, scale
     assert found.counts["forced"] == 0
     labels = [p.label for p in answered]
     assert found.metrics["rail"] == agreement([p.rail for p in answered], labels, scale.values, 5, 5)
+
+
+def test_a_judge_that_never_answers_has_no_numbers_and_says_why(engine, tokenizer, scale, examples, tmp_path) -> None:
+    """As before a warm-up: training that evaluates itself must not end with it."""
     silent = SamplingParams(n=1, max_new_tokens=1)
-    with pytest.raises(ValueError, match=r"no response has the anchor '\[RESULT\]'"):
-        evaluate(engine, tokenizer, scale, examples[:2], silent, name="set", seed=1, rule="drop")
+    found = evaluate(engine, tokenizer, scale, examples[:2], silent, name="set", seed=1, rule="drop")
+    assert found.counts["unanswered"] == 2 and [p.rail for p in found.predictions] == [None, None]
+    for estimate in (e for row in found.metrics.values() for e in row.values()):
+        assert math.isnan(estimate.value) and estimate.note == "no response has the anchor '[RESULT]'"
+    assert math.isnan(found.summary()["score_mass"]) and found.summary()["no_anchor"] == 1.0
+    found.save(tmp_path / "evaluation/set.json")
+    text = write_report(tmp_path, [read_stage("silent", tmp_path)]).read_text()
+    assert "| silent | RAIL | undefined |" in text and "no response has the anchor" in text
 
 
 def test_a_saved_evaluation_comes_back(result, tmp_path) -> None:
@@ -135,6 +146,13 @@ def test_undefined_numbers_are_null_on_disk_and_nan_in_memory(engine, tokenizer,
 def test_what_is_no_evaluation_is_named(tmp_path) -> None:
     (tmp_path / "set.json").write_text('{"name": "set"}')
     with pytest.raises(ValueError, match=r"set\.json: not a saved evaluation"):
+        Evaluation.load(tmp_path / "set.json")
+
+
+def test_an_evaluation_without_its_predictions_is_named(result, tmp_path) -> None:
+    result.save(tmp_path / "set.json")
+    predictions_path(tmp_path / "set.json").unlink()
+    with pytest.raises(ValueError, match=r"set\.json: .*set\.predictions\.jsonl is missing; evaluate again"):
         Evaluation.load(tmp_path / "set.json")
 
 

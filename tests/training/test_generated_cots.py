@@ -1,4 +1,4 @@
-"""CoTs sampled before training belong to their examples, survive every character, and to the settings they came from."""
+"""CoTs sampled before training belong to their examples and settings, and survive every character."""
 
 import json
 from collections.abc import Iterator
