@@ -2,7 +2,8 @@
 
 from real_megatron.objective.advantages import advantages, minimum_group_size
 from real_megatron.objective.build import build_objective, check
-from real_megatron.objective.metrics import summarize
+from real_megatron.objective.metrics import merge, summarize
+from real_megatron.objective.mismatch import mismatch_metrics
 from real_megatron.objective.reinforce import ReinforceObjective
 from real_megatron.objective.rewards import REWARDS, RewardOptions, register_reward
 from real_megatron.objective.sft import SupervisedObjective
@@ -20,7 +21,9 @@ __all__ = [
     "advantages",
     "build_objective",
     "check",
+    "merge",
     "minimum_group_size",
+    "mismatch_metrics",
     "register_reward",
     "summarize",
 ]

@@ -1,7 +1,7 @@
-"""Metrics as (sum, weight) pairs, and their reduction to numbers."""
+"""Metrics as (sum, weight) pairs and maxima, and their reduction to numbers."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -17,6 +17,11 @@ def pair(values: Tensor, weights: Tensor | None = None) -> Tensor:
         return torch.stack([values.sum(), values.new_tensor(values.numel())])
     weights = weights.to(values.dtype)
     return torch.stack([(values * weights).sum(), weights.sum()])
+
+
+def maximum(values: Tensor) -> Tensor:
+    """[1]: the largest of non-negative `values` [n]; 0 of none."""
+    return torch.cat([values.detach(), values.new_zeros(1)]).amax(0, keepdim=True)
 
 
 def part(contribution: Tensor, share: float) -> Tensor:
@@ -47,12 +52,29 @@ def score_metrics(scored: ScoredBatch, probabilities: str) -> Metrics:
         }
 
 
+def merge(parts: Iterable[Metrics]) -> Metrics:
+    """The metrics of several micro-batches as one: pairs are added, of maxima the largest is kept."""
+    merged: Metrics = {}
+    for metrics in parts:
+        for name, value in metrics.items():
+            known = merged.get(name)
+            value = value.double()
+            if known is not None:
+                value = torch.maximum(known, value) if value.numel() == 1 else known + value
+            merged[name] = value
+    return merged
+
+
 def summarize(metrics: Mapping[str, Tensor]) -> dict[str, float]:
-    """Numbers from pairs that were added over micro-batches and ranks. Pairs without weight are left out.
+    """Numbers from metrics that were merged over micro-batches and ranks. Pairs without weight are left out.
 
     `advantage_square` becomes `advantage_std`, the standard deviation over the batch, which is no mean.
     """
-    result = {name: float(total) / float(weight) for name, (total, weight) in metrics.items() if float(weight) != 0}
+    result: dict[str, float] = {}
+    for name, value in metrics.items():
+        total, weight = value.tolist() if value.numel() == 2 else (value.item(), 1.0)
+        if weight != 0:
+            result[name] = total / weight
     square = result.pop("advantage_square", None)
     if square is not None:
         result["advantage_std"] = math.sqrt(max(square - result["advantage"] ** 2, 0.0))

@@ -9,6 +9,7 @@ from real_megatron.objective import policy_gradient as pg
 from real_megatron.objective.advantages import Baseline, advantages, minimum_group_size
 from real_megatron.objective.kl import k3
 from real_megatron.objective.metrics import pair, part, score_metrics
+from real_megatron.objective.mismatch import mismatch_metrics
 from real_megatron.objective.rewards import Reward, RewardOptions, compute_rewards
 from real_megatron.objective.types import Metrics, ScoredBatch, Totals
 
@@ -123,6 +124,7 @@ class ReinforceObjective:
             metrics |= {"loss_kl": part(term_kl, share), "kl": pair(divergence)}
         if old is not None:
             metrics |= {"ratio": pair((tokens.detach() - old).exp()), "clip_fraction": pair(clipped)}
+            metrics |= mismatch_metrics(tokens, old)
         metrics["loss"] = part(loss, share)
         return loss, metrics
 

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 Metrics = dict[str, Tensor]
-"""Name -> tensor [2]: (sum, weight). Added over micro-batches and ranks; `metrics.summarize` then divides."""
+"""Name -> tensor [2], (sum, weight), or tensor [1], a maximum. `metrics.merge` adds them over micro-batches;
+`metrics.summarize` then divides."""
 
 
 @dataclass

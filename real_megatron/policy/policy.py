@@ -18,7 +18,7 @@ from real_megatron.batch.balance import balance, imbalance
 from real_megatron.batch.packing import PackedMicrobatch, layout_of, pack, rows_of, tokens_of
 from real_megatron.batch.types import Group
 from real_megatron.config import RunConfig
-from real_megatron.objective import Objective, ScoredBatch, Totals, summarize
+from real_megatron.objective import Metrics, Objective, ScoredBatch, Totals, merge, summarize
 from real_megatron.policy import checkpoint, cpu, flops, runtime
 from real_megatron.policy.forward import run_microbatches
 from real_megatron.policy.model import build_model
@@ -257,18 +257,14 @@ class Policy:
                 pieces.append(replace(group, trajectories=[trajectory]))
         return pieces
 
-    def _reduce(self, results: Sequence[dict[str, Tensor]]) -> dict[str, float]:
-        """Sum (sum, weight) metrics over micro-batches and data-parallel ranks; tell every pipeline stage."""
+    def _reduce(self, results: Sequence[Metrics]) -> dict[str, float]:
+        """Merge metrics over micro-batches and data-parallel ranks; tell every pipeline stage."""
         reduced: dict[str, float] = {}
         if self.runtime.is_last_stage:
-            names = sorted({name for result in results for name in result})
+            mine = {name: value.cpu() for name, value in merge(results).items()}
             everyone: list[Any] = [None] * self.runtime.data_size
-            dist.all_gather_object(everyone, names, group=parallel_state.get_data_parallel_group())
-            names = sorted({name for theirs in everyone for name in theirs})
-            zero = torch.zeros(2, dtype=torch.float64, device=self.runtime.device)
-            table = torch.stack([sum((r[name].double() for r in results if name in r), start=zero) for name in names])
-            dist.all_reduce(table, group=parallel_state.get_data_parallel_group())
-            reduced = summarize(dict(zip(names, table.cpu(), strict=True)))
+            dist.all_gather_object(everyone, mine, group=parallel_state.get_data_parallel_group())
+            reduced = summarize(merge(everyone))
         return self._from_last_stage(reduced)
 
     def _merge(self, found: dict[int, Any]) -> dict[int, Any]:

@@ -5,12 +5,20 @@ from collections.abc import Sequence
 from dataclasses import replace
 from statistics import fmean
 
+import torch
+
 from real_megatron.batch.types import Group
 from real_megatron.config import RunConfig
-from real_megatron.objective import Objective, build_objective, check, minimum_group_size
+from real_megatron.objective import (
+    Objective,
+    build_objective,
+    check,
+    minimum_group_size,
+    mismatch_metrics,
+    summarize,
+)
 from real_megatron.policy.policy import Policy
 from real_megatron.rollout.engine import SamplingParams
-from real_megatron.rollout.mismatch import mismatch
 from real_megatron.rollout.overlap import rollouts
 from real_megatron.rollout.sampling import sample_trajectories
 from real_megatron.sections import ConfigError
@@ -65,12 +73,12 @@ class ReinforcementStep:
         if self._reference is not None:
             with timer.phase("reference"):
                 groups = self._reference.annotate(groups)
+        difference: dict[str, float] = {}
         if self._objective.needs_old_logprobs and config.batch.old_logprobs == "policy":
             with timer.phase("old_logprobs"):
                 groups, difference = with_policy_logprobs(policy, groups)
-                metrics |= difference
         with timer.phase("update"):
-            metrics |= update(policy, groups, self._objective, config.batch.updates)
+            metrics |= update(policy, groups, self._objective, config.batch.updates) | difference
         self._done = step + 1
         return metrics
 
@@ -120,7 +128,8 @@ def trainable(groups: Sequence[Group], smallest: int) -> list[Group]:
 
 
 def with_policy_logprobs(policy: Policy, groups: Sequence[Group]) -> tuple[list[Group], dict[str, float]]:
-    """The groups with the policy's own log-probs as `old_logprobs`, and metrics of how far the engine's were off."""
+    """The groups with the policy's own log-probs as `old_logprobs`, and the `mismatch_metrics` of the engine's."""
+    scored = policy.logprobs(groups)
     annotated = [
         replace(
             group,
@@ -128,15 +137,17 @@ def with_policy_logprobs(policy: Policy, groups: Sequence[Group]) -> tuple[list[
                 replace(t, old_logprobs=spread(t, s.tokens)) for t, s in zip(group.trajectories, row, strict=True)
             ],
         )
-        for group, row in zip(groups, policy.logprobs(groups), strict=True)
+        for group, row in zip(groups, scored, strict=True)
     ]
-    before, after = ([t for group in side for t in group.trajectories] for side in (groups, annotated))
-    if any(t.old_logprobs is None for t in before):
-        return annotated, {}
-    difference = mismatch(
-        [t.old_logprobs for t in before], [t.old_logprobs for t in after], [t.loss_mask for t in before]
-    )
-    return annotated, {f"mismatch/{name}": value for name, value in difference.items()}
+    engine = [
+        logprob
+        for group in groups
+        for t in group.trajectories
+        for logprob, sampled in zip(t.old_logprobs, t.loss_mask, strict=True)
+        if sampled
+    ]
+    own = [logprob for row in scored for s in row for logprob in s.tokens]
+    return annotated, summarize(mismatch_metrics(torch.tensor(own), torch.tensor(engine)))
 
 
 def parts(groups: Sequence[Group], count: int) -> list[list[Group]]:
@@ -147,10 +158,15 @@ def parts(groups: Sequence[Group], count: int) -> list[list[Group]]:
 
 
 def update(policy: Policy, groups: Sequence[Group], objective: Objective, updates: int) -> dict[str, float]:
-    """One optimizer update per part of the rollout batch; metrics are means over the updates. Collective."""
+    """One optimizer update per part of the rollout batch; metrics are means (maxima: the largest) over the updates.
+
+    Collective.
+    """
     results = [policy.train_step(part, objective) for part in parts(groups, updates)]
     names = {name: None for result in results for name in result}
-    metrics = {name: fmean([r[name] for r in results if name in r]) for name in names}
+    metrics = {
+        name: (max if name.endswith("/max") else fmean)([r[name] for r in results if name in r]) for name in names
+    }
     for counted in ("tokens", "information_tokens", "model_flops"):
         metrics[counted] = sum(result[counted] for result in results)
     metrics["updates"] = float(len(results))

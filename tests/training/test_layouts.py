@@ -43,3 +43,8 @@ def test_three_steps_are_the_same_at_every_layout(
 def test_the_run_is_not_trivial(one_rank: list[dict[str, float]]) -> None:
     assert all(step["grad_norm"] > 1e-2 and step["advantage_std"] > 1e-3 for step in one_rank)
     assert one_rank[0]["loss"] != one_rank[2]["loss"]
+
+
+def test_every_step_measures_how_far_the_engine_is_from_the_policy(one_rank: list[dict[str, float]]) -> None:
+    """Two implementations of one model in fp32, and weights that were synced right before."""
+    assert all(0 < step["mismatch/mean"] <= step["mismatch/max"] < 1e-4 for step in one_rank)
