@@ -9,7 +9,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from real_megatron.head import GatherRows, gathered_log_softmax, reference_gathered_log_softmax
+from real_megatron.head import GatherRows, gathered_log_softmax, ops, reference_gathered_log_softmax
+from real_megatron.head.shard import Shard
 from tests.support.head_cases import (
     Case,
     assert_dlogits_close,
@@ -68,6 +69,47 @@ def test_rows_of_several_tiles(form: tuple[str, str], dtype: torch.dtype) -> Non
     # Three tiles of 16,384 bfloat16 columns (five of 8,192 float32 ones), with a last one that is not full.
     case = random_case(3, 40_003, 40_064, dtype, max_ids=40)
     check(case, run(case, form, inplace=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_columns_just_past_a_tile(form: tuple[str, str], dtype: torch.dtype) -> None:
+    # Eight rows of odd width start at every alignment, so the 16-byte vectors of some end before the second tile begins,
+    # which then has no column of its own. Ids at the seam and in the tail.
+    tile = 8192 if dtype == torch.float32 else 16_384
+    for extra in (1, 3, 7):
+        columns = tile + extra
+        case = random_case(8, columns, columns, dtype)
+        case.lists = [[columns - 1, tile - 1, tile, columns - 2, 0]] * 8
+        case.grad = torch.linspace(-1, 2, 40)
+        check(case, run(case, form, inplace=True))
+
+
+@pytest.mark.parametrize("inplace", [False, True], ids=["new", "inplace"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_nothing_beyond_a_row_is_written(form: tuple[str, str], dtype: torch.dtype, inplace: bool) -> None:
+    # Rows with a gap between them, of which the kernels know every alignment; ids of the next shard are asked for too.
+    kernel = ops.kernels(form[0], torch.device(form[1]), dtype)
+    tile = 8192 if dtype == torch.float32 else 16_384
+    rows, padding = 8, 5
+    for columns in (3, 40, tile - 1, tile + 1, tile + 3):
+        width, stride = columns + padding, columns + padding + 10
+        buffers = [torch.full((rows * stride + 16,), 77.0, dtype=dtype, device=form[1]) for _ in range(2)]
+        logits, other = (b.as_strided((rows, width), (stride, 1), at) for b, at in zip(buffers, (1, 2), strict=True))
+        case = random_case(rows, columns, width, dtype)
+        logits.copy_(case.logits)
+        case.lists = [[columns - 1, *range(columns, columns + 9), 0]] * rows
+        asked, shard = case.rows.to(form[1]), Shard(0, columns)
+        csr = (asked.ids, asked.offsets, asked.row_index)
+        packed = kernel.stats(logits, *csr, None, shard)
+        maximum, total, z = packed.split([rows, rows, asked.nnz])
+        assert z.view(rows, -1)[:, 1:-1].isneginf().all()
+        log_probs = z - maximum[asked.row_index] - total.log()[asked.row_index]
+        grad = torch.linspace(-1, 2, asked.nnz, device=form[1])
+        out = logits if inplace else other
+        kernel.dlogits(logits, out, log_probs, maximum, total, grad, *csr, shard)
+        assert (out[:, columns:] == 0).all()
+        out.fill_(77.0)
+        assert (buffers[0 if inplace else 1] == 77).all()
 
 
 @pytest.mark.parametrize("level", [-100.0, 100.0])

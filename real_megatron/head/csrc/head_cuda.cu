@@ -124,10 +124,16 @@ struct Row {
     vectors = (columns - head) / kPerVector<T>;
   }
   __device__ int64_t tail() const { return head + vectors * kPerVector<T>; }
-  // The columns of a tile: tile 0 has the head as well, the last one the tail.
-  __device__ int64_t first_column(int64_t tile) const { return tile == 0 ? 0 : head + tile * kTileColumns<T>; }
-  __device__ int64_t end_column(int64_t tile, int64_t tiles) const {
-    return tile + 1 == tiles ? columns : head + (tile + 1) * kTileColumns<T>;
+  // Tile 0 has the head as well, and the tail is in the tile of the vector that it would have begun: a row with a head
+  // may end before the last tile begins.
+  __device__ bool has_tail(int64_t tile) const { return tile == vectors / kTileVectors; }
+  __device__ int64_t first_column(int64_t tile) const { return tile == 0 ? 0 : bound(tile); }
+  __device__ int64_t end_column(int64_t tile) const { return bound(tile + 1); }
+
+ private:
+  __device__ int64_t bound(int64_t tile) const {
+    const int64_t column = head + tile * kTileColumns<T>;
+    return column < columns ? column : columns;
   }
 };
 
@@ -178,7 +184,7 @@ __global__ void __launch_bounds__(kThreads, 4)
   MaxSum seen{Word<T>::max(largest), 0.f};
   seen.sum = sum_below<4, kWords * kSize>([&](int i) { return Word<T>::get(word[i / kSize], i % kSize); }, seen.max);
   if (tile == 0 && threadIdx.x < row.head) seen = merge(seen, {load(values[threadIdx.x]), 1.f});
-  if (tile + 1 == tiles && threadIdx.x < columns - row.tail())
+  if (row.has_tail(tile) && threadIdx.x < columns - row.tail())
     seen = merge(seen, {load(values[row.tail() + threadIdx.x]), 1.f});
 
   __shared__ MaxSum warps[kThreads / kWarp];
@@ -248,8 +254,7 @@ __global__ void __launch_bounds__(kThreads, 4)
   const float coefficient = coefficients[r];
   const float row_max = max[r];
   const int64_t first = row.first_column(tile);
-  const int64_t end = row.end_column(tile, tiles);
-  const bool last = tile + 1 == tiles;
+  const int64_t end = row.end_column(tile);
   const bool idle = coefficient == 0.f;
 
   const auto scalar = [&](int64_t c) {
@@ -282,9 +287,9 @@ __global__ void __launch_bounds__(kThreads, 4)
       if (start + i * kThreads < row.vectors) v[i].store(out_vectors + (start + i * kThreads) * kPerVector<T>);
     }
     if (tile == 0 && threadIdx.x < row.head) scalar(threadIdx.x);
-    if (last && threadIdx.x < row.columns - row.tail()) scalar(row.tail() + threadIdx.x);
+    if (row.has_tail(tile) && threadIdx.x < row.columns - row.tail()) scalar(row.tail() + threadIdx.x);
   }
-  if (last) {
+  if (tile + 1 == tiles) {
 #pragma unroll 1
     for (int64_t c = shard.columns + threadIdx.x; c < width; c += kThreads) store(to + c, 0.f);
   }
@@ -321,6 +326,14 @@ unsigned row_blocks(int64_t rows) { return blocks((rows + kThreads / kWarp - 1) 
 extern "C" {
 
 const char* head_cuda_error(int code) { return cudaGetErrorString(cudaError_t(code)); }
+
+// cudaSuccess where the current GPU and its driver can run this library's kernels.
+int head_cuda_check() {
+  cudaFuncAttributes attributes;
+  const cudaError_t code = cudaFuncGetAttributes(&attributes, dlogits_rows);
+  cudaGetLastError();  // or the next launch would report it again
+  return code;
+}
 
 // Floats of scratch memory that either launcher needs.
 int64_t head_cuda_scratch(int dtype, int64_t rows, int64_t columns) {
