@@ -43,6 +43,12 @@ class ParallelConfig(Section):
     virtual_pipeline: int | None = Field(
         None, ge=2, description="Model chunks per pipeline rank (interleaved schedule)."
     )
+    context: int = Field(
+        1,
+        ge=1,
+        description="Context-parallel size (CP): ranks that share the tokens of each micro-batch, so that "
+        "batch.max_tokens can grow with it.",
+    )
     expert: int = Field(1, ge=1, description="Expert-parallel size (EP) of mixture-of-experts models.")
     sequence_parallel: bool = Field(False, description="Shard activations over TP ranks between layers (SP).")
     distributed_optimizer: bool = Field(True, description="Shard optimizer state over data-parallel ranks.")

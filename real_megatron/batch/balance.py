@@ -22,12 +22,12 @@ def balance(
     step = ranks * multiple
     count = max(1, math.ceil(sum(sizes) / budget / step)) * step
     while True:
-        bins = _longest_first(costs, count)
+        bins = longest_first(costs, count)
         if all(len(b) <= 1 or sum(sizes[i] for i in b) <= budget for b in bins):
             break
         count += step
     loads = [sum(costs[i] for i in b) for b in bins]
-    plan = _longest_first(loads, ranks, capacity=count // ranks)
+    plan = longest_first(loads, ranks, capacity=count // ranks)
     return [[sorted(bins[i]) for i in sorted(mine)] for mine in plan]
 
 
@@ -37,8 +37,8 @@ def imbalance(costs: Sequence[float], plan: Sequence[Sequence[Sequence[int]]]) -
     return 1.0 - sum(loads) / len(loads) / max(loads) if max(loads) > 0 else 0.0
 
 
-def _longest_first(costs: Sequence[float], count: int, capacity: int | None = None) -> list[list[int]]:
-    """Deal items to `count` bins, largest first, each to the least loaded bin (with room for it)."""
+def longest_first(costs: Sequence[float], count: int, capacity: int | None = None) -> list[list[int]]:
+    """Deal items to `count` bins of at most `capacity` items, largest first, each to the least loaded bin with room."""
     bins: list[list[int]] = [[] for _ in range(count)]
     heap = [(0.0, b) for b in range(count)]
     for item in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from real_megatron.batch.layout import Layout, Segment
+from real_megatron.batch.shares import Share
 from real_megatron.batch.types import Group, Trajectory
 
 
@@ -41,6 +42,8 @@ class PackedMicrobatch:
     """Log-probability under the reference policy per token row, float32 `[N_tok]`."""
     advantages: Tensor | None
     """Precomputed advantages `[N]`, when the group is split over micro-batches."""
+    shares: tuple[Share, ...] | None = None
+    """The tokens of each context-parallel rank; None when one rank runs them all."""
 
     @property
     def num_trajectories(self) -> int:
@@ -53,8 +56,8 @@ def pack(
     """Pack whole groups into one micro-batch.
 
     With `share_prompt` a group is laid out as [prompt | response 1 | … | response K], the prompt's tokens once;
-    without, as K whole sequences. The total is padded to a multiple of `multiple` tokens (sequence parallelism shards
-    it), by a segment that no row reads. An empty list packs to padding alone.
+    without, as K whole sequences. The total is padded to a multiple of `multiple` tokens (context and sequence
+    parallelism shard it), by a segment that no row reads. An empty list packs to padding alone.
     """
     tokens: list[int] = []
     segments: list[Segment] = []

@@ -16,7 +16,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from real_megatron.batch.layout import Layout
+from real_megatron.batch.shares import Share
 from real_megatron.head import GatherRows
+from real_megatron.policy.context import gather_keys_values
 from real_megatron.policy.flex import flex_segment_attention
 
 
@@ -34,6 +36,10 @@ class PackedParams(PackedSeqParams):
     """Token rows that reach the output head, int64 `[R]`."""
     rows: GatherRows | None = None
     """Vocabulary ids asked of each of those rows."""
+    share: Share | None = None
+    """The tokens that this rank runs, where context-parallel ranks share the micro-batch; None: all of them."""
+    token_slots: Tensor | None = None
+    """With a share: `LocalBatch.token_slots`, on the device."""
 
 
 class PackedAttention(nn.Module):
@@ -68,28 +74,45 @@ class PackedAttention(nn.Module):
         attention_bias: Tensor | None = None,
         packed_seq_params: PackedParams | None = None,
     ) -> Tensor:
-        """query `[T, 1, heads, d]`, key and value `[T, 1, kv_heads, d]` → `[T, 1, heads · d]`."""
+        """query `[T, 1, heads, d]`, key and value `[T, 1, kv_heads, d]` → `[T, 1, heads · d]`.
+
+        T counts this rank's tokens; under context parallelism they attend to those of the other ranks as well.
+        """
+        params = packed_seq_params
+        key, value = key[:, 0], value[:, 0]
+        if params.share is not None:
+            key, value = gather_keys_values(key, value, params.token_slots)
         attend = flex_segment_attention if query.is_cuda else segment_attention
-        out = attend(query[:, 0], key[:, 0], value[:, 0], packed_seq_params.layout, self.scale, self.window)
+        out = attend(query[:, 0], key, value, params.layout, self.scale, self.window, params.share)
         return out.reshape(out.size(0), 1, -1)
 
 
 def segment_attention(
-    query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float, window: int | None = None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: Layout,
+    scale: float,
+    window: int | None = None,
+    share: Share | None = None,
 ) -> Tensor:
     """Attention segment by segment through torch's scaled_dot_product_attention.
 
-    query `[T, heads, d]`, key and value `[T, kv_heads, d]` → `[T, heads, d]`. `split` (rather than slices) keeps the
-    backward pass linear in T.
+    query `[T of the share, heads, d]` (without a share: all T), key and value `[T, kv_heads, d]` → the query's shape.
+    `split` (rather than slices) keeps the backward pass linear in T.
     """
-    queries, keys, values = (x.transpose(0, 1).split(layout.lengths, dim=1) for x in (query, key, value))
+    whole = [(i, 0, length) for i, length in enumerate(layout.lengths)]
+    pieces = whole if share is None else share.pieces(layout)
+    queries = query.transpose(0, 1).split([end - first for _, first, end in pieces], dim=1)
+    keys, values = (x.transpose(0, 1).split(layout.lengths, dim=1) for x in (key, value))
     outputs = []
-    for i, segment in enumerate(layout.segments):
-        q, k, v = queries[i], keys[i], values[i]
-        if segment.parent is not None:
-            k = torch.cat((keys[segment.parent], k), dim=1)
-            v = torch.cat((values[segment.parent], v), dim=1)
-        causal = segment.parent is None and (window is None or window >= segment.length)
+    for q, (i, first, end) in zip(queries, pieces, strict=True):
+        k, v = keys[i][:, :end], values[i][:, :end]
+        parent = layout.segments[i].parent
+        if parent is not None:
+            k = torch.cat((keys[parent], k), dim=1)
+            v = torch.cat((values[parent], v), dim=1)
+        causal = first == 0 and parent is None and (window is None or window >= end)
         mask = None if causal else _mask(q.size(1), k.size(1), window, q.device)
         outputs.append(
             F.scaled_dot_product_attention(

@@ -37,6 +37,11 @@ def save(
         dist_checkpointing.save(sharded, str(directory), content_metadata=dict(METADATA))
 
 
+def read_state(directory: str | Path) -> dict[str, Any]:
+    """The caller's `state` of a checkpoint, without touching a model."""
+    return dist_checkpointing.load_common_state_dict(str(directory))["state"]
+
+
 def load(
     directory: str | Path,
     chunks: list[nn.Module],
@@ -125,7 +130,7 @@ def _allocate_moments(adam: torch.optim.Optimizer) -> None:
 
 
 def _random_state() -> ShardedObject:
-    """One object per (pipeline, tensor) rank; data-parallel ranks hold replicas."""
+    """One object per (pipeline, tensor) rank; data- and context-parallel ranks hold replicas."""
     data = {
         "cpu": torch.get_rng_state(),
         "device": torch.cuda.get_rng_state(),
@@ -151,5 +156,6 @@ def _layout() -> dict[str, int]:
     return {
         "tensor": parallel_state.get_tensor_model_parallel_world_size(),
         "pipeline": parallel_state.get_pipeline_model_parallel_world_size(),
+        "context": parallel_state.get_context_parallel_world_size(),
         "data": parallel_state.get_data_parallel_world_size(),
     }

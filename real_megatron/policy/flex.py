@@ -7,17 +7,24 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from real_megatron.batch.layout import Layout
+from real_megatron.batch.shares import Share
 
 
 def flex_segment_attention(
-    query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float, window: int | None = None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: Layout,
+    scale: float,
+    window: int | None = None,
+    share: Share | None = None,
 ) -> Tensor:
     """The same function as `segment_attention`, as one block-sparse kernel.
 
-    query `[T, heads, d]`, key and value `[T, kv_heads, d]` → `[T, heads, d]`. On CUDA the kernel is compiled once per
-    shape class; on CPU it runs uncompiled, for tests.
+    query `[T of the share, heads, d]` (without a share: all T), key and value `[T, kv_heads, d]` → the query's shape.
+    On CUDA the kernel is compiled once per shape class; on CPU it runs uncompiled, for tests.
     """
-    mask = _block_mask(layout, window, query.device)
+    mask = _block_mask(layout, window, share, query.device)
     attend = _compiled() if query.is_cuda else flex_attention
     q, k, v = (x.transpose(0, 1)[None] for x in (query, key, value))
     out = attend(q, k, v, block_mask=mask, scale=scale, enable_gqa=query.size(1) > key.size(1))
@@ -30,17 +37,19 @@ def _compiled():
 
 
 @lru_cache(maxsize=16)
-def _block_mask(layout: Layout, window: int | None, device: torch.device) -> BlockMask:
+def _block_mask(layout: Layout, window: int | None, share: Share | None, device: torch.device) -> BlockMask:
     """The mask that all layers of a micro-batch share (one per window size); kept for its backward pass."""
     lengths = torch.tensor(layout.lengths)
     segment = torch.repeat_interleave(torch.arange(len(layout.segments)), lengths).to(device)
     parent = torch.tensor([-1 if s.parent is None else s.parent for s in layout.segments])
     parent = torch.repeat_interleave(parent, lengths).to(device)
     position = layout.positions().to(device)
+    queries = (torch.arange(layout.total) if share is None else share.index()).to(device)
+    q_segment, q_parent, q_position = segment[queries], parent[queries], position[queries]
 
     def admits(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        own = (segment[q] == segment[k]) & (position[q] >= position[k])
-        admitted = own | (parent[q] == segment[k])
-        return admitted if window is None else admitted & (position[q] - position[k] < window)
+        own = (q_segment[q] == segment[k]) & (q_position[q] >= position[k])
+        admitted = own | (q_parent[q] == segment[k])
+        return admitted if window is None else admitted & (q_position[q] - position[k] < window)
 
-    return create_block_mask(admits, None, None, layout.total, layout.total, device=device)
+    return create_block_mask(admits, None, None, queries.numel(), layout.total, device=device)

@@ -1,6 +1,9 @@
 """Model FLOPs of a micro-batch: the matrix products that the mathematics needs, whatever the machine recomputes."""
 
+from collections import Counter
+
 import torch
+from torch import Tensor
 
 from real_megatron.batch.layout import Layout
 from real_megatron.bridge import ModelDescription
@@ -48,6 +51,19 @@ def attention_flops(description: ModelDescription, layout: Layout) -> float:
 def head_flops(description: ModelDescription) -> float:
     """Forward FLOPs of the output layer per row that reaches it."""
     return 2.0 * description.hidden_size * description.vocab_size
+
+
+def uneven_flops(description: ModelDescription, layout: Layout, row_positions: Tensor) -> Tensor:
+    """Forward FLOPs of each token in which tokens differ: attention and the output head, float64 `[T]`.
+
+    row_positions: the token of each row that reaches the head, int64 `[R]`. All tokens take `linear_flops` besides.
+    """
+    seen = layout.positions().double() + 1
+    flops = torch.zeros_like(seen)
+    for window, layers in Counter(description.sliding_window).items():
+        flops += layers * (seen if window is None else seen.clamp(max=window))
+    flops *= 4.0 * description.num_heads * description.head_dim
+    return flops.index_add(0, row_positions, flops.new_full(row_positions.shape, head_flops(description)))
 
 
 def training_flops(description: ModelDescription, layout: Layout, rows: int) -> float:

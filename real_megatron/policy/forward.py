@@ -4,13 +4,16 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
+from real_megatron.batch.context import localize
 from real_megatron.batch.packing import PackedMicrobatch
 from real_megatron.head import GatherRows
 from real_megatron.policy import cpu
 from real_megatron.policy.attention import PackedParams
+from real_megatron.policy.context import gather_logprobs
 
 Consumer = Callable[[PackedMicrobatch, Tensor], tuple[Tensor, Any]]
 """(micro-batch, gathered log-probs `[nnz]`) → (loss contribution, anything to return)."""
@@ -23,28 +26,34 @@ def run_microbatches(
     device: torch.device,
     forward_only: bool = False,
 ) -> list[Any]:
-    """Forward (and backward) over all micro-batches of this data-parallel rank.
+    """Forward (and backward) over all micro-batches of this data-parallel rank, which its context-parallel ranks share.
 
     On the last pipeline stage `consume` turns each micro-batch's log-probs into its loss contribution, of which the
-    gradients are summed. Returns what `consume` gave back, in order; on other stages an empty list.
+    gradients are summed; every context-parallel rank does so with the same log-probs. Returns what `consume` gave
+    back, in order; on other stages an empty list.
     """
 
     def forward_step(batches: Iterator[PackedMicrobatch], model: nn.Module):
         microbatch = next(batches)
+        local = localize(microbatch, parallel_state.get_context_parallel_rank())
         params = PackedParams(
             qkv_format="bshd",
             layout=microbatch.layout,
-            row_positions=microbatch.row_positions.to(device),
-            rows=GatherRows(microbatch.ids.to(device), microbatch.offsets.to(device)),
+            row_positions=local.row_positions.to(device),
+            rows=GatherRows(local.ids.to(device), local.offsets.to(device)),
+            share=local.share,
+            token_slots=None if local.share is None else local.token_slots.to(device),
         )
         output = model(
-            input_ids=microbatch.tokens[None].to(device),
-            position_ids=microbatch.layout.positions()[None].to(device),
+            input_ids=local.tokens[None].to(device),
+            position_ids=local.positions[None].to(device),
             attention_mask=None,
             packed_seq_params=params,
         )
 
         def loss(logprobs: Tensor):
+            if local.share is not None:
+                logprobs = gather_logprobs(logprobs, local.logprob_slots.to(device), local.logprob_width)
             contribution, result = consume(microbatch, logprobs)
             return contribution, torch.ones((), dtype=torch.int, device=device), result
 

@@ -64,8 +64,9 @@ class JudgeModel(GPTModel):
     def gathered_log_softmax(self, hidden: Tensor, params: PackedParams) -> Tensor:
         """hidden `[T (or T/tp), 1, H]` → log-probs of the ids that `params.rows` asks for, float32 `[nnz]`.
 
-        Only the rows in `params.row_positions` reach the output layer. Each rank's gradient of the hidden rows covers
-        its own vocabulary shard; Megatron's mappings sum it over tensor-parallel ranks.
+        Tokens and rows are those of this context-parallel rank. Only the rows in `params.row_positions` reach the
+        output layer. Each rank's gradient of the hidden rows covers its own vocabulary shard; Megatron's mappings sum
+        it over tensor-parallel ranks.
         """
         if self.config.sequence_parallel:
             hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True)
@@ -139,6 +140,7 @@ def transformer_config(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,
+        context_parallel_size=parallel.context,
         expert_model_parallel_size=parallel.expert,
         sequence_parallel=parallel.sequence_parallel,
         params_dtype=dtype,

@@ -16,6 +16,7 @@ from transformers import AutoConfig
 from real_megatron import bridge
 from real_megatron.batch.balance import balance, imbalance
 from real_megatron.batch.packing import PackedMicrobatch, layout_of, pack, rows_of, tokens_of
+from real_megatron.batch.shares import share_out
 from real_megatron.batch.types import Group
 from real_megatron.config import RunConfig
 from real_megatron.objective import Metrics, Objective, ScoredBatch, Totals, merge, summarize
@@ -70,10 +71,10 @@ class Policy:
         """One optimizer update on the global batch `groups` (the same list on every rank).
 
         Returns the objective's metrics over the global batch, and `grad_norm`, `lr`, `microbatches`, `split_groups`,
-        `imbalance` (share of the busiest rank's work for which the average rank waits), `tokens` (run through the
-        model, a scoring pass included), `information_tokens` (prompts once, and responses) and `model_flops` (of
-        those, forward and backward). Raises FloatingPointError, on every rank and before the weights are
-        touched, when the loss or the gradient norm is not finite.
+        `imbalance` (share of the busiest data-parallel rank's work for which the average one waits), `tokens` (run
+        through the model, a scoring pass included), `information_tokens` (prompts once, and responses) and
+        `model_flops` (of those, forward and backward). Raises FloatingPointError, on every rank and before the weights
+        are touched, when the loss or the gradient norm is not finite.
         """
         totals = Totals(
             groups=len(groups),
@@ -172,8 +173,12 @@ class Policy:
 
     def _pack(self, groups: Sequence[Group]) -> PackedMicrobatch:
         parallel = self.config.parallel
-        multiple = parallel.tensor if parallel.sequence_parallel else 1
-        return pack(groups, self.score_ids, self.config.batch.share_prompt, multiple)
+        multiple = parallel.context * (parallel.tensor if parallel.sequence_parallel else 1)
+        microbatch = pack(groups, self.score_ids, self.config.batch.share_prompt, multiple)
+        if parallel.context == 1:
+            return microbatch
+        costs = flops.uneven_flops(self.description, microbatch.layout, microbatch.row_positions)
+        return replace(microbatch, shares=share_out(costs, parallel.context))
 
     def _balance(self, groups: Sequence[Group]) -> tuple[list[list[list[int]]], list[float]]:
         """Micro-batches per data-parallel rank, and each group's training FLOPs, which the plan evens out."""

@@ -13,7 +13,7 @@ from real_megatron.policy import cpu
 
 @dataclass(frozen=True)
 class Runtime:
-    """Where this process stands in the world."""
+    """Where this process stands in the world. Context-parallel ranks of one micro-batch share a data-parallel rank."""
 
     device: torch.device
     rank: int
@@ -36,11 +36,11 @@ def initialize(parallel: ParallelConfig, seed: int = 0) -> Runtime:
     if not dist.is_initialized():
         start_process_group()
     world_size = dist.get_world_size()
-    model_size = parallel.tensor * parallel.pipeline
+    model_size = parallel.tensor * parallel.pipeline * parallel.context
     if world_size % model_size:
         raise ValueError(
-            f"parallel.tensor × parallel.pipeline = {model_size} does not divide the {world_size} ranks of this run; "
-            f"start a multiple of {model_size} ranks."
+            f"parallel.tensor × parallel.pipeline × parallel.context = {model_size} does not divide the {world_size} "
+            f"ranks of this run; start a multiple of {model_size} ranks."
         )
     parallel_state.destroy_model_parallel()
     with cpu.device_mode():
@@ -48,6 +48,7 @@ def initialize(parallel: ParallelConfig, seed: int = 0) -> Runtime:
             tensor_model_parallel_size=parallel.tensor,
             pipeline_model_parallel_size=parallel.pipeline,
             virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,
+            context_parallel_size=parallel.context,
             expert_model_parallel_size=parallel.expert,
         )
         tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)

@@ -13,6 +13,8 @@ from tests.support.ranks import run_ranks
 LAYOUTS = [
     dict(pipeline=2, expert=2),
     dict(tensor=2, expert=2, sequence_parallel=True),
+    dict(context=2, expert=2),
+    dict(tensor=2, context=2, expert=2, sequence_parallel=True),
 ]
 
 

@@ -37,6 +37,7 @@ LAYOUTS = [
     {"parallel": {"tensor": 2, "sequence_parallel": True}, "model": {"recompute": "full"}},
     {"parallel": {"tensor": 2, "pipeline": 2, "sequence_parallel": True}, "model": {"recompute": "selective"}},
     {"parallel": {"pipeline": 2}, "batch": {"share_prompt": False}},
+    {"parallel": {"context": 4}, "model": {"recompute": "selective"}},
 ]
 
 

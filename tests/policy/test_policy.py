@@ -101,11 +101,12 @@ def test_variants_that_must_not_change_the_result(checkpoint, one_rank):
 
 def test_splitting_a_group_gives_the_same_step(checkpoint, one_rank):
     """A budget that no group fits: every group is scored first and then split."""
-    config = make_config(checkpoint)
-    config.batch.__dict__["max_tokens"] = 16
-    ((curve, weights),) = run_ranks(1, train, config)
-    assert all(metrics["split_groups"] > 0 for metrics in curve)
-    same_curve((curve, weights), one_rank)
+    for ranks, parallel in ((1, {}), (2, {"context": 2})):
+        config = make_config(checkpoint, parallel=parallel)
+        config.batch.__dict__["max_tokens"] = 16
+        curve, weights = run_ranks(ranks, train, config)[0]
+        assert all(metrics["split_groups"] > 0 for metrics in curve)
+        same_curve((curve, weights), one_rank)
 
 
 LAYOUTS = {
@@ -116,6 +117,11 @@ LAYOUTS = {
     "PP2 VPP2 DP2": {"pipeline": 2, "virtual_pipeline": 2},
     "PP4": {"pipeline": 4},
     "TP2 PP2 SP": {"tensor": 2, "pipeline": 2, "sequence_parallel": True},
+    "CP2 DP2": {"context": 2},
+    "CP4, plain optimizer": {"context": 4, "distributed_optimizer": False},
+    "TP2 SP CP2": {"tensor": 2, "sequence_parallel": True, "context": 2},
+    "PP2 CP2": {"pipeline": 2, "context": 2},
+    "PP2 VPP2 CP2": {"pipeline": 2, "virtual_pipeline": 2, "context": 2},
     "DP4": {},
     "DP4, plain optimizer": {"distributed_optimizer": False},
 }
@@ -126,16 +132,18 @@ def test_every_layout_of_four_ranks_trains_the_same(checkpoint, one_rank):
     configs = [make_config(checkpoint, parallel=layout) for layout in LAYOUTS.values()]
     configs.append(make_config(checkpoint, parallel=LAYOUTS["TP2 PP2 SP"], model={"recompute": "full"}))
     configs.append(make_config(checkpoint, parallel=LAYOUTS["TP2 SP DP2"], model={"head": "logits"}))
+    configs.append(make_config(checkpoint, parallel=LAYOUTS["PP2 CP2"], batch={"share_prompt": False}))
     for result in run_ranks(4, train_all, configs)[0]:
         same_curve(result, one_rank)
 
 
-def test_log_probs_reach_every_rank_and_equal_transformers(checkpoint):
+@pytest.mark.parametrize("parallel", [{"pipeline": 2}, {"pipeline": 2, "context": 2}], ids=["PP2 DP2", "PP2 CP2"])
+def test_log_probs_reach_every_rank_and_equal_transformers(checkpoint, parallel):
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
     groups = make_groups()
     with torch.no_grad():
         scored = hf_scored(model, groups)
-    everywhere = run_ranks(4, logprobs, make_config(checkpoint, parallel={"pipeline": 2}, batch={"max_tokens": 48}))
+    everywhere = run_ranks(4, logprobs, make_config(checkpoint, parallel=parallel, batch={"max_tokens": 48}))
     assert all(found == everywhere[0] for found in everywhere)
     flat = [t for group in everywhere[0] for t in group]
     torch.testing.assert_close(
@@ -154,7 +162,12 @@ def test_a_checkpoint_continues_bit_identically_and_at_other_layouts(checkpoint,
     assert state == {"step": 2}
     assert same == expected
     assert same_random == random_state
-    for parallel in ({"pipeline": 2}, {"tensor": 4, "sequence_parallel": True}, {"pipeline": 2, "virtual_pipeline": 2}):
+    for parallel in (
+        {"pipeline": 2},
+        {"tensor": 4, "sequence_parallel": True},
+        {"pipeline": 2, "virtual_pipeline": 2},
+        {"tensor": 2, "context": 2},
+    ):
         _, found, _ = run_ranks(4, load_and_continue, make_config(checkpoint, parallel=parallel), tmp_path)[0]
         assert found == pytest.approx(expected, rel=1e-4), parallel
     _, found, _ = run_ranks(1, load_and_continue, make_config(checkpoint), tmp_path)[0]
@@ -180,6 +193,8 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_change(checkpoint):
 def test_sizes_that_do_not_divide_the_world_are_refused(checkpoint):
     with pytest.raises(ValueError, match="does not divide the 1 ranks"):
         make_policy(make_config(checkpoint, parallel={"tensor": 2}))
+    with pytest.raises(ValueError, match="parallel.context = 2 does not divide the 1 ranks"):
+        make_policy(make_config(checkpoint, parallel={"context": 2}))
 
 
 def test_groups_are_not_changed_by_a_step(checkpoint):

@@ -10,12 +10,13 @@ import multiprocessing as mp
 import socket
 import traceback
 from collections.abc import Callable
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from typing import Any
 
 import psutil
 
-TIMEOUT_S = 120
+# Far beyond what any test needs: shared machines stall for minutes, and only a real hang should fail.
+TIMEOUT_S = 600
 
 
 def _free_port() -> int:
@@ -72,24 +73,27 @@ class RankPool:
         port = _free_port()
         for rank, (_, conn) in enumerate(self._workers[:world_size]):
             conn.send((rank, world_size, port, fn, args))
-        results, failures = [], []
-        for rank, (process, conn) in enumerate(self._workers[:world_size]):
+        results: dict[int, Any] = {}
+        failures: dict[int, str] = {}
+        waiting = {conn: rank for rank, (_, conn) in enumerate(self._workers[:world_size])}
+        while waiting:
             # Once a rank has failed the others may hang in a collective: give them a moment, then start afresh.
-            if not conn.poll(5 if failures else TIMEOUT_S):
-                failures.append(f"rank {rank} of {world_size}: no answer")
-                continue
-            try:
-                ok, value = conn.recv()
-            except EOFError:
-                ok, value = False, f"the worker died (exit code {process.exitcode})"
-            if ok:
-                results.append(value)
-            else:
-                failures.append(f"rank {rank} of {world_size}:\n{value}")
+            ready = wait(list(waiting), 5 if failures else TIMEOUT_S)
+            if not ready:
+                failures |= {rank: "no answer" for rank in waiting.values()}
+                break
+            for conn in ready:
+                rank = waiting.pop(conn)
+                try:
+                    ok, value = conn.recv()
+                except EOFError:
+                    self._workers[rank][0].join(5)
+                    ok, value = False, f"the worker died (exit code {self._workers[rank][0].exitcode})"
+                (results if ok else failures)[rank] = value
         if failures:
             self.close(kill=True)
-            raise RuntimeError("\n".join(failures))
-        return results
+            raise RuntimeError("\n".join(f"rank {r} of {world_size}:\n{failures[r]}" for r in sorted(failures)))
+        return [results[rank] for rank in range(world_size)]
 
     def close(self, kill: bool = False) -> None:
         for process, conn in self._workers:

@@ -7,7 +7,7 @@ import pytest
 from tests.support.ranks import run_ranks
 from tests.support.tiny_runs import rows, tiny_config, train, write_tiny_task
 
-LAYOUTS = [(2, {"tensor": 2}), (2, {"pipeline": 2}), (4, {"tensor": 2, "pipeline": 2}), (2, {})]
+LAYOUTS = [(2, {"tensor": 2}), (2, {"pipeline": 2}), (4, {"tensor": 2, "pipeline": 2}), (2, {}), (2, {"context": 2})]
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +22,7 @@ def one_rank(task: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[
     return rows(output)
 
 
-@pytest.mark.parametrize(("world", "parallel"), LAYOUTS, ids=["tp2", "pp2", "tp2pp2", "dp2"])
+@pytest.mark.parametrize(("world", "parallel"), LAYOUTS, ids=["tp2", "pp2", "tp2pp2", "dp2", "cp2"])
 def test_three_steps_are_the_same_at_every_layout(
     world: int, parallel: dict[str, int], task: Path, tmp_path: Path, one_rank: list[dict[str, float]]
 ) -> None:
