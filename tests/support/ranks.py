@@ -6,8 +6,10 @@ fresh process group among the first `world_size` of them.
 
 import atexit
 import datetime
+import gc
 import multiprocessing as mp
 import socket
+import sys
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
@@ -49,10 +51,23 @@ def _worker(conn: Connection) -> None:
             try:
                 result = fn(*args)
             finally:
-                dist.destroy_process_group()
+                _forget_groups()
             conn.send((True, result))
         except BaseException:
             conn.send((False, traceback.format_exc()))
+
+
+def _forget_groups() -> None:
+    """End all process groups: each gloo group has a thread that polls 100 times a second as long as somebody holds it,
+    be it Megatron's globals or a policy in a reference cycle, and hundreds of them slow the whole machine down."""
+    import torch.distributed as dist
+
+    if "megatron.core" in sys.modules:
+        from megatron.core import parallel_state
+
+        parallel_state.destroy_model_parallel()
+    dist.destroy_process_group()
+    gc.collect()
 
 
 class RankPool:
