@@ -4,10 +4,11 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from real_megatron.batch.layout import Layout
 from real_megatron.batch.shares import Share
+from real_megatron.policy.block_mask import block_mask
 
 
 def flex_segment_attention(
@@ -24,7 +25,7 @@ def flex_segment_attention(
     query `[T of the share, heads, d]` (without a share: all T), key and value `[T, kv_heads, d]` → the query's shape.
     On CUDA the kernel is compiled once per shape class; on CPU it runs uncompiled, for tests.
     """
-    mask = _block_mask(layout, window, share, query.device)
+    mask = _mask(layout, window, share, query.device)
     attend = _compiled() if query.is_cuda else flex_attention
     q, k, v = (x.transpose(0, 1)[None] for x in (query, key, value))
     out = attend(q, k, v, block_mask=mask, scale=scale, enable_gqa=query.size(1) > key.size(1))
@@ -37,7 +38,7 @@ def _compiled():
 
 
 @lru_cache(maxsize=16)
-def _block_mask(layout: Layout, window: int | None, share: Share | None, device: torch.device) -> BlockMask:
+def _mask(layout: Layout, window: int | None, share: Share | None, device: torch.device) -> BlockMask:
     """The mask that all layers of a micro-batch share (one per window size); kept for its backward pass."""
     lengths = torch.tensor(layout.lengths)
     segment = torch.repeat_interleave(torch.arange(len(layout.segments)), lengths).to(device)
@@ -52,4 +53,4 @@ def _block_mask(layout: Layout, window: int | None, share: Share | None, device:
         admitted = own | (q_parent[q] == segment[k])
         return admitted if window is None else admitted & (q_position[q] - position[k] < window)
 
-    return create_block_mask(admits, None, None, queries.numel(), layout.total, device=device)
+    return block_mask(admits, queries.numel(), layout.total, device)
