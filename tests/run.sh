@@ -8,11 +8,13 @@ markers="not sglang"
 if [ "${1:-}" = "--sglang" ]; then
     shift
     markers=""
-    bash tools/install_sglang_cpu.sh
 fi
 bash tools/setup_env.sh requirements-dev.txt
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
+if [ -z "$markers" ]; then
+    bash tools/install_sglang_cpu.sh
+fi
 # The rank tests spawn their own workers; one math thread a process keeps two cores from fighting over each other.
 export OMP_NUM_THREADS=1
 .venv/bin/python -m pytest -n 2 --dist loadfile -m "$markers" "$@"

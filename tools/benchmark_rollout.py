@@ -108,6 +108,7 @@ def measure(engine: SGLangEngine, args: argparse.Namespace, url: str, model: Pat
     rates: dict[str, list[float]] = {"engine": [], "benchmark": [], "samples": []}
     drive_engine(engine, args, 1, flushed(99))
     for turn in range(args.turns):
+        load = os.getloadavg()[0]
         order = ["engine", "benchmark"] if turn % 2 == 0 else ["benchmark", "engine"]
         for client in order:
             seed = flushed(turn)
@@ -116,7 +117,8 @@ def measure(engine: SGLangEngine, args: argparse.Namespace, url: str, model: Pat
             else:
                 rates["benchmark"].append(drive_benchmark(args, url, model, seed))
         rates["samples"].append(drive_engine(engine, args, args.samples, flushed(turn)))
-        print({name: round(values[-1]) for name, values in rates.items()}, flush=True)
+        shown = "  ".join(f"{name} {values[-1]:.0f} tokens/s" for name, values in rates.items())
+        print(f"turn {turn + 1} of {args.turns}, load {load:.1f} before it: {shown}", flush=True)
     return rates
 
 

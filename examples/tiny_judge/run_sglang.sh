@@ -1,23 +1,26 @@
 #!/usr/bin/env bash
-# REAL on the tiny judge with rollouts from a real SGLang server instead of the embedded engine: 20 steps.
-# Installs SGLang's CPU build into .venv-sglang (2.6 GB); with a GPU, name the Python of your own SGLang instead:
+# REAL on the tiny judge with rollouts from a real SGLang server instead of the embedded engine: 20 steps, weights sent
+# to the server over a process group before each. On a machine with nothing but Python 3.11: installs SGLang's CPU build
+# into .venv-sglang (2.6 GB), makes the task and the SFT checkpoint where examples/tiny_judge/run.sh has not yet.
+# With a GPU, name the Python of your own SGLang instead of having the CPU build installed:
 #   bash examples/tiny_judge/run_sglang.sh [PYTHON]
-# Needs what examples/tiny_judge/run.sh has made: data and the SFT checkpoint.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
-if [ ! -d runs/tiny_judge/sft/hf ]; then
-    echo "runs/tiny_judge/sft/hf is not there: run bash examples/tiny_judge/run.sh first" >&2
-    exit 1
-fi
-if [ -n "${1:-}" ]; then
-    python=$1
-else
+python=${1:-.venv-sglang/bin/python}
+if [ -z "${1:-}" ]; then
     bash tools/install_sglang_cpu.sh
-    python=.venv-sglang/bin/python
 fi
 bash tools/setup_env.sh requirements.txt
-.venv/bin/python -m real_megatron train examples/tiny_judge/real.yaml \
-    output=runs/tiny_judge/real_sglang steps=20 evaluation.every=10 \
-    rollout.engine=sglang rollout.python="$python" rollout.max_new_tokens=16
-.venv/bin/python -m real_megatron report runs/tiny_judge/sft runs/tiny_judge/real_sglang \
-    --output runs/tiny_judge/real_sglang
+out=runs/tiny_judge
+real_megatron() { .venv/bin/python -m real_megatron "$@"; }
+
+if [ ! -f "$out/task/model/config.json" ]; then
+    .venv/bin/python -m real_megatron.data.tiny_judge --output "$out/task"
+fi
+if [ ! -d "$out/sft/hf" ]; then
+    real_megatron sft examples/tiny_judge/sft.yaml
+fi
+real_megatron train examples/tiny_judge/real.yaml \
+    output="$out/real_sglang" steps=20 evaluation.every=10 rollout.engine=sglang rollout.python="$python"
+real_megatron report "$out/sft" "$out/real_sglang" --output "$out/real_sglang" \
+    --title "The tiny judge: SFT, then REAL with rollouts from SGLang"

@@ -62,7 +62,10 @@ class RolloutEngine(Protocol):
         ...
 
     def update_weights(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Replace the weights by a stream of (Hugging Face name, full tensor), then drop every cached state."""
+        """Replace the weights by a stream of (Hugging Face name, full tensor), then drop every cached state.
+
+        A sleeping engine takes back the memory of its weights for it; `wake` then gives it the rest.
+        """
         ...
 
     def sleep(self) -> None:

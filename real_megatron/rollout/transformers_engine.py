@@ -119,8 +119,7 @@ class TransformersEngine:
         return result
 
     def update_weights(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
-        if self._asleep:
-            raise RuntimeError("the engine sleeps: call wake() before update_weights()")
+        self.wake()
         self.version = None
         copy_weights(self.model, tensors)
         self.version = version

@@ -3,6 +3,8 @@
 Every response that was asked for arrives once, or one clear error does.
 """
 
+import resource
+import signal
 import threading
 
 import pytest
@@ -241,6 +243,31 @@ def test_a_server_that_refuses_the_weights_is_brought_up_to_date(make, flavour, 
     assert bad.generations > before
 
 
+def test_a_server_that_hangs_in_a_sync_is_left_behind_and_brought_up_to_date(make, flavour, model):
+    engine, (good, bad) = make(
+        2, flavour, serve_loaded=False, sync_timeout_s=3, weight_sync="tensor" if flavour == "sglang" else "disk"
+    )
+    bad.control_faults = {"/begin_weight_update" if flavour == "sglang" else "/collective_rpc": ["hang"]}
+    engine.update_weights(model.named_parameters(), 1)
+    check(engine.generate(PROMPTS, PARAMS))
+    engine._loop.run(engine._pool.settled())
+    assert bad.version == good.version and bad.version.endswith("-1") and not bad.paused and not bad.session_open
+
+
+def test_a_server_that_joins_no_group_is_an_error_not_a_hang(make, model):
+    """The trainer's end waits for all members: it gives up as soon as one refuses."""
+    engine, (fake,) = make(1, serve_loaded=False, weight_sync="distributed", sync_timeout_s=5, restarts=0)
+    with pytest.raises(WeightSyncError, match="this server joins no group"):
+        engine.update_weights(model.named_parameters(), 1)
+    assert not any(path == "/update_weights_from_distributed" for path, _ in fake.calls)
+
+
+def test_an_address_that_is_not_this_hosts_is_named(make, model):
+    engine, _ = make(1, serve_loaded=False, weight_sync="distributed", sync_host="192.0.2.1")
+    with pytest.raises(WeightSyncError, match="192.0.2.1.*rollout.sync_host"):
+        engine.update_weights(model.named_parameters(), 1)
+
+
 def test_a_server_with_old_weights_is_noticed_and_brought_up_to_date(make, model):
     """As after a restart by somebody else: the label in the reply is not the current one."""
     engine, (fake,) = make(1, serve_loaded=False)
@@ -274,6 +301,32 @@ def test_a_stream_of_the_wrong_tensors_is_refused_and_consumed(make, flavour, mo
     with pytest.raises(ValueError, match="1 missing: model.norm.weight"):
         engine.update_weights(stream(), 1)
     assert len(consumed) == len(list(model.named_parameters()))
+    with pytest.raises(RolloutError):
+        engine.generate(PROMPTS, PARAMS)
+    engine.update_weights(model.named_parameters(), 2)
+    check(engine.generate(PROMPTS, PARAMS))
+
+
+def test_a_full_disk_is_an_error_until_the_next_update(make, flavour, model):
+    engine, (fake,) = make(1, flavour, serve_loaded=False)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    consumed = []
+
+    def stream():
+        for name, tensor in model.named_parameters():
+            consumed.append(name)
+            yield name, tensor
+
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (16384, hard))
+        with pytest.raises(WeightSyncError, match="no space left for .*free space there"):
+            engine.update_weights(stream(), 1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, before)
+    # The other ranks are not left in the export, and the server has not heard of it.
+    assert len(consumed) == len(list(model.named_parameters())) and fake.loaded is None
     with pytest.raises(RolloutError):
         engine.generate(PROMPTS, PARAMS)
     engine.update_weights(model.named_parameters(), 2)
@@ -347,6 +400,13 @@ def test_closing_during_a_request_is_an_error_not_a_hang(make):
     fake.faults = ["hang"]
     threading.Timer(0.3, engine.close).start()
     with pytest.raises(RolloutError, match="closed"):
+        engine.generate([[1]], PARAMS)
+
+
+def test_a_closed_engine_says_so(make):
+    engine, _ = make(1)
+    engine.close()
+    with pytest.raises(RolloutError, match="the engine is closed"):
         engine.generate([[1]], PARAMS)
 
 

@@ -7,7 +7,6 @@ fp32 on the same weights: two implementations of a two-layer model, so 1e-4 is l
 import json
 import os
 import signal
-import threading
 from pathlib import Path
 
 import httpx
@@ -57,7 +56,9 @@ def model_dir(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def engine(model_dir, sglang_python, tmp_path_factory):
-    engine = SGLangEngine(settings(python=sglang_python), CONFIG, model_dir, tmp_path_factory.mktemp("work"))
+    # So few requests at a time that a batch of 40 prompts is not answered at once.
+    config = settings(python=sglang_python, concurrency=8)
+    engine = SGLangEngine(config, CONFIG, model_dir, tmp_path_factory.mktemp("work"))
     yield engine
     engine.close()
 
@@ -81,7 +82,7 @@ def url(engine) -> str:
 
 
 def post(engine, path: str, body: dict) -> httpx.Response:
-    return httpx.post(url(engine) + path, json=body, timeout=60, trust_env=False)
+    return httpx.post(url(engine) + path, json=body, timeout=300, trust_env=False)
 
 
 def worst_difference(groups, model, temperature=PARAMS.temperature, prompts=PROMPTS) -> float:
@@ -147,6 +148,14 @@ def test_responses_end_as_they_say(engine):
             assert len(ids) == 24 and EOS not in ids and "a" not in text
     assert all(reasons.values()), reasons
     assert worst_difference(groups, model, 1.0) < 1e-4
+
+
+def test_a_prompt_is_prefilled_once_for_all_its_samples(engine):
+    prompt = [40 + i for i in range(32)]
+    post(engine, "/flush_cache", {})
+    reply = post(engine, "/generate", engine._generation_body(prompt, PARAMS, None)).json()
+    cached = [sample["meta_info"]["cached_tokens"] for sample in reply]
+    assert len(cached) == PARAMS.n and min(cached) >= len(prompt) - 1
 
 
 def test_the_longest_prompt_gets_the_longest_response(engine):
@@ -245,7 +254,11 @@ def test_a_half_failed_sync_without_kept_weights_serves_nothing_until_the_next(a
     with pytest.raises(RolloutError):
         engine.generate(PROMPTS, PARAMS)
     # The mixture is marked on the server itself, for whoever comes next.
-    assert httpx.get(url(engine) + "/model_info", trust_env=False).json()["weight_version"].endswith("-incomplete")
+    assert (
+        httpx.get(url(engine) + "/model_info", timeout=300, trust_env=False)
+        .json()["weight_version"]
+        .endswith("-incomplete")
+    )
     model = policy(9)
     engine.update_weights(model.named_parameters(), 2)
     assert worst_difference(engine.generate(PROMPTS, PARAMS), model) < 1e-4
@@ -265,7 +278,9 @@ def test_ranks_of_a_trainer_share_one_server(engine, model_dir, tmp_path):
 
 
 def test_a_loaded_checkpoint_is_served_as_version_zero(engine, attach, model_dir):
-    httpx.post(url(engine) + "/update_weights_from_disk", json={"model_path": str(model_dir)}, timeout=60)
+    httpx.post(
+        url(engine) + "/update_weights_from_disk", json={"model_path": str(model_dir)}, timeout=300, trust_env=False
+    )
     served = attach(serve_loaded=True)
     groups = served.generate(PROMPTS, PARAMS)
     assert worst_difference(groups, policy(0)) < 1e-4
@@ -310,17 +325,18 @@ def test_recorded_replies_are_still_those_of_the_server(engine):
 
 
 def test_killed_in_mid_batch(engine):
-    """Last: it restarts the module's server. Every response arrives, once, from the current weights."""
+    """It restarts the module's server. Every response arrives, once, from the current weights."""
     model = policy(13)
     engine.update_weights(model.named_parameters(), 13)
     prompts = [p + [i % 200 + 20] for i in range(8) for p in PROMPTS]
     params = SamplingParams(n=4, temperature=1.0, max_new_tokens=60)
     process = engine._pool.replicas[0].process
-    killer = threading.Timer(0.4, lambda: os.killpg(process.pid, signal.SIGKILL))
-    killer.start()
-    groups = engine.generate(prompts, params)
-    killer.join()
-    assert process.starts == 2
+    results = engine.generate_stream(prompts, params)
+    found = [next(results)]
+    os.killpg(process.pid, signal.SIGKILL)
+    found += results
+    assert process.starts >= 2 and sorted(index for index, _ in found) == list(range(len(prompts)))
+    groups = [group for _, group in sorted(found, key=lambda item: item[0])]
     assert [len(group) for group in groups] == [4] * len(prompts)
     assert worst_difference(groups, model, 1.0, prompts) < 1e-4
     assert {r.weight_version for g in groups for r in g} == {13}
@@ -330,3 +346,23 @@ def test_killed_in_mid_batch(engine):
     engine.sleep()
     engine.wake()
     assert worst_difference(engine.generate(PROMPTS, PARAMS), model) < 1e-4
+
+
+def test_killed_in_mid_sync(engine):
+    """Between two broadcasts. The server comes back with the new weights before it takes a request."""
+    process = engine._pool.replicas[0].process
+    starts, model = process.starts, policy(15)
+
+    def stream():
+        for i, (name, tensor) in enumerate(model.named_parameters()):
+            if i == 3:
+                os.killpg(process.pid, signal.SIGKILL)
+            yield name, tensor
+
+    whole, engine._config = engine._config, engine._config.model_copy(update={"bucket_mib": 0})
+    engine.update_weights(stream(), 15)
+    engine._config = whole
+    assert process.starts > starts
+    groups = engine.generate(PROMPTS, PARAMS)
+    assert worst_difference(groups, model) < 1e-4
+    assert {r.weight_version for g in groups for r in g} == {15}

@@ -130,6 +130,9 @@ def test_use_before_weights_asleep_and_after_a_failed_update(model):
         engine.health()
     engine.wake()
     engine.health()
+    engine.sleep()
+    engine.update_weights(state.items(), version=1)
+    engine.health()
     state["bogus.weight"] = torch.zeros(1)
     with pytest.raises(ValueError, match="bogus.weight"):
         engine.update_weights(state.items(), version=2)

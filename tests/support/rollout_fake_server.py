@@ -36,12 +36,12 @@ def expected_ids(prompt: list[int], k: int, length: int) -> list[int]:
 class FakeServer:
     """State of one server. `faults` are consumed one per generation request: hang, disconnect, truncate, error_500,
     refuse_400, wrong_k, short_logprobs, nan, abort, stale; or a number of seconds to wait before a good reply.
-    `control_faults` maps a control path to statuses that it answers with, one per call."""
+    `control_faults` maps a control path to statuses that it answers with, one per call, or "hang"."""
 
     def __init__(self, flavour: str = "sglang", port: int = 0) -> None:
         self.flavour = flavour
         self.faults: list = []
-        self.control_faults: dict[str, list[int]] = {}
+        self.control_faults: dict[str, list[int | str]] = {}
         self.version = "default"
         self.loaded: str | None = None
         self.session_open = False
@@ -163,7 +163,10 @@ class FakeServer:
     def control(self, path: str, body: dict) -> tuple[int, object]:
         self.calls.append((path, body))
         if self.control_faults.get(path):
-            return self.control_faults[path].pop(0), {"success": False, "message": "fault on demand"}
+            fault = self.control_faults[path].pop(0)
+            if fault == "hang":
+                time.sleep(30)
+            return fault, {"success": False, "message": "fault on demand"}
         if self.flavour == "vllm":
             return self._vllm_control(path, body)
         recorded = RECORDED

@@ -176,11 +176,10 @@ class RemoteEngine(ABC):
                         group.create_task(worker())
             except BaseExceptionGroup as errors:
                 finished.put(errors.exceptions[0])
-            except asyncio.CancelledError:
-                finished.put(RolloutError("the engine was closed during the request"))
-                raise
 
         running = self._loop.submit(all_workers())
+        # Behind all results, however it ends: read only when some are missing.
+        running.add_done_callback(lambda _: finished.put(RolloutError("the engine was closed during the request")))
         try:
             for _ in range(count):
                 item = finished.get()

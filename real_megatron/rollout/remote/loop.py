@@ -6,6 +6,8 @@ from collections.abc import Callable, Coroutine
 from concurrent.futures import Future, wait
 from typing import Any, TypeVar
 
+from real_megatron.rollout.remote.errors import RolloutError
+
 T = TypeVar("T")
 
 _POLL_S = 1.0
@@ -20,18 +22,22 @@ class LoopThread:
         self._thread.start()
 
     def submit(self, coroutine: Coroutine[Any, Any, T]) -> "Future[T]":
+        """Start a coroutine. Raises RolloutError when the loop's thread has ended."""
+        if not self.alive:
+            coroutine.close()
+            raise RolloutError("the engine is closed")
         return asyncio.run_coroutine_threadsafe(coroutine, self.loop)
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """Run to completion; an interrupt of the caller cancels the coroutine.
 
-        Raises RuntimeError when the loop's thread has ended: nobody would ever run the coroutine.
+        Raises RolloutError when the loop's thread has ended: nobody would ever run the coroutine.
         """
         future = self.submit(coroutine)
         try:
             while not wait([future], timeout=_POLL_S).done:
                 if not self.alive:
-                    raise RuntimeError("the engine's event loop has ended")
+                    raise RolloutError("the engine was closed during the request")
             return future.result()
         except BaseException:
             future.cancel()

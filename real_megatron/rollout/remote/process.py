@@ -5,6 +5,7 @@ import os
 import signal
 import socket
 import subprocess
+import threading
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -35,10 +36,17 @@ class ServerProcess:
         self._log_dir = log_dir
         self._name = name
         self._process: subprocess.Popen | None = None
+        self._changing = threading.Lock()
+        self._closed = False
 
     def start(self) -> None:
-        """Start, or replace what runs: a server that is replaced has nothing to save."""
-        self.stop(grace_s=0)
+        """Start, or replace what runs: a server that is replaced has nothing to save. Does nothing after `close`."""
+        with self._changing:
+            if not self._closed:
+                self._stop(grace_s=0)
+                self._start()
+
+    def _start(self) -> None:
         self._log_dir.mkdir(parents=True, exist_ok=True)
         self.log = self._log_dir / f"{self._name}.{self.starts}.log"
         self.starts += 1
@@ -61,7 +69,8 @@ class ServerProcess:
         return self._process.pid if self._process else None
 
     def alive(self) -> bool:
-        return self._process is not None and self._process.poll() is None
+        process = self._process  # another thread may be replacing it
+        return process is not None and process.poll() is None
 
     def describe_end(self) -> str:
         """Exit status and the last lines of the log, for an error message."""
@@ -73,8 +82,18 @@ class ServerProcess:
                 tail = log.read().decode(errors="replace")
         return f"{self._name}: {status}; log {self.log}:\n{tail}"
 
-    def stop(self, grace_s: float = _GRACE_S) -> None:
-        """End the whole process group, politely at first unless `grace_s` is 0."""
+    def kill(self) -> None:
+        """End the whole process group at once."""
+        with self._changing:
+            self._stop(grace_s=0)
+
+    def close(self) -> None:
+        """End the whole process group, politely at first, for good."""
+        with self._changing:
+            self._closed = True
+            self._stop(_GRACE_S)
+
+    def _stop(self, grace_s: float) -> None:
         if self._process is None:
             return
         if grace_s:

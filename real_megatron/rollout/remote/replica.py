@@ -33,6 +33,11 @@ class Replica:
         self.version: str | None = None
         """The weight version that its replies must carry."""
 
+    @property
+    def incarnation(self) -> tuple["Replica", int]:
+        """Changes when the process is started anew."""
+        return self, self.process.starts if self.process else 0
+
     def describe(self) -> str:
         return f"{self.url} is {self.state} ({self.reason})"
 
@@ -158,7 +163,7 @@ class ReplicaPool:
                     logger.warning("rollout server %s: %s", replica.url, replica.reason)
                     self._count_failure(replica)
                     if replica.process is not None:
-                        await asyncio.to_thread(replica.process.stop, 0)
+                        await asyncio.to_thread(replica.process.kill)
                     await asyncio.sleep(_POLL_S)
         except _GivenUp as error:
             replica.reason = f"given up after {replica.failures_in_a_row} recoveries in a row: {error}"
@@ -218,4 +223,4 @@ class ReplicaPool:
         for replica in self.replicas:
             replica.state, replica.reason = "dead", "closed"
         processes = [r.process for r in self.replicas if r.process is not None]
-        await asyncio.gather(*(asyncio.to_thread(process.stop) for process in processes))
+        await asyncio.gather(*(asyncio.to_thread(process.close) for process in processes))

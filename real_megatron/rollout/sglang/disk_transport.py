@@ -38,4 +38,5 @@ class DiskTransport(Transport):
 
     async def _load(self, replica: Replica, path: Path, version: str) -> None:
         await self.control.quiesce(replica, version)
-        await self.control.post(replica, "/update_weights_from_disk", {"model_path": str(path), "flush_cache": True})
+        body = {"model_path": str(path), "flush_cache": True}
+        await self.control.post(replica, "/update_weights_from_disk", body, self.control.timeout_s)

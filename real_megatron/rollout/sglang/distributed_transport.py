@@ -56,7 +56,7 @@ class DistributedTransport(Transport):
         cast = asyncio.create_task(in_daemon_thread(lambda: group.broadcast(bucket.flat)))
         try:
             done, _ = await asyncio.wait(
-                {*posts, cast}, timeout=self.control.timeout_s, return_when=asyncio.FIRST_EXCEPTION
+                {*posts, cast}, timeout=self.control.step_s, return_when=asyncio.FIRST_EXCEPTION
             )
             broken = len(done) <= len(posts) or any(task.exception() for task in done)
             if broken:
@@ -90,12 +90,13 @@ class DistributedTransport(Transport):
 
     async def _form(self, flight: Flight) -> None:
         """Make sure that the group's members are exactly the flight's servers, as often started as they were."""
-        members = _members(flight.alive)
+        members = [r.incarnation for r in flight.alive]
         if self._group is not None and members == self._members:
             return
         await self.close()
         while flight.alive:
-            group = SenderGroup(f"rollout-{secrets.token_hex(4)}", self._backend, self.control.timeout_s)
+            name = f"rollout-{secrets.token_hex(4)}"
+            group = SenderGroup(name, self._backend, self._host, self.control.step_s)
             self._group = group
             sizes: dict[Replica, int] = {}
 
@@ -120,11 +121,11 @@ class DistributedTransport(Transport):
             join = asyncio.create_task(in_daemon_thread(lambda g=group, w=world_size: g.join(w)))
             try:
                 done, _ = await asyncio.wait(
-                    {*calls, join}, timeout=self.control.timeout_s, return_when=asyncio.FIRST_EXCEPTION
+                    {*calls, join}, timeout=self.control.step_s, return_when=asyncio.FIRST_EXCEPTION
                 )
                 failures = {r: c.exception() for c, r in calls.items() if c.done() and c.exception()}
                 if len(done) == len(calls) + 1 and not failures and not join.exception():
-                    self._members = _members(flight.alive)
+                    self._members = [r.incarnation for r in flight.alive]
                     return
                 if not failures:
                     reason = join.exception() if join.done() else "timeout"
@@ -142,7 +143,3 @@ class DistributedTransport(Transport):
             # Closing waits for a broadcast that still runs.
             task = asyncio.ensure_future(in_daemon_thread(group.abort))
             task.add_done_callback(lambda t: t.cancelled() or t.exception())
-
-
-def _members(replicas: list[Replica]) -> list[tuple[Replica, int]]:
-    return [(r, r.process.starts if r.process else 0) for r in replicas]

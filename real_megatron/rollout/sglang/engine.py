@@ -67,7 +67,8 @@ class SGLangEngine(RemoteEngine):
         """Label of the current weights; None when no complete set has been sent."""
         self.version: int | None = 0 if serve_loaded else None
         self._kept: list[Bucket] | None = None
-        self._released: list[str] = []
+        self._released: dict[tuple[Replica, int], list[str]] = {}
+        """What each server process has released; one that was started anew since has not."""
         positions = getattr(hf_config, "max_position_embeddings", None) or sys.maxsize
         context = min(config.max_prompt_tokens + config.max_new_tokens, positions - replies.RESERVED_TOKENS)
         replicas = local_servers(config, model_dir, work_dir / "logs", device, dtype, context)
@@ -209,39 +210,41 @@ class SGLangEngine(RemoteEngine):
         """
         if self._asleep:
             return
-        self._released = ["kv_cache"] if self._serve_loaded else ["weights", "kv_cache", "cuda_graph"]
-        self._loop.run(self._release())
+        self._loop.run(self._release(["kv_cache"] if self._serve_loaded else ["weights", "kv_cache", "cuda_graph"]))
         self._asleep = True
 
     def wake(self) -> None:
         """Servers take their memory again. An update before it wakes the weights alone, so that trainer and KV cache
         need not be resident together; without one, the weights come from those kept in host memory."""
         if self._asleep:
-            self._loop.run(self._resume(self._released))
+            self._loop.run(self._resume(["weights", "kv_cache", "cuda_graph"]))
             self._asleep = False
             self._loop.run(self._refresh())
 
-    async def _release(self) -> None:
+    async def _release(self, parts: list[str]) -> None:
+        self._released = {}
+
         async def one(replica: Replica) -> None:
             # A server that still computes would end itself here.
             await self._control.post(replica, "/pause_generation", {"mode": "abort"})
-            await self._control.post(replica, "/release_memory_occupation", {"tags": self._released})
+            await self._control.post(replica, "/release_memory_occupation", {"tags": parts})
+            self._released[replica.incarnation] = parts
 
         await self._each_up(one)
-        if "weights" in self._released:
+        if "weights" in parts:
             for replica in self._pool.replicas:
                 replica.version = None
 
     async def _resume(self, parts: list[str]) -> None:
-        parts = [part for part in parts if part in self._released]
-        if not parts:
-            return
-
         async def one(replica: Replica) -> None:
-            await self._control.post(replica, "/resume_memory_occupation", {"tags": parts})
+            # A server ends itself when asked for what it has not released.
+            released = self._released.get(replica.incarnation, [])
+            wanted = [part for part in parts if part in released]
+            if wanted:
+                await self._control.post(replica, "/resume_memory_occupation", {"tags": wanted})
+                self._released[replica.incarnation] = [part for part in released if part not in wanted]
 
         await self._each_up(one)
-        self._released = [part for part in self._released if part not in parts]
 
     async def _refresh(self) -> None:
         await self._each_up(lambda replica: self._control.unpause(replica))

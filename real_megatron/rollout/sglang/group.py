@@ -1,6 +1,7 @@
 """A process group that joins the trainer and the servers: the trainer is rank 0, the servers follow."""
 
 import datetime
+import socket
 import threading
 from contextlib import suppress
 
@@ -9,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import distributed_c10d
 
-_LONGEST_OPERATION_S = 120
+from real_megatron.rollout.remote.errors import WeightSyncError
 
 
 class SenderGroup:
@@ -19,16 +20,27 @@ class SenderGroup:
     names must agree with it.
     """
 
-    def __init__(self, name: str, backend: str, timeout_s: float) -> None:
+    def __init__(self, name: str, backend: str, host: str, timeout_s: float) -> None:
+        """host: address of this machine that the servers reach; the group's store listens there and nowhere else"""
         self.name = name
         self._backend = backend
         # Of one operation. A broadcast that nobody takes cannot be cancelled, and keeps the process from ending.
-        self._timeout = datetime.timedelta(seconds=min(timeout_s, _LONGEST_OPERATION_S))
-        # Port 0: the operating system picks a free one.
+        self._timeout = datetime.timedelta(seconds=timeout_s)
+        try:
+            listener = socket.create_server((host, 0))
+        except OSError as error:
+            raise WeightSyncError(
+                f"cannot listen on {host}: {error}; set rollout.sync_host to an address of this host"
+            ) from error
+        self.port = listener.getsockname()[1]
         self._store = dist.TCPStore(
-            "0.0.0.0", 0, is_master=True, wait_for_workers=False, timeout=self._timeout, multi_tenant=True
+            host,
+            self.port,
+            is_master=True,
+            wait_for_workers=False,
+            timeout=self._timeout,
+            master_listen_fd=listener.detach(),
         )
-        self.port = self._store.port
         self._group: dist.ProcessGroup | None = None
         self._lock = threading.Lock()
         self._sending = False

@@ -138,7 +138,7 @@ class VLLMEngine(RemoteEngine):
         await post(replica, "/pause?mode=abort", {})
         await post(replica, "/update_weight_version", {"new_version": f"{self._label}-incomplete"})
         body = {"method": "reload_weights", "kwargs": {"weights_path": str(self._spool.finished)}}
-        await post(replica, "/collective_rpc", body)
+        await post(replica, "/collective_rpc", body, self._control.timeout_s)
         await post(replica, "/reset_prefix_cache", {})
         await post(replica, "/update_weight_version", {"new_version": self._label})
         await post(replica, "/resume", {})
@@ -173,7 +173,7 @@ class VLLMEngine(RemoteEngine):
         for replica in self._pool.replicas:
             try:
                 for path in paths:
-                    await self._control.post(replica, path, {})
+                    await self._control.post(replica, path, {}, self._control.timeout_s)
             except RolloutError as error:
                 self._pool.recover(replica, str(error))
 

@@ -1,0 +1,197 @@
+"""The tiny judge trained with rollouts from a real SGLang server, by the project's own loop (tests/run.sh --sglang).
+
+One run: weights reach the server over a gloo group before every step, the server is killed in the middle of a batch,
+and one sync is also done without dropping the server's cache, which shows what dropping it prevents. A short second run
+is colocated: the server sleeps while the policy trains, and weights come by shared memory.
+"""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from real_megatron.config import RunConfig
+from real_megatron.rollout.remote.errors import RolloutError
+from real_megatron.rollout.remote.process import LAUNCHER
+from real_megatron.rollout.sglang.engine import SGLangEngine
+from real_megatron.training.commands import evaluate_checkpoint, judge_file
+from tests.support.tiny_runs import rows, tiny_config, write_tiny_task
+
+pytestmark = pytest.mark.sglang
+
+ROOT = Path(__file__).parents[2]
+STEPS, PROMPTS, SAMPLES = 4, 12, 4
+KILLED_STEP, UNFLUSHED_STEP = 1, 2
+# Two servers start in the run, perhaps on a busy machine: only a hang takes so long.
+DEADLINE_S = 1800
+# fp32 on both sides, Megatron beside SGLang: rounding alone.
+SAME = 1e-4
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny-judge task; weights large enough that every token's log-prob depends on every weight visibly."""
+    directory = write_tiny_task(tmp_path_factory.mktemp("task"))
+    model = AutoModelForCausalLM.from_pretrained(directory / "model")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.mul_(4)
+    model.save_pretrained(directory / "model")
+    return directory
+
+
+@pytest.fixture(scope="module")
+def run(task: Path, sglang_python: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[RunConfig, dict]:
+    """The run's configuration, and what was seen of it."""
+    directory = tmp_path_factory.mktemp("run")
+    config = configured(
+        task,
+        directory / "run",
+        steps=STEPS,
+        rollout={"python": sglang_python, "weight_sync": "distributed"},
+        data={"eval": {"dev": {"path": str(task / "test_ood.jsonl")}}},
+        evaluation={"temperature": 0.0, "bootstrap": 10, "every": 2},
+        checkpoint={"save_hf": True},
+    )
+    return config, watched(config, directory, KILLED_STEP, UNFLUSHED_STEP)
+
+
+def configured(task: Path, output: Path, rollout: dict, **sections) -> RunConfig:
+    server = {"engine": "sglang", "n": SAMPLES, "concurrency": 2, "start_timeout_s": 900}
+    batch, optimizer = {"prompts": PROMPTS}, {"lr": 1e-2}
+    return tiny_config(task, output, rollout=server | rollout, batch=batch, optimizer=optimizer, **sections)
+
+
+def watched(config: RunConfig, directory: Path, *steps: int) -> dict:
+    """Run tests.support.rollout_training to its end, or end it; returns its record."""
+    (directory / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
+    # The launcher ends the run, and with it the servers, should this process be killed.
+    command = [sys.executable, LAUNCHER, "tests.support.rollout_training", "config.yaml", "record", *map(str, steps)]
+    with (directory / "log").open("wb") as log:
+        process = subprocess.Popen(
+            command,
+            cwd=directory,
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            stdin=subprocess.PIPE,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+        try:
+            status = process.wait(DEADLINE_S)
+        except subprocess.TimeoutExpired:
+            status = "hangs"
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+            process.stdin.close()
+    if status != 0:
+        pytest.fail(f"the run ended with status {status}:\n" + (directory / "log").read_text()[-6000:])
+    return json.loads((directory / "record").read_text())
+
+
+def test_served_log_probs_are_the_policys_after_every_sync(run: tuple[RunConfig, dict]) -> None:
+    syncs = run[1]["syncs"]
+    assert {sync["step"] for sync in syncs} == set(range(STEPS + 1))
+    assert all(sync["worst"] < SAME for sync in syncs), syncs
+
+
+def test_every_sampled_token_is_trained_with_the_log_prob_that_the_policy_gives_it(run: tuple[RunConfig, dict]) -> None:
+    steps = run[1]["steps"]
+    assert [step["versions"] for step in steps] == [[version] for version in range(STEPS)]
+    assert all(step["worst"] < SAME for step in steps), steps
+    trained = rows(run[0].output)[1:]
+    assert all(0 < row["mismatch/mean"] <= row["mismatch/max"] < SAME for row in trained)
+    assert all(abs(row["mismatch/kl_k1"]) < SAME and 0 <= row["mismatch/kl_k3"] < SAME for row in trained)
+
+
+def test_a_server_killed_in_mid_batch_costs_no_response(run: tuple[RunConfig, dict]) -> None:
+    """Nothing is lost or counted twice, in the step of the kill as in the others, and training goes on to its end."""
+    config, seen = run
+    assert seen["starts"] >= 2 and len(seen["pids"]) >= 2
+    assert len(seen["steps"]) == STEPS > KILLED_STEP + 1
+    for step, asked in zip(seen["steps"], seen["asked"], strict=True):
+        assert step["examples"] == asked and len(set(asked)) == PROMPTS
+        assert step["responses"] == [SAMPLES] * PROMPTS
+    assert [row["step"] for row in rows(config.output)] == list(range(STEPS + 1))
+
+
+def test_the_cache_of_old_weights_would_have_been_served(run: tuple[RunConfig, dict]) -> None:
+    """Without the flush the same prompts mix old cache and new weights; so the syncs above show that it is dropped."""
+    assert run[1]["unflushed"] > 20 * SAME
+
+
+def test_a_colocated_server_sleeps_while_the_policy_trains(task: Path, sglang_python: str, tmp_path: Path) -> None:
+    """Without a GPU nothing is released, but the server checks the order: pause, release, resume, update."""
+    config = configured(task, tmp_path / "run", steps=2, rollout={"python": sglang_python, "colocate": True})
+    seen = watched(config, tmp_path)
+    assert [sync["step"] for sync in seen["syncs"]] == [0, 1]
+    assert all(seen_at["worst"] < SAME for seen_at in seen["syncs"] + seen["steps"])
+    log = (config.output / "rollout/logs/sglang-0.0.log").read_text()
+    requests = re.findall(r"POST /(release_memory_occupation|resume_memory_occupation|update_weights_from_tensor)", log)
+    release, resume, update = "release_memory_occupation", "resume_memory_occupation", "update_weights_from_tensor"
+    assert requests == [update, release, resume, update, resume, release]
+
+
+def test_no_server_is_left_behind(run: tuple[RunConfig, dict]) -> None:
+    for pid in run[1]["pids"]:
+        with pytest.raises(ProcessLookupError):
+            os.killpg(pid, 0)
+
+
+def changed(config: RunConfig, **rollout) -> RunConfig:
+    return config.model_copy(update={"rollout": config.rollout.model_copy(update=rollout)})
+
+
+def test_evaluation_through_the_server_is_that_of_the_checkpoint(run: tuple[RunConfig, dict], tmp_path: Path) -> None:
+    """Greedy critiques from the server in the run's last step, and from transformers on the exported weights."""
+    config, _ = run
+    evaluate_checkpoint(changed(config, engine="transformers"), config.output / "hf", tmp_path)
+    exact = json.loads((tmp_path / "evaluation/dev.json").read_text())["metrics"]["rail"]["mse"]["value"]
+    assert rows(config.output)[-1]["eval/dev/rail/mse"] == pytest.approx(exact, rel=1e-3)
+
+
+def test_judging_through_a_server_streams_and_resumes(
+    run: tuple[RunConfig, dict], task: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server goes away after two batches of two rows; the same call goes on behind them; embedded, the same comes
+    out."""
+    config, _ = run
+    model, source = config.output / "hf", task / "test_ood.jsonl"
+    server = SGLangEngine(config.rollout, AutoConfig.from_pretrained(model), model, tmp_path, serve_loaded=True)
+    try:
+        served = changed(config, servers=server.urls, batch_size=2)
+        generate, calls = SGLangEngine.generate, []
+
+        def failing(engine: SGLangEngine, *args):
+            calls.append(engine)
+            if len(calls) == 3:
+                raise RolloutError("no rollout server can serve")
+            return generate(engine, *args)
+
+        monkeypatch.setattr(SGLangEngine, "generate", failing)
+        with pytest.raises(RolloutError):
+            judge_file(served, model, source, tmp_path / "served.jsonl")
+        assert len((tmp_path / "served.jsonl").read_text().splitlines()) == 4
+        summary = judge_file(served, model, source, tmp_path / "served.jsonl")
+        assert (summary.judged, summary.skipped, summary.bad) == (4, 4, 0)
+    finally:
+        server.close()
+    judge_file(changed(config, engine="transformers"), model, source, tmp_path / "embedded.jsonl")
+    both = [
+        [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
+        for name in ("served", "embedded")
+    ]
+    assert len(both[0]) == 8
+    for one, other in zip(*both, strict=True):
+        assert (one["id"], one["critique"], one["no_anchor"]) == (other["id"], other["critique"], other["no_anchor"])
+        assert one["score"] == pytest.approx(other["score"], abs=1e-3)
