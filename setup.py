@@ -21,8 +21,11 @@ class BuildWithKernels(build_py):
         if shutil.which("nvcc"):
             root = ROOT if self.editable_mode else Path(self.build_lib)
             output = root / "real_megatron/head/lib"
+            output.mkdir(exist_ok=True)
             build = ROOT / "real_megatron/head/build.py"
             subprocess.run([sys.executable, build, "--optional", "--output", output, "cuda"], check=False)
+            for lock in output.glob("*.lock"):  # of the build's own exclusion; not part of the package
+                lock.unlink()
 
 
 class MaybeBinaryDistribution(Distribution):

@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
-from real_megatron.head import torch_form
 from real_megatron.head.chunks import Chunks, plan_chunks
 from real_megatron.head.gemm import add_mm, add_weight_grad, mm
 from real_megatron.head.logits import check_rows
@@ -24,6 +23,7 @@ from real_megatron.head.shard import (
     reduce_scatter_rows,
     vocabulary_shard,
 )
+from real_megatron.head.torch_form import accumulate_dtype
 
 # Measured: on a CPU a chunk that stays in the last-level cache beats a larger one (tools/benchmark_head.py chunks).
 CPU_CHUNK_BYTES = 16 << 20
@@ -152,17 +152,18 @@ class _LinearGathered(torch.autograd.Function):
         kernel = kernels(call.form, full.device, buffer.dtype)
         parts = []
         for start, end, block in blocks:
-            packed = [_nothing_seen(block, buffer)]
+            seen = _nothing_seen(block, buffer)
             for c0, c1 in chunks:
                 z = _view(buffer, end - start, c1 - c0)
                 mm(full[start:end], weight[c0:c1].t(), out=z)
                 chunk = Shard(shard.first_id + c0, c1 - c0)
-                packed.append(kernel.stats(z, block.ids, block.offsets, block.row_index, None, chunk))
-            merged = merge_packed(torch.stack(packed), end - start, block.nnz, has_values=False)
-            parts.append((merged.max, merged.sum, merged.logits))
+                packed = kernel.stats(z, block.ids, block.offsets, block.row_index, None, chunk)
+                merged = merge_packed(torch.stack([seen, packed]), end - start, block.nnz, has_values=False)
+                seen = torch.cat([merged.max, merged.sum, merged.logits])
+            parts.append(seen.split([end - start, end - start, block.nnz]))
         del buffer
         columns = [part for column in zip(*parts, strict=True) for part in column]
-        local = torch.cat(columns) if columns else hidden.new_zeros(0, dtype=torch.float32)
+        local = torch.cat(columns) if columns else full.new_empty(0, dtype=accumulate_dtype(full.dtype))
         merged = merge_packed(all_gather_packed(local, call.group), rows.num_rows, rows.nnz, has_values=False)
         log_probs = merged.log_probs(rows.row_index)
         ctx.save_for_backward(hidden, weight, log_probs, merged.max, merged.sum)
@@ -241,7 +242,6 @@ def _view(buffer: Tensor, rows: int, columns: int) -> Tensor:
 
 def _nothing_seen(rows: GatherRows, like: Tensor) -> Tensor:
     """Packed statistics of no columns at all, the neutral element of the merge."""
-    dtype = torch_form.accumulate_dtype(like.dtype)
-    packed = like.new_full((2 * rows.num_rows + rows.nnz,), -torch.inf, dtype=dtype)
+    packed = like.new_full((2 * rows.num_rows + rows.nnz,), -torch.inf, dtype=accumulate_dtype(like.dtype))
     packed[rows.num_rows : 2 * rows.num_rows] = 0
     return packed

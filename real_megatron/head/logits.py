@@ -33,7 +33,8 @@ def gathered_log_softmax(
     values: float [nnz]; with it also returns Σ_j value_j · p_j of each row, [R], differentiable.
     form: "fused" = CUDA kernels or their C++ twin, "torch" = plain PyTorch, "auto" = fused where it is available.
     inplace_backward: overwrite the logits with their gradient, halving memory. Allowed if nothing else reads the logits
-        after this call and backward runs once; HeldTensorError otherwise.
+        after this call and backward runs once; HeldTensorError otherwise. Under torch.compile, whose memory planner
+        may alias them, the gradient is a new tensor.
 
     Returns float32 [nnz] (float64 for float64 logits), the same bits on every rank; with `values` also [R].
     ValueError: shapes, devices or ids that do not fit, gathered (not vocabulary-parallel) logits at size > 1.
@@ -48,6 +49,8 @@ def gathered_log_softmax(
         raise ValueError(
             f"values must be [nnz = {rows.nnz}] on {rows.device}, got {[*values.shape]} on {values.device}"
         )
+    if values is not None and values.requires_grad:
+        raise ValueError("values must not require a gradient: none is computed for them; pass values.detach()")
     if inplace_backward and torch.is_grad_enabled() and logits.requires_grad and logits.is_leaf:
         raise ValueError("inplace_backward=True needs logits computed by a layer; these are a leaf tensor")
     if inplace_backward and not torch.compiler.is_compiling():

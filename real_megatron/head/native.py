@@ -31,6 +31,8 @@ class Library:
         if kind == "cuda":
             self.scratch = self.library.head_cuda_scratch
             self.scratch.argtypes, self.scratch.restype = [integer, size, size], size
+            self.check = self.library.head_cuda_check
+            self.check.argtypes = []
             self.library.head_cuda_error.argtypes, self.library.head_cuda_error.restype = [integer], ctypes.c_char_p
 
     def error(self, code: int) -> str:
@@ -43,11 +45,22 @@ def library(kind: str) -> Library | str:
     try:
         return _load(kind)
     except (OSError, RuntimeError) as error:
-        reason = str(error)
-        logger.warning(
-            "head: no compiled %s kernels (%s); the slower PyTorch form is used", kind, reason.partition("\n")[0]
-        )
-        return reason
+        return _warn(kind, str(error))
+
+
+def _warn(kind: str, reason: str) -> str:
+    first_line = reason.partition("\n")[0]
+    logger.warning("head: no compiled %s kernels (%s); the slower PyTorch form is used", kind, first_line)
+    return reason
+
+
+@cache
+def _refused_by_gpu(index: int) -> str | None:
+    """Why the CUDA library does not run on this GPU: one older than its machine code, a driver older than nvcc."""
+    found = library("cuda")
+    with torch.cuda.device(index):
+        code = found.check()
+    return _warn("cuda", f"GPU {index}: {found.error(code)}") if code else None
 
 
 def _load(kind: str) -> Library:
@@ -78,7 +91,9 @@ def unsupported(device: torch.device, dtype: torch.dtype) -> str | None:
     if dtype not in _DTYPES:
         return f"compiled kernels take float32, bfloat16 and float16, not {dtype}; form='torch' does"
     found = library(device.type)
-    return found if isinstance(found, str) else None
+    if isinstance(found, str):
+        return found
+    return None if device.type == "cpu" else _refused_by_gpu(device.index)
 
 
 def stats(

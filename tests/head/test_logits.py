@@ -317,6 +317,7 @@ def test_reference_is_the_definition() -> None:
         (dict(vocab_size=0), "vocab_size must be positive"),
         (dict(padded_vocab_size=8), "5 local columns on 1 ranks are not the padded vocabulary of 8"),
         (dict(values=torch.zeros(3)), r"values must be \[nnz = 2\]"),
+        (dict(values=torch.zeros(2, requires_grad=True)), "values must not require a gradient"),
         (dict(form="triton"), "'torch', 'fused' or 'auto', got 'triton'"),
         (dict(logits=torch.zeros(2, 5, requires_grad=True), inplace_backward=True), "leaf tensor"),
     ],

@@ -1,5 +1,6 @@
 """The compiled kernels: what they refuse, what happens without a compiler, rounding, and order of CUDA threads."""
 
+import contextlib
 import ctypes
 import logging
 import math
@@ -22,7 +23,7 @@ def fresh_search() -> Iterator[None]:
     """Forget which compilers and libraries were found, before and after."""
 
     def forget() -> None:
-        for function in (native.library, build._cxx, build._nvcc):
+        for function in (native.library, native._refused_by_gpu, build._cxx, build._nvcc):
             function.cache_clear()
 
     forget()
@@ -52,6 +53,22 @@ def test_a_cache_that_cannot_be_written_does_not_stop_it(
     (tmp_path / "file").write_text("a file where a folder should go")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert isinstance(native.library("cpu"), native.Library)
+
+
+def test_a_gpu_that_cannot_run_the_library_is_served_by_torch(
+    fresh_search: None, emulated_cuda: native.Library, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(native, "library", lambda kind: emulated_cuda)
+    monkeypatch.setattr(torch.cuda, "device", lambda index: contextlib.nullcontext())
+    device = torch.device("cuda", 3)
+    assert native.unsupported(device, torch.bfloat16) is None  # the emulation says that it runs
+    native._refused_by_gpu.cache_clear()
+    monkeypatch.setattr(emulated_cuda, "check", lambda: 209)
+    with caplog.at_level(logging.WARNING):
+        reasons = [native.unsupported(device, torch.bfloat16) for _ in range(2)]
+    assert reasons == ["GPU 3: emulated error"] * 2
+    reason = "head: no compiled cuda kernels (GPU 3: emulated error); the slower PyTorch form is used"
+    assert [record.message for record in caplog.records] == [reason]
 
 
 def test_float64_and_other_devices_are_served_by_torch() -> None:
@@ -117,6 +134,16 @@ def test_nan_and_infinity_end_as_nan() -> None:
         for form in ("torch", "fused"):
             out = gathered_log_softmax(logits, ROWS, vocab_size=300, form=form)
             assert out.isnan().tolist() == [True, False, False]
+
+
+def test_every_nan_stays_one() -> None:
+    # Among them those whose low bits would reach the sign and exponent if the bits were merely shifted.
+    bits = torch.tensor([0x7F800001, 0x7FC00001, 0x7FC001FF, 0x7FFFFFFF, -0x3FFFFF], dtype=torch.int64)
+    for nan in bits.to(torch.int32).view(torch.float32):
+        logits = torch.zeros(1, 300)
+        logits[0, 17] = nan
+        assert gathered_log_softmax(logits, GatherRows.from_lists([[3]]), vocab_size=300, form="fused").isnan().all()
+        assert dense_gradient(logits, 1.0)[0, 17].isnan()
 
 
 def test_cuda_results_do_not_depend_on_the_order_of_threads(emulated_cuda: native.Library) -> None:

@@ -3,7 +3,9 @@
 // Plain C interface (no PyTorch headers), so one build serves every PyTorch. Each row is the work of one thread from
 // start to end: results do not depend on the number of threads.
 #include <atomic>
+#include <system_error>
 #include <thread>
+#include <type_traits>
 #include <vector>
 
 #include "row_math.h"
@@ -86,7 +88,10 @@ void for_each_row(int64_t rows, int64_t width, int threads, Work work) {
       for (int64_t row = b * batch; row < rows && row < (b + 1) * batch; ++row) work(row);
   };
   std::vector<std::thread> helpers;
-  for (int64_t i = 1; i < threads && i < batches; ++i) helpers.emplace_back(run);
+  try {
+    for (int64_t i = 1; i < threads && i < batches; ++i) helpers.emplace_back(run);
+  } catch (const std::system_error&) {  // the machine gives no more threads: those that there are do the work
+  }
   run();
   for (auto& helper : helpers) helper.join();
 }

@@ -38,8 +38,9 @@ HEAD_FN float exp2_of(float x) {
 #ifdef __CUDA_ARCH__
   return exp2f(x);
 #else
-  // Branch-free, so that compilers vectorise it. Adding 1.5·2^23 rounds to an integer held in the low mantissa bits.
-  const float magic = 12582912.f;
+  // Branch-free, so that compilers vectorise it. Adding 1.5·2^23 + 127 rounds to an integer and leaves it, as the
+  // exponent field of a power of two, in the low mantissa bits. A NaN stays in p, whatever the exponent.
+  const float magic = 12583039.f;
   const float clamped = x < -126.f ? -126.f : x;
   const float shifted = clamped + magic;
   const float f = clamped - (shifted - magic);  // in [-0.5, 0.5]
@@ -50,8 +51,7 @@ HEAD_FN float exp2_of(float x) {
   p = p * f + 2.4022650718688965e-1f;
   p = p * f + 6.931471824645996e-1f;
   p = p * f + 1.f;
-  const float scaled = bits_to_float(float_to_bits(p) + (float_to_bits(shifted) << 23));
-  return x < -126.f ? 0.f : scaled;
+  return x < -126.f ? 0.f : p * bits_to_float(float_to_bits(shifted) << 23);
 #endif
 }
 
