@@ -270,9 +270,10 @@ class DataConfig(Section):
 class SftConfig(Section):
     """Supervised fine-tuning: where the CoTs come from."""
 
-    cots: Literal["given", "generated"] = Field(
+    cots: Literal["given", "generated", "none"] = Field(
         "given",
-        description="CoTs of the data set, or sampled before training by cot_model (TRACT's second stage).",
+        description="CoTs of the data set, sampled before training by cot_model (TRACT's second stage), or none: the "
+        "response is anchor and score alone, a judge that answers directly.",
     )
     cot_model: str | None = Field(
         None, description="Hugging Face checkpoint that writes the CoTs when cots is generated: TRACT's first stage."

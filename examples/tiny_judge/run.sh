@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The tiny judge, end to end, on a machine with nothing but Python 3.11 (about ten minutes on two cores):
 # environment → data and model → SFT (RAFT) → REAL → evaluation on both test sets → report → the checkpoint loads.
+# Beside them `direct`: the same model trained on the same prompts to give the score without a critique.
 # Run it again after an interruption: finished stages are skipped, training goes on from its last checkpoint.
 #   bash examples/tiny_judge/run.sh
 set -euo pipefail
@@ -15,6 +16,9 @@ fi
 if [ ! -d "$out/sft/hf" ]; then
     real_megatron sft examples/tiny_judge/sft.yaml
 fi
+if [ ! -d "$out/direct/hf" ]; then
+    real_megatron sft examples/tiny_judge/sft.yaml sft.cots=none steps=400 output="$out/direct"
+fi
 if [ ! -d "$out/real/hf" ]; then
     real_megatron train examples/tiny_judge/real.yaml
 fi
@@ -22,7 +26,8 @@ fi
 if [ ! -f "$out/checkpoint/evaluation/out_of_domain.json" ]; then
     real_megatron evaluate examples/tiny_judge/real.yaml --output "$out/checkpoint"
 fi
-real_megatron report "$out/sft" "$out/real" --output "$out" --title "The tiny judge: SFT, then REAL"
+real_megatron report "$out/sft" "$out/direct" "$out/real" --output "$out" \
+    --title "The tiny judge: SFT, a direct judge without critiques, and REAL"
 .venv/bin/python - "$out" <<'PYTHON'
 import json
 import sys

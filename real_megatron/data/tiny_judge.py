@@ -1,18 +1,27 @@
-"""A synthetic judging task, small enough for a laptop CPU, on which a better chain of thought gives a better score.
+"""A synthetic judging task, small enough for a laptop CPU, that a small model cannot do without a chain of thought.
 
-A candidate's work is a list of marks that a grader reads in order. Each mark changes the running score, within 1 to 5:
+The judge reads a start score and then marks on a candidate's work, in order, and gives the final score, 1 to 5:
 
-    good +1    great +2    slip −1    error −2    note 0    reversed: what stood is turned on its head, s becomes 6 − s
+    good +1    slip −1    note 0    reversed: what was said so far counts the other way round, s becomes 6 − s
 
-The label is the score after the last mark. Written down one after another, each step is a small table look-up. The
-critiques that come with the training set are human-like: they skip the reversal about half of the time, slip by one now
-and then, and some guess instead of working it out. Labels are always right. So imitation learns the graders' habits,
-and only a reward on the score can unlearn them. A model trained to answer without a critique does about as well as one
-that imitates these, because the limits of 1 and 5 make early marks count less than late ones.
+    prompt   start 2 marks good reversed slip note reversed slip - - - - - critique:
+    answer   3 3 2 2 4 3 [RESULT] 3
+
+Why a critique helps: whether a mark counts for or against depends on how many reversals follow it, and marks are drawn
+so that the running score never leaves 1 to 5: nothing is cut off, so the first mark matters as much as the last. Read
+at one glance that is a parity for every mark, which a few layers do not learn; written down, each step is one small
+table look-up. What is left to a direct answer is a hint: after a last `good` the score cannot be 1.
+
+The graders' noise: the critiques that come with the training set are human-like (`Habits`). They overlook reversals,
+miscount, and some say no more than "seems fine overall". The labels are right. So imitation learns the graders' habits,
+and only a reward on the score's error can unlearn them.
+
+What shifts out of domain (`SHIFTED`): longer work (ten marks were never seen), half of it reversals, no notes.
 
     python -m real_megatron.data.tiny_judge --output DIR [--seed 0]
 
-writes train_sft.jsonl, train_rl.jsonl, test_in_domain.jsonl, test_ood.jsonl and model/, a random checkpoint.
+writes train_sft.jsonl (with critiques), train_rl.jsonl, test_in_domain.jsonl, test_ood.jsonl and model/, a random
+checkpoint of a million parameters.
 """
 
 import json
@@ -28,10 +37,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 LOWEST, HIGHEST = 1, 5
-CHANGES = {"good": 1, "great": 2, "slip": -1, "error": -2, "note": 0}
+CHANGES = {"good": 1, "slip": -1, "note": 0}
 REVERSED = "reversed"
 MARKS = (*CHANGES, REVERSED)
-SLOTS = 10
+SLOTS = 11
+"""One more than the most marks: a blank always says that the work ends here."""
 BLANK = "-"
 ANCHOR = "[RESULT]"
 GUESSES = ("seems", "overall", "fine", "weak")
@@ -58,20 +68,24 @@ class Domain:
     marks: tuple[int, int]
     """Fewest and most marks; the remaining slots stay blank."""
     weights: Mapping[str, float]
+    """Of each kind of mark, among those that keep the running score within the scale."""
 
 
-IN_DOMAIN = Domain((6, 9), {"good": 2, "great": 1, "slip": 2, "error": 1, "note": 1, REVERSED: 2})
-SHIFTED = Domain((8, 10), {"good": 1, "great": 2, "slip": 1, "error": 2, "note": 0, REVERSED: 4})
-"""Longer work (ten marks were never seen), harsher and kinder marks, and far more reversals."""
+IN_DOMAIN = Domain((6, 9), {"good": 3, "slip": 3, "note": 1, REVERSED: 4})
+SHIFTED = Domain((8, 10), {"good": 3, "slip": 3, REVERSED: 6})
+"""Longer work (ten marks were never seen) and more reversals."""
 
 
 @dataclass(frozen=True)
 class Habits:
     """How the graders who wrote the training critiques go wrong."""
 
-    forget_reversal: float = 0.5
-    slip: float = 0.04
+    forget_reversal: float = 0.3
+    """Probability of overlooking a reversal."""
+    miscount: float = 0.05
+    """Probability, at each mark, of being off by one."""
     guess: float = 0.15
+    """Share of critiques without any running score."""
 
 
 @dataclass(frozen=True)
@@ -102,13 +116,25 @@ def change(state: int, mark: str) -> int:
     """The running score after one more mark."""
     if mark == REVERSED:
         return LOWEST + HIGHEST - state
-    return min(HIGHEST, max(LOWEST, state + CHANGES[mark]))
+    return state + CHANGES[mark]
+
+
+def clamp(state: int) -> int:
+    """Where a grader who has lost count stays: at the scale's ends."""
+    return min(HIGHEST, max(LOWEST, state))
 
 
 def draw_problem(rng: random.Random, domain: Domain) -> Problem:
+    """A problem whose running score never leaves the scale."""
     count = rng.randint(*domain.marks)
-    kinds, weights = zip(*domain.weights.items(), strict=True)
-    return Problem(rng.randint(LOWEST, HIGHEST), tuple(rng.choices(kinds, weights, k=count)))
+    start = state = rng.randint(LOWEST, HIGHEST)
+    marks: list[str] = []
+    for _ in range(count):
+        fitting = {m: w for m, w in domain.weights.items() if LOWEST <= change(state, m) <= HIGHEST}
+        (mark,) = rng.choices(list(fitting), list(fitting.values()))
+        marks.append(mark)
+        state = change(state, mark)
+    return Problem(start, tuple(marks))
 
 
 def true_critique(problem: Problem) -> str:
@@ -123,9 +149,9 @@ def human_critique(rng: random.Random, problem: Problem, habits: Habits) -> str:
     states, state = [], problem.start
     for mark in problem.marks:
         if mark != REVERSED or rng.random() >= habits.forget_reversal:
-            state = change(state, mark)
-        if rng.random() < habits.slip:
-            state = min(HIGHEST, max(LOWEST, state + rng.choice((-1, 1))))
+            state = clamp(change(state, mark))
+        if rng.random() < habits.miscount:
+            state = clamp(state + rng.choice((-1, 1)))
         states.append(state)
     return " ".join(map(str, states))
 

@@ -1,5 +1,7 @@
 """Training examples as groups of tokens: prompts alone for reinforcement learning, with CoTs for supervision."""
 
+from dataclasses import replace
+
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from real_megatron.batch.types import Group
@@ -23,11 +25,16 @@ def prompt_groups(config: RunConfig, tokenizer: PreTrainedTokenizerBase, scale: 
 
 
 def target_groups(config: RunConfig, tokenizer: PreTrainedTokenizerBase, scale: ScoreScale) -> list[Group]:
-    """Every training example with its CoT, given or generated. Too long ones are dropped and counted. Collective."""
+    """Every training example with its CoT: given, generated or none. Too long ones are dropped and counted.
+
+    Collective.
+    """
     examples = _load(config, scale)
     if config.sft.cots == "generated":
         assert config.sft.cot_model is not None
         examples = with_generated_cots(config, examples, load_tokenizer(config.sft.cot_model))
+    elif config.sft.cots == "none":
+        examples = [replace(example, cot="") for example in examples]
     limits = config.rollout.max_prompt_tokens, config.rollout.max_new_tokens
     return _some(encode_targets(tokenizer, scale, examples, *limits, config.data.chat_template))
 
