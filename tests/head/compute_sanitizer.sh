@@ -12,5 +12,6 @@ export PYTORCH_NO_CUDA_MEMORY_CACHING=1
 for tool in memcheck racecheck; do
   echo "== $tool"
   compute-sanitizer --tool "$tool" --error-exitcode 1 --target-processes all \
-    "$python" -m pytest -q -p no:cacheprovider tests/head/test_logits.py -k "cuda and not emulated and not two_to_the_31"
+    "$python" -m pytest -q -p no:cacheprovider tests/head/test_logits.py tests/head/test_linear.py \
+    -k "cuda and not emulated and not two_to_the_31"
 done

@@ -12,9 +12,11 @@ from tests.support.head_cases import random_case
 from tests.support.ranks import run_ranks
 
 ROWS, HIDDEN, VOCAB, PADDED = 12, 24, 300, 320
+# On a GPU the GEMMs take other branches and the kernels are the CUDA ones.
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 # Logits of a few rows by 128 columns: several row blocks and three vocabulary chunks. Half precision needs room for the
 # float32 copy of a chunk's weights as well.
-TINY_BUDGET = {torch.float64: 8 << 10, torch.float32: 4 << 10, torch.bfloat16: 16 << 10}
+TINY_BUDGET = {torch.float64: 8 << 10, torch.float32: 4 << 10, torch.bfloat16: 16 << 10, torch.float16: 16 << 10}
 
 
 class Problem:
@@ -38,12 +40,12 @@ class Problem:
         log_probs.backward(self.grad.double())
         return {"log_probs": log_probs.detach(), "dhidden": hidden.grad, "dweight": weight.grad}
 
-    def run(self, **options: object) -> dict[str, Tensor]:
-        hidden = self.hidden.clone().requires_grad_()
-        weight = self.weight.clone().requires_grad_()
-        out = linear_gathered_log_softmax(hidden, weight, self.rows, vocab_size=VOCAB, **options)
-        out.backward(self.grad)
-        return {"log_probs": out.detach(), "dhidden": hidden.grad, "dweight": weight.grad}
+    def run(self, device: str = "cpu", **options: object) -> dict[str, Tensor]:
+        hidden = self.hidden.to(device, copy=True).requires_grad_()
+        weight = self.weight.to(device, copy=True).requires_grad_()
+        out = linear_gathered_log_softmax(hidden, weight, self.rows.to(device), vocab_size=VOCAB, **options)
+        out.backward(self.grad.to(device))
+        return {"log_probs": out.detach().cpu(), "dhidden": hidden.grad.cpu(), "dweight": weight.grad.cpu()}
 
 
 def check(
@@ -68,12 +70,13 @@ def check(
         assert error <= bounds[key], f"{key}: {error:.3g} > {bounds[key]:.3g}"
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("form", ["torch", "fused"])
 @pytest.mark.parametrize("budget", [TINY_BUDGET, dict.fromkeys(TINY_BUDGET, 256 << 20)], ids=["tiny", "roomy"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_matches_float64(dtype: torch.dtype, budget: dict[torch.dtype, int], form: str) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_matches_float64(dtype: torch.dtype, budget: dict[torch.dtype, int], form: str, device: str) -> None:
     problem = Problem(dtype)
-    actual = problem.run(memory_budget_bytes=budget[dtype], form=form)
+    actual = problem.run(device, memory_budget_bytes=budget[dtype], form=form)
     check(actual, problem.expected(), dtype)
     assert (actual["dweight"][VOCAB:] == 0).all()
     assert actual["dhidden"].dtype == actual["dweight"].dtype == dtype
@@ -87,19 +90,20 @@ def test_float64_and_gradcheck() -> None:
     assert torch.autograd.gradcheck(lambda h, w: linear_gathered_log_softmax(h, w, rows, vocab_size=7), inputs)
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("form", ["torch", "fused"])
-def test_float32_logits_from_bfloat16_inputs(form: str) -> None:
+def test_float32_logits_from_bfloat16_inputs(form: str, device: str) -> None:
     problem = Problem(torch.bfloat16, scale=4.0)
     expected = problem.expected()
     check(
-        problem.run(fp32_logits=True, memory_budget_bytes=TINY_BUDGET[torch.bfloat16], form=form),
+        problem.run(device, fp32_logits=True, memory_budget_bytes=TINY_BUDGET[torch.bfloat16], form=form),
         expected,
         torch.bfloat16,
         True,
     )
     # The option matters: rounding logits of size ~50 to bfloat16 is at least a hundred times coarser.
-    coarse = problem.run(form=form)["log_probs"].double()
-    fine = problem.run(fp32_logits=True, form=form)["log_probs"].double()
+    coarse = problem.run(device, form=form)["log_probs"].double()
+    fine = problem.run(device, fp32_logits=True, form=form)["log_probs"].double()
     assert (coarse - expected["log_probs"]).abs().max() > 100 * (fine - expected["log_probs"]).abs().max()
 
 
@@ -124,6 +128,29 @@ def test_over_ranks(tp: int, reduction: str) -> None:
             dhidden = torch.cat(parts)
         dweight = torch.cat([r["dweight"] for r in results])
         check(dict(log_probs=results[0]["log_probs"], dhidden=dhidden, dweight=dweight), expected, torch.float32)
+
+
+@pytest.mark.parametrize("tp", [2, 4])
+def test_bfloat16_over_ranks(tp: int) -> None:
+    # As trained: sequence parallelism, bfloat16 GEMMs, float32 main_grad, each rank's chunks cut small.
+    problem = Problem(torch.bfloat16)
+    options = dict(reduce_dhidden="reduce_scatter", memory_budget_bytes=TINY_BUDGET[torch.bfloat16])
+    arguments = (problem.hidden, problem.weight, problem.lists, problem.grad, VOCAB, True, options)
+    results = run_ranks(tp, head_ranks.linear_case, *arguments)
+    assert all(torch.equal(r["log_probs"], results[0]["log_probs"]) for r in results)
+    whole = {key: torch.cat([r[key] for r in results]) for key in ("dhidden", "dweight")}
+    assert whole["dhidden"].dtype == torch.bfloat16 and whole["dweight"].dtype == torch.float32
+    assert (whole["dweight"][VOCAB:] == 0).all()
+    check(whole | dict(log_probs=results[0]["log_probs"]), problem.expected(), torch.bfloat16)
+
+
+@pytest.mark.parametrize("reduction", ["none", "all_reduce", "reduce_scatter"])
+def test_no_rows_over_ranks(reduction: str) -> None:
+    problem = Problem(torch.float32)
+    arguments = (problem.hidden[:0], problem.weight, [], torch.empty(0), VOCAB, False, dict(reduce_dhidden=reduction))
+    for result in run_ranks(2, head_ranks.linear_case, *arguments):
+        assert result["log_probs"].shape == (0,) and result["dhidden"].shape == (0, HIDDEN)
+        assert not result["dweight"].any()
 
 
 def test_the_reduction_starts_before_the_last_weight_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,20 +188,22 @@ def test_a_rank_of_padding_takes_part() -> None:
         )
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_weight_gradient_is_added_to_main_grad(dtype: torch.dtype) -> None:
+def test_weight_gradient_is_added_to_main_grad(dtype: torch.dtype, device: str) -> None:
     problem = Problem(dtype)
-    weight = torch.nn.Parameter(problem.weight)
-    weight.main_grad = torch.full(weight.shape, 2.0)
+    weight = torch.nn.Parameter(problem.weight.to(device))
+    weight.main_grad = torch.full(weight.shape, 2.0, device=device)
     weight.grad_added_to_main_grad = False
+    hidden, rows = problem.hidden.to(device), problem.rows.to(device)
     for _ in range(2):  # two micro-batches
         linear_gathered_log_softmax(
-            problem.hidden, weight, problem.rows, vocab_size=VOCAB, memory_budget_bytes=TINY_BUDGET[dtype]
-        ).backward(problem.grad)
+            hidden, weight, rows, vocab_size=VOCAB, memory_budget_bytes=TINY_BUDGET[dtype]
+        ).backward(problem.grad.to(device))
     assert weight.grad_added_to_main_grad
     bound = 32 * torch.finfo(torch.float32).eps if dtype == torch.float32 else 12 * torch.finfo(dtype).eps
     expected = 2 + 2 * problem.expected()["dweight"]
-    assert (weight.main_grad - expected).abs().max() <= bound * expected.abs().max()
+    assert (weight.main_grad.cpu() - expected).abs().max() <= bound * expected.abs().max()
 
 
 def test_tied_embeddings() -> None:
@@ -257,6 +286,15 @@ def test_the_logits_never_exist(dtype: torch.dtype) -> None:
         # Called directly: autograd's backward would leave this thread's dispatch mode.
         linear_module._LinearGathered.backward(out.grad_fn, torch.ones_like(out))
     assert 0 < largest.bytes <= 128 << 10
+
+
+def test_statistics_stay_small_however_many_chunks() -> None:
+    # 1,024 rows in chunks of 128 of 32,768 columns: the statistics of all 256 chunks would be 3 MiB.
+    rows = GatherRows.one_per_row(torch.arange(1024))
+    hidden, weight = torch.randn(1024, 2), torch.randn(32_768, 2)
+    with _LargestTensor() as largest:
+        linear_gathered_log_softmax(hidden, weight, rows, vocab_size=32_768, memory_budget_bytes=512 << 10)
+    assert 0 < largest.bytes <= 512 << 10
 
 
 @pytest.mark.parametrize(
