@@ -40,6 +40,7 @@ def test_help_imports_neither_torch_nor_megatron() -> None:
         (["train", "RUN", "model.path="], "model.path is not set"),
         (["train", "RUN", "batch.updates=2"], "set objective.ratio to ppo or truncated_is"),
         (["train", "RUN", "rollout.staleness=1"], "rollout.staleness is 1"),
+        (["train", "RUN", "objective.reward=nope"], "unknown reward 'nope'; known: answer_logprob, binary"),
         (["evaluate", "RUN"], "data.eval is empty"),
         (["evaluate", "RUN", "data.eval.dev.path=x.jsonl", "--model", "nowhere"], "nowhere: no config.json there"),
         (["judge", "--model", "nowhere", "--input", "RUN", "--output", "o.jsonl"], "nowhere: no config.json there"),
@@ -58,6 +59,25 @@ def test_a_mistake_is_one_message_without_a_traceback(
     errors = capfd.readouterr().err + result.output
     assert message in " ".join(errors.split())
     assert "Traceback" not in errors and errors.count("error:") == 1
+
+
+def test_judging_under_torchrun_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Each rank would write the same output."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    output = tmp_path / "o.jsonl"
+    result = run("judge", "--model", "m", "--input", "i.jsonl", "--output", str(output))
+    assert result.exit_code == 1 and not output.exists()
+    assert "judge runs as one process" in capfd.readouterr().err + result.output
+
+
+def test_two_runs_of_one_name_can_be_compared(tmp_path: Path) -> None:
+    for place in ("a", "b"):
+        (tmp_path / place / "real").mkdir(parents=True)
+        (tmp_path / place / "real/metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
+    result = run("report", str(tmp_path / "a/real"), str(tmp_path / "b/real"))
+    assert result.exit_code == 0 and (tmp_path / "b/real/report.md").exists()
 
 
 def test_the_traceback_can_be_asked_for(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from real_megatron.data.template import PLAIN, Template, load_template
 
 logger = logging.getLogger(__name__)
 
+
 def load_examples(
     source: DataSource, template: str | Template = PLAIN, values: Sequence[float] | None = None
 ) -> list[JudgeExample]:

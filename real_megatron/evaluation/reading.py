@@ -52,7 +52,7 @@ def read(
 
     Critiques and drawn scores depend on `seed`, the prompt's id and the weights, not on the other prompts. A critique
     without an anchor gets one appended (`force`) or stays without a score (`drop`). `renormalized` takes the
-    expectation over the score tokens only.
+    expectation over the score tokens only. Raises ValueError for log-probs that are NaN.
     """
     seeds = [example_seed(seed, "critique", id) for id in ids]
     groups = sample_scored(engine, tokenizer, scale, prompts, params, "force" if rule == "force" else "penalize", seeds)
@@ -85,6 +85,8 @@ def _reading(
     fields = (text, None, None, None)
     if answered:
         logp = np.asarray(response.score_logprobs, dtype=np.float64)
+        if np.isnan(logp).any():
+            raise ValueError("the model's score log-probs are NaN: its weights are damaged, or overflow in this dtype")
         p = np.exp(logp)
         # The largest is taken out first, so that a distribution whose mass underflows can still be normalised.
         q = np.exp(logp - logp.max())

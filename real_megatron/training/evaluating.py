@@ -1,5 +1,6 @@
 """Evaluation sets of a configuration: prepared once, judged by whatever engine serves the weights."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +42,15 @@ def load_evaluation_sets(
             )
         sets[name] = [EvaluationPrompt(example.id, example.label, ids) for example, ids in kept]
     return sets
+
+
+def forget_evaluations(directory: Path, step: int) -> None:
+    """Remove the saved evaluations of later steps than `step`: a run that starts there will make them again, perhaps at
+    other steps, and a report would take the old ones for its newest."""
+    for path in (directory / "evaluation").glob("*-step-*.json*"):
+        found = re.search(r"-step-(\d+)(\.json|\.predictions\.jsonl)$", path.name)
+        if found and int(found[1]) > step:
+            path.unlink()
 
 
 def evaluation_params(config: RunConfig) -> SamplingParams:

@@ -1,5 +1,6 @@
 """Metric sinks: metrics.jsonl always, TensorBoard by default, wandb when configured."""
 
+import importlib.util
 import json
 import math
 import os
@@ -29,9 +30,9 @@ class JsonlSink:
 
     def __init__(self, path: Path, resume_step: int = 0) -> None:
         if path.exists():
-            kept = [line for line in path.read_text().splitlines() if _step_of(line) <= resume_step]
+            kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= resume_step]
             fresh = path.with_suffix(".tmp")
-            fresh.write_text("".join(line + "\n" for line in kept if resume_step))
+            fresh.write_text("".join(line + "\n" for line in kept if resume_step), encoding="utf-8")
             os.replace(fresh, path)
         self._file = path.open("a", encoding="utf-8")
 
@@ -46,12 +47,12 @@ class JsonlSink:
 
 
 class TensorBoardSink:
-    """TensorBoard event files."""
+    """TensorBoard event files; what an earlier start of the run wrote for later steps is not shown."""
 
     def __init__(self, directory: Path, resume_step: int = 0) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(directory), purge_step=resume_step + 1 if resume_step else None)
+        self._writer = SummaryWriter(str(directory), purge_step=resume_step + 1 if resume_step else 0)
 
     def write(self, step: int, values: dict[str, float]) -> None:
         for name, value in values.items():
@@ -63,17 +64,14 @@ class TensorBoardSink:
 
 
 class WandbSink:
-    """A wandb run, named after the output directory; a resumed run continues it."""
+    """A wandb run, named after the output directory; a resumed run continues it, one from the start begins another,
+    since wandb takes no steps below its last."""
 
-    def __init__(self, project: str, directory: Path, config: dict[str, Any]) -> None:
-        try:
-            import wandb
-        except ImportError:
-            raise ConfigError(
-                "metrics.wandb_project is set, but wandb is not installed: pip install wandb, or unset the key"
-            ) from None
+    def __init__(self, project: str, directory: Path, config: dict[str, Any], resume_step: int = 0) -> None:
+        import wandb
+
         marker = directory / "wandb-id"
-        run_id = marker.read_text().strip() if marker.exists() else None
+        run_id = marker.read_text().strip() if resume_step and marker.exists() else None
         self._run = wandb.init(
             project=project, name=directory.name, dir=str(directory), config=config, id=run_id, resume="allow"
         )
@@ -84,6 +82,14 @@ class WandbSink:
 
     def close(self) -> None:
         self._run.finish()
+
+
+def check_sinks(config: MetricsConfig) -> None:
+    """Raise ConfigError when the package of a configured sink is missing: before a model is loaded for nothing."""
+    if config.wandb_project and importlib.util.find_spec("wandb") is None:
+        raise ConfigError(
+            "metrics.wandb_project is set, but wandb is not installed: pip install wandb, or unset the key"
+        )
 
 
 class Metrics:
@@ -103,7 +109,7 @@ class Metrics:
         if config.tensorboard:
             sinks.append(TensorBoardSink(output / "tensorboard", resume_step))
         if config.wandb_project:
-            sinks.append(WandbSink(config.wandb_project, output, run_config))
+            sinks.append(WandbSink(config.wandb_project, output, run_config, resume_step))
         return cls(sinks)
 
     def write(self, step: int, values: dict[str, float]) -> None:

@@ -43,8 +43,8 @@ def train(config: RunConfig) -> None:
             "rollout.staleness is 1: responses come from weights one step old and need an importance ratio; "
             "set objective.ratio to truncated_is or ppo"
         )
+    objective = build_objective(config.objective)
     with open_session(config, prompt_groups) as session:
-        objective = build_objective(config.objective)
         reference = ReferenceWeights(session.policy) if objective.needs_ref_logprobs else None
         session.resume()
         session.run(ReinforcementStep(session, objective, reference))

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from real_megatron.batch.types import Group
 from real_megatron.config import RunConfig
+from real_megatron.policy.checkpoint import read_state
 from real_megatron.policy.flops import peak_flops
 from real_megatron.policy.policy import Policy
 from real_megatron.policy.runtime import default_dtype
@@ -20,11 +21,11 @@ from real_megatron.rollout.engine import RolloutEngine
 from real_megatron.rollout.factory import build_engine
 from real_megatron.scores import ScoreScale
 from real_megatron.sections import ConfigError
-from real_megatron.training.checkpoints import CheckpointStore
-from real_megatron.training.evaluating import evaluate_sets, load_evaluation_sets
+from real_megatron.training.checkpoints import CheckpointStore, mendable
+from real_megatron.training.evaluating import evaluate_sets, forget_evaluations, load_evaluation_sets
 from real_megatron.training.examples import load_tokenizer
 from real_megatron.training.export import RUN_FILE, save_hf
-from real_megatron.training.metrics import Metrics
+from real_megatron.training.metrics import Metrics, check_sinks
 from real_megatron.training.phases import PhaseTimer
 from real_megatron.training.resume import check_same_run
 from real_megatron.training.sampler import EpochSampler
@@ -56,6 +57,7 @@ class Session:
         self.config = config
         if not config.model.path:
             raise ConfigError("model.path is not set: name the Hugging Face checkpoint to start from")
+        check_sinks(config.metrics)
         self.tokenizer = load_tokenizer(config.model.path)
         scale = config.scale
         self.scale = ScoreScale.resolve(self.tokenizer, scale.scores, scale.values, scale.anchor)
@@ -92,11 +94,11 @@ class Session:
 
     def publish(self, step: int) -> None:
         """Give the engine the policy's weights after `step` steps, unless an evaluation has just done so."""
-        if self.config.rollout.colocate:  # it sleeps while the trainer uses its GPUs
-            self.engine.wake()
         if self._published != step:
             self.engine.update_weights(self.policy.export(), version=step)
             self._published = step
+        if self.config.rollout.colocate:  # it sleeps while the trainer uses its GPUs; the update woke its weights alone
+            self.engine.wake()
 
     def close(self) -> None:
         """End the engine's servers. Not collective."""
@@ -106,7 +108,8 @@ class Session:
     def resume(self) -> None:
         """Continue from the newest complete checkpoint, if there is one.
 
-        Raises ConfigError when the checkpoint is another run's, or resuming is switched off.
+        Raises ConfigError when the checkpoint is another run's, or resuming is switched off, OSError when it is
+        damaged.
         """
         newest = self.store.newest()
         if newest is None:
@@ -114,8 +117,11 @@ class Session:
         step, path = newest
         if not self.config.checkpoint.resume:
             raise ConfigError(f"{path} exists and checkpoint.resume is false: choose another output, or resume")
-        state = self.policy.load(path)
-        check_same_run(state["config"], self.config, str(path))
+        with mendable(f"{path}: cannot be read", "remove it to resume from the checkpoint before it, if there is one"):
+            state = read_state(path)
+            # Before the load: another run's tensors may have other shapes, and Megatron's error would say only that.
+            check_same_run(state["config"], self.config, str(path))
+            self.policy.load(path)
         self.start = state["step"]
         logger.info("resumed from %s: %d of %d steps are done", path, self.start, self.steps)
 
@@ -154,12 +160,13 @@ class Session:
                 names the step and rank. The weights are as before that step.
         """
         config, rank, timer = self.config, self.policy.runtime.rank, PhaseTimer()
-        if self.start == self.steps and self._hf.exists():
+        if self.start == self.steps and self._exported():
             logger.info("%s is finished: %s is there", config.output, self._hf)
             return
         if rank == 0:
             config.output.mkdir(parents=True, exist_ok=True)
             (config.output / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
+            forget_evaluations(config.output, self.start)
         sinks = Metrics.open(config.metrics, config.output, rank, config.model_dump(mode="json"), self.start)
         with sinks as metrics, StopSignal(self.policy.runtime.device) as stop, progress(rank == 0) as bar:
             task = bar.add_task(config.objective.name, total=self.steps, completed=self.start, figures="")
@@ -170,7 +177,8 @@ class Session:
                 try:
                     values = do_step(step, timer)
                 except (FloatingPointError, ValueError) as error:
-                    raise type(error)(f"step {step + 1}, rank {rank}: {error}") from error
+                    kind = FloatingPointError if isinstance(error, FloatingPointError) else ValueError
+                    raise kind(f"step {step + 1}, rank {rank}: {error}") from error
                 done = step + 1
                 last, stopping = done == self.steps, stop.requested()
                 if last or _due(done, config.evaluation.every):
@@ -197,6 +205,14 @@ class Session:
                 shutil.rmtree(self._hf)
             save_hf(self.policy, self._hf)
             logger.info("wrote %s", self._hf)
+
+    def _exported(self) -> bool:
+        """Whether the Hugging Face checkpoint is that of the last step: not of this run before it was given more."""
+        if not self._hf.exists():
+            return False
+        made_by = self._hf / RUN_FILE
+        saved = RunConfig.from_yaml(made_by) if made_by.exists() else self.config
+        return (saved.steps, saved.epochs) == (self.config.steps, self.config.epochs)
 
     @property
     def _hf(self) -> Path:

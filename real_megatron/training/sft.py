@@ -19,9 +19,10 @@ def train(config: RunConfig) -> None:
         raise ConfigError(
             f"objective.name is {config.objective.name}: use `real-megatron train`, or set it to raft, tract or sft"
         )
+    objective = build_objective(config.objective)
     with open_session(config, target_groups) as session:
         session.resume()
-        session.run(SupervisedStep(session, build_objective(config.objective)))
+        session.run(SupervisedStep(session, objective))
 
 
 @dataclass

@@ -1,6 +1,7 @@
 """The streaming judge: output rows, bad rows, kills at any byte, other settings."""
 
 import json
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -141,6 +142,30 @@ def test_what_was_judged_before_the_engine_failed_is_kept(run, engine, tmp_path)
         run(engine=Failing())
     assert len(read_rows(tmp_path / "out.jsonl")) == 6
     assert (run().judged, len(read_rows(tmp_path / "out.jsonl"))) == (1, 7)
+
+
+def test_a_row_whose_scores_are_nan_is_a_bad_row(run, engine, tokenizer, tmp_path) -> None:
+    """JSON has no NaN, and no score is no score."""
+
+    damaged = tokenizer.encode("2 a a b")
+
+    class Broken:
+        def generate(self, prompts, params, seeds):
+            groups = engine.generate(prompts, params, seeds)
+            for prompt, group in zip(prompts, groups, strict=True):
+                for response in group if prompt == damaged else []:
+                    response.watched = [[math.nan] * len(row) for row in response.watched]
+            return groups
+
+        def next_token_logprobs(self, sequences, ids):
+            found = engine.next_token_logprobs(sequences, ids)
+            found[[ids[: len(damaged)] == damaged for ids in sequences]] = math.nan
+            return found
+
+    summary = run(engine=Broken())
+    (bad,) = read_rows(errors_path(tmp_path / "out.jsonl"))
+    assert (bad["id"], summary.judged, summary.bad) == ("r1", 6, 1) and "score log-probs are NaN" in bad["error"]
+    assert "NaN" not in (tmp_path / "out.jsonl").read_text()
 
 
 def test_a_job_is_not_resumed_with_other_settings(run, tmp_path) -> None:

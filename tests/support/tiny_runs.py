@@ -101,9 +101,31 @@ def train_and_evaluate(config: RunConfig, output: Path) -> None:
     evaluate_checkpoint(config, config.output / "hf", output)
 
 
+def evaluate(config: RunConfig, output: Path) -> None:
+    """The run's exported checkpoint, evaluated by all ranks."""
+    evaluate_checkpoint(config, config.output / "hf", output)
+
+
 def judge(model: Path, source: Path, output: Path) -> JudgeSummary:
     """Judge a file with the configuration that the run left beside its checkpoint."""
     return judge_file(RunConfig.from_yaml(model / "real_megatron.yaml"), model, source, output)
+
+
+def failing(config: RunConfig) -> str:
+    """A run whose first update meets broken JSON: the error's message."""
+    real_update = Policy.train_step
+
+    def update(policy: Policy, groups: list[Group], objective: Objective) -> dict[str, float]:
+        return json.loads("{broken")
+
+    Policy.train_step = update
+    try:
+        train(config)
+    except ValueError as error:
+        return str(error)
+    finally:
+        Policy.train_step = real_update
+    raise AssertionError("the run did not stop")
 
 
 def poisoned(config: RunConfig, step: int) -> tuple[str, bool]:

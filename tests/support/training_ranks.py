@@ -4,8 +4,11 @@ from pathlib import Path
 
 import torch
 
+from real_megatron.batch.types import Group
 from real_megatron.config import RunConfig
 from real_megatron.objective import build_objective
+from real_megatron.policy.policy import Policy
+from real_megatron.scores import ScoreScale
 from real_megatron.training.export import save_hf
 from real_megatron.training.reference import ReferenceWeights
 from real_megatron.training.rl import update, with_policy_logprobs
@@ -45,3 +48,11 @@ def export_after_steps(config: RunConfig, output: Path) -> dict[str, torch.Tenso
         policy.train_step(make_groups(seed=step), build_objective(config.objective))
     save_hf(policy, output, shard_bytes=20_000)
     return {name: tensor.clone() for name, tensor in policy.export()}
+
+
+def scored_by_the_policy(
+    config: RunConfig, groups: list[Group], scale: ScoreScale
+) -> list[tuple[list[float], list[float] | None]]:
+    """Log-probs of the loss-carrying tokens and of the scores, for every trajectory."""
+    policy = Policy(config, scale.score_ids, scale.values, updates=10)
+    return [(t.tokens, t.scores) for group in policy.logprobs(groups) for t in group]

@@ -3,6 +3,8 @@
 from pathlib import Path
 
 import pytest
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from torch.distributed.checkpoint.api import CheckpointException
 
 from real_megatron.training.checkpoints import CheckpointStore
 
@@ -33,6 +35,43 @@ def test_a_save_that_dies_is_never_resumed_from(tmp_path: Path) -> None:
     assert store.newest() == (1, tmp_path / "step-000001")
     store.save(3, write)
     assert [p.name for p in tmp_path.iterdir()] == ["step-000003"]
+
+
+@pytest.mark.parametrize("kind", ["torch", "megatron"])
+def test_a_full_disk_is_one_line_that_says_what_to_do(kind: str, tmp_path: Path) -> None:
+    """Torch's exception is no Exception, and its text is every rank's traceback."""
+    reason = RuntimeError("Worker failure: [Errno 28] No space left on device")
+    failures = {rank: (reason, None) for rank in (0, 1)}
+    error = CheckpointException("write", failures) if kind == "torch" else CheckpointingException(str(reason))
+
+    def fail(path: Path) -> None:
+        raise error
+
+    store = CheckpointStore(tmp_path, keep=1)
+    store.save(1, write)
+    with pytest.raises(OSError) as found:
+        store.save(2, fail)
+    assert str(found.value) == (
+        f"{tmp_path}/step-000002.partial: cannot be written ({reason}): make room there, and run the same command "
+        "again to go on"
+    )
+    assert store.newest() == (1, tmp_path / "step-000001")
+
+
+def test_a_removal_that_dies_leaves_nothing_that_looks_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = CheckpointStore(tmp_path, keep=1)
+    store.save(1, write)
+
+    def die(path: Path) -> None:
+        (Path(path) / "data").unlink()
+        raise OSError("gone")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="gone"):
+        patch.setattr("real_megatron.training.checkpoints.shutil.rmtree", die)
+        store.save(2, write)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000001.partial", "step-000002"]
+    store.save(3, write)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000003"]
 
 
 def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:

@@ -4,12 +4,13 @@ import json
 import math
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from real_megatron.config import MetricsConfig
 from real_megatron.sections import ConfigError
-from real_megatron.training.metrics import JsonlSink, Metrics, distinct_n
+from real_megatron.training.metrics import JsonlSink, Metrics, check_sinks, distinct_n
 
 
 def rows(path: Path) -> list[dict]:
@@ -58,10 +59,45 @@ def test_tensorboard_holds_the_same_numbers(tmp_path: Path) -> None:
     assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(1, 0.25), (2, 0.5)]
 
 
-def test_wandb_that_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tensorboard_does_not_show_what_a_resumed_or_restarted_run_writes_again(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for resume_step, steps, value in ((0, (0, 1, 2, 3), 1.0), (2, (3, 4), 2.0)):
+        with Metrics.open(MetricsConfig(), tmp_path, 0, {}, resume_step) as metrics:
+            for step in steps:
+                metrics.write(step, {"loss": value})
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("loss")
+    assert [(e.step, e.value) for e in events] == [(0, 1), (1, 1), (2, 1), (3, 2), (4, 2)]
+    with Metrics.open(MetricsConfig(), tmp_path, 0, {}) as metrics:
+        metrics.write(1, {"loss": 3.0})
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("loss")
+    assert [(e.step, e.value) for e in events] == [(1, 3)]
+
+
+def test_wandb_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ConfigError, match="wandb is not installed"):
-        Metrics.open(MetricsConfig(wandb_project="p"), tmp_path, rank=0, run_config={})
+        check_sinks(MetricsConfig(wandb_project="p"))
+    check_sinks(MetricsConfig())
+
+
+def test_wandb_continues_a_resumed_run_and_begins_another_from_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """wandb cannot be reached in tests: what it is asked for is recorded."""
+    asked: list[str | None] = []
+    logged: list[tuple[int, dict[str, float]]] = []
+
+    def init(**options: object) -> SimpleNamespace:
+        asked.append(options["id"])
+        log = lambda values, step: logged.append((step, values))  # noqa: E731
+        return SimpleNamespace(id=f"run{len(asked)}", log=log, finish=lambda: None)
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    for resume_step in (0, 2, 0):
+        with Metrics.open(MetricsConfig(wandb_project="p"), tmp_path, 0, {}, resume_step) as metrics:
+            metrics.write(resume_step + 1, {"loss": 1.0})
+    assert asked == [None, "run1", None] and [step for step, _ in logged] == [1, 3, 1]
 
 
 def test_distinct_n() -> None:

@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM
 
+from real_megatron.config import RunConfig
 from real_megatron.evaluation.report import read_stage, write_report
+from real_megatron.evaluation.runner import Evaluation
 from tests.support.ranks import run_ranks
-from tests.support.tiny_runs import judge, rows, tiny_config, train, train_and_evaluate, write_tiny_task
+from tests.support.tiny_runs import evaluate, judge, rows, tiny_config, train, train_and_evaluate, write_tiny_task
 
 VICUNA = Path(__file__).parents[3] / "shared/data/vicuna_eval.json"
 
@@ -77,6 +79,15 @@ def test_the_exported_checkpoint_scores_like_the_run(pipeline: Path) -> None:
     saved = json.loads((pipeline / "checkpoint/evaluation/dev.json").read_text())
     value = saved["metrics"]["rail"]["mse"]["value"]
     assert value == pytest.approx(rows(pipeline / "real")[2]["eval/dev/rail/mse"], rel=1e-5)
+
+
+def test_ranks_share_the_examples_of_an_evaluation(pipeline: Path, tmp_path: Path) -> None:
+    config = RunConfig.from_yaml(pipeline / "real/config.yaml")
+    run_ranks(2, evaluate, config, tmp_path)
+    one, two = (Evaluation.load(path / "evaluation/dev.json") for path in (pipeline / "checkpoint", tmp_path))
+    assert [p.critiques for p in two.predictions] == [p.critiques for p in one.predictions]
+    # Batches of other sizes: float32 logits differ in the last bits.
+    assert [p.rail for p in two.predictions] == pytest.approx([p.rail for p in one.predictions], rel=1e-4)
 
 
 def test_the_report_compares_the_runs(pipeline: Path) -> None:

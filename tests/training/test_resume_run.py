@@ -3,10 +3,12 @@
 from pathlib import Path
 
 import pytest
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from real_megatron.config import RunConfig
 from real_megatron.sections import ConfigError
 from tests.support.ranks import run_ranks
-from tests.support.tiny_runs import rows, tiny_config, train, train_until, weights, write_tiny_task
+from tests.support.tiny_runs import failing, rows, tiny_config, train, train_until, weights, write_tiny_task
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +53,38 @@ def test_another_run_is_not_resumed_and_a_finished_one_is_left_alone(task: Path,
     assert ConfigError.__name__ in str(error.value) and "objective.beta: 1.0 in the checkpoint, 0.5 now" in str(
         error.value
     )
+    other = AutoConfig.from_pretrained(task / "model")
+    other.hidden_size *= 2
+    AutoModelForCausalLM.from_config(other).save_pretrained(task / "other")
+    AutoTokenizer.from_pretrained(task / "model").save_pretrained(task / "other")
+    with pytest.raises(RuntimeError, match="belongs to another run(.|\n)*  model.path: .*other' now"):
+        run_ranks(1, train, tiny_config(task, whole, model={"path": str(task / "other")}))
     before = {path: path.stat().st_mtime_ns for path in whole.rglob("*") if path.is_file()}
     run_ranks(1, train, tiny_config(task, whole, checkpoint={"save_hf": True}))
     assert {path: path.stat().st_mtime_ns for path in whole.rglob("*") if path.is_file()} == before
+
+
+def test_an_export_of_fewer_steps_is_not_taken_for_the_runs(task: Path, tmp_path: Path) -> None:
+    """A run that was given more steps and killed between its last checkpoint and the export."""
+    run_ranks(1, train, tiny_config(task, tmp_path, steps=1, checkpoint={"save_hf": True}))
+    before = weights(tmp_path)
+    run_ranks(1, train, tiny_config(task, tmp_path, steps=2))
+    assert weights(tmp_path) == before
+    run_ranks(1, train, tiny_config(task, tmp_path, steps=2, checkpoint={"save_hf": True}))
+    assert weights(tmp_path) != before and RunConfig.from_yaml(tmp_path / "hf/real_megatron.yaml").steps == 2
+    assert [row["step"] for row in rows(tmp_path)] == [1, 2]
+
+
+def test_an_error_of_any_kind_names_the_step(task: Path, tmp_path: Path) -> None:
+    """Some kinds of ValueError cannot be made from a message alone."""
+    (message,) = run_ranks(1, failing, tiny_config(task, tmp_path))
+    assert message.startswith("step 1, rank 0: Expecting property name")
+
+
+def test_a_damaged_checkpoint_is_named_with_the_mend(task: Path, tmp_path: Path) -> None:
+    config = tiny_config(task, tmp_path, steps=1)
+    run_ranks(1, train, config)
+    for file in (tmp_path / "checkpoints/step-000001").glob("*.distcp"):
+        file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(RuntimeError, match=r"OSError: .*step-000001: cannot be read \(.*remove it to resume"):
+        run_ranks(1, train, tiny_config(task, tmp_path, steps=2))
