@@ -268,9 +268,9 @@ def test_an_address_that_is_not_this_hosts_is_named(make, model):
         engine.update_weights(model.named_parameters(), 1)
 
 
-def test_a_server_with_old_weights_is_noticed_and_brought_up_to_date(make, model):
-    """As after a restart by somebody else: the label in the reply is not the current one."""
-    engine, (fake,) = make(1, serve_loaded=False)
+def test_a_server_with_old_weights_is_noticed_and_brought_up_to_date(make, flavour, model):
+    """As after a restart by somebody else: the label is not the current one."""
+    engine, (fake,) = make(1, flavour, serve_loaded=False)
     engine.update_weights(model.named_parameters(), 1)
     label = fake.version
     fake.version, fake.loaded = "default", None

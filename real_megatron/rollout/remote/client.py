@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import random
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
 import httpx
@@ -27,13 +27,21 @@ class RequestClient:
     """Posts requests to a pool's replicas, or to one router in front of them."""
 
     def __init__(
-        self, http: httpx.AsyncClient, pool: ReplicaPool, timeout_s: float, attempts: int, router: str | None = None
+        self,
+        http: httpx.AsyncClient,
+        pool: ReplicaPool,
+        timeout_s: float,
+        attempts: int,
+        router: str | None,
+        confirm: Callable[[Replica], Awaitable[None]],
     ) -> None:
+        """confirm: raises Retryable or StaleReply when a good reply that just came from this replica must not count"""
         self._http = http
         self._pool = pool
         self._timeout_s = timeout_s
         self._attempts = attempts
         self._router = router.rstrip("/") if router else None
+        self._confirm = confirm
 
     async def request(self, what: str, path: str, body: dict[str, Any], parse: Callable[[Any, Replica], T]) -> T:
         """`parse(reply, replica)` of the first good reply.
@@ -51,6 +59,7 @@ class RequestClient:
             url = self._router or replica.url
             try:
                 result = parse(await self._post(url + path, body), replica)
+                await self._confirm(replica)
                 replica.failures_in_a_row = 0
                 return result
             except (httpx.TransportError, TimeoutError, Retryable) as error:

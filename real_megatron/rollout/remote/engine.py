@@ -48,7 +48,7 @@ class RemoteEngine(ABC):
             probe=self._probe,
             restore=self._restore,
         )
-        self._client = RequestClient(http, self._pool, config.timeout_s, config.attempts, config.router)
+        self._client = RequestClient(http, self._pool, config.timeout_s, config.attempts, config.router, self._confirm)
 
     # --- what a subclass says ---------------------------------------------------------------------------------------
 
@@ -68,6 +68,10 @@ class RemoteEngine(ABC):
     @abstractmethod
     async def _restore(self, replica: Replica) -> None:
         """Bring a server that is up to the current weights (see ReplicaPool)."""
+
+    async def _confirm(self, replica: Replica) -> None:
+        """Called after each good reply: raise StaleReply when it came from other weights without saying so."""
+        return
 
     async def _shutdown(self) -> None:
         """End the servers that were started here, and the connections."""

@@ -20,7 +20,7 @@ from real_megatron.rollout.engine import Response, SamplingParams
 from real_megatron.rollout.remote.buckets import bucketed
 from real_megatron.rollout.remote.control import ControlClient
 from real_megatron.rollout.remote.engine import RemoteEngine, drain
-from real_megatron.rollout.remote.errors import RolloutError, WeightSyncError
+from real_megatron.rollout.remote.errors import Retryable, RolloutError, StaleReply, WeightSyncError
 from real_megatron.rollout.remote.process import LAUNCHER, ServerProcess, free_port
 from real_megatron.rollout.remote.replica import NoCurrentWeights, Replica
 from real_megatron.rollout.remote.spool import CheckpointSpool
@@ -91,6 +91,18 @@ class VLLMEngine(RemoteEngine):
 
     def _parse_scoring(self, reply: Any, replica: Replica, ids: Sequence[int]) -> list[float]:
         return replies.parse_scoring(reply, ids)
+
+    async def _confirm(self, replica: Replica) -> None:
+        # vLLM's replies do not name their weights, but a server that was started anew by somebody else has lost its
+        # label. Behind a router nobody says which server it was.
+        if self._label is None or self._config.router:
+            return
+        try:
+            served = (await self._control.get(replica, "/weight_info"))["weight_version"]
+        except RolloutError as error:
+            raise Retryable(str(error)) from error
+        if served != self._label:
+            raise StaleReply(f"sampled from weights {served}, current are {self._label}")
 
     # --- weights ----------------------------------------------------------------------------------------------------
 
