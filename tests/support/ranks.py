@@ -57,20 +57,24 @@ def _worker(conn: Connection) -> None:
             conn.send((False, traceback.format_exc()))
 
 
+def forget_policies() -> None:
+    """Let go of finished policies, and with them of their process groups: each gloo group has a thread that polls a
+    hundred times a second as long as anybody holds it, and hundreds of them slow the whole machine down."""
+    from megatron.core.distributed import DistributedDataParallel
+
+    # Hooks on gradient accumulators hold these in cycles through C++, which the collector does not see.
+    for module in [found for found in gc.get_objects() if type(found) is DistributedDataParallel]:
+        module.__dict__.clear()
+    gc.collect()
+
+
 def _forget_groups() -> None:
-    """End all process groups: each gloo group has a thread that polls 100 times a second as long as anybody holds it,
-    be it Megatron's globals or a finished test's policy, and hundreds of them slow the whole machine down."""
     import torch.distributed as dist
 
     if "megatron.core" in sys.modules:
         from megatron.core import parallel_state
-        from megatron.core.distributed import DistributedDataParallel
 
-        # Its hooks on gradient accumulators hold it in a cycle through C++, which the collector does not see. The handle
-        # of one more hook leads to all of a node's hooks.
-        for module in [found for found in gc.get_objects() if type(found) is DistributedDataParallel]:
-            for node in module.grad_accs:
-                node.register_hook(print).hooks_dict_ref().clear()
+        forget_policies()
         parallel_state.destroy_model_parallel()
     dist.destroy_process_group()
     gc.collect()
