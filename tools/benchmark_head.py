@@ -2,12 +2,15 @@
 
     python tools/benchmark_head.py [--device cuda] [--shape T,V,H …] [--tp 4] [--dtype bfloat16] [--output FILE]
     python tools/benchmark_head.py --device cuda --shape 8192,151936,4096 --dtype bfloat16 --output …/head_h200.md
+    python tools/benchmark_head.py --tables logits head --dtype float32 --repeats 3 --output FILE
 
-Each shape gives three tables: kernels over logits that exist; the whole head from hidden states; chunk sizes of the
-linear form. Contenders take turns, and the median and the fastest of their repeats are shown. Peak memory is what
-forward and backward need beyond their inputs, gradients included: on a GPU from its allocator, on a CPU the high-water
-mark of the resident set of a process that runs nothing else. Megatron-Core, Liger-Kernel and cut-cross-entropy are
-measured where they are installed and run on the device. Every row asks for one id: cross-entropies know no more.
+The last one takes minutes on two idle cores. A report begins with what the head has to show on a CPU: the C++ twin's
+speed and the linear form's memory, each beside its bar. Each shape gives three tables: kernels over logits that exist;
+the whole head from hidden states; chunk sizes of the linear form. Contenders take turns, and the median and the fastest
+of their repeats are shown. Peak memory is what forward and backward need beyond their inputs, gradients included: on a
+GPU from its allocator, on a CPU the high-water mark of the resident set of a process that runs nothing else.
+Megatron-Core, Liger-Kernel and cut-cross-entropy are measured where they are installed and run on the device. Every row
+asks for one id: cross-entropies know no more.
 """
 
 import argparse
@@ -178,6 +181,10 @@ class Shape:
     dtype: torch.dtype
     device: str
 
+    def __str__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"T = {self.rows}, V = {self.vocab_size}, H = {self.hidden_size}, {dtype}"
+
     def inputs(self, with_logits: bool) -> Inputs:
         generator = torch.Generator(self.device).manual_seed(0)
 
@@ -347,7 +354,26 @@ def selected(forms: dict[str, Callable[..., Tensor]], only: str) -> dict[str, Ca
     return {name: form for name, form in forms.items() if only in name or name.startswith("naive")}
 
 
-def logits_table(shape: Shape, repeats: int, only: str) -> list[str]:
+@dataclass(frozen=True)
+class Bar:
+    """Something that the head has to show: `measured` at least (or at most) `bound`."""
+
+    what: str
+    measured: float
+    bound: float
+    at_least: bool
+
+    @property
+    def met(self) -> bool:
+        return self.measured >= self.bound if self.at_least else self.measured <= self.bound
+
+    def line(self) -> str:
+        sign = "≥" if self.at_least else "≤"
+        verdict = "met" if self.met else "NOT MET"
+        return f"- {self.what}: {self.measured:.3g}×, bar {sign} {self.bound:g}×: **{verdict}**"
+
+
+def logits_table(shape: Shape, repeats: int, only: str, bars: list[Bar]) -> list[str]:
     forms = selected(contenders(shape.device)[0], only)
     with process_group() if any("Megatron" in name for name in forms) else contextlib.nullcontext():
         times = take_turns(forms, shape.inputs(with_logits=True), shape.device, repeats)
@@ -368,10 +394,14 @@ def logits_table(shape: Shape, repeats: int, only: str) -> list[str]:
         cells = [f"{forward:.1f}", f"{backward:.1f}", f"{total:.1f}", f"{best:.1f}", f"{reference / total:.2f}×"]
         peak = peak_of(shape, "logits", name)
         lines.append(row([name, *cells, f"{speed / 1e9:.1f}", f"{speed / copy:.0%}", f"{peak:.0f}"]))
+        if name == "ours, fused" and shape.device == "cpu":
+            bars.append(
+                Bar(f"C++ twin's speed, forward + backward, over naive torch's ({shape})", reference / total, 2, True)
+            )
     return lines
 
 
-def head_table(shape: Shape, repeats: int, only: str) -> list[str]:
+def head_table(shape: Shape, repeats: int, only: str, bars: list[Bar]) -> list[str]:
     forms = selected(contenders(shape.device)[1], only)
     with process_group() if any("Megatron" in name for name in forms) else contextlib.nullcontext():
         times = take_turns(forms, shape.inputs(with_logits=False), shape.device, repeats)
@@ -405,10 +435,12 @@ def head_table(shape: Shape, repeats: int, only: str) -> list[str]:
                 ]
             )
         )
+        if name == "ours, linear form" and naive_peak:
+            bars.append(Bar(f"linear form's peak memory over naive torch's ({shape})", peak / naive_peak, 1 / 8, False))
     return lines
 
 
-def chunks_table(shape: Shape, repeats: int, only: str) -> list[str]:
+def chunks_table(shape: Shape, repeats: int, only: str, bars: list[Bar]) -> list[str]:
     """The linear form cut into vocabulary chunks or row blocks of each size."""
     preferred = linear_form.CPU_CHUNK_BYTES
     linear_form.CPU_CHUNK_BYTES = 2**40  # measure sizes beyond the one that these measurements chose
@@ -480,7 +512,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     command = shlex.join(["python", "tools/benchmark_head.py", *(sys.argv[1:] if arguments is None else arguments)])
-    lines = [f"# The head on {hardware(options.device)}", "", f"`{command}`", "", versions()]
+    title = [f"# The head on {hardware(options.device)}", "", f"`{command}`", "", versions()]
+    lines: list[str] = []
+    bars: list[Bar] = []
     tables = {"logits": logits_table, "head": head_table, "chunks": chunks_table}
     for text in options.shape:
         rows, vocabulary, hidden = map(int, text.split(","))
@@ -491,8 +525,9 @@ def main(arguments: list[str] | None = None) -> None:
             lines += ["", f"## T = {rows}, V = {columns}, H = {hidden}, {dtype}{shard}"]
             for name in options.tables:
                 print(f"{text} {dtype}: {name}", file=sys.stderr, flush=True)
-                lines += ["", *tables[name](shape, options.repeats, options.only)]
-    report = "\n".join(lines) + "\n"
+                lines += ["", *tables[name](shape, options.repeats, options.only, bars)]
+    summary = ["", "What it has to show:", "", *(bar.line() for bar in bars)] if bars else []
+    report = "\n".join([*title, *summary, *lines]) + "\n"
     print(report)
     if options.output:
         options.output.parent.mkdir(parents=True, exist_ok=True)

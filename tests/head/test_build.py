@@ -78,7 +78,10 @@ def test_the_cpu_twin_is_vectorised(tmp_path: Path) -> None:
         [compiler, *build.CPU_FLAGS, "-fopt-info-vec-optimized", str(build.SOURCES / "head_cpu.cpp")]
         + ["-o", str(tmp_path / "twin.so")]
     )
-    for name, loop in {"row_math.h": "+= exp_below(get(i + l)", "head_cpu.cpp": "store(out + i, dense_gradient("}.items():
+    for name, loop in {
+        "row_math.h": "+= exp_below(get(i + l)",
+        "head_cpu.cpp": "store(out + i, dense_gradient(",
+    }.items():
         lines = (build.SOURCES / name).read_text().splitlines()
         number = next(i for i, line in enumerate(lines, 1) if loop in line)
         assert re.search(rf"{name}:{number}:\d+: optimized: loop vectorized", report), report
