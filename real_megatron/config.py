@@ -229,12 +229,25 @@ class RolloutConfig(Section):
         "visible to the server), or files; auto: tensor when colocated, else distributed.",
     )
     sync_host: str = Field("127.0.0.1", description="Address of this host that servers reach, for distributed sync.")
-    sync_timeout_s: float = Field(600, gt=0, description="Deadline of one weight sync.")
+    sync_timeout_s: float = Field(
+        600,
+        gt=0,
+        description="Deadline for a server to load a whole checkpoint; each smaller step of a sync has 120 s at most.",
+    )
     bucket_mib: int = Field(512, ge=1, description="Weights are sent in buckets of this size, in MiB.")
     keep_weights: bool = Field(
         True, description="Keep the last weights in host memory, to bring a restarted server up to date in mid-step."
     )
     colocate: bool = Field(False, description="Servers share the trainer's GPUs and release memory while it trains.")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.colocate and self.staleness:
+            raise ValueError(
+                "colocate: servers sleep while the policy trains; staleness 1: they generate meanwhile; switch one of "
+                "them off"
+            )
+        return self
 
 
 class DataSource(Section):

@@ -25,6 +25,7 @@ def test_the_default_is_valid_and_survives_a_file(tmp_path: Path) -> None:
         (["scale.values=[1, 2]"], "scale: values has 2 numbers for 5 scores"),
         (["scale.scores=[1, 1]"], "scale: scores must be two or more different texts"),
         (["sft.cots=generated"], "sft: cots is generated: name the checkpoint"),
+        (["rollout.colocate=true", "rollout.staleness=1"], "servers sleep while the policy trains"),
         (["objective.name=raft", "batch.updates=2", "objective.ratio=ppo"], "raft has no rollouts to reuse"),
         (["objective.name=sft", "objective.kl=0.1"], "sft has no KL term"),
         (["batch.prompts=2", "batch.updates=3", "objective.ratio=ppo"], "an update needs at least one prompt"),
