@@ -27,7 +27,7 @@ class Runtime:
 
 
 def initialize(parallel: ParallelConfig, seed: int = 0) -> Runtime:
-    """Join (or start) the process group and form Megatron's groups.
+    """Join (or start) the process group and form Megatron's groups; those of an earlier call end.
 
     Under torchrun the world comes from its environment; a single process starts a world of one. Raises ValueError when
     the parallel sizes do not divide the world.
@@ -42,7 +42,7 @@ def initialize(parallel: ParallelConfig, seed: int = 0) -> Runtime:
             f"parallel.tensor × parallel.pipeline × parallel.context = {model_size} does not divide the {world_size} "
             f"ranks of this run; start a multiple of {model_size} ranks."
         )
-    parallel_state.destroy_model_parallel()
+    _end_model_groups()
     with cpu.device_mode():
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=parallel.tensor,
@@ -59,6 +59,15 @@ def initialize(parallel: ParallelConfig, seed: int = 0) -> Runtime:
         data_rank=parallel_state.get_data_parallel_rank(),
         data_size=parallel_state.get_data_parallel_world_size(),
     )
+
+
+def _end_model_groups() -> None:
+    """End Megatron's groups. Megatron itself only forgets them: torch keeps each one, and with gloo a thread that polls
+    a hundred times a second."""
+    for group in parallel_state._global_process_group_list or ():
+        if group is not None:  # None stands for the world
+            dist.destroy_process_group(group)
+    parallel_state.destroy_model_parallel()
 
 
 def start_process_group() -> None:

@@ -12,6 +12,7 @@ from real_megatron.batch.types import Group, Trajectory
 from real_megatron.config import RunConfig
 from real_megatron.objective import build_objective
 from real_megatron.policy.policy import Policy
+from tests.support.ranks import forget_policies
 
 VOCAB = 90
 SCORE_IDS = [10, 11, 12]
@@ -94,7 +95,10 @@ def train_all(
     configs: list[RunConfig], steps: int = 3
 ) -> list[tuple[list[dict[str, float]], dict[str, torch.Tensor]] | None]:
     """`train` at one configuration after another; results from rank 0 only."""
-    results = [train(config, steps) for config in configs]
+    results = []
+    for config in configs:
+        results.append(train(config, steps))
+        forget_policies()
     return results if dist.get_rank() == 0 else [None] * len(configs)
 
 
