@@ -252,6 +252,7 @@ def test_a_server_that_hangs_in_a_sync_is_left_behind_and_brought_up_to_date(mak
     check(engine.generate(PROMPTS, PARAMS))
     engine._loop.run(engine._pool.settled())
     assert bad.version == good.version and bad.version.endswith("-1") and not bad.paused and not bad.session_open
+    assert bad.hangs_waited_for == 0
 
 
 def test_a_server_that_joins_no_group_is_an_error_not_a_hang(make, model):

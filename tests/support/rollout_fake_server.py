@@ -46,6 +46,7 @@ class FakeServer:
         self.loaded: str | None = None
         self.session_open = False
         self.paused = False
+        self.hangs_waited_for = 0
         self.generations = 0
         self.most_in_flight = 0
         self.calls: list[tuple[str, dict]] = []
@@ -165,7 +166,9 @@ class FakeServer:
         if self.control_faults.get(path):
             fault = self.control_faults[path].pop(0)
             if fault == "hang":
-                time.sleep(30)
+                time.sleep(600)
+                self.hangs_waited_for += 1
+                return 500, None
             return fault, {"success": False, "message": "fault on demand"}
         if self.flavour == "vllm":
             return self._vllm_control(path, body)
