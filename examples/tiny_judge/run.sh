@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # The tiny judge, end to end, on a machine with nothing but Python 3.11 (about ten minutes on two cores):
 # environment → data and model → SFT (RAFT) → REAL → evaluation on both test sets → report → the checkpoint loads.
-# Beside them `direct`: the same model trained on the same prompts to give the score without a critique.
+# Beside them `direct`, a baseline: the same model and prompts, trained to give the score without a critique, with more
+# updates than SFT and REAL have together.
 # Run it again after an interruption: finished stages are skipped, training goes on from its last checkpoint.
 #   bash examples/tiny_judge/run.sh
 set -euo pipefail
@@ -17,7 +18,8 @@ if [ ! -d "$out/sft/hf" ]; then
     real_megatron sft examples/tiny_judge/sft.yaml
 fi
 if [ ! -d "$out/direct/hf" ]; then
-    real_megatron sft examples/tiny_judge/sft.yaml sft.cots=none steps=400 output="$out/direct"
+    real_megatron sft examples/tiny_judge/sft.yaml sft.cots=none steps=400 \
+        data.train.1.path="$out/task/train_rl.jsonl" output="$out/direct"
 fi
 if [ ! -d "$out/real/hf" ]; then
     real_megatron train examples/tiny_judge/real.yaml

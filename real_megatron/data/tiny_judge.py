@@ -80,11 +80,11 @@ SHIFTED = Domain((8, 10), {"good": 3, "slip": 3, REVERSED: 6})
 class Habits:
     """How the graders who wrote the training critiques go wrong."""
 
-    forget_reversal: float = 0.3
+    forget_reversal: float = 0.05
     """Probability of overlooking a reversal."""
-    miscount: float = 0.05
+    miscount: float = 0.03
     """Probability, at each mark, of being off by one."""
-    guess: float = 0.15
+    guess: float = 0.1
     """Share of critiques without any running score."""
 
 

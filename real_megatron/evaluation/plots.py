@@ -77,27 +77,38 @@ def learning_curves(path: Path, runs: Mapping[str, Sequence[Row]]) -> bool:
 def evaluation_curves(path: Path, stages: Mapping[str, Sequence[Evaluation]]) -> bool:
     """Plot Pearson correlation and squared error on the test sets over steps, RAIL, with 95 % intervals.
 
+    One colour a test set. A stage that was evaluated once is a level to compare with: a horizontal broken line.
     False, and no file, when no test set was evaluated at two steps of one stage.
     """
-    lines = []
+    curves, levels = {}, {}
     for stage, evaluations in stages.items():
         for name in dict.fromkeys(e.name for e in evaluations):
             own = sorted((e for e in evaluations if e.name == name), key=lambda e: e.step)
-            if len(own) > 1:
-                lines.append((f"{stage}: {name}", own))
-    if not lines:
+            (curves if len(own) > 1 else levels)[stage, name] = own
+    if not curves:
         return False
+    colours = {name: f"C{i}" for i, name in enumerate(dict.fromkeys(name for _, name in [*curves, *levels]))}
+    markers = _styles(curves, "osv^D")
+    dashes = _styles(levels, ("--", ":", "-."))
     figure, axes = _figure(2)
     for ax, metric, title in zip(axes, ("pearson", "mse"), ("Pearson correlation", "Squared error"), strict=True):
-        for label, own in lines:
+        for (stage, name), own in curves.items():
             estimates = [e.metrics["rail"][metric] for e in own]
-            steps = [e.step for e in own]
-            (line,) = ax.plot(steps, [e.value for e in estimates], marker="o", markersize=4, label=label)
+            steps, values = [e.step for e in own], [e.value for e in estimates]
+            ax.plot(steps, values, color=colours[name], marker=markers[stage], markersize=4, label=f"{stage}: {name}")
             low, high = [e.low for e in estimates], [e.high for e in estimates]
-            ax.fill_between(steps, low, high, color=line.get_color(), alpha=0.15)
+            ax.fill_between(steps, low, high, color=colours[name], alpha=0.15)
+        for (stage, name), (only,) in levels.items():
+            level = only.metrics["rail"][metric].value
+            ax.axhline(level, color=colours[name], linestyle=dashes[stage], linewidth=1.2, label=f"{stage}: {name}")
         _label(ax, f"{title} on the test sets (RAIL, 95 % interval)", title)
     _save(figure, path)
     return True
+
+
+def _styles(lines: Mapping[tuple[str, str], object], styles: Sequence[str]) -> dict[str, str]:
+    """A style for each stage among the lines (stage, test set); they repeat when there are many stages."""
+    return {stage: styles[i % len(styles)] for i, stage in enumerate(dict.fromkeys(stage for stage, _ in lines))}
 
 
 def _points(panel: Panel, rows: Sequence[Row]) -> tuple[np.ndarray, np.ndarray]:

@@ -118,13 +118,13 @@ def test_graders_go_wrong_as_often_as_their_habits_say() -> None:
     for problem, critique in worked:
         counts += steps_off(problem, critique)
     for mark in CHANGES:
-        assert counts[f"wrong {mark}"] / counts[mark] == pytest.approx(habits.miscount, abs=0.015), mark
+        assert counts[f"wrong {mark}"] / counts[mark] == pytest.approx(habits.miscount, abs=0.008), mark
     # A reversal that was overlooked and then miscounted stays wrong (4 → 4 ± 1 is not 2).
     overlooked = habits.forget_reversal + (1 - habits.forget_reversal) * habits.miscount
-    assert counts[f"wrong {REVERSED}"] / counts[REVERSED] == pytest.approx(overlooked, abs=0.03)
-    # The last score is wrong more often than not: imitation cannot be good.
+    assert counts[f"wrong {REVERSED}"] / counts[REVERSED] == pytest.approx(overlooked, abs=0.01)
+    # One critique in four that works it out ends on a wrong score: imitation has a ceiling.
     wrong = sum(int(critique.split()[-1]) != problem.label for problem, critique in worked) / len(worked)
-    assert 0.45 < wrong < 0.65
+    assert 0.2 < wrong < 0.3
 
 
 def test_labels_follow_from_the_prompts_and_sizes_are_as_asked(task: Path) -> None:

@@ -94,6 +94,25 @@ def test_panels_show_what_the_runs_recorded(runs, tmp_path, monkeypatch) -> None
     assert len(axes["Gradient norm"].get_lines()[0].get_xdata()) == 19  # step 3 has none
 
 
+def test_a_stage_evaluated_once_is_a_level_to_compare_the_curves_with(tmp_path, monkeypatch) -> None:
+    figures = []
+    monkeypatch.setattr(plots, "_save", lambda figure, path: figures.append(figure))
+    level = {"direct": [make(name, 3.0, 40) for name in ("in_domain", "ood")]}
+    assert not plots.evaluation_curves(tmp_path / "x.png", level)
+    curves = {"real": [make(name, noise, step) for name in ("in_domain", "ood") for step, noise in ((20, 0.5), (0, 2))]}
+    assert plots.evaluation_curves(tmp_path / "x.png", level | curves)
+    for ax, metric in zip(figures[0].axes, ("pearson", "mse"), strict=True):
+        lines = {line.get_label(): line for line in ax.get_lines()}
+        assert list(lines) == ["real: in_domain", "real: ood", "direct: in_domain", "direct: ood"]
+        expected = [e.metrics["rail"][metric].value for e in (curves["real"][1], curves["real"][0])]
+        assert lines["real: in_domain"].get_xdata().tolist() == [0, 20]
+        assert lines["real: in_domain"].get_ydata().tolist() == expected
+        assert set(lines["direct: ood"].get_ydata()) == {level["direct"][1].metrics["rail"][metric].value}
+        colour = {label: line.get_color() for label, line in lines.items()}
+        assert colour["direct: ood"] == colour["real: ood"] != colour["real: in_domain"]
+        assert lines["direct: ood"].get_linestyle() == "--" and lines["real: ood"].get_linestyle() == "-"
+
+
 def test_undefined_numbers_are_said_to_be(tmp_path) -> None:
     constant = make("set", 0.0)
     constant.metrics["rail"] = agreement([2.0, 2.0], [1.0, 3.0], SCALE, 10)
