@@ -179,6 +179,30 @@ def test_a_closed_process_is_not_started_again(tmp_path):
         os.killpg(pid, 0)
 
 
+def test_a_server_under_the_launcher_can_fork(tmp_path):
+    (tmp_path / "forks.py").write_text(
+        "import multiprocessing\n"
+        "child = multiprocessing.get_context('fork').Process(target=print, args=('forked',))\n"
+        "child.start()\n"
+        "child.join()\n"
+    )
+    server = subprocess.Popen(
+        [sys.executable, LAUNCHER, "forks"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        start_new_session=True,
+    )
+    try:
+        assert server.wait(120) == 0 and server.stdout.read() == b"forked\n"
+    finally:
+        if server.poll() is None:
+            os.killpg(server.pid, signal.SIGKILL)
+            server.wait()
+        server.stdin.close()
+        server.stdout.close()
+
+
 def test_the_launcher_ends_the_server_when_the_parent_dies(tmp_path):
     """The parent is killed outright; the server, which the launcher runs as a module, must follow."""
     (tmp_path / "endless.py").write_text("import time\nwhile True: time.sleep(1)\n")

@@ -17,7 +17,9 @@ if ("--device", "cpu") in zip(sys.argv, sys.argv[1:], strict=False):
 
 
 def _end_with_parent() -> None:
-    sys.stdin.buffer.read()
+    # Not through sys.stdin: its lock, held while it reads, would stop every process that the server forks.
+    while os.read(0, 4096):
+        pass
     os.killpg(os.getpgid(0), signal.SIGKILL)
 
 
