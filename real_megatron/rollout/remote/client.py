@@ -19,7 +19,7 @@ _LONGEST_PAUSE_S = 10.0
 
 def open_http() -> httpx.AsyncClient:
     """No limit on connections (the pool of replicas bounds them), and no proxies from the environment."""
-    # Servers close idle connections after 5 s (uvicorn's default): let them go earlier, or a request may meet the close.
+    # Servers close idle connections after 5 s (uvicorn's default): let them go before, or a request meets the close.
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=3)
     return httpx.AsyncClient(limits=limits, timeout=httpx.Timeout(None, connect=10), trust_env=False)
 
