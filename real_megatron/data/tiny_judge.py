@@ -164,7 +164,11 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_config() -> Qwen3Config:
-    """Qwen3's architecture with about a million parameters."""
+    """Qwen3's architecture with about a million parameters.
+
+    Without `pad_token_id`: transformers would set that token's embedding to zero, where RMSNorm's derivative is
+    1/√ε = 1000, and one `<pad>` that the model samples would make the gradient of its whole step.
+    """
     return Qwen3Config(
         vocab_size=len(VOCABULARY),
         hidden_size=128,
@@ -176,7 +180,6 @@ def build_config() -> Qwen3Config:
         max_position_embeddings=128,
         tie_word_embeddings=False,
         initializer_range=0.05,
-        pad_token_id=VOCABULARY.index(PAD),
         eos_token_id=VOCABULARY.index(EOS),
         bos_token_id=None,
         dtype="float32",

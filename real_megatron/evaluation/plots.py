@@ -23,6 +23,8 @@ class Panel:
     title: str
     unit: str
     value: Callable[[Row], float]
+    log: bool = False
+    """Whether the vertical axis is logarithmic."""
 
 
 def _field(*names: str) -> Callable[[Row], float]:
@@ -42,7 +44,7 @@ PANELS = (
     Panel("Response length", "tokens", _field("rollout/response_tokens", "response_tokens")),
     Panel("Variety of the critiques", "distinct-2", _field("cot/distinct_2")),
     Panel("Loss", "loss", _field("loss")),
-    Panel("Gradient norm", "norm", _field("grad_norm")),
+    Panel("Gradient norm", "norm", _field("grad_norm"), log=True),
 )
 COLUMNS = 2
 
@@ -69,6 +71,8 @@ def learning_curves(path: Path, runs: Mapping[str, Sequence[Row]]) -> bool:
             ax.plot(steps, smooth, color=colours[name], linewidth=1.8, label=name)
             if len(values) == 1:
                 ax.plot(steps, values, "o", color=colours[name])
+        if panel.log:
+            ax.set_yscale("log")
         _label(ax, panel.title, panel.unit)
     _save(figure, path)
     return True
@@ -102,6 +106,8 @@ def evaluation_curves(path: Path, stages: Mapping[str, Sequence[Evaluation]]) ->
             level = only.metrics["rail"][metric].value
             ax.axhline(level, color=colours[name], linestyle=dashes[stage], linewidth=1.2, label=f"{stage}: {name}")
         _label(ax, f"{title} on the test sets (RAIL, 95 % interval)", title)
+        ax.get_legend().remove()  # one for both, below: it would lie upon the levels
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
     _save(figure, path)
     return True
 
@@ -142,7 +148,8 @@ def _label(ax: Axes, title: str, unit: str) -> None:
     ax.set_xlabel("step")
     ax.set_ylabel(unit)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    ax.ticklabel_format(axis="y", useOffset=False)
+    if ax.get_yscale() == "linear":
+        ax.ticklabel_format(axis="y", useOffset=False)
     if unit == "share":
         ax.set_ylim(0, 1.03)
     ax.grid(alpha=0.3)

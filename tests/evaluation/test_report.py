@@ -92,6 +92,7 @@ def test_panels_show_what_the_runs_recorded(runs, tmp_path, monkeypatch) -> None
     assert axes["Responses that reach the score anchor"].get_lines()[0].get_ydata().tolist() == [0.9] * 20
     assert [line.get_label() for line in axes["Loss"].get_lines()[1::2]] == ["sft", "real"]
     assert len(axes["Gradient norm"].get_lines()[0].get_xdata()) == 19  # step 3 has none
+    assert axes["Gradient norm"].get_yscale() == "log" and axes["Loss"].get_yscale() == "linear"
 
 
 def test_a_stage_evaluated_once_is_a_level_to_compare_the_curves_with(tmp_path, monkeypatch) -> None:
