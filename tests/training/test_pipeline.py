@@ -99,7 +99,7 @@ def test_the_report_compares_the_runs(pipeline: Path) -> None:
 
 def test_judging_survives_bad_rows_and_resumes(pipeline: Path, tmp_path: Path) -> None:
     source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
-    prompt = "start 3 marks good slip note good error good - - - - critique:"
+    prompt = "start 3 marks good slip note good reversed good - - - - - critique:"
     lines = [json.dumps({"id": str(i), "prompt": prompt}) for i in range(3)]
     source.write_text(
         "\n".join([lines[0], "not json", '{"id": "x"}', json.dumps({"id": "y", "prompt": prompt * 9}), *lines[1:]])
@@ -145,16 +145,24 @@ def test_a_published_judge_file_runs_through(tmp_path: Path) -> None:
 
     make_byte_model(tmp_path / "model", num_hidden_layers=1, hidden_size=32, intermediate_size=64)
     source = {"format": "vicuna_bench", "path": str(VICUNA), "limit": 3}
-    common = {
-        "model": {"path": str(tmp_path / "model")},
+    common = {"steps": 2, "batch": {"prompts": 2, "max_tokens": 16384}}
+    limits = {"max_prompt_tokens": 8192, "n": 2, "batch_size": 4}
+    sft = {
+        **common,
+        "objective": {"name": "raft"},
+        "data": {"train": [source]},
+        "rollout": {**limits, "max_new_tokens": 4096},
+        "checkpoint": {"save_hf": True},
+    }
+    run_ranks(1, train, tiny_config(tmp_path, tmp_path / "sft", **sft))
+    real = {
+        **common,
+        "model": {"path": str(tmp_path / "sft/hf")},
         "data": {"train": [source], "eval": {"vicuna": source}},
-        "batch": {"prompts": 2, "max_tokens": 16384},
+        "rollout": {**limits, "max_new_tokens": 8},
         "evaluation": {"bootstrap": 10},
     }
-    sft = {**common, "steps": 1, "objective": {"name": "raft"}, "checkpoint": {"save_hf": True}}
-    limits = {"max_prompt_tokens": 8192, "n": 2, "batch_size": 4}
-    run_ranks(1, train, tiny_config(tmp_path, tmp_path / "sft", **sft, rollout={**limits, "max_new_tokens": 4096}))
-    real = {**common, "steps": 1, "model": {"path": str(tmp_path / "sft/hf")}}
-    run_ranks(1, train, tiny_config(tmp_path, tmp_path / "real", **real, rollout={**limits, "max_new_tokens": 8}))
-    assert math.isfinite(rows(tmp_path / "real")[0]["loss"])
-    assert (tmp_path / "real/evaluation/vicuna-step-000001.json").exists()
+    run_ranks(1, train, tiny_config(tmp_path, tmp_path / "real", **real))
+    for run in ("sft", "real"):
+        assert len(rows(tmp_path / run)) == 2 and all(math.isfinite(row["loss"]) for row in rows(tmp_path / run))
+    assert Evaluation.load(tmp_path / "real/evaluation/vicuna-step-000002.json").counts["examples"] == 3
