@@ -81,7 +81,10 @@ def drive_benchmark(args: argparse.Namespace, url: str, model: Path, seed: int) 
         report = Path(directory) / "report.jsonl"
         code = "import runpy, sys; runpy.run_module('sglang.bench_serving', run_name='__main__', alter_sys=True)"
         if args.device == "cpu":
-            code = f"import sys; sys.path.insert(0, {str(LAUNCHER.parent)!r}); import sglang_cpu_shim; " + code
+            # `datasets` is for loads that are not used here; the CPU environment does without.
+            shim = f"sys.path.insert(0, {str(LAUNCHER.parent)!r}); import sglang_cpu_shim; "
+            shim += "sys.modules['datasets'] = types.SimpleNamespace(load_dataset=None); "
+            code = "import sys, types; " + shim + code
         command = [args.sglang_python, "-c", code, "--backend", "sglang", "--base-url", url]
         command += ["--model", str(model), "--tokenizer", str(model), "--dataset-name", "random-ids"]
         command += ["--tokenize-prompt", "--num-prompts", str(args.prompts), "--seed", str(seed)]
