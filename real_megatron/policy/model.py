@@ -10,8 +10,8 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_with_transformer_engine_spec,
 )
 from megatron.core.tensor_parallel import (
-    copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
+    linear_with_grad_accumulation_and_async_allreduce,
 )
 from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.transformer.moe import moe_utils
@@ -65,14 +65,15 @@ class JudgeModel(GPTModel):
         """hidden `[T (or T/tp), 1, H]` → log-probs of the ids that `params.rows` asks for, float32 `[nnz]`.
 
         Tokens and rows are those of this context-parallel rank. Only the rows in `params.row_positions` reach the
-        output layer. Each rank's gradient of the hidden rows covers its own vocabulary shard; Megatron's mappings sum
-        it over tensor-parallel ranks.
+        output layer. Each rank's gradient of the hidden rows covers its own vocabulary shard, and is summed over
+        tensor-parallel ranks while the weight's gradient is computed, or under sequence parallelism where the rows were
+        gathered.
         """
-        if self.config.sequence_parallel:
+        sequence_parallel = self.config.sequence_parallel
+        hidden = hidden[:, 0]
+        if sequence_parallel:
             hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True)
-            hidden = hidden[:, 0].index_select(0, params.row_positions)
-        else:
-            hidden = copy_to_tensor_model_parallel_region(hidden[:, 0].index_select(0, params.row_positions))
+        hidden = hidden.index_select(0, params.row_positions)
         tied = self.share_embeddings_and_output_weights
         weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
         group = parallel_state.get_tensor_model_parallel_group()
@@ -82,12 +83,30 @@ class JudgeModel(GPTModel):
                 weight,
                 params.rows,
                 vocab_size=self.true_vocab_size,
+                padded_vocab_size=self.vocab_size,
                 group=group,
                 memory_budget_bytes=self.head_memory_bytes,
                 fp32_logits=self.fp32_logits,
+                reduce_dhidden="none" if sequence_parallel else "all_reduce",
             )
-        logits = torch.nn.functional.linear(hidden, weight)
-        return gathered_log_softmax(logits, params.rows, vocab_size=self.true_vocab_size, group=group)
+        # What Megatron's ColumnParallelLinear runs; it would itself gather all tokens, not only these rows.
+        logits = linear_with_grad_accumulation_and_async_allreduce(
+            hidden,
+            weight,
+            bias=None,
+            gradient_accumulation_fusion=self.config.gradient_accumulation_fusion,
+            allreduce_dgrad=not sequence_parallel and group.size() > 1,
+            sequence_parallel=False,
+            tp_group=group,
+        )
+        return gathered_log_softmax(
+            logits,
+            params.rows,
+            vocab_size=self.true_vocab_size,
+            padded_vocab_size=self.vocab_size,
+            group=group,
+            inplace_backward=True,
+        )
 
 
 def build_model(description: ModelDescription, parallel: ParallelConfig, model: ModelConfig) -> list[JudgeModel]:
