@@ -33,15 +33,17 @@ real_megatron report "$out/sft" "$out/direct" "$out/real" --output "$out" \
 .venv/bin/python - "$out" <<'PYTHON'
 import json
 import sys
+from itertools import islice
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 out = sys.argv[1]
 model, tokenizer = (kind.from_pretrained(f"{out}/real/hf") for kind in (AutoModelForCausalLM, AutoTokenizer))
+print(f"AutoModelForCausalLM loads {out}/real/hf. Three test prompts, greedily:")
 with open(f"{out}/task/test_in_domain.jsonl") as lines:
-    row = json.loads(next(lines))
-tokens = tokenizer(row["prompt"], return_tensors="pt", return_token_type_ids=False)
-output = model.generate(**tokens, max_new_tokens=16, do_sample=False)
-print(f"AutoModelForCausalLM loads {out}/real/hf; label {row['label']}, it says: {tokenizer.decode(output[0])}")
+    for row in map(json.loads, islice(lines, 3)):
+        tokens = tokenizer(row["prompt"], return_tensors="pt", return_token_type_ids=False)
+        output = model.generate(**tokens, max_new_tokens=16, do_sample=False)
+        print(f"  label {row['label']}: {tokenizer.decode(output[0])}")
 PYTHON
 echo "Report: $out/report.md"
