@@ -56,7 +56,7 @@ def load(
     with cpu.device_mode():
         for part in _sharded_torch_adams(optimizer):
             _allocate_moments(part.optimizer)
-        state = dist_checkpointing.load_common_state_dict(str(directory))["state"]
+        state = read_state(directory)
         same_layout = state.pop("layout") == _layout()
         sharded = _sharded_state(chunks, optimizer, is_loading=True)
         if not same_layout:
