@@ -60,7 +60,7 @@ setup(
         "typer>=0.15,<1",
         "rich>=13.8",
         "tqdm>=4.66,<5",
-        "httpx>=0.27,<1",
+        "aiohttp>=3.10,<4",
         "psutil>=5.9",
         "tensorboard>=2.18,<3",
         "matplotlib>=3.9,<4",

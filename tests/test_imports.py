@@ -27,10 +27,10 @@ ALLOWED = {
 EVERYTHING = {"training", "cli"}
 # Third-party packages that a room must never touch.
 FORBIDDEN = {
-    "scores": {"megatron", "torch", "datasets", "httpx"},
-    "objective": {"megatron", "transformers", "datasets", "httpx", "yaml"},
-    "head": {"megatron", "transformers", "datasets", "httpx", "yaml"},
-    "batch": {"megatron", "transformers", "datasets", "httpx", "yaml"},
+    "scores": {"megatron", "torch", "datasets", "aiohttp"},
+    "objective": {"megatron", "transformers", "datasets", "aiohttp", "yaml"},
+    "head": {"megatron", "transformers", "datasets", "aiohttp", "yaml"},
+    "batch": {"megatron", "transformers", "datasets", "aiohttp", "yaml"},
     "rollout": {"megatron"},
     "data": {"megatron"},
     "evaluation": {"megatron"},

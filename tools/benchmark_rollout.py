@@ -18,9 +18,9 @@ import statistics
 import subprocess
 import tempfile
 import time
+import urllib.request
 from pathlib import Path
 
-import httpx
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config
@@ -105,8 +105,8 @@ def measure(engine: SGLangEngine, args: argparse.Namespace, url: str, model: Pat
     """Tokens per second of each turn. Each load begins with an empty prefix cache."""
 
     def flushed(seed: int) -> int:
-        httpx.post(url + "/flush_cache", trust_env=False, timeout=60).raise_for_status()
-        return seed
+        with urllib.request.urlopen(urllib.request.Request(url + "/flush_cache", method="POST"), timeout=60):
+            return seed
 
     rates: dict[str, list[float]] = {"engine": [], "benchmark": [], "samples": []}
     drive_engine(engine, args, 1, flushed(99))

@@ -24,7 +24,7 @@ def set_up_logging(rank: int) -> None:
     for module in ("megatron", "torch"):
         warnings.filterwarnings("ignore", module=module)
     warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
-    for chatty in ("httpx", "filelock", "megatron", "datasets", "torch", "matplotlib", "transformers"):
+    for chatty in ("httpx2", "filelock", "megatron", "datasets", "torch", "matplotlib", "transformers"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
 
 

@@ -9,7 +9,6 @@ import os
 import signal
 from pathlib import Path
 
-import httpx
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -18,6 +17,7 @@ from real_megatron.config import RolloutConfig
 from real_megatron.rollout.engine import SamplingParams
 from real_megatron.rollout.remote.buckets import bucketed
 from real_megatron.rollout.remote.errors import RolloutError, WeightSyncError
+from real_megatron.rollout.remote.http import Reply
 from real_megatron.rollout.scoring import sample_scored
 from real_megatron.rollout.sglang.engine import SGLangEngine
 from real_megatron.rollout.sglang.tensor_transport import _pickle_by_handle
@@ -81,8 +81,8 @@ def url(engine) -> str:
     return engine._pool.replicas[0].url
 
 
-def post(engine, path: str, body: dict) -> httpx.Response:
-    return httpx.post(url(engine) + path, json=body, timeout=300, trust_env=False)
+def post(engine, path: str, body: dict) -> Reply:
+    return engine._loop.run(engine._http.post(url(engine) + path, body, 300))
 
 
 def worst_difference(groups, model, temperature=PARAMS.temperature, prompts=PROMPTS) -> float:
@@ -206,10 +206,10 @@ def test_a_cached_prompt_is_not_served_from_old_weights(engine, attach):
     engine.update_weights(old.named_parameters(), 4)
     engine.generate(long, params)
     (bucket,) = bucketed(new.named_parameters(), 2**30)
-    assert post(engine, "/begin_weight_update", {}).status_code == 200
+    assert post(engine, "/begin_weight_update", {}).status == 200
     body = {"serialized_named_tensors": [_pickle_by_handle(bucket)], "flush_cache": False}
-    assert post(engine, "/update_weights_from_tensor", body).status_code == 200
-    assert post(engine, "/end_weight_update", {}).status_code == 200
+    assert post(engine, "/update_weights_from_tensor", body).status == 200
+    assert post(engine, "/end_weight_update", {}).status == 200
     assert worst_difference(engine.generate(long, params), new, 1.0, long) > 0.01
     for transport in ("distributed", "tensor", "disk"):
         other = attach(weight_sync=transport)
@@ -230,7 +230,7 @@ def test_a_half_failed_sync_is_detected_and_repaired(attach, transport):
     def stream():
         for i, (name, tensor) in enumerate(model.named_parameters()):
             if i == 3:
-                refused.append(post(engine, "/end_weight_update", {}).status_code)
+                refused.append(post(engine, "/end_weight_update", {}).status)
             yield name, tensor
 
     engine._config = engine._config.model_copy(update={"bucket_mib": 0})
@@ -254,11 +254,7 @@ def test_a_half_failed_sync_without_kept_weights_serves_nothing_until_the_next(a
     with pytest.raises(RolloutError):
         engine.generate(PROMPTS, PARAMS)
     # The mixture is marked on the server itself, for whoever comes next.
-    assert (
-        httpx.get(url(engine) + "/model_info", timeout=300, trust_env=False)
-        .json()["weight_version"]
-        .endswith("-incomplete")
-    )
+    assert engine._loop.run(engine._control.weight_version(engine._pool.replicas[0])).endswith("-incomplete")
     model = policy(9)
     engine.update_weights(model.named_parameters(), 2)
     assert worst_difference(engine.generate(PROMPTS, PARAMS), model) < 1e-4
@@ -278,9 +274,7 @@ def test_ranks_of_a_trainer_share_one_server(engine, model_dir, tmp_path):
 
 
 def test_a_loaded_checkpoint_is_served_as_version_zero(engine, attach, model_dir):
-    httpx.post(
-        url(engine) + "/update_weights_from_disk", json={"model_path": str(model_dir)}, timeout=300, trust_env=False
-    )
+    post(engine, "/update_weights_from_disk", {"model_path": str(model_dir)})
     served = attach(serve_loaded=True)
     groups = served.generate(PROMPTS, PARAMS)
     assert worst_difference(groups, policy(0)) < 1e-4
@@ -316,11 +310,11 @@ def test_recorded_replies_are_still_those_of_the_server(engine):
     assert shape(scored) == shape(RECORDED["score"]["body"])
     for path in ("/pause_generation", "/begin_weight_update", "/begin_weight_update#twice", "/end_weight_update"):
         reply = post(engine, path.split("#")[0], {"mode": "abort"} if "pause" in path else {})
-        assert (reply.status_code, reply.json()) == (RECORDED[path]["status"], RECORDED[path]["body"])
+        assert (reply.status, reply.json()) == (RECORDED[path]["status"], RECORDED[path]["body"])
     for path in ("/end_weight_update#twice", "/update_weights_from_distributed"):
         body = {"names": [], "dtypes": [], "shapes": []} if "distributed" in path else {}
         reply = post(engine, path.split("#")[0], body)
-        assert (reply.status_code, reply.json()) == (RECORDED[path]["status"], RECORDED[path]["body"])
+        assert (reply.status, reply.json()) == (RECORDED[path]["status"], RECORDED[path]["body"])
     post(engine, "/continue_generation", {})
 
 

@@ -6,9 +6,8 @@ import random
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
-import httpx
-
-from real_megatron.rollout.remote.errors import Retryable, RolloutError, StaleReply
+from real_megatron.rollout.remote.errors import Retryable, RolloutError, StaleReply, Unreachable
+from real_megatron.rollout.remote.http import Http
 from real_megatron.rollout.remote.replica import Replica, ReplicaPool
 
 logger = logging.getLogger(__name__)
@@ -17,19 +16,12 @@ _FIRST_PAUSE_S = 0.25
 _LONGEST_PAUSE_S = 10.0
 
 
-def open_http() -> httpx.AsyncClient:
-    """No limit on connections (the pool of replicas bounds them), and no proxies from the environment."""
-    # Servers close idle connections after 5 s (uvicorn's default): let them go before, or a request meets the close.
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=3)
-    return httpx.AsyncClient(limits=limits, timeout=httpx.Timeout(None, connect=10), trust_env=False)
-
-
 class RequestClient:
     """Posts requests to a pool's replicas, or to one router in front of them."""
 
     def __init__(
         self,
-        http: httpx.AsyncClient,
+        http: Http,
         pool: ReplicaPool,
         timeout_s: float,
         attempts: int,
@@ -63,8 +55,8 @@ class RequestClient:
                 await self._confirm(replica)
                 replica.failures_in_a_row = 0
                 return result
-            except (httpx.TransportError, TimeoutError, Retryable) as error:
-                failures.append(f"{url}: {_describe(error, self._timeout_s)}")
+            except (Unreachable, Retryable) as error:
+                failures.append(f"{url}: {error}")
                 logger.info("%s, attempt %d: %s", what, attempt + 1, failures[-1])
                 if not isinstance(error, Retryable) or isinstance(error, StaleReply):
                     self._suspect(replica, failures[-1])
@@ -73,12 +65,11 @@ class RequestClient:
         raise RolloutError(f"{what} failed {self._attempts} times: " + "; ".join(failures))
 
     async def _post(self, url: str, body: dict[str, Any]) -> Any:
-        async with asyncio.timeout(self._timeout_s):
-            reply = await self._http.post(url, json=body)
-        if reply.status_code >= 500:
-            raise Retryable(f"status {reply.status_code}: {reply.text[:300]}")
-        if reply.status_code != 200:
-            raise RolloutError(f"{url} refused the request with status {reply.status_code}: {reply.text[:500]}")
+        reply = await self._http.post(url, body, self._timeout_s)
+        if reply.status >= 500:
+            raise Retryable(f"status {reply.status}: {reply.text[:300]}")
+        if reply.status != 200:
+            raise RolloutError(f"{url} refused the request with status {reply.status}: {reply.text[:500]}")
         try:
             return reply.json()
         except ValueError as error:
@@ -88,9 +79,3 @@ class RequestClient:
         # Behind a router nobody says which server it was.
         for suspect in self._pool.replicas if self._router else [replica]:
             self._pool.recover(suspect, reason)
-
-
-def _describe(error: BaseException, timeout_s: float) -> str:
-    if isinstance(error, TimeoutError):
-        return f"no reply within {timeout_s:g} s"
-    return f"{type(error).__name__}: {error}"

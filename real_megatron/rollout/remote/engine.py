@@ -12,8 +12,9 @@ from torch import Tensor
 
 from real_megatron.config import RolloutConfig
 from real_megatron.rollout.engine import Response, SamplingParams
-from real_megatron.rollout.remote.client import RequestClient, open_http
-from real_megatron.rollout.remote.errors import RolloutError
+from real_megatron.rollout.remote.client import RequestClient
+from real_megatron.rollout.remote.errors import RolloutError, Unreachable
+from real_megatron.rollout.remote.http import Http
 from real_megatron.rollout.remote.loop import LoopThread
 from real_megatron.rollout.remote.replica import Replica, ReplicaPool
 
@@ -39,7 +40,7 @@ class RemoteEngine(ABC):
 
     async def _open(self, replicas: list[Replica]) -> None:
         config = self._config
-        http = self._http = open_http()
+        http = self._http = Http()
         self._pool = ReplicaPool(
             replicas,
             concurrency=config.concurrency,
@@ -76,11 +77,13 @@ class RemoteEngine(ABC):
     async def _shutdown(self) -> None:
         """End the servers that were started here, and the connections."""
         await self._pool.close()
-        await self._http.aclose()
+        await self._http.close()
 
     async def _probe(self, replica: Replica, timeout_s: float) -> None:
-        """Raise httpx.HTTPError unless the server answers its health check."""
-        (await self._http.get(replica.url + "/health", timeout=timeout_s)).raise_for_status()
+        """Raise Unreachable unless the server answers its health check."""
+        reply = await self._http.get(replica.url + "/health", timeout_s)
+        if reply.status != 200:
+            raise Unreachable(f"{replica.url}/health: status {reply.status}: {reply.text[:200]}")
 
     # --- the protocol -----------------------------------------------------------------------------------------------
 

@@ -13,5 +13,9 @@ class Retryable(Exception):
     """One attempt failed in a way that another attempt may not."""
 
 
+class Unreachable(Exception):
+    """No whole reply: the server cannot be reached, closed the connection, or missed the deadline."""
+
+
 class StaleReply(Retryable):
     """A reply was sampled from other weights than the current ones."""

@@ -6,9 +6,7 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Literal
 
-import httpx
-
-from real_megatron.rollout.remote.errors import RolloutError
+from real_megatron.rollout.remote.errors import RolloutError, Unreachable
 from real_megatron.rollout.remote.process import ServerProcess
 
 logger = logging.getLogger(__name__)
@@ -64,7 +62,7 @@ class ReplicaPool:
         restore: Callable[[Replica], Awaitable[None]],
     ) -> None:
         """
-        probe: raises httpx.HTTPError unless the server answers its health check within so many seconds
+        probe: raises Unreachable unless the server answers its health check within so many seconds
         restore: brings a server that is up to the current weights and sets `version`; raises NoCurrentWeights when
             it cannot yet
         """
@@ -158,7 +156,7 @@ class ReplicaPool:
                 except NoCurrentWeights as error:
                     state, replica.reason = "stale", str(error)
                     return
-                except (RolloutError, httpx.HTTPError, OSError) as error:
+                except (RolloutError, Unreachable, OSError) as error:
                     replica.reason = f"{type(error).__name__}: {error}"
                     logger.warning("rollout server %s: %s", replica.url, replica.reason)
                     self._count_failure(replica)
@@ -190,8 +188,8 @@ class ReplicaPool:
             try:
                 await self._probe(replica, _PROBE_S)
                 return
-            except httpx.HTTPError as error:
-                replica.reason = f"no answer to the health check ({error!r})"
+            except Unreachable as error:
+                replica.reason = f"no answer to the health check ({error})"
                 self._count_failure(replica)
         elif process.starts and replica.state != "down":
             replica.reason = "ended: " + process.describe_end()
@@ -209,11 +207,11 @@ class ReplicaPool:
             try:
                 await self._probe(replica, _PROBE_S)
                 return
-            except httpx.HTTPError as error:
+            except Unreachable as error:
                 if time.monotonic() > deadline:
                     hint = replica.process.describe_end() if replica.process else "is it running?"
                     raise RolloutError(
-                        f"{replica.url} was not healthy within {self._start_timeout_s:.0f} s ({error!r}): {hint}"
+                        f"{replica.url} was not healthy within {self._start_timeout_s:.0f} s ({error}): {hint}"
                     ) from error
             await asyncio.sleep(_POLL_S)
 

@@ -1,0 +1,51 @@
+"""The pauses between attempts. Everything else of the client is tested through the engines (test_remote_engine.py)."""
+
+import asyncio
+
+import pytest
+
+from real_megatron.rollout.remote.client import RequestClient
+from real_megatron.rollout.remote.errors import RolloutError, Unreachable
+from real_megatron.rollout.remote.replica import Replica
+
+ATTEMPTS = 9
+
+
+class DeafServer:
+    """Stands for the pool and for HTTP: one replica, which never answers."""
+
+    def __init__(self) -> None:
+        self.replica = Replica("http://127.0.0.1:1")
+
+    async def acquire(self) -> Replica:
+        return self.replica
+
+    def release(self, replica: Replica) -> None: ...
+
+    def recover(self, replica: Replica, reason: str) -> None: ...
+
+    async def post(self, url: str, body: dict, timeout_s: float):
+        raise Unreachable("no reply")
+
+
+def pauses_of_one_request(monkeypatch) -> list[float]:
+    pauses: list[float] = []
+
+    async def sleep(seconds: float) -> None:
+        pauses.append(seconds)
+
+    monkeypatch.setattr(asyncio, "sleep", sleep)
+    deaf = DeafServer()
+    client = RequestClient(deaf, deaf, timeout_s=1, attempts=ATTEMPTS, router=None, confirm=None)
+    with pytest.raises(RolloutError, match=f"failed {ATTEMPTS} times"):
+        asyncio.run(client.request("it", "/generate", {}, lambda reply, replica: reply))
+    return pauses
+
+
+def test_pauses_double_up_to_ten_seconds_and_differ_between_requests(monkeypatch):
+    """Jitter of half the pause each way: clients that lost one server at the same time do not return together."""
+    runs = [pauses_of_one_request(monkeypatch) for _ in range(20)]
+    for attempt, nominal in enumerate((0.25, 0.5, 1, 2, 4, 8, 10, 10)):
+        pauses = [run[attempt] for run in runs]
+        assert all(0.5 * nominal <= pause <= 1.5 * nominal for pause in pauses)
+        assert max(pauses) - min(pauses) > 0.2 * nominal

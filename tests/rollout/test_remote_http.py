@@ -1,0 +1,97 @@
+"""HTTP to rollout servers against local ones: connections kept and let go, deadlines, one error for every loss."""
+
+import asyncio
+import socket
+
+import pytest
+
+from real_megatron.rollout.remote import http
+from real_megatron.rollout.remote.errors import Unreachable
+from real_megatron.rollout.remote.http import Http
+
+BODY = {"input_ids": [1, 2], "sampling_params": {"n": 1, "max_new_tokens": 4}}
+
+
+def with_http(use):
+    """Run `use(http)` in an event loop."""
+
+    async def main():
+        client = Http()
+        try:
+            return await use(client)
+        finally:
+            await client.close()
+
+    return asyncio.run(main())
+
+
+def test_replies_come_with_status_and_json(servers):
+    (fake,) = servers(1)
+    fake.faults = ["refuse_400"]
+
+    async def use(client):
+        refused = await client.post(fake.url + "/generate", BODY, 10)
+        good = await client.post(fake.url + "/generate", BODY, 10)
+        return refused, good, await client.get(fake.url + "/model_info", 10)
+
+    refused, good, info = with_http(use)
+    assert refused.status == 400 and "context" in refused.text
+    assert good.status == 200 and len(good.json()["output_ids"]) == 4
+    assert info.json()["weight_version"] == fake.version
+
+
+def test_connections_are_kept_between_requests_and_let_go_when_idle(servers, monkeypatch):
+    """Servers close idle ones: a request on a connection that the server is just closing would be lost."""
+    monkeypatch.setattr(http, "_KEEPALIVE_S", 0.2)
+    (fake,) = servers(1)
+    seen = []
+
+    async def use(client):
+        for pause in (0, 0, 0.4):
+            await asyncio.sleep(pause)
+            await client.post(fake.url + "/generate", BODY, 10)
+            seen.append(set(fake.connections))
+
+    with_http(use)
+    assert len(seen[0]) == 1 and seen[1] == seen[0]
+    assert not seen[2] & seen[0]
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"), [("hang", "no reply within 0.3 s"), ("disconnect", "ServerDisconnectedError")]
+)
+def test_a_reply_that_never_comes_is_unreachable(servers, fault, message):
+    (fake,) = servers(1)
+    fake.faults = [fault]
+    with pytest.raises(Unreachable, match=message):
+        with_http(lambda client: client.post(fake.url + "/generate", BODY, 0.3 if fault == "hang" else 10))
+
+
+def test_a_closed_port_is_unreachable():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{free.getsockname()[1]}"
+    with pytest.raises(Unreachable, match="ClientConnectorError"):
+        with_http(lambda client: client.get(address + "/health", 10))
+
+
+def test_a_reply_cut_short_is_unreachable():
+    """The connection ends before the announced length."""
+
+    async def main():
+        async def cut(reader, writer):
+            await reader.readuntil(b"\r\n\r\n")
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n{")
+            writer.close()
+
+        server = await asyncio.start_server(cut, "127.0.0.1", 0)
+        client = Http()
+        try:
+            port = server.sockets[0].getsockname()[1]
+            with pytest.raises(Unreachable, match="ClientPayloadError"):
+                await client.get(f"http://127.0.0.1:{port}/health", 10)
+        finally:
+            await client.close()
+            server.close()
+
+    asyncio.run(main())
