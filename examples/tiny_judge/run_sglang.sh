@@ -6,20 +6,15 @@
 #   bash examples/tiny_judge/run_sglang.sh [PYTHON]
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+source examples/tiny_judge/stages.sh
 python=${1:-.venv-sglang/bin/python}
 if [ -z "${1:-}" ]; then
     bash tools/install_sglang_cpu.sh
 fi
 bash tools/setup_env.sh requirements.txt
-out=runs/tiny_judge
-real_megatron() { .venv/bin/python -m real_megatron "$@"; }
 
-if [ ! -f "$out/task/model/config.json" ]; then
-    .venv/bin/python -m real_megatron.data.tiny_judge --output "$out/task"
-fi
-if [ ! -d "$out/sft/hf" ]; then
-    real_megatron sft examples/tiny_judge/sft.yaml
-fi
+make_task
+make_sft
 real_megatron train examples/tiny_judge/real.yaml \
     output="$out/real_sglang" steps=20 evaluation.every=10 rollout.engine=sglang rollout.python="$python"
 real_megatron report "$out/sft" "$out/real_sglang" --output "$out/real_sglang" \
