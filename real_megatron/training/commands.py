@@ -2,16 +2,12 @@
 
 import hashlib
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 from rich.table import Table
-from transformers import PreTrainedTokenizerBase
 
 from real_megatron.config import RunConfig
 from real_megatron.data import encode_prompt, example_from_record, load_template
@@ -19,46 +15,11 @@ from real_megatron.evaluation.judge import JudgeSummary, judge
 from real_megatron.evaluation.metrics import NAMES, Estimate
 from real_megatron.evaluation.report import cell
 from real_megatron.evaluation.runner import DECODINGS, Evaluation
-from real_megatron.policy.runtime import default_device, default_dtype, start_process_group
-from real_megatron.rollout.engine import RolloutEngine
-from real_megatron.rollout.factory import build_engine
-from real_megatron.scores import ScoreScale
+from real_megatron.policy.runtime import start_process_group
 from real_megatron.sections import ConfigError
 from real_megatron.training.evaluating import evaluate_sets, evaluation_params, load_evaluation_sets
-from real_megatron.training.examples import load_tokenizer
+from real_megatron.training.serving import served
 from real_megatron.training.terminal import progress
-
-
-@dataclass(frozen=True)
-class Served:
-    """A checkpoint behind an engine."""
-
-    engine: RolloutEngine
-    tokenizer: PreTrainedTokenizerBase
-    scale: ScoreScale
-
-
-@contextmanager
-def served(config: RunConfig, model: Path, work_dir: Path) -> Iterator[Served]:
-    """Serve a Hugging Face checkpoint with the configured engine, which is closed at the end. Collective."""
-    if not (model / "config.json").is_file():
-        raise ConfigError(f"{model}: no config.json there; name the directory of a Hugging Face checkpoint")
-    tokenizer = load_tokenizer(str(model))
-    scale = ScoreScale.resolve(tokenizer, config.scale.scores, config.scale.values, config.scale.anchor)
-    engine = build_engine(
-        config.rollout,
-        model,
-        tokenizer,
-        work_dir,
-        device=default_device(),
-        dtype=default_dtype(config.model.dtype),
-        serve_loaded=True,
-        group=dist.new_group(backend="gloo") if dist.is_initialized() and dist.get_world_size() > 1 else None,
-    )
-    try:
-        yield Served(engine, tokenizer, scale)
-    finally:
-        engine.close()
 
 
 def evaluate_checkpoint(config: RunConfig, model: Path, output: Path) -> Table:

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from real_megatron.batch.types import Group
 from real_megatron.config import RunConfig
@@ -10,11 +10,6 @@ from real_megatron.data import JudgeExample, encode_prompts, encode_targets, loa
 from real_megatron.scores import ScoreScale
 from real_megatron.sections import ConfigError
 from real_megatron.training.generated_cots import with_generated_cots
-
-
-def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a Hugging Face checkpoint; remote code is never run."""
-    return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
 
 
 def prompt_groups(config: RunConfig, tokenizer: PreTrainedTokenizerBase, scale: ScoreScale) -> list[Group]:
@@ -31,8 +26,7 @@ def target_groups(config: RunConfig, tokenizer: PreTrainedTokenizerBase, scale: 
     """
     examples = _load(config, scale)
     if config.sft.cots == "generated":
-        assert config.sft.cot_model is not None
-        examples = with_generated_cots(config, examples, load_tokenizer(config.sft.cot_model))
+        examples = with_generated_cots(config, examples)
     elif config.sft.cots == "none":
         examples = [replace(example, cot="") for example in examples]
     limits = config.rollout.max_prompt_tokens, config.rollout.max_new_tokens

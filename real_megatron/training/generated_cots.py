@@ -9,17 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from transformers import PreTrainedTokenizerBase
 
 from real_megatron.config import RunConfig
 from real_megatron.data import JudgeExample, encode_prompts
-from real_megatron.policy.runtime import default_device, default_dtype, start_process_group
+from real_megatron.policy.runtime import start_process_group
 from real_megatron.rollout.engine import SamplingParams
-from real_megatron.rollout.factory import build_engine
 from real_megatron.rollout.sampling import sample_trajectories
-from real_megatron.scores import ScoreScale
 from real_megatron.sections import ConfigError
 from real_megatron.training.sampler import rollout_seed
+from real_megatron.training.serving import served
 
 logger = logging.getLogger(__name__)
 
@@ -30,11 +28,9 @@ place in data.train, from 0), `id` and `cot`."""
 Row = dict[str, Any]
 
 
-def with_generated_cots(
-    config: RunConfig, examples: Sequence[JudgeExample], tokenizer: PreTrainedTokenizerBase
-) -> list[JudgeExample]:
-    """The examples with CoTs sampled by `sft.cot_model`, whose tokenizer is given; CoTs without an anchor are dropped
-    and counted. They are kept in the output directory, so that a resumed run trains on the same ones. Collective.
+def with_generated_cots(config: RunConfig, examples: Sequence[JudgeExample]) -> list[JudgeExample]:
+    """The examples with CoTs sampled by `sft.cot_model`; CoTs without an anchor are dropped and counted. They are kept
+    in the output directory, so that a resumed run trains on the same ones. Collective.
 
     Raises ConfigError when the directory holds CoTs that were sampled with other settings, or no CoT has an anchor.
     """
@@ -44,7 +40,7 @@ def with_generated_cots(
     found = [file.exists()]
     dist.broadcast_object_list(found, src=0)
     if not found[0]:
-        _write(file, _settings(config), _generate(config, examples, tokenizer))
+        _write(file, _settings(config), _generate(config, examples))
     dist.barrier()
     rows = _read(file, _settings(config))
     return [replace(examples[row["example"]], id=f"{row['id']}#{i}", cot=row["cot"]) for i, row in enumerate(rows)]
@@ -59,25 +55,15 @@ def _settings(config: RunConfig) -> dict[str, Any]:
     return {key: tree[key] if key in tree else tree[key.split(".")[0]][key.split(".")[1]] for key in keys}
 
 
-def _generate(config: RunConfig, examples: Sequence[JudgeExample], tokenizer: PreTrainedTokenizerBase) -> list[Row]:
-    scale = ScoreScale.resolve(tokenizer, config.scale.scores, config.scale.values, config.scale.anchor)
+def _generate(config: RunConfig, examples: Sequence[JudgeExample]) -> list[Row]:
     place = {id(example): i for i, example in enumerate(examples)}  # ids may repeat in other data sets
-    kept = encode_prompts(tokenizer, examples, config.rollout.max_prompt_tokens, config.data.chat_template)
     rollout, count = config.rollout, config.sft.cots_per_example
     assert config.sft.cot_model is not None
-    engine = build_engine(
-        rollout,
-        Path(config.sft.cot_model),
-        tokenizer,
-        config.output / "rollout",
-        device=default_device(),
-        dtype=default_dtype(config.model.dtype),
-        serve_loaded=True,
-        group=None if dist.get_world_size() == 1 else dist.new_group(backend="gloo"),
-    )
-    try:
+    with served(config, Path(config.sft.cot_model), config.output / "rollout") as writer:
+        tokenizer, scale = writer.tokenizer, writer.scale
+        kept = encode_prompts(tokenizer, examples, rollout.max_prompt_tokens, config.data.chat_template)
         sampled = sample_trajectories(
-            engine,
+            writer.engine,
             tokenizer,
             scale,
             [prompt_ids for _, prompt_ids in kept],
@@ -85,8 +71,6 @@ def _generate(config: RunConfig, examples: Sequence[JudgeExample], tokenizer: Pr
             "drop",
             [rollout_seed(config.seed, 0, i) for i in range(len(kept))],
         )
-    finally:
-        engine.close()
     rows = []
     for (example, _), trajectories in zip(kept, sampled.trajectories, strict=True):
         for t in trajectories:

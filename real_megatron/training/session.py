@@ -23,12 +23,12 @@ from real_megatron.scores import ScoreScale
 from real_megatron.sections import ConfigError
 from real_megatron.training.checkpoints import CheckpointStore, mendable
 from real_megatron.training.evaluating import evaluate_sets, forget_evaluations, load_evaluation_sets
-from real_megatron.training.examples import load_tokenizer
 from real_megatron.training.export import RUN_FILE, save_hf
 from real_megatron.training.metrics import Metrics, check_sinks
 from real_megatron.training.phases import PhaseTimer
 from real_megatron.training.resume import check_same_run
 from real_megatron.training.sampler import EpochSampler
+from real_megatron.training.serving import load_tokenizer
 from real_megatron.training.stop import StopSignal, Terminated
 from real_megatron.training.terminal import progress
 

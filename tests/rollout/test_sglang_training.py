@@ -142,6 +142,19 @@ def test_a_colocated_server_sleeps_while_the_policy_trains(task: Path, sglang_py
     assert requests == [update, release, resume, update, resume, release]
 
 
+def test_one_step_off_trains_on_responses_of_the_weights_before(task: Path, sglang_python: str, tmp_path: Path) -> None:
+    """The server generates the next batch while the policy trains; the importance ratio sees the difference."""
+    rollout = {"python": sglang_python, "staleness": 1}
+    config = configured(task, tmp_path / "run", steps=3, rollout=rollout, objective={"ratio": "truncated_is"})
+    seen = watched(config, tmp_path)
+    assert [sync["step"] for sync in seen["syncs"]] == [0, 0, 1]
+    assert all(sync["worst"] < SAME for sync in seen["syncs"])
+    assert [step["versions"] for step in seen["steps"]] == [[0], [0], [1]]
+    assert all(step["responses"] == [SAMPLES] * PROMPTS for step in seen["steps"])
+    first, *stale = rows(config.output)[1:]
+    assert first["mismatch/max"] < SAME and all(row["mismatch/max"] > 20 * SAME for row in stale)
+
+
 def test_no_server_is_left_behind(run: tuple[RunConfig, dict]) -> None:
     for pid in run[1]["pids"]:
         with pytest.raises(ProcessLookupError):

@@ -3,7 +3,8 @@ from pathlib import Path
 import pytest
 
 from real_megatron.scores import ScoreScale
-from real_megatron.training.examples import load_tokenizer, target_groups
+from real_megatron.training.examples import target_groups
+from real_megatron.training.serving import load_tokenizer
 from tests.support.tiny_runs import tiny_config, write_tiny_task
 
 

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,11 @@ from real_megatron.config import RunConfig
 from real_megatron.data import load_examples
 from real_megatron.data.byte_model import byte_tokenizer
 from real_megatron.rollout.engine import Response
+from real_megatron.scores import ScoreScale
 from real_megatron.sections import ConfigError
 from real_megatron.training import generated_cots
 from real_megatron.training.generated_cots import FILE, with_generated_cots
+from real_megatron.training.serving import Served
 from tests.support.rollout_fakes import ScriptedEngine
 
 TOKENIZER = byte_tokenizer()
@@ -40,9 +43,15 @@ def config_of(tmp_path: Path, *overrides: str) -> RunConfig:
 def sampled(config: RunConfig, texts: list[str], monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, float, str]]:
     """Prompt, label and CoT of every example, when the model writes `texts`, one to a prompt."""
     responses = [[Response(list(text.encode()), [-1.0] * len(text.encode()), "stop", 0)] for text in texts]
-    monkeypatch.setattr(generated_cots, "build_engine", lambda *args, **options: ScriptedEngine(responses))
+
+    @contextmanager
+    def served(*_) -> Iterator[Served]:
+        scale = ScoreScale.resolve(TOKENIZER, config.scale.scores, config.scale.values, config.scale.anchor)
+        yield Served(ScriptedEngine(responses), TOKENIZER, scale)
+
+    monkeypatch.setattr(generated_cots, "served", served)
     examples = [e for source in config.data.train for e in load_examples(source)]
-    found = with_generated_cots(config, examples, TOKENIZER)
+    found = with_generated_cots(config, examples)
     return [(e.messages[0]["content"], e.label, e.cot) for e in found]
 
 
