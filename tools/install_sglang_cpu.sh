@@ -15,7 +15,7 @@ if [ -f "$stamp" ]; then
 fi
 
 "$python" -m venv "$dir"
-pip() { "$dir/bin/python" -m pip install --quiet --disable-pip-version-check "$@"; }
+pip() { "$dir/bin/python" -m pip install --quiet --disable-pip-version-check --no-compile "$@"; }
 
 # Which wheel a plain `torch` is depends on the package index: the CPU build and the CUDA build both serve.
 pip torch==2.13.0
@@ -27,5 +27,7 @@ pip transformers==5.12.1 tokenizers==0.22.2 compressed-tensors==0.18.0 openai==2
     pybase64==1.5.1 setproctitle==1.3.8 prometheus-client==0.26.0 partial_json_parser==0.2.1.1.post7 packaging==26.4 \
     einops==0.8.2 pillow==13.0.0 tqdm==4.70.1 IPython==9.18.1 interegular==0.3.3 scipy==1.17.1 sentencepiece==0.2.3 \
     watchfiles==1.3.0 xxhash==4.1.0 zstandard==0.25.0 jsonschema==4.26.0 dill==0.4.1
+# On all cores, as in setup_env.sh; templates are no valid Python.
+"$dir/bin/python" -m compileall -q -j 0 -x '/tests/' "$dir/lib" >/dev/null || true
 touch "$stamp"
 echo "SGLang is installed in $dir"

@@ -31,11 +31,14 @@ if [ ! -x .venv/bin/python ]; then
     fi
 fi
 
-pip=(.venv/bin/python -m pip install --quiet --disable-pip-version-check)
+pip=(.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-compile)
 echo "Installing $(grep '^torch==' requirements.txt)"
 "${pip[@]}" -c requirements.txt "$(grep '^torch==' requirements.txt)"
 echo "Installing $requirements"
 "${pip[@]}" -r "$requirements"
+# pip would compile on one core, and tests too. Files that are no valid Python (templates, tests of parsers) stay as they
+# are, as they do with pip.
+.venv/bin/python -m compileall -q -j 0 -x '/tests/' .venv/lib >/dev/null || true
 echo "Installing real_megatron"
 "${pip[@]}" --no-deps --no-build-isolation -e .
 echo "$hash" >"$stamp"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The tiny judge, end to end, on a machine with nothing but Python 3.11 (ten minutes on two cores):
+# The tiny judge, end to end, on a machine with nothing but Python 3.11 (nine minutes on two cores):
 # environment → data and model → SFT (RAFT) → REAL → evaluation on both test sets → report → the checkpoint loads.
 # Beside them, on the second core, `direct`, a baseline: the same model and prompts, trained to give the score without a
 # critique, with more updates than SFT and REAL have together.
