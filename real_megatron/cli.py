@@ -17,7 +17,7 @@ from rich.console import Console
 from real_megatron.sections import ConfigError
 
 EXIT_ERROR = 1
-EXIT_TERMINATED = 143  # what a shell reports for SIGTERM: schedulers requeue on it
+EXIT_TERMINATED = 143  # what a shell reports for SIGTERM
 
 # Errors whose message says what to mend: shown without a traceback, unless --traceback asks for it.
 MENDABLE = (ConfigError, ValueError, OSError, FloatingPointError)
@@ -290,6 +290,7 @@ def main() -> None:
 @contextmanager
 def reported() -> Iterator[None]:
     """Log to the terminal, and turn errors that a user can mend into one message and an exit status."""
+    from real_megatron.rollout.remote.errors import RolloutError
     from real_megatron.training.terminal import CONSOLE, set_up_logging
 
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
@@ -301,7 +302,7 @@ def reported() -> Iterator[None]:
     except Terminated as stop:
         logging.getLogger(__name__).warning("%s", stop)
         sys.exit(EXIT_TERMINATED)
-    except MENDABLE as error:
+    except (*MENDABLE, RolloutError) as error:
         if full_traceback:
             raise
         if rank == 0 or not isinstance(error, ConfigError):  # a wrong configuration is found by every rank alike

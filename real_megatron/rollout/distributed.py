@@ -9,6 +9,7 @@ from torch import Tensor
 
 from real_megatron.rollout.engine import Response, RolloutEngine, SamplingParams
 from real_megatron.rollout.remote.engine import drain
+from real_megatron.rollout.remote.errors import RolloutError
 
 T = TypeVar("T")
 
@@ -120,7 +121,7 @@ class DistributedRollout:
             raise error
         failures = [f"rank {rank}: {message}" for rank, (message, _) in enumerate(outcomes) if message]
         if failures:
-            raise RuntimeError("the rollout engine failed on another rank: " + "; ".join(failures))
+            raise RolloutError("the rollout engine failed on another rank: " + "; ".join(failures))
         return [result for _, result in outcomes]
 
     def _gather(self, value: T) -> list[T]:

@@ -44,6 +44,8 @@ def make(tmp_path, model, servers):
 
     def build(count=1, flavour="sglang", serve_loaded=True, **settings):
         fakes = servers(count, flavour)
+        for fake in fakes:
+            fake.model_path = str(tmp_path / "model")
         settings = {"weight_sync": "disk", "timeout_s": 30, "max_prompt_tokens": 32, "max_new_tokens": 16} | settings
         config = RolloutConfig(engine=flavour, servers=[fake.url for fake in fakes], **settings)
         engine = ENGINES[flavour](config, CONFIG, tmp_path / "model", tmp_path / "work", serve_loaded=serve_loaded)
@@ -197,6 +199,29 @@ def test_a_router_takes_the_requests_and_the_servers_the_control(make, servers):
     engine, fakes = make(2, router=router.url)
     check(engine.generate(PROMPTS, PARAMS))
     assert router.generations == len(PROMPTS) and not any(fake.generations for fake in fakes)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"model_path": "/another/model"}, "serves /another/model, asked for is .*/model: start it with that path"),
+        ({"version": "0a1b2c3d-12"}, r"holds weights of a training run \(0a1b2c3d-12\): restart it"),
+        ({"version": "0a1b2c3d-12-incomplete"}, "holds weights of a training run"),
+    ],
+)
+def test_an_attached_server_with_other_weights_than_asked_for_is_refused(make, servers, flavour, changed, message):
+    """To evaluate or judge: what it serves would pass for the checkpoint that was named."""
+    engine, (fake,) = make(1, flavour)
+    for name, value in changed.items():
+        setattr(fake, name, value)
+    with pytest.raises(RolloutError, match=message):
+        type(engine)(
+            engine._config.model_copy(update={"restarts": 0}),
+            CONFIG,
+            engine._model_dir,
+            engine._model_dir.parent,
+            serve_loaded=True,
+        )
 
 
 # --- weights ----------------------------------------------------------------------------------------------------------

@@ -128,9 +128,27 @@ def test_a_server_that_cannot_start_is_one_error_with_its_last_words(build):
         )
 
 
+def test_a_server_knows_nothing_of_the_trainers_world_and_leaves_a_log_of_its_own(tmp_path, monkeypatch):
+    """As under torchrun: a server that inherits these waits for the store of a world that is not its own."""
+    world = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK")
+    world += ("ROLE_RANK", "ROLE_NAME", "TORCHELASTIC_USE_AGENT_STORE", "TORCHELASTIC_RUN_ID")
+    for name in world:
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("KEPT", "2")
+    command = [sys.executable, "-c", "import os; print(*sorted(os.environ), flush=True)"]
+    for start in range(2):
+        process = ServerProcess(command, tmp_path, "server", {"ADDED": "3"})
+        process.start()
+        process._process.wait()
+        assert process.log == tmp_path / f"server.{start}.log"
+        names = set(process.log.read_text().split())
+        assert {"KEPT", "ADDED", "PATH"} <= names and not names & set(world)
+        process.close()
+
+
 def test_a_missing_python_is_named(tmp_path):
     process = ServerProcess(["/no/such/python", "x"], tmp_path, "server-0")
-    with pytest.raises(RuntimeError, match="cannot start server-0: /no/such/python: No such file"):
+    with pytest.raises(RuntimeError, match=r"cannot start server-0: /no/such/python \(rollout.python\): No such file"):
         process.start()
 
 

@@ -43,6 +43,19 @@ def test_attached_servers_are_not_started(tmp_path):
     assert [(r.url, r.process) for r in replicas] == [("http://a:1", None), ("http://b:2", None)]
 
 
+def test_a_vllm_servers_gpus_are_counted_among_those_that_the_trainer_sees(tmp_path, monkeypatch):
+    def gpus(visible: str | None) -> list[str]:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        if visible:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        config = RolloutConfig(engine="vllm", first_gpu=1, replicas=2, tensor=2)
+        replicas = vllm._replicas(config, tmp_path, tmp_path, torch.bfloat16, 100)
+        return [r.process._environment["CUDA_VISIBLE_DEVICES"] for r in replicas]
+
+    assert gpus(None) == ["1,2", "3,4"]
+    assert gpus("2,3,5,6,7") == ["3,5", "6,7"]
+
+
 def test_vllm_command():
     config = RolloutConfig(engine="vllm", tensor=4, server_args=["--seed", "1"])
     command = vllm.server_command(config, Path("/m"), 7000, torch.bfloat16, 100)

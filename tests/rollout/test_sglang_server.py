@@ -274,7 +274,7 @@ def test_ranks_of_a_trainer_share_one_server(engine, model_dir, tmp_path):
 
 
 def test_a_loaded_checkpoint_is_served_as_version_zero(engine, attach, model_dir):
-    post(engine, "/update_weights_from_disk", {"model_path": str(model_dir)})
+    post(engine, "/update_weights_from_disk", {"model_path": str(model_dir), "weight_version": "default"})
     served = attach(serve_loaded=True)
     groups = served.generate(PROMPTS, PARAMS)
     assert worst_difference(groups, policy(0)) < 1e-4

@@ -70,11 +70,14 @@ def configured(task: Path, output: Path, rollout: dict, **sections) -> RunConfig
     return tiny_config(task, output, rollout=server | rollout, batch=batch, optimizer=optimizer, **sections)
 
 
-def watched(config: RunConfig, directory: Path, *steps: int) -> dict:
+def watched(config: RunConfig, directory: Path, *steps: int, torchrun: bool = False) -> dict:
     """Run tests.support.rollout_training to its end, or end it; returns its record."""
     (directory / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
     # The launcher ends the run, and with it the servers, should this process be killed.
-    command = [sys.executable, LAUNCHER, "tests.support.rollout_training", "config.yaml", "record", *map(str, steps)]
+    command = [sys.executable, LAUNCHER]
+    if torchrun:
+        command += ["torch.distributed.run", "--standalone", "--nproc-per-node", "1", "-m"]
+    command += ["tests.support.rollout_training", "config.yaml", "record", *map(str, steps)]
     with (directory / "log").open("wb") as log:
         process = subprocess.Popen(
             command,
@@ -143,10 +146,11 @@ def test_a_colocated_server_sleeps_while_the_policy_trains(task: Path, sglang_py
 
 
 def test_one_step_off_trains_on_responses_of_the_weights_before(task: Path, sglang_python: str, tmp_path: Path) -> None:
-    """The server generates the next batch while the policy trains; the importance ratio sees the difference."""
+    """The server generates the next batch while the policy trains; the importance ratio sees the difference. Under
+    torchrun, whose environment would tell the server of another world than its own."""
     rollout = {"python": sglang_python, "staleness": 1}
     config = configured(task, tmp_path / "run", steps=3, rollout=rollout, objective={"ratio": "truncated_is"})
-    seen = watched(config, tmp_path)
+    seen = watched(config, tmp_path, torchrun=True)
     assert [sync["step"] for sync in seen["syncs"]] == [0, 0, 1]
     assert all(sync["worst"] < SAME for sync in seen["syncs"])
     assert [step["versions"] for step in seen["steps"]] == [[0], [0], [1]]

@@ -43,6 +43,7 @@ class FakeServer:
         self.faults: list = []
         self.control_faults: dict[str, list[int | str]] = {}
         self.version = "default"
+        self.model_path = "/the/model"
         self.loaded: str | None = None
         self.session_open = False
         self.paused = False
@@ -215,11 +216,13 @@ class FakeServer:
             # SGLang's check generates a token, which a paused server does not.
             return (503, None) if self.paused and self.flavour == "sglang" else (200, None)
         if path == "/model_info":
-            return 200, RECORDED["model_info"]["body"] | {"weight_version": self.version}
+            return 200, RECORDED["model_info"]["body"] | {"weight_version": self.version, "model_path": self.model_path}
         if path == "/server_info":
             return 200, RECORDED["server_info"]["body"]
         if path == "/weight_info":
             return 200, {"weight_version": self.version}
+        if path == "/v1/models":
+            return 200, {"object": "list", "data": [{"id": "policy", "object": "model", "root": self.model_path}]}
         return 404, {"detail": "Not Found"}
 
 

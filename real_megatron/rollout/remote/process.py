@@ -2,25 +2,34 @@
 
 import logging
 import os
+import re
 import signal
 import socket
 import subprocess
 import threading
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from itertools import count
 from pathlib import Path
+
+from real_megatron.rollout.remote.errors import RolloutError
 
 logger = logging.getLogger(__name__)
 _LOG_TAIL_BYTES = 2000
 _GRACE_S = 10
 
 
+# What torchrun tells its workers. A server would take it for its own world: with TORCHELASTIC_USE_AGENT_STORE it waits
+# for a store that nobody hosts.
+_TRAINERS_WORLD = re.compile(r"(LOCAL_)?(RANK|WORLD_SIZE)|MASTER_(ADDR|PORT)|(TORCHELASTIC|GROUP|ROLE)_.*")
+
 LAUNCHER = Path(__file__).parent / "launcher" / "launch.py"
 """Runs a module in the server's environment and ends it with this process."""
 
 
 class ServerProcess:
-    """Runs one command in a process group of its own; output goes to a log file, one file per start.
+    """Runs one command in a process group of its own; output goes to a log file, one file per start, never
+    over an older one.
 
     The child's standard input stays open as long as this process lives: a launcher that watches it can end itself.
     """
@@ -28,7 +37,7 @@ class ServerProcess:
     def __init__(
         self, command: Sequence[str], log_dir: Path, name: str, environment: Mapping[str, str] | None = None
     ) -> None:
-        """environment: variables beside those of this process"""
+        """environment: variables beside those of this process; what describes the trainer's world is left out"""
         self.command = list(command)
         self._environment = dict(environment or {})
         self.log: Path | None = None
@@ -48,8 +57,10 @@ class ServerProcess:
 
     def _start(self) -> None:
         self._log_dir.mkdir(parents=True, exist_ok=True)
-        self.log = self._log_dir / f"{self._name}.{self.starts}.log"
+        used = {path.name for path in self._log_dir.iterdir()}
+        self.log = next(p for i in count() if (p := self._log_dir / f"{self._name}.{i}.log").name not in used)
         self.starts += 1
+        inherited = {k: v for k, v in os.environ.items() if not _TRAINERS_WORLD.fullmatch(k)}
         with self.log.open("wb") as log:
             try:
                 self._process = subprocess.Popen(
@@ -58,10 +69,12 @@ class ServerProcess:
                     stdout=log,
                     stderr=subprocess.STDOUT,
                     start_new_session=True,
-                    env=os.environ | self._environment,
+                    env=inherited | self._environment,
                 )
             except OSError as error:
-                raise RuntimeError(f"cannot start {self._name}: {self.command[0]}: {error.strerror}") from error
+                raise RolloutError(
+                    f"cannot start {self._name}: {self.command[0]} (rollout.python): {error.strerror}"
+                ) from error
         logger.info("%s: process %d, log %s", self._name, self._process.pid, self.log)
 
     @property

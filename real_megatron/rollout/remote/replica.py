@@ -28,13 +28,14 @@ class Replica:
         self.reason = "not started"
         self.in_flight = 0
         self.failures_in_a_row = 0
+        self.recoveries = 0
         self.version: str | None = None
         """The weight version that its replies must carry."""
 
     @property
     def incarnation(self) -> tuple["Replica", int]:
-        """Changes when the process is started anew."""
-        return self, self.process.starts if self.process else 0
+        """Changes when the process is started anew, or, with a process that others run, may have been."""
+        return self, self.process.starts if self.process else self.recoveries
 
     def describe(self) -> str:
         return f"{self.url} is {self.state} ({self.reason})"
@@ -146,6 +147,7 @@ class ReplicaPool:
 
     async def _recover(self, replica: Replica) -> None:
         state: State = "dead"
+        replica.recoveries += 1
         try:
             while True:
                 try:

@@ -30,7 +30,10 @@ def local_servers(
     for index in range(config.replicas):
         port = config.port + index if config.port else free_port()
         command = server_command(config, model_dir, index, port, device, dtype, context)
-        replicas.append(Replica(f"http://127.0.0.1:{port}", ServerProcess(command, log_dir, f"sglang-{index}")))
+        # Beside a trainer whose pipeline stages differ in size, a server's GPUs may differ in free memory.
+        environment = {"SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK": "0"} if config.colocate else {}
+        server = ServerProcess(command, log_dir, f"sglang-{index}", environment)
+        replicas.append(Replica(f"http://127.0.0.1:{port}", server))
     return replicas
 
 

@@ -2,9 +2,8 @@
 
 from real_megatron.rollout.remote.control import ControlClient
 from real_megatron.rollout.remote.errors import RolloutError
+from real_megatron.rollout.remote.labels import incomplete
 from real_megatron.rollout.remote.replica import Replica
-
-_INCOMPLETE = "incomplete"
 
 
 class Control(ControlClient):
@@ -12,6 +11,10 @@ class Control(ControlClient):
 
     async def weight_version(self, replica: Replica) -> str:
         return str((await self.get(replica, "/model_info"))["weight_version"])
+
+    async def model_path(self, replica: Replica) -> str:
+        """The checkpoint that the server has loaded last, at its start or in an update by disk."""
+        return str((await self.get(replica, "/model_info"))["model_path"])
 
     async def tensor_parallel(self, replica: Replica) -> int:
         return int((await self.get(replica, "/server_info"))["tp_size"])
@@ -25,7 +28,7 @@ class Control(ControlClient):
         The label stays with the server: should this process die half-way, the next one sees it in every reply.
         """
         await self.post(replica, "/pause_generation", {"mode": "abort"})
-        await self.set_weight_version(replica, f"{version}-{_INCOMPLETE}")
+        await self.set_weight_version(replica, incomplete(version))
 
     async def admit(self, replica: Replica, version: str) -> None:
         """The weights are whole: drop every cached state, name them, and take requests again."""

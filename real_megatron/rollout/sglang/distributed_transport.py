@@ -4,6 +4,8 @@ import asyncio
 import secrets
 from contextlib import suppress
 
+import torch
+
 from real_megatron.rollout.remote.buckets import Bucket
 from real_megatron.rollout.remote.errors import RolloutError
 from real_megatron.rollout.remote.loop import in_daemon_thread
@@ -22,9 +24,11 @@ class DistributedTransport(Transport):
     The group lives from sync to sync and is formed anew when its members change or one of them fails.
     """
 
-    def __init__(self, control: Control, backend: str, host: str) -> None:
+    def __init__(self, control: Control, device: torch.device, host: str) -> None:
+        """device: from which the trainer sends: NCCL from a GPU, gloo from the host"""
         super().__init__(control)
-        self._backend = backend
+        self._device = device
+        self._backend = "nccl" if device.type == "cuda" else "gloo"
         self._host = host
         self._group: SenderGroup | None = None
         self._members: list[tuple[Replica, int]] = []
@@ -63,6 +67,10 @@ class DistributedTransport(Transport):
                 self._discard()
                 await asyncio.wait(posts, timeout=_GRACE_S)
             reason = f"; broadcast: {cast.exception()}" if cast.done() and cast.exception() else ""
+            if broken and self._backend == "nccl":
+                # A server has answered when it has queued the receipt, which may never come.
+                for replica in posts.values():
+                    flight.drop(replica, f"took part in a broadcast that failed{reason}")
             for post, replica in posts.items():
                 if not post.done():
                     flight.drop(replica, f"no answer to a broadcast that failed elsewhere{reason}")
@@ -96,7 +104,7 @@ class DistributedTransport(Transport):
         await self.close()
         while flight.alive:
             name = f"rollout-{secrets.token_hex(4)}"
-            group = SenderGroup(name, self._backend, self._host, self.control.step_s)
+            group = SenderGroup(name, self._backend, self._device, self._host, self.control.step_s)
             self._group = group
             sizes: dict[Replica, int] = {}
 

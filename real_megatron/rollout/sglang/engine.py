@@ -1,7 +1,6 @@
 """The SGLang engine: requests over HTTP, weights over a process group, shared memory or disk."""
 
 import logging
-import secrets
 import sys
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from real_megatron.rollout.engine import Response, SamplingParams
 from real_megatron.rollout.remote.buckets import Bucket, bucketed
 from real_megatron.rollout.remote.engine import RemoteEngine, drain
 from real_megatron.rollout.remote.errors import RolloutError, Unreachable, WeightSyncError
+from real_megatron.rollout.remote.labels import Labels, check_loaded
 from real_megatron.rollout.remote.replica import NoCurrentWeights, Replica
 from real_megatron.rollout.remote.spool import CheckpointSpool
 from real_megatron.rollout.sglang import replies
@@ -46,7 +46,7 @@ class SGLangEngine(RemoteEngine):
         model_dir: Path,
         work_dir: Path,
         *,
-        device: str = "cpu",
+        device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         serve_loaded: bool = False,
     ) -> None:
@@ -55,10 +55,10 @@ class SGLangEngine(RemoteEngine):
         work_dir: logs, and the checkpoints of a sync by disk
         dtype: of the served weights; floating tensors are cast to it on the way
         serve_loaded: the weights that the servers have loaded are right as they are, as version 0 (to judge or
-            evaluate a checkpoint); else nothing is generated before the first `update_weights`
+            evaluate a checkpoint), which attached servers are asked; else nothing is generated before the first
+            `update_weights`
         """
-        # Labels of another run's weights never pass for ours.
-        self._run = secrets.token_hex(4)
+        self._labels = Labels()
         self._model_dir = model_dir
         self._dtype = dtype
         self._serve_loaded = serve_loaded
@@ -71,15 +71,15 @@ class SGLangEngine(RemoteEngine):
         """What each server process has released; one that was started anew since has not."""
         positions = getattr(hf_config, "max_position_embeddings", None) or sys.maxsize
         context = min(config.max_prompt_tokens + config.max_new_tokens, positions - replies.RESERVED_TOKENS)
-        replicas = local_servers(config, model_dir, work_dir / "logs", device, dtype, context)
+        replicas = local_servers(config, model_dir, work_dir / "logs", torch.device(device).type, dtype, context)
         super().__init__(config, replicas, hf_config.vocab_size, context)
         try:
-            self._loop.run(self._connect(config, work_dir / "weights", device))
+            self._loop.run(self._connect(config, work_dir / "weights", torch.device(device)))
         except BaseException:
             self.close()
             raise
 
-    async def _connect(self, config: RolloutConfig, weights_dir: Path, device: str) -> None:
+    async def _connect(self, config: RolloutConfig, weights_dir: Path, device: torch.device) -> None:
         self._control = Control(self._http, config.sync_timeout_s)
         self._new_transport = _transport_factory(config, self._control, weights_dir, self._model_dir, device)
         self._transport = self._new_transport()
@@ -119,10 +119,10 @@ class SGLangEngine(RemoteEngine):
         self._label, self.version, self._kept = None, None, None
         try:
             self._loop.run(self._pool.settled())
-            flight = self._send(stream, f"{self._run}-{version}")
+            flight = self._send(stream, self._labels.of(version))
         finally:
             drain(stream)
-        self._label, self.version = f"{self._run}-{version}", version
+        self._label, self.version = self._labels.of(version), version
         self._loop.run(self._conclude(flight))
 
     def _send(self, stream: Iterator[tuple[str, Tensor]], label: str) -> Flight:
@@ -175,7 +175,10 @@ class SGLangEngine(RemoteEngine):
 
     async def _restore(self, replica: Replica) -> None:
         if self._serve_loaded and self._label is None:
-            replica.version = await self._control.weight_version(replica)
+            label = await self._control.weight_version(replica)
+            if replica.process is None:
+                check_loaded(replica.url, await self._control.model_path(replica), label, self._model_dir)
+            replica.version = label
             return
         label, kept = self._label, self._kept
         if label is None:
@@ -267,7 +270,9 @@ class SGLangEngine(RemoteEngine):
         await super()._shutdown()
 
 
-def _transport_factory(config: RolloutConfig, control: Control, weights_dir: Path, model_dir: Path, device: str):
+def _transport_factory(
+    config: RolloutConfig, control: Control, weights_dir: Path, model_dir: Path, device: torch.device
+) -> Callable[[], Transport]:
     kind = config.weight_sync
     if kind == "auto":
         kind = "tensor" if config.colocate else "distributed"
@@ -276,5 +281,4 @@ def _transport_factory(config: RolloutConfig, control: Control, weights_dir: Pat
     if kind == "disk":
         spool = CheckpointSpool(weights_dir, model_dir)
         return lambda: DiskTransport(control, spool)
-    backend = "nccl" if device == "cuda" else "gloo"
-    return lambda: DistributedTransport(control, backend, config.sync_host)
+    return lambda: DistributedTransport(control, device, config.sync_host)

@@ -20,10 +20,13 @@ class SenderGroup:
     names must agree with it.
     """
 
-    def __init__(self, name: str, backend: str, host: str, timeout_s: float) -> None:
-        """host: address of this machine that the servers reach; the group's store listens there and nowhere else"""
+    def __init__(self, name: str, backend: str, device: torch.device, host: str, timeout_s: float) -> None:
+        """device: on which NCCL sends
+        host: address of this machine that the servers reach; the group's store listens there and nowhere else
+        """
         self.name = name
         self._backend = backend
+        self._device = device
         # Of one operation. A broadcast that nobody takes cannot be cancelled, and keeps the process from ending.
         self._timeout = datetime.timedelta(seconds=timeout_s)
         try:
@@ -64,8 +67,9 @@ class SenderGroup:
         options = dist.BroadcastOptions()
         options.rootRank = 0
         options.rootTensor = 0
-        if flat.is_cuda:
-            torch.cuda.set_device(flat.device)
+        if self._backend == "nccl":
+            torch.cuda.set_device(self._device)
+            flat = flat.to(self._device)  # weights kept on the host come to a server that was started anew
         with self._lock:
             group, self._sending = self._group, True
         try:

@@ -25,11 +25,10 @@ class TensorTransport(Transport):
         await flight.each(one)
 
     async def send(self, flight: Flight, bucket: Bucket) -> None:
-        payload = _pickle_by_handle(bucket)
-
         async def one(replica: Replica) -> None:
-            # One entry per tensor-parallel rank; each takes its part of the whole tensor.
-            payloads = [payload] * await self.control.tensor_parallel(replica)
+            # One entry per tensor-parallel rank; each takes its part of the whole tensor. A handle counts one reader,
+            # so every reader has its own.
+            payloads = [_pickle_by_handle(bucket) for _ in range(await self.control.tensor_parallel(replica))]
             body = {"serialized_named_tensors": payloads, "flush_cache": True}
             await self.control.post(replica, "/update_weights_from_tensor", body)
 

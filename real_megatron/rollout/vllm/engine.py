@@ -4,7 +4,7 @@ Written against vLLM 0.30's documented endpoints and tested against a local serv
 behind it yet.
 """
 
-import secrets
+import os
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -21,6 +21,7 @@ from real_megatron.rollout.remote.buckets import bucketed
 from real_megatron.rollout.remote.control import ControlClient
 from real_megatron.rollout.remote.engine import RemoteEngine, drain
 from real_megatron.rollout.remote.errors import Retryable, RolloutError, StaleReply, WeightSyncError
+from real_megatron.rollout.remote.labels import Labels, check_loaded, incomplete
 from real_megatron.rollout.remote.process import LAUNCHER, ServerProcess, free_port
 from real_megatron.rollout.remote.replica import NoCurrentWeights, Replica
 from real_megatron.rollout.remote.spool import CheckpointSpool
@@ -46,14 +47,14 @@ class VLLMEngine(RemoteEngine):
         model_dir: Path,
         work_dir: Path,
         *,
-        device: str = "cuda",
+        device: torch.device | str = "cuda",
         dtype: torch.dtype = torch.bfloat16,
         serve_loaded: bool = False,
     ) -> None:
         """Arguments as of SGLangEngine."""
         if config.weight_sync not in ("auto", "disk"):
             raise ValueError(f"rollout.weight_sync {config.weight_sync}: the vLLM engine syncs by disk: auto or disk")
-        self._run = secrets.token_hex(4)
+        self._labels = Labels()
         self._model_dir = model_dir
         self._dtype = dtype
         self._serve_loaded = serve_loaded
@@ -109,7 +110,7 @@ class VLLMEngine(RemoteEngine):
     def update_weights(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Write the stream as a checkpoint and have every server load it. Errors as of SGLangEngine."""
         stream = iter(tensors)
-        label = f"{self._run}-{version}"
+        label = self._labels.of(version)
         self._label, self.version = None, None
         self._loop.run(self._pool.settled())
         shapes: dict[str, list[int]] = {}
@@ -138,6 +139,11 @@ class VLLMEngine(RemoteEngine):
 
     async def _restore(self, replica: Replica) -> None:
         if self._serve_loaded and self._label is None:
+            if replica.process is None:
+                label = str((await self._control.get(replica, "/weight_info"))["weight_version"])
+                cards = (await self._control.get(replica, "/v1/models"))["data"]
+                roots = [str(card["root"]) for card in cards if card["id"] == _SERVED_NAME]
+                check_loaded(replica.url, (roots or ["no model named policy"])[0], label, self._model_dir)
             return
         if self._label is None:
             raise NoCurrentWeights("waiting for the next weight update")
@@ -148,7 +154,7 @@ class VLLMEngine(RemoteEngine):
         if self._asleep and not self._serve_loaded:
             await post(replica, "/wake_up?tags=weights", {})
         await post(replica, "/pause?mode=abort", {})
-        await post(replica, "/update_weight_version", {"new_version": f"{self._label}-incomplete"})
+        await post(replica, "/update_weight_version", {"new_version": incomplete(self._label)})
         body = {"method": "reload_weights", "kwargs": {"weights_path": str(self._spool.finished)}}
         await post(replica, "/collective_rpc", body, self._control.timeout_s)
         await post(replica, "/reset_prefix_cache", {})
@@ -199,7 +205,9 @@ def _replicas(config: RolloutConfig, model_dir: Path, log_dir: Path, dtype: torc
         port = config.port + index if config.port else free_port()
         command = server_command(config, model_dir, port, dtype, context)
         first = config.first_gpu + index * config.tensor
-        gpus = ",".join(str(gpu) for gpu in range(first, first + config.tensor))
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")  # rollout.first_gpu counts what this process sees
+        names = visible.split(",") if visible else [str(gpu) for gpu in range(first + config.tensor)]
+        gpus = ",".join(names[first : first + config.tensor])
         environment = {"VLLM_SERVER_DEV_MODE": "1", "CUDA_VISIBLE_DEVICES": gpus}
         replicas.append(
             Replica(f"http://127.0.0.1:{port}", ServerProcess(command, log_dir, f"vllm-{index}", environment))
