@@ -50,6 +50,9 @@ class ParallelConfig(Section):
         "batch.max_tokens can grow with it.",
     )
     expert: int = Field(1, ge=1, description="Expert-parallel size (EP) of mixture-of-experts models.")
+    timeout_minutes: int = Field(
+        120, ge=1, description="Longest wait of ranks for each other, after which a run that hangs ends."
+    )
     sequence_parallel: bool = Field(False, description="Shard activations over TP ranks between layers (SP).")
     distributed_optimizer: bool = Field(True, description="Shard optimizer state over data-parallel ranks.")
 

@@ -9,16 +9,21 @@ import torch
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.optimizer import MegatronOptimizer
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from torch import nn
 
 from real_megatron.policy import cpu
+from real_megatron.policy.optimizer import allocate_moments, sharded_torch_adams
 
 # `fully_reshardable` optimizer state can be read at any TP, PP and DP. Always passed as a copy: Megatron adds the
 # current process groups to the dictionary that it is given.
-METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
+METADATA = {
+    "distrib_optim_sharding_type": "fully_reshardable",
+    # Else every rank gathers its model shard's whole optimizer state, not only one of the data-parallel ranks.
+    "distrib_optim_fully_reshardable_mem_efficient": True,
+    "chained_optim_avoid_prefix": True,
+}
 
 
 def save(
@@ -29,7 +34,6 @@ def save(
     state: dict[str, Any],
 ) -> None:
     """Write model, optimizer, schedule, random states and the caller's `state` (plain data). Collective."""
-    Path(directory).mkdir(parents=True, exist_ok=True)
     with cpu.device_mode():
         sharded = _sharded_state(chunks, optimizer, is_loading=False)
         sharded["scheduler"] = scheduler.state_dict()
@@ -54,8 +58,8 @@ def load(
     the run's seeds stand.
     """
     with cpu.device_mode():
-        for part in _sharded_torch_adams(optimizer):
-            _allocate_moments(part.optimizer)
+        # Megatron describes the tensors to read by those that are there.
+        allocate_moments(optimizer)
         state = read_state(directory)
         same_layout = state.pop("layout") == _layout()
         sharded = _sharded_state(chunks, optimizer, is_loading=True)
@@ -90,7 +94,7 @@ def _torch_adam_steps(optimizer: MegatronOptimizer) -> Iterator[None]:
     Torch's Adam (used where neither Transformer Engine nor Apex is installed) keeps a `step` per parameter, which
     Megatron-Core 0.16 restores from the parameter groups but then also looks for among the saved tensors.
     """
-    parts = _sharded_torch_adams(optimizer)
+    parts = sharded_torch_adams(optimizer)
     for part in parts:
 
         def set_states(model_param, tensors, part=part):
@@ -107,26 +111,6 @@ def _torch_adam_steps(optimizer: MegatronOptimizer) -> Iterator[None]:
     finally:
         for part in parts:
             del part._set_main_param_and_optimizer_states
-
-
-def _sharded_torch_adams(optimizer: MegatronOptimizer) -> list[DistributedOptimizer]:
-    return [
-        part
-        for part in getattr(optimizer, "chained_optimizers", [optimizer])
-        if isinstance(part, DistributedOptimizer) and isinstance(part.optimizer, torch.optim.Adam | torch.optim.AdamW)
-    ]
-
-
-def _allocate_moments(adam: torch.optim.Optimizer) -> None:
-    """What Adam's first step would allocate: Megatron describes the tensors to read by those that are there."""
-    for group in adam.param_groups:
-        for parameter in group["params"]:
-            if not adam.state[parameter]:
-                adam.state[parameter] = {
-                    "step": torch.zeros((), dtype=torch.float32),
-                    "exp_avg": torch.zeros_like(parameter),
-                    "exp_avg_sq": torch.zeros_like(parameter),
-                }
 
 
 def _random_state() -> ShardedObject:

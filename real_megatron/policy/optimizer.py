@@ -4,6 +4,7 @@ import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import nn
 
@@ -65,3 +66,26 @@ def build_scheduler(optimizer: MegatronOptimizer, config: OptimizerConfig, updat
         wd_incr_steps=updates,
         wd_incr_style="constant",
     )
+
+
+def sharded_torch_adams(optimizer: MegatronOptimizer) -> list[DistributedOptimizer]:
+    """The parts that are Megatron's distributed optimizer around torch's own Adam, which Megatron-Core takes where
+    neither Transformer Engine nor Apex is installed."""
+    return [
+        part
+        for part in getattr(optimizer, "chained_optimizers", [optimizer])
+        if isinstance(part, DistributedOptimizer) and isinstance(part.optimizer, torch.optim.Adam | torch.optim.AdamW)
+    ]
+
+
+def allocate_moments(optimizer: MegatronOptimizer) -> None:
+    """Allocate now what the first step of `sharded_torch_adams` would: zeros, which that step takes for its own."""
+    for part in sharded_torch_adams(optimizer):
+        adam = part.optimizer
+        for parameter in (p for group in adam.param_groups for p in group["params"]):
+            if not adam.state[parameter]:
+                adam.state[parameter] = {
+                    "step": torch.zeros((), dtype=torch.float32),
+                    "exp_avg": torch.zeros_like(parameter),
+                    "exp_avg_sq": torch.zeros_like(parameter),
+                }

@@ -23,7 +23,7 @@ from real_megatron.objective import Metrics, Objective, ScoredBatch, Totals, mer
 from real_megatron.policy import checkpoint, cpu, flops, runtime
 from real_megatron.policy.forward import run_microbatches
 from real_megatron.policy.model import build_model
-from real_megatron.policy.optimizer import build_optimizer, build_scheduler, wrap_ddp
+from real_megatron.policy.optimizer import allocate_moments, build_optimizer, build_scheduler, wrap_ddp
 
 
 @dataclass
@@ -137,6 +137,10 @@ class Policy:
     def export(self) -> Iterator[tuple[str, Tensor]]:
         """The weights as a stream of (Hugging Face name, full tensor), on every rank."""
         return bridge.export_hf(self.chunks, self.description)
+
+    def allocate_optimizer_state(self) -> None:
+        """Take the memory of Adam's moments now, before somebody else is given what is free."""
+        allocate_moments(self.optimizer)
 
     def save(self, directory: str | Path, state: dict[str, Any]) -> None:
         """Write a training checkpoint with the caller's `state` (plain data)."""

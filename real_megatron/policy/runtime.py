@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -34,7 +35,7 @@ def initialize(parallel: ParallelConfig, seed: int = 0) -> Runtime:
     """
     cpu.install()
     if not dist.is_initialized():
-        start_process_group()
+        start_process_group(parallel)
     world_size = dist.get_world_size()
     model_size = parallel.tensor * parallel.pipeline * parallel.context
     if world_size % model_size:
@@ -50,6 +51,7 @@ def initialize(parallel: ParallelConfig, seed: int = 0) -> Runtime:
             virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,
             context_parallel_size=parallel.context,
             expert_model_parallel_size=parallel.expert,
+            distributed_timeout_minutes=parallel.timeout_minutes,
         )
         tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
     return Runtime(
@@ -70,15 +72,37 @@ def _end_model_groups() -> None:
     parallel_state.destroy_model_parallel()
 
 
-def start_process_group() -> None:
-    """`init_process_group` from torchrun's environment, or a world of one process."""
+def start_process_group(parallel: ParallelConfig) -> None:
+    """`init_process_group` from torchrun's environment, or a world of one process.
+
+    Raises ValueError for one of several tasks that Slurm has started without torchrun: each would be a run of its own.
+    """
+    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
+    if "RANK" not in os.environ and tasks > 1:
+        raise ValueError(
+            f"Slurm has started {tasks} tasks, but no torchrun: start one task a node, and in it "
+            "`torchrun --nnodes … -m real_megatron …` (examples/slurm/train.sbatch)"
+        )
+    timeout = timedelta(minutes=parallel.timeout_minutes)
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        # As SGLang sets it: both ends of a weight sync must agree.
+        os.environ.setdefault("NCCL_CUMEM_ENABLE", "0")
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     if "RANK" in os.environ:
-        dist.init_process_group(backend)
+        dist.init_process_group(backend, timeout=timeout)
     else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
+
+
+def host_group(parallel: ParallelConfig) -> dist.ProcessGroup | None:
+    """A group of its own for objects on the host, perhaps sent while another thread trains; None in a world of one.
+
+    Collective.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return None
+    return dist.new_group(backend="gloo", timeout=timedelta(minutes=parallel.timeout_minutes))
 
 
 def default_device() -> torch.device:

@@ -3,6 +3,7 @@
 import logging
 import re
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,9 +12,13 @@ import torch.distributed as dist
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from torch.distributed.checkpoint.api import CheckpointException
 
+from real_megatron.training.rank0 import from_rank_0
+
 logger = logging.getLogger(__name__)
 
 _COMPLETE = re.compile(r"step-(\d+)")
+# A network file system may show a new directory to other nodes with a delay.
+_VISIBLE_S = 60
 
 
 class CheckpointStore:
@@ -29,15 +34,13 @@ class CheckpointStore:
 
     def newest(self) -> tuple[int, Path] | None:
         """Step and directory of the newest complete checkpoint. Collective: rank 0 looks, all ranks get its answer."""
-        found = [max(self._complete(), default=None)]
-        if dist.is_initialized():
-            dist.broadcast_object_list(found, src=0)
-        return found[0]
+        return from_rank_0(lambda: max(self._complete(), default=None))
 
     def save(self, step: int, write: Callable[[Path], None]) -> Path:
         """Let `write` fill a directory on all ranks, then publish it and drop the oldest beyond `keep`. Collective.
 
-        Raises OSError when it cannot be written, as on a full disk; the checkpoints before it stand.
+        Raises OSError when it cannot be written, as on a full disk, or when the ranks do not see one file system; the
+        checkpoints before it stand.
         """
         final = self.directory / f"step-{step:06d}"
         partial = final.with_suffix(".partial")
@@ -48,6 +51,7 @@ class CheckpointStore:
                 shutil.rmtree(leftover)
             partial.mkdir(parents=True)
         _barrier()
+        _check_visible(partial)
         with mendable(f"{partial}: cannot be written", "make room there, and run the same command again to go on"):
             write(partial)
         _barrier()
@@ -81,6 +85,23 @@ def _remove(checkpoint: Path) -> None:
     gone = checkpoint.with_suffix(".partial")
     checkpoint.rename(gone)
     shutil.rmtree(gone)
+
+
+def _check_visible(directory: Path) -> None:
+    """Raise OSError on all ranks when one does not see the directory that rank 0 has made."""
+    deadline = time.monotonic() + _VISIBLE_S
+    while not (seen := directory.is_dir()) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    ranks: list[bool] = [seen]
+    if dist.is_initialized():
+        ranks = [False] * dist.get_world_size()
+        dist.all_gather_object(ranks, seen)
+    blind = [rank for rank, seen in enumerate(ranks) if not seen]
+    if blind:
+        raise OSError(
+            f"{directory} is not seen by {len(blind)} of {len(ranks)} ranks (the first: {blind[0]}): put `output` on a "
+            "file system that all nodes share"
+        )
 
 
 def _rank() -> int:

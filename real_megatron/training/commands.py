@@ -31,7 +31,7 @@ def evaluate_checkpoint(config: RunConfig, model: Path, output: Path) -> Table:
     if not config.data.eval:
         raise ConfigError("data.eval is empty: name at least one test set, for example data.eval.dev.path=dev.jsonl")
     if _world_size() > 1 and not dist.is_initialized():
-        start_process_group()
+        start_process_group(config.parallel)
     with served(config, model, output / "rollout") as judge_model:
         tokenizer, scale = judge_model.tokenizer, judge_model.scale
         sets = load_evaluation_sets(config, tokenizer, scale)

@@ -29,11 +29,15 @@ class JsonlSink:
     """
 
     def __init__(self, path: Path, resume_step: int = 0) -> None:
+        self.last_step: int | None = None
+        """The step of the last row, of an earlier start or of this one."""
         if path.exists():
-            kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= resume_step]
+            lines = path.read_text(encoding="utf-8").splitlines() if resume_step else []
+            kept = [line for line in lines if _step_of(line) <= resume_step]
             fresh = path.with_suffix(".tmp")
-            fresh.write_text("".join(line + "\n" for line in kept if resume_step), encoding="utf-8")
+            fresh.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
             os.replace(fresh, path)
+            self.last_step = int(_step_of(kept[-1])) if kept else None
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, step: int, values: dict[str, float]) -> None:
@@ -41,6 +45,7 @@ class JsonlSink:
         row = {name: value if math.isfinite(value) else None for name, value in values.items()}
         self._file.write(json.dumps({"step": step, **row}) + "\n")
         self._file.flush()
+        self.last_step = step
 
     def close(self) -> None:
         self._file.close()
@@ -111,6 +116,11 @@ class Metrics:
         if config.wandb_project:
             sinks.append(WandbSink(config.wandb_project, output, run_config, resume_step))
         return cls(sinks)
+
+    @property
+    def last_step(self) -> int | None:
+        """The step of the last row of metrics.jsonl; None without one, and on ranks that write none."""
+        return next((sink.last_step for sink in self._sinks if isinstance(sink, JsonlSink)), None)
 
     def write(self, step: int, values: dict[str, float]) -> None:
         for sink in self._sinks:

@@ -167,7 +167,7 @@ def update(policy: Policy, groups: Sequence[Group], objective: Objective, update
     metrics = {
         name: (max if name.endswith("/max") else fmean)([r[name] for r in results if name in r]) for name in names
     }
-    for counted in ("tokens", "information_tokens", "model_flops"):
+    for counted in ("tokens", "information_tokens", "model_flops", "microbatches", "split_groups"):
         metrics[counted] = sum(result[counted] for result in results)
     metrics["updates"] = float(len(results))
     return metrics

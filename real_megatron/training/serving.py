@@ -5,13 +5,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch.distributed as dist
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from real_megatron.config import RunConfig
-from real_megatron.policy.runtime import default_device, default_dtype
+from real_megatron.policy.runtime import default_device, default_dtype, host_group
 from real_megatron.rollout.engine import RolloutEngine
-from real_megatron.rollout.factory import build_engine
+from real_megatron.rollout.factory import build_engine, check_servers
 from real_megatron.scores import ScoreScale
 from real_megatron.sections import ConfigError
 
@@ -30,6 +29,7 @@ def served(config: RunConfig, model: Path, work_dir: Path) -> Iterator[Served]:
     """Serve a Hugging Face checkpoint with the configured engine, which is closed at the end. Collective."""
     if not (model / "config.json").is_file():
         raise ConfigError(f"{model}: no config.json there; name the directory of a Hugging Face checkpoint")
+    check_servers(config.rollout, trainer=False)
     tokenizer = load_tokenizer(str(model))
     scale = ScoreScale.resolve(tokenizer, config.scale.scores, config.scale.values, config.scale.anchor)
     engine = build_engine(
@@ -40,7 +40,7 @@ def served(config: RunConfig, model: Path, work_dir: Path) -> Iterator[Served]:
         device=default_device(),
         dtype=default_dtype(config.model.dtype),
         serve_loaded=True,
-        group=dist.new_group(backend="gloo") if dist.is_initialized() and dist.get_world_size() > 1 else None,
+        group=host_group(config.parallel),
     )
     try:
         yield Served(engine, tokenizer, scale)

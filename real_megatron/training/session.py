@@ -8,6 +8,7 @@ from pathlib import Path
 from threading import Lock
 from typing import Any, Protocol
 
+import torch
 import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
@@ -16,9 +17,9 @@ from real_megatron.config import RunConfig
 from real_megatron.policy.checkpoint import read_state
 from real_megatron.policy.flops import peak_flops
 from real_megatron.policy.policy import Policy
-from real_megatron.policy.runtime import default_dtype
+from real_megatron.policy.runtime import default_dtype, host_group
 from real_megatron.rollout.engine import RolloutEngine
-from real_megatron.rollout.factory import build_engine
+from real_megatron.rollout.factory import build_engine, check_servers
 from real_megatron.scores import ScoreScale
 from real_megatron.sections import ConfigError
 from real_megatron.training.checkpoints import CheckpointStore, mendable
@@ -26,6 +27,7 @@ from real_megatron.training.evaluating import evaluate_sets, forget_evaluations,
 from real_megatron.training.export import RUN_FILE, save_hf
 from real_megatron.training.metrics import Metrics, check_sinks
 from real_megatron.training.phases import PhaseTimer
+from real_megatron.training.rank0 import from_rank_0
 from real_megatron.training.resume import check_same_run
 from real_megatron.training.sampler import EpochSampler
 from real_megatron.training.serving import load_tokenizer
@@ -58,6 +60,8 @@ class Session:
         if not config.model.path:
             raise ConfigError("model.path is not set: name the Hugging Face checkpoint to start from")
         check_sinks(config.metrics)
+        if config.is_rl or config.data.eval:
+            check_servers(config.rollout, trainer=True)
         self.tokenizer = load_tokenizer(config.model.path)
         scale = config.scale
         self.scale = ScoreScale.resolve(self.tokenizer, scale.scores, scale.values, scale.anchor)
@@ -67,6 +71,7 @@ class Session:
         self.steps = self.sampler.steps_of(config.epochs) if config.epochs is not None else config.steps
         self.start = 0
         """Steps done before: those of the checkpoint that was resumed."""
+        self._metrics_of_start: dict[str, float] = {}
         self.policy = Policy(config, self.scale.score_ids, self.scale.values, self.steps * config.batch.updates)
         self.store = CheckpointStore(config.output / "checkpoints", config.checkpoint.keep)
         self.engine_in_use = Lock()
@@ -78,9 +83,8 @@ class Session:
     def engine(self) -> RolloutEngine:
         """The rollout engine, started on first use; without weights until `publish`."""
         if self._engine is None:
-            alone = dist.get_world_size() == 1
-            # A group of its own: results travel pickled on the host, perhaps while another thread trains.
-            group = None if alone else dist.new_group(backend="gloo")
+            if self.config.rollout.colocate:  # the servers will take what is free
+                self.policy.allocate_optimizer_state()
             self._engine = build_engine(
                 self.config.rollout,
                 Path(self.config.model.path),
@@ -88,12 +92,15 @@ class Session:
                 self.config.output / "rollout",
                 device=self.policy.runtime.device,
                 dtype=default_dtype(self.config.model.dtype),
-                group=group,
+                group=host_group(self.config.parallel),
             )
         return self._engine
 
     def publish(self, step: int) -> None:
         """Give the engine the policy's weights after `step` steps, unless an evaluation has just done so."""
+        if self.config.rollout.colocate:  # the servers need the memory that this process's allocator only keeps
+            torch.cuda.empty_cache()
+            dist.barrier()
         if self._published != step:
             self.engine.update_weights(self.policy.export(), version=step)
             self._published = step
@@ -122,12 +129,12 @@ class Session:
             # Before the load: another run's tensors may have other shapes, and Megatron's error would say only that.
             check_same_run(state["config"], self.config, str(path))
             self.policy.load(path)
-        self.start = state["step"]
+        self.start, self._metrics_of_start = state["step"], state["metrics"]
         logger.info("resumed from %s: %d of %d steps are done", path, self.start, self.steps)
 
-    def save(self, step: int) -> None:
-        """Write a checkpoint of the run after `step` steps."""
-        state: dict[str, Any] = {"step": step, "config": self.config.model_dump(mode="json")}
+    def save(self, step: int, metrics: dict[str, float]) -> None:
+        """Write a checkpoint of the run after `step` steps; `metrics` are those of the last one."""
+        state: dict[str, Any] = {"step": step, "config": self.config.model_dump(mode="json"), "metrics": metrics}
         self.store.save(step, lambda directory: self.policy.save(directory, state))
 
     def evaluate(self, step: int) -> dict[str, float]:
@@ -147,12 +154,18 @@ class Session:
                 step=step,
                 about={"run": str(config.output)},
             )
+            if config.rollout.colocate and not config.is_rl:  # what follows is a training step
+                self.engine.sleep()
+                self._published = None
         for name, result in results.items():
             logger.info("step %d, %s: %s", step, name, _agreement(result.summary()))
         return {f"eval/{set_name}/{k}": v for set_name, result in results.items() for k, v in result.summary().items()}
 
     def run(self, do_step: Step) -> None:
         """Do the steps that are left, with evaluations, checkpoints, metrics and the final export as configured.
+
+        A step's checkpoint comes before its evaluation, which may fail or take longer than a scheduler grants: the run
+        that goes on from there makes up for the evaluation and the row of metrics.
 
         Raises:
             Terminated: SIGTERM arrived; a checkpoint of the finished step has been saved.
@@ -172,6 +185,9 @@ class Session:
             task = bar.add_task(config.objective.name, total=self.steps, completed=self.start, figures="")
             if self.start == 0 and config.evaluation.every:
                 metrics.write(0, self.evaluate(0))
+            elif self.start and from_rank_0(lambda: metrics.last_step) != self.start:
+                evaluation = self.evaluate(self.start) if self._evaluates(self.start) else {}
+                metrics.write(self.start, self._metrics_of_start | evaluation)
             timer.finish()
             for step in range(self.start, self.steps):
                 try:
@@ -181,12 +197,15 @@ class Session:
                     raise kind(f"step {step + 1}, rank {rank}: {error}") from error
                 done = step + 1
                 last, stopping = done == self.steps, stop.requested()
-                if last or _due(done, config.evaluation.every):
-                    with timer.phase("evaluate"):
-                        values |= self.evaluate(done)
+                terminated = Terminated(f"stopped by SIGTERM after step {done}; run the same command again to go on")
                 if last or stopping or _due(done, config.checkpoint.every):
                     with timer.phase("checkpoint"):
-                        self.save(done)
+                        self.save(done, values)
+                if self._evaluates(done):
+                    if stopping and not last:
+                        raise terminated
+                    with timer.phase("evaluate"):
+                        values |= self.evaluate(done)
                 seconds = timer.finish()
                 values |= {f"seconds/{name}": value for name, value in seconds.items()}
                 training = seconds["step"] - seconds.get("evaluate", 0.0) - seconds.get("checkpoint", 0.0)
@@ -199,12 +218,15 @@ class Session:
                 if last or _due(done, config.metrics.print_every):
                     logger.info("step %d/%d  %s", done, self.steps, _figures(values))
                 if stopping and not last:
-                    raise Terminated(f"stopped by SIGTERM after step {done}; run the same command again to go on")
+                    raise terminated
         if config.checkpoint.save_hf:
             if rank == 0 and (self._hf / RUN_FILE).exists():  # of this run, before it was given more steps
                 shutil.rmtree(self._hf)
             save_hf(self.policy, self._hf)
             logger.info("wrote %s", self._hf)
+
+    def _evaluates(self, step: int) -> bool:
+        return step == self.steps or _due(step, self.config.evaluation.every)
 
     def _exported(self) -> bool:
         """Whether the Hugging Face checkpoint is that of the last step: not of this run before it was given more."""

@@ -1,12 +1,16 @@
 """SIGTERM (a scheduler that takes the machine back) becomes a save and a clean end."""
 
+import os
 import signal
 import threading
+import time
 from types import FrameType, TracebackType
 from typing import Any, Self
 
 import torch
 import torch.distributed as dist
+
+_ECHO_S = 10
 
 
 class Terminated(Exception):
@@ -16,20 +20,21 @@ class Terminated(Exception):
 class StopSignal:
     """Listens for SIGTERM while it is open. The running step is finished first.
 
-    A second SIGTERM takes its ordinary course. Outside of the main thread, where Python delivers no signals, it hears
-    nothing.
+    A second SIGTERM takes its ordinary course, unless it comes within 10 s: Slurm signals every process of a job, and
+    torchrun passes what it gets on to its workers. Outside of the main thread, where Python delivers no signals, it
+    hears nothing.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._heard = False
+        self._heard_at: float | None = None
         self._previous: Any = None
 
     def requested(self) -> bool:
         """Whether any rank has heard the signal. Collective: all ranks get the same answer."""
         if not dist.is_initialized() or dist.get_world_size() == 1:
-            return self._heard
-        flag = torch.tensor([float(self._heard)], device=self._device)
+            return self._heard_at is not None
+        flag = torch.tensor([float(self._heard_at is not None)], device=self._device)
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
         return bool(flag.item())
 
@@ -45,5 +50,9 @@ class StopSignal:
             signal.signal(signal.SIGTERM, self._previous)
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
-        self._heard = True
-        signal.signal(signal.SIGTERM, self._previous)
+        now = time.monotonic()
+        if self._heard_at is None:
+            self._heard_at = now
+        elif now - self._heard_at > _ECHO_S:
+            signal.signal(signal.SIGTERM, self._previous)
+            os.kill(os.getpid(), signal.SIGTERM)

@@ -16,6 +16,7 @@ from tests.support.policy_ranks import (
     save_and_continue,
     train,
     train_all,
+    train_with_moments_allocated,
     write_checkpoint,
 )
 from tests.support.policy_reference import hf_scored
@@ -153,6 +154,12 @@ def test_log_probs_reach_every_rank_and_equal_transformers(checkpoint, parallel)
         assert (scores is not None) == bool(answered)
         if answered:
             torch.testing.assert_close(torch.tensor(scores), expected, rtol=0, atol=1e-5)
+
+
+def test_moments_allocated_early_are_those_of_the_first_step(checkpoint, one_rank):
+    curve, weights = run_ranks(1, train_with_moments_allocated, make_config(checkpoint))[0]
+    assert curve == one_rank[0]
+    assert all(torch.equal(tensor, one_rank[1][name]) for name, tensor in weights.items())
 
 
 def test_a_checkpoint_continues_bit_identically_and_at_other_layouts(checkpoint, tmp_path):

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, Qwen3Config
 from real_megatron.batch.types import Group, Trajectory
 from real_megatron.config import RunConfig
 from real_megatron.objective import build_objective
+from real_megatron.policy.optimizer import sharded_torch_adams
 from real_megatron.policy.policy import Policy
 from tests.support.ranks import forget_policies
 
@@ -89,6 +90,25 @@ def train(config: RunConfig, steps: int = 3) -> tuple[list[dict[str, float]], di
     objective = build_objective(config.objective)
     curve = [policy.train_step(make_groups(seed=step), objective) for step in range(steps)]
     return curve, {name: tensor.clone() for name, tensor in policy.export()}
+
+
+def train_with_moments_allocated(config: RunConfig) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
+    """`train`, with Adam's moments there before the first step."""
+    real_step = Policy.train_step
+
+    def step(policy: Policy, *args) -> dict[str, float]:
+        policy.allocate_optimizer_state()
+        moments = [
+            len(state) for part in sharded_torch_adams(policy.optimizer) for state in part.optimizer.state.values()
+        ]
+        assert moments and set(moments) == {3}
+        return real_step(policy, *args)
+
+    Policy.train_step = step
+    try:
+        return train(config)
+    finally:
+        Policy.train_step = real_step
 
 
 def train_all(

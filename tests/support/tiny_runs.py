@@ -19,6 +19,7 @@ from real_megatron.data.tiny_judge import build_config, build_tokenizer, write_t
 from real_megatron.evaluation.judge import JudgeSummary
 from real_megatron.objective import Objective
 from real_megatron.policy.policy import Policy
+from real_megatron.rollout.remote.errors import RolloutError
 from real_megatron.training import rl, sft
 from real_megatron.training.commands import evaluate_checkpoint, judge_file
 from real_megatron.training.session import Session
@@ -88,6 +89,25 @@ def train_until(config: RunConfig, step: int) -> None:
         pass
     finally:
         Session.publish = real_publish
+
+
+def train_with_broken_evaluation(config: RunConfig, step: int) -> None:
+    """The same run, whose engine fails in the evaluation after step `step`."""
+    real_evaluate = Session.evaluate
+
+    def evaluate(session: Session, done: int) -> dict[str, float]:
+        if done == step:
+            raise RolloutError("no rollout server can serve")
+        return real_evaluate(session, done)
+
+    Session.evaluate = evaluate
+    try:
+        train(config)
+        raise AssertionError("the evaluation did not fail")
+    except RolloutError:
+        pass
+    finally:
+        Session.evaluate = real_evaluate
 
 
 def weights(output: Path) -> dict[str, bytes]:

@@ -3,10 +3,13 @@
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from torch.distributed.checkpoint.api import CheckpointException
 
+from real_megatron.training import checkpoints
 from real_megatron.training.checkpoints import CheckpointStore
+from tests.support.ranks import run_ranks
 
 
 def write(path: Path) -> None:
@@ -35,6 +38,26 @@ def test_a_save_that_dies_is_never_resumed_from(tmp_path: Path) -> None:
     assert store.newest() == (1, tmp_path / "step-000001")
     store.save(3, write)
     assert [p.name for p in tmp_path.iterdir()] == ["step-000003"]
+
+
+def saved_apart(root: Path) -> str:
+    """Each rank with a directory of its own, as on nodes without a shared file system."""
+    directory = root / str(dist.get_rank())
+    directory.mkdir()
+    patience, checkpoints._VISIBLE_S = checkpoints._VISIBLE_S, 0
+    try:
+        CheckpointStore(directory, keep=1).save(1, write)
+    except OSError as error:
+        return str(error)
+    finally:
+        checkpoints._VISIBLE_S = patience
+    return "saved"
+
+
+def test_ranks_that_see_different_file_systems_save_nothing(tmp_path: Path) -> None:
+    for message in run_ranks(2, saved_apart, tmp_path):
+        assert "is not seen by 1 of 2 ranks (the first: 1): put `output` on a file system that all nodes" in message
+    assert not list(tmp_path.rglob("step-000001"))
 
 
 @pytest.mark.parametrize("kind", ["torch", "megatron"])

@@ -40,6 +40,13 @@ def config_of(tmp_path: Path, *overrides: str) -> RunConfig:
     return RunConfig.from_yaml(None, [*paths, *fixed, *overrides])
 
 
+class InTurn(ScriptedEngine):
+    """The prepared responses one after another, over all calls; then it fails."""
+
+    def generate(self, prompts, params, seeds=None):
+        return [self.responses.pop(0) for _ in prompts]
+
+
 def sampled(config: RunConfig, texts: list[str], monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, float, str]]:
     """Prompt, label and CoT of every example, when the model writes `texts`, one to a prompt."""
     responses = [[Response(list(text.encode()), [-1.0] * len(text.encode()), "stop", 0)] for text in texts]
@@ -47,7 +54,7 @@ def sampled(config: RunConfig, texts: list[str], monkeypatch: pytest.MonkeyPatch
     @contextmanager
     def served(*_) -> Iterator[Served]:
         scale = ScoreScale.resolve(TOKENIZER, config.scale.scores, config.scale.values, config.scale.anchor)
-        yield Served(ScriptedEngine(responses), TOKENIZER, scale)
+        yield Served(InTurn(responses), TOKENIZER, scale)
 
     monkeypatch.setattr(generated_cots, "served", served)
     examples = [e for source in config.data.train for e in load_examples(source)]
@@ -62,6 +69,30 @@ def test_each_cot_stays_with_its_example_whatever_is_in_it(tmp_path: Path, monke
     assert sampled(config, texts, monkeypatch) == want
     # Kept: a second run samples nothing, and no other CoTs.
     assert sampled(config, ["never[RESULT] "] * 2, monkeypatch) == want
+
+
+def test_an_interrupted_run_goes_on_behind_its_last_whole_chunk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(generated_cots, "CHUNK", 1)
+    config = config_of(tmp_path)
+    with pytest.raises(IndexError):  # in the second chunk
+        sampled(config, ["first .[RESULT] "], monkeypatch)
+    partial = (config.output / FILE).with_suffix(".partial")
+    with partial.open("a", encoding="utf-8") as file:
+        file.write('{"example": 1, "id": "half')
+    # The first is not sampled again.
+    want = [("of a", 1.0, "first ."), ("of b", 5.0, "second .")]
+    assert sampled(config, ["second .[RESULT] "], monkeypatch) == want
+    assert not partial.exists() and sampled(config, [], monkeypatch) == want
+
+
+def test_chunks_of_other_settings_are_not_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generated_cots, "CHUNK", 1)
+    with pytest.raises(IndexError):
+        sampled(config_of(tmp_path), ["old .[RESULT] "], monkeypatch)
+    new = sampled(config_of(tmp_path, "rollout.temperature=0.5"), ["new a.[RESULT] ", "new b.[RESULT] "], monkeypatch)
+    assert [cot for _, _, cot in new] == ["new a.", "new b."]
 
 
 def test_cots_of_other_settings_are_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

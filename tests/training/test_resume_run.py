@@ -8,7 +8,16 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from real_megatron.config import RunConfig
 from real_megatron.sections import ConfigError
 from tests.support.ranks import run_ranks
-from tests.support.tiny_runs import failing, rows, tiny_config, train, train_until, weights, write_tiny_task
+from tests.support.tiny_runs import (
+    failing,
+    rows,
+    tiny_config,
+    train,
+    train_until,
+    train_with_broken_evaluation,
+    weights,
+    write_tiny_task,
+)
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +82,37 @@ def test_an_export_of_fewer_steps_is_not_taken_for_the_runs(task: Path, tmp_path
     run_ranks(1, train, tiny_config(task, tmp_path, steps=2, checkpoint={"save_hf": True}))
     assert weights(tmp_path) != before and RunConfig.from_yaml(tmp_path / "hf/real_megatron.yaml").steps == 2
     assert [row["step"] for row in rows(tmp_path)] == [1, 2]
+
+
+@pytest.mark.parametrize("broken", ["in the middle", "at the end"])
+def test_an_evaluation_that_fails_costs_nothing_but_itself(broken: str, task: Path, tmp_path: Path) -> None:
+    """The checkpoint stands before it; the run that goes on from there makes up for the evaluation and its row."""
+    sections = {
+        "data": {"eval": {"dev": {"path": str(task / "test_ood.jsonl")}}},
+        "evaluation": {"bootstrap": 5, "every": 2},
+        "checkpoint": {"every": 1, "save_hf": True},
+    }
+    whole, cut = (tiny_config(task, tmp_path / name, **sections) for name in ("whole", "cut"))
+    run_ranks(1, train, whole)
+    step = {"in the middle": 2, "at the end": 3}[broken]
+    run_ranks(1, train_with_broken_evaluation, cut, step)
+    assert [row["step"] for row in rows(cut.output)] == list(range(step))
+    run_ranks(1, train, cut)
+    assert rows(cut.output) == rows(whole.output)
+    assert weights(cut.output) == weights(whole.output)
+
+
+def test_sigterm_saves_and_leaves_the_evaluation_to_the_next_start(task: Path, tmp_path: Path) -> None:
+    sections = {
+        "data": {"eval": {"dev": {"path": str(task / "test_ood.jsonl")}}},
+        "evaluation": {"bootstrap": 5, "every": 1},
+    }
+    whole, cut = (tiny_config(task, tmp_path / name, **sections) for name in ("whole", "cut"))
+    run_ranks(1, train, whole)
+    run_ranks(1, train_until, cut, 2)
+    assert [row["step"] for row in rows(cut.output)] == [0, 1]
+    run_ranks(1, train, cut)
+    assert rows(cut.output) == rows(whole.output)
 
 
 def test_an_error_of_any_kind_names_the_step(task: Path, tmp_path: Path) -> None:
