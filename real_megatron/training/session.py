@@ -226,7 +226,7 @@ class Session:
             logger.info("wrote %s", self._hf)
 
     def _evaluates(self, step: int) -> bool:
-        return step == self.steps or _due(step, self.config.evaluation.every)
+        return bool(self.evaluation_sets) and (step == self.steps or _due(step, self.config.evaluation.every))
 
     def _exported(self) -> bool:
         """Whether the Hugging Face checkpoint is that of the last step: not of this run before it was given more."""

@@ -67,15 +67,14 @@ class DistributedTransport(Transport):
                 self._discard()
                 await asyncio.wait(posts, timeout=_GRACE_S)
             reason = f"; broadcast: {cast.exception()}" if cast.done() and cast.exception() else ""
-            if broken and self._backend == "nccl":
-                # A server has answered when it has queued the receipt, which may never come.
-                for replica in posts.values():
-                    flight.drop(replica, f"took part in a broadcast that failed{reason}")
             for post, replica in posts.items():
                 if not post.done():
                     flight.drop(replica, f"no answer to a broadcast that failed elsewhere{reason}")
                 elif post.exception():
                     flight.drop(replica, f"{post.exception()}{reason}")
+                elif broken and self._backend == "nccl":
+                    # It has answered when it had queued the receipt, which may never come.
+                    flight.drop(replica, f"took part in a broadcast that failed elsewhere{reason}")
         finally:
             for task in (*posts, cast):
                 task.cancel()
