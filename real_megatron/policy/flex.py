@@ -34,7 +34,10 @@ def flex_segment_attention(
 
 @lru_cache(maxsize=1)
 def _compiled():
-    return torch.compile(flex_attention, dynamic=True)
+    # Gradients on or off, a window, lengths up to a block: each compiles anew. Beyond the limit torch would quietly run
+    # uncompiled, with a dense T × T matrix; with `fullgraph` that is an error.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    return torch.compile(flex_attention, dynamic=True, fullgraph=True)
 
 
 @lru_cache(maxsize=16)
@@ -48,9 +51,12 @@ def _mask(layout: Layout, window: int | None, share: Share | None, device: torch
     queries = (torch.arange(layout.total) if share is None else share.index()).to(device)
     q_segment, q_parent, q_position = segment[queries], parent[queries], position[queries]
 
+    # As a tensor: a captured Python number becomes a symbol of the compiled kernel.
+    limit = None if window is None else torch.tensor(window, device=device)
+
     def admits(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
         own = (q_segment[q] == segment[k]) & (q_position[q] >= position[k])
         admitted = own | (q_parent[q] == segment[k])
-        return admitted if window is None else admitted & (q_position[q] - position[k] < window)
+        return admitted if limit is None else admitted & (q_position[q] - position[k] < limit)
 
     return block_mask(admits, queries.numel(), layout.total, device)
