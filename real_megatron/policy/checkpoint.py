@@ -34,6 +34,7 @@ def save(
     state: dict[str, Any],
 ) -> None:
     """Write model, optimizer, schedule, random states and the caller's `state` (plain data). Collective."""
+    Path(directory).mkdir(parents=True, exist_ok=True)
     with cpu.device_mode():
         sharded = _sharded_state(chunks, optimizer, is_loading=False)
         sharded["scheduler"] = scheduler.state_dict()

@@ -1,4 +1,7 @@
-"""The pauses between attempts. Everything else of the client is tested through the engines (test_remote_engine.py)."""
+"""The pauses between attempts, and whom a failure is held against.
+
+Everything else of the client is tested through the engines (test_remote_engine.py).
+"""
 
 import asyncio
 
@@ -14,28 +17,32 @@ ATTEMPTS = 9
 class DeafServer:
     """Stands for the pool and for HTTP: one replica, which never answers."""
 
-    def __init__(self) -> None:
+    def __init__(self, replaced: int = 0) -> None:
+        """replaced: how often the server has been recovered when a request to it fails"""
         self.replica = Replica("http://127.0.0.1:1")
+        self.replaced = replaced
+        self.suspected = 0
 
     async def acquire(self) -> Replica:
         return self.replica
 
     def release(self, replica: Replica) -> None: ...
 
-    def recover(self, replica: Replica, reason: str) -> None: ...
+    def recover(self, replica: Replica, reason: str) -> None:
+        self.suspected += 1
 
     async def post(self, url: str, body: dict, timeout_s: float):
+        self.replica.recoveries += self.replaced
         raise Unreachable("no reply")
 
 
-def pauses_of_one_request(monkeypatch) -> list[float]:
+def pauses_of_one_request(monkeypatch, deaf: DeafServer) -> list[float]:
     pauses: list[float] = []
 
     async def sleep(seconds: float) -> None:
         pauses.append(seconds)
 
     monkeypatch.setattr(asyncio, "sleep", sleep)
-    deaf = DeafServer()
     client = RequestClient(deaf, deaf, timeout_s=1, attempts=ATTEMPTS, router=None, confirm=None)
     with pytest.raises(RolloutError, match=f"failed {ATTEMPTS} times"):
         asyncio.run(client.request("it", "/generate", {}, lambda reply, replica: reply))
@@ -44,8 +51,16 @@ def pauses_of_one_request(monkeypatch) -> list[float]:
 
 def test_pauses_double_up_to_ten_seconds_and_differ_between_requests(monkeypatch):
     """Jitter of half the pause each way: clients that lost one server at the same time do not return together."""
-    runs = [pauses_of_one_request(monkeypatch) for _ in range(20)]
+    runs = [pauses_of_one_request(monkeypatch, DeafServer()) for _ in range(20)]
     for attempt, nominal in enumerate((0.25, 0.5, 1, 2, 4, 8, 10, 10)):
         pauses = [run[attempt] for run in runs]
         assert all(0.5 * nominal <= pause <= 1.5 * nominal for pause in pauses)
         assert max(pauses) - min(pauses) > 0.2 * nominal
+
+
+@pytest.mark.parametrize(("replaced", "suspected"), [(0, ATTEMPTS), (1, 0)])
+def test_what_an_earlier_server_failed_at_is_not_held_against_its_successor(monkeypatch, replaced, suspected):
+    """As after a kill with many requests in flight, some of which fail late."""
+    deaf = DeafServer(replaced)
+    pauses_of_one_request(monkeypatch, deaf)
+    assert deaf.suspected == suspected

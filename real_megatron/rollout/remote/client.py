@@ -49,7 +49,7 @@ class RequestClient:
                 pause = min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2 ** (attempt - 1))
                 await asyncio.sleep(pause * random.uniform(0.5, 1.5))
             replica = await self._pool.acquire()
-            url = self._router or replica.url
+            url, incarnation = self._router or replica.url, replica.incarnation
             try:
                 result = parse(await self._post(url + path, body), replica)
                 await self._confirm(replica)
@@ -58,7 +58,8 @@ class RequestClient:
             except (Unreachable, Retryable) as error:
                 failures.append(f"{url}: {error}")
                 logger.info("%s, attempt %d: %s", what, attempt + 1, failures[-1])
-                if not isinstance(error, Retryable) or isinstance(error, StaleReply):
+                fatal = not isinstance(error, Retryable) or isinstance(error, StaleReply)
+                if fatal and replica.incarnation == incarnation:  # else it has been replaced or asked meanwhile
                     self._suspect(replica, failures[-1])
             finally:
                 self._pool.release(replica)
