@@ -306,7 +306,7 @@ class SftConfig(Section):
 class CheckpointConfig(Section):
     """Checkpoints (Megatron torch_dist) and export."""
 
-    every: int = Field(0, ge=0, description="Save every N steps; 0: at the end only.")
+    every: int = Field(100, ge=0, description="Save every N steps, and at the end; 0: at the end only.")
     keep: int = Field(2, ge=1, description="Checkpoints kept.")
     resume: bool = Field(True, description="Continue from the newest complete checkpoint in the output directory.")
     save_hf: bool = Field(True, description="Write a Hugging Face checkpoint at the end.")
