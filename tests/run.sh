@@ -17,5 +17,4 @@ if [ -z "$markers" ]; then
 fi
 # The rank tests spawn their own workers; one math thread a process keeps two cores from fighting over each other.
 export OMP_NUM_THREADS=1
-# In the order of the folders: by their number of tests, files with few but long ones would come last, and alone.
-.venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "$markers" "$@"
+.venv/bin/python -m pytest -n 2 --dist loadfile -m "$markers" "$@"
