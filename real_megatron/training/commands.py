@@ -96,7 +96,8 @@ def _noted(estimate: Estimate) -> str:
 
 
 def _world_size() -> int:
-    return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+    formed = dist.get_world_size() if dist.is_initialized() else 1
+    return max(formed, int(os.environ.get("WORLD_SIZE", "1")))  # torchrun's, before its world is formed
 
 
 def _written(model: Path) -> str | None:
