@@ -103,9 +103,7 @@ def _go_on(partial: Path, settings: dict[str, Any]) -> int:
         partial.write_text("", encoding="utf-8")
         _append(partial, [{"settings": settings}])
         return 0
-    fresh = partial.with_suffix(".tmp")
-    fresh.write_text("".join(lines[: whole + 1]), encoding="utf-8", newline="\n")
-    os.replace(fresh, partial)
+    _replace(partial, lines[: whole + 1])
     done = json.loads(lines[whole])["prompts"]
     logger.info("%s: goes on behind %d prompts", partial, done)
     return done
@@ -120,11 +118,15 @@ def _finish(partial: Path, file: Path) -> int:
     """Give the file its final form and name, unless it holds no CoT; returns their number."""
     lines = [line for line in _lines(partial) if not line.startswith(CHUNK_END)]
     if len(lines) > 1:
-        fresh = partial.with_suffix(".tmp")
-        fresh.write_text("".join(lines), encoding="utf-8", newline="\n")
-        os.replace(fresh, file)
+        _replace(file, lines)
     partial.unlink()
     return len(lines) - 1
+
+
+def _replace(file: Path, lines: Sequence[str]) -> None:
+    fresh = file.with_suffix(".tmp")
+    fresh.write_text("".join(lines), encoding="utf-8", newline="\n")
+    os.replace(fresh, file)
 
 
 def _lines(file: Path) -> list[str]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from real_megatron.config import RolloutConfig
 from real_megatron.rollout.engine import Response, SamplingParams
 from real_megatron.rollout.remote.client import RequestClient
-from real_megatron.rollout.remote.errors import RolloutError, Unreachable
+from real_megatron.rollout.remote.errors import RolloutError
 from real_megatron.rollout.remote.http import Http
 from real_megatron.rollout.remote.loop import LoopThread
 from real_megatron.rollout.remote.replica import Replica, ReplicaPool
@@ -81,9 +81,8 @@ class RemoteEngine(ABC):
 
     async def _probe(self, replica: Replica, timeout_s: float) -> None:
         """Raise Unreachable unless the server answers its health check."""
-        reply = await self._http.get(replica.url + "/health", timeout_s)
-        if reply.status != 200:
-            raise Unreachable(f"{replica.url}/health: status {reply.status}: {reply.text[:200]}")
+        url = replica.url + "/health"
+        (await self._http.get(url, timeout_s)).check(url)
 
     # --- the protocol -----------------------------------------------------------------------------------------------
 

@@ -30,6 +30,11 @@ class Reply:
         """Raises ValueError."""
         return json.loads(self.body)
 
+    def check(self, url: str) -> None:
+        """Raise Unreachable unless the status is 200."""
+        if self.status != 200:
+            raise Unreachable(f"{url}: status {self.status}: {self.text[:200]}")
+
 
 class Http:
     """Requests to any number of servers. Built and used inside one event loop.

@@ -15,7 +15,7 @@ from real_megatron.rollout.checkpoint_names import check_names
 from real_megatron.rollout.engine import Response, SamplingParams
 from real_megatron.rollout.remote.buckets import Bucket, bucketed
 from real_megatron.rollout.remote.engine import RemoteEngine, drain
-from real_megatron.rollout.remote.errors import RolloutError, Unreachable, WeightSyncError
+from real_megatron.rollout.remote.errors import RolloutError, WeightSyncError
 from real_megatron.rollout.remote.labels import Labels, check_loaded
 from real_megatron.rollout.remote.replica import NoCurrentWeights, Replica
 from real_megatron.rollout.remote.spool import CheckpointSpool
@@ -168,9 +168,8 @@ class SGLangEngine(RemoteEngine):
     async def _probe(self, replica: Replica, timeout_s: float) -> None:
         # The health check generates a token, for which a server that a failed sync left paused would wait for ever.
         # Its weights are marked as a mixture, and nobody sends it requests.
-        reply = await self._http.post(replica.url + "/continue_generation", {}, timeout_s)
-        if reply.status != 200:
-            raise Unreachable(f"{replica.url}/continue_generation: status {reply.status}: {reply.text[:200]}")
+        url = replica.url + "/continue_generation"
+        (await self._http.post(url, {}, timeout_s)).check(url)
         await super()._probe(replica, timeout_s)
 
     async def _restore(self, replica: Replica) -> None:
