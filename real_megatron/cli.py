@@ -1,11 +1,13 @@
-"""The command line: `real-megatron train | sft | evaluate | judge | convert | report`.
+"""The command line: `real-megatron train | sft | critiques | evaluate | judge | report | convert`.
 
 Commands import what they need when they run, so that `--help` answers at once.
 """
 
 import logging
 import os
+import platform
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,16 +16,19 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from real_megatron.sections import ConfigError
+from real_megatron.errors import ConfigError, DataError, EngineError, UserError
+from real_megatron.version import VERSION
 
 EXIT_ERROR = 1
 EXIT_TERMINATED = 143  # what a shell reports for SIGTERM
 
-# Errors whose message says what to mend: shown without a traceback, unless --traceback asks for it.
-MENDABLE = (ConfigError, ValueError, OSError, FloatingPointError)
+# Errors whose message says all: shown without a traceback, unless --traceback asks for it. OSError: a full disk, a
+# missing file. FloatingPointError: a loss that is not finite. Every other error is a bug.
+EXPLAINED = (UserError, EngineError, OSError, FloatingPointError)
 # Tables in a file or pipe are not squeezed into 80 columns.
 CONSOLE_OUT = Console(width=None if sys.stdout.isatty() else 180)
-full_traceback = False
+show_traceback = False
+verbose_log = False
 
 app = typer.Typer(
     name="real-megatron",
@@ -54,12 +59,18 @@ Overrides = Annotated[
 ]
 
 
+MODEL = "Hugging Face checkpoint: a directory, or a name on the hub"
+
+
 @app.callback()
 def options(
-    traceback: Annotated[bool, typer.Option("--traceback", help="Show the whole traceback of an error.")] = False,
+    with_traceback: Annotated[bool, typer.Option("--traceback", help="Show the whole traceback of any error.")] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", help="Show the log and the warnings of other packages, too.")
+    ] = False,
 ) -> None:
-    global full_traceback
-    full_traceback = traceback
+    global show_traceback, verbose_log
+    show_traceback, verbose_log = with_traceback, verbose
 
 
 @app.command()
@@ -89,8 +100,8 @@ def train(config: ConfigFile, overrides: Overrides = None) -> None:
 def sft(config: ConfigFile, overrides: Overrides = None) -> None:
     """Fine-tune on given critiques: plain SFT, RAFT or TRACT (objective.name).
 
-    raft and tract add the squared error of the expected score to the next-token loss. For TRACT's second stage set
-    sft.cots=generated and sft.cot_model to the first stage's hf/ directory.
+    raft and tract add the squared error of the expected score to the next-token loss. TRACT's second stage trains on
+    the critiques that its first stage writes: see `real-megatron critiques`.
 
     Examples:
 
@@ -108,12 +119,39 @@ def sft(config: ConfigFile, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def critiques(
+    config: ConfigFile,
+    model: Annotated[str, typer.Option(help=MODEL + ", which writes the critiques.")],
+    output: Annotated[Path, typer.Option(help="JSONL file to write; SFT reads it as it is.")],
+    overrides: Overrides = None,
+    samples: Annotated[int, typer.Option(min=1, help="Critiques per prompt.")] = 1,
+) -> None:
+    """Let a checkpoint write critiques for the prompts of data.train: the data of TRACT's second stage.
+
+    Sampled with rollout.temperature and rollout.top_p; critiques that do not come to the score's anchor are dropped and
+    counted. Run it again to go on where it stopped. Each row holds its prompt as chat messages, its label and the
+    critique.
+
+    Examples:
+
+      real-megatron critiques sft.yaml --model runs/sft/hf --output cots.jsonl
+
+      real-megatron sft sft.yaml objective.name=tract data.train='[{path: cots.jsonl}]' output=runs/stage2
+    """
+    with reported():
+        from real_megatron.config import RunConfig
+        from real_megatron.judging.critiques import write_critiques
+
+        count = write_critiques(RunConfig.from_yaml(config, overrides or []), model, output, samples)
+        if os.environ.get("RANK", "0") == "0":
+            typer.echo(f"{output}: {count} critiques")
+
+
+@app.command()
 def evaluate(
     config: ConfigFile,
     overrides: Overrides = None,
-    model: Annotated[
-        Path | None, typer.Option(help="Hugging Face checkpoint to evaluate; default: the run's own, output/hf.")
-    ] = None,
+    model: Annotated[str | None, typer.Option(help=MODEL + "; default: the run's own, output/hf.")] = None,
     output: Annotated[
         Path | None, typer.Option(help="Directory for evaluation/NAME.json; default: the run's output directory.")
     ] = None,
@@ -133,17 +171,17 @@ def evaluate(
     """
     with reported():
         from real_megatron.config import RunConfig
-        from real_megatron.training.commands import evaluate_checkpoint
+        from real_megatron.evaluation.report import console_table
+        from real_megatron.judging.evaluate import evaluate as run
 
-        run = RunConfig.from_yaml(config, overrides or [])
-        table = evaluate_checkpoint(run, model or run.output / "hf", output or run.output)
+        results = run(RunConfig.from_yaml(config, overrides or []), model, output)
         if os.environ.get("RANK", "0") == "0":
-            CONSOLE_OUT.print(table)
+            CONSOLE_OUT.print(console_table(results))
 
 
 @app.command()
 def judge(
-    model: Annotated[Path, typer.Option(help="Directory of a Hugging Face checkpoint.")],
+    model: Annotated[str, typer.Option(help=MODEL + ".")],
     source: Annotated[
         Path, typer.Option("--input", help="JSONL file: `prompt` or `messages` (or the template's fields) a row.")
     ],
@@ -151,9 +189,10 @@ def judge(
     config: Annotated[
         Path | None,
         typer.Option(
-            help="YAML with scale, template and sampling; default: the one that training left with the model."
+            help="YAML of a run; default: scale, template, lengths and sampling as training left them with the model."
         ),
     ] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a model on the hub.")] = None,
     overrides: Overrides = None,
 ) -> None:
     """Score every row of a JSONL file: critique, expected score and score distribution.
@@ -169,12 +208,26 @@ def judge(
     """
     with reported():
         from real_megatron.config import RunConfig
-        from real_megatron.training.commands import judge_file
-        from real_megatron.training.export import RUN_FILE
+        from real_megatron.judging.file import count_rows, judge_file
+        from real_megatron.judging.judge import Judge
+        from real_megatron.runtime import world_size
+        from real_megatron.terminal import progress
 
-        if config is None and (model / RUN_FILE).exists():
-            config = model / RUN_FILE
-        done = judge_file(RunConfig.from_yaml(config, overrides or []), model, source, output)
+        if world_size() > 1:
+            raise ConfigError("judge runs as one process: start it without torchrun; servers take several GPUs")
+        rows = count_rows(source)
+        chosen = None if config is None else RunConfig.from_yaml(config)
+        loaded = Judge.from_pretrained(
+            model, revision=revision, config=chosen, overrides=overrides or [], work_dir=output.parent / "rollout"
+        )
+        with loaded as asked, progress(True) as bar:
+            task = bar.add_task("judging", total=rows, figures="")
+            done = judge_file(
+                asked,
+                source,
+                output,
+                on_progress=lambda done: bar.update(task, completed=done.judged + done.skipped + done.bad),
+            )
         typer.echo(
             f"{output}: {done.judged} rows judged, {done.skipped} done before, {done.bad} bad, "
             f"{done.no_anchor} critiques without an anchor"
@@ -211,51 +264,71 @@ app.add_typer(convert, name="convert")
 
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: as stored.")]
 Workers = Annotated[int | None, typer.Option(min=1, help="Parallel processes; default: by the machine's cores.")]
+Family = Annotated[str, typer.Option(help="Model family: auto, or module:name for one of your own.")]
+Verify = Annotated[
+    bool, typer.Option("--verify", help="Then compare the logits of both sides on random tokens, in float32.")
+]
+DryRun = Annotated[
+    bool,
+    typer.Option("--dry-run", help="Print the parameter mapping and sizes; needs config.json alone, writes nothing."),
+]
 
 
 @convert.command("to-megatron")
 def to_megatron(
-    source: Annotated[Path, typer.Argument(help="Directory of the Hugging Face checkpoint.")],
+    source: Annotated[str, typer.Argument(help=MODEL + ".")],
     output: Annotated[Path | None, typer.Argument(help="Directory to write; must not exist yet.")] = None,
-    tp: Annotated[int, typer.Option(min=1, help="Tensor-parallel size that the files are cut for.")] = 1,
-    pp: Annotated[int, typer.Option(min=1, help="Pipeline-parallel size.")] = 1,
-    ep: Annotated[int, typer.Option(min=1, help="Expert-parallel size.")] = 1,
+    tensor: Annotated[int, typer.Option(min=1, help="Tensor-parallel size that the files are written for.")] = 1,
+    pipeline: Annotated[int, typer.Option(min=1, help="Pipeline-parallel size.")] = 1,
+    expert: Annotated[int, typer.Option(min=1, help="Expert-parallel size.")] = 1,
     dtype: Dtype = None,
+    vocab_multiple: Annotated[
+        int, typer.Option(min=1, help="The vocabulary is padded to a multiple of this times the tensor-parallel size.")
+    ] = 64,
     workers: Workers = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the parameter mapping and sizes, write nothing.")
-    ] = False,
+    family: Family = "auto",
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a model on the hub.")] = None,
+    verify: Verify = False,
+    dry_run: DryRun = False,
 ) -> None:
-    """Hugging Face → Megatron. The result loads at every layout; tp, pp and ep only decide how it is cut into files.
+    """Hugging Face → Megatron. The result loads at every layout; the sizes only decide how it is divided into files.
 
     Examples:
 
-      real-megatron convert to-megatron Qwen3-8B qwen3-8b-megatron --tp 4 --pp 2
+      real-megatron convert to-megatron Qwen/Qwen3-8B qwen3-8b-megatron --tensor 4 --pipeline 2 --verify
 
-      real-megatron convert to-megatron Qwen3-8B --tp 4 --dry-run
+      real-megatron convert to-megatron Qwen3-8B --tensor 4 --dry-run
     """
     with reported():
         from real_megatron import bridge
+        from real_megatron.hf.directory import checkpoint_directory
 
-        layout = {"tp": tp, "pp": pp, "ep": ep, "dtype": torch_dtype(dtype)}
+        options: dict[str, Any] = {"tensor": tensor, "pipeline": pipeline, "expert": expert, "family": family}
+        options |= {"vocab_multiple": vocab_multiple, "dtype": torch_dtype(dtype), "revision": revision}
         if dry_run:
-            CONSOLE_OUT.print(bridge.dry_run(source, **layout))
+            CONSOLE_OUT.print(bridge.dry_run(source, **options))
             return
         if output is None:
             raise ConfigError("convert to-megatron: name the OUTPUT directory, or add --dry-run")
-        done = bridge.convert_hf_to_megatron(source, output, workers=workers, **layout)
+        done = bridge.convert_hf_to_megatron(source, output, workers=workers, **options)
         typer.echo(f"{done.output}: {done.parameters:,} parameters in {done.files} files, {done.seconds:.1f} s")
+        if verify:
+            show_verification(checkpoint_directory(source, revision), output, family)
 
 
 @convert.command("to-hf")
 def to_hf(
     source: Annotated[Path, typer.Argument(help="Directory of the Megatron checkpoint, of any layout.")],
-    output: Annotated[Path, typer.Argument(help="Directory to write; must not exist yet.")],
+    output: Annotated[Path | None, typer.Argument(help="Directory to write; must not exist yet.")] = None,
     hf: Annotated[
-        Path | None, typer.Option(help="Where config.json and the tokenizer are; default: SOURCE/hf.")
+        str | None, typer.Option(help=MODEL + " with config.json and the tokenizer; default: SOURCE/hf.")
     ] = None,
     dtype: Dtype = None,
+    max_file_gb: Annotated[float, typer.Option(help="Largest safetensors file, in GB.")] = 5.0,
     workers: Workers = None,
+    family: Family = "auto",
+    verify: Verify = False,
+    dry_run: DryRun = False,
 ) -> None:
     """Megatron → Hugging Face: the model of a converted checkpoint or of a training checkpoint.
 
@@ -263,13 +336,42 @@ def to_hf(
 
       real-megatron convert to-hf qwen3-8b-megatron qwen3-8b-back
 
-      real-megatron convert to-hf runs/real/checkpoints/step-000100 step-100-hf --hf Qwen3-8B
+      real-megatron convert to-hf runs/real/checkpoints/step-000100 step-100-hf --hf Qwen/Qwen3-8B
     """
     with reported():
         from real_megatron import bridge
 
-        done = bridge.convert_megatron_to_hf(source, output, hf_path=hf, dtype=torch_dtype(dtype), workers=workers)
+        if dry_run:
+            CONSOLE_OUT.print(bridge.dry_run(hf or source / "hf", dtype=torch_dtype(dtype), family=family))
+            return
+        if output is None:
+            raise ConfigError("convert to-hf: name the OUTPUT directory, or add --dry-run")
+        done = bridge.convert_megatron_to_hf(
+            source,
+            output,
+            hf_path=hf,
+            dtype=torch_dtype(dtype),
+            max_file_bytes=int(max_file_gb * 10**9),
+            workers=workers,
+            family=family,
+        )
         typer.echo(f"{done.output}: {done.parameters:,} parameters in {done.files} files, {done.seconds:.1f} s")
+        if verify:
+            show_verification(output, source, family)
+
+
+def show_verification(hf: Path, megatron: Path, family: str) -> None:
+    """Compare the logits of both sides on random tokens; raises CheckpointError when they differ."""
+    from real_megatron.errors import CheckpointError
+    from real_megatron.policy.verify import verify
+
+    result = verify(hf, megatron, family=family)
+    typer.echo(
+        f"logits of {result.tokens} random tokens: largest difference {result.difference:.2g}, largest logit "
+        f"{result.scale:.3g}"
+    )
+    if not result.passed:
+        raise CheckpointError(f"{megatron} does not compute what {hf} computes: their logits differ as shown above")
 
 
 def torch_dtype(name: str | None) -> Any:
@@ -289,12 +391,11 @@ def main() -> None:
 
 @contextmanager
 def reported() -> Iterator[None]:
-    """Log to the terminal, and turn errors that a user can mend into one message and an exit status."""
-    from real_megatron.rollout.remote.errors import RolloutError
-    from real_megatron.training.terminal import CONSOLE, set_up_logging
+    """Log to the terminal; turn an error that explains itself into one message, and show any other as the bug it is."""
+    from real_megatron.terminal import set_up_logging
 
-    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    set_up_logging(rank)
+    set_up_logging(int(os.environ.get("RANK", "0")), verbose_log)
+    from real_megatron.runtime import OtherRankFailed
     from real_megatron.training.stop import Terminated
 
     try:
@@ -302,18 +403,41 @@ def reported() -> Iterator[None]:
     except Terminated as stop:
         logging.getLogger(__name__).warning("%s", stop)
         sys.exit(EXIT_TERMINATED)
-    except (*MENDABLE, RolloutError) as error:
-        if full_traceback:
+    except (*EXPLAINED, OtherRankFailed) as error:
+        if show_traceback:
             raise
-        if rank == 0 or not isinstance(error, ConfigError):  # a wrong configuration is found by every rank alike
-            CONSOLE.print(
-                f"error{f' on rank {rank}' if world > 1 else ''}: {error}",
-                style="bold red",
-                markup=False,
-                highlight=False,
-                soft_wrap=True,
-            )
+        show_error(error)
         sys.exit(EXIT_ERROR)
+    except Exception as error:
+        if show_traceback:
+            raise
+        show_bug(error)
+        sys.exit(EXIT_ERROR)
+
+
+def show_error(error: Exception) -> None:
+    """The message of an error, with the notes on where it happened. What every rank finds alike, rank 0 says."""
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if rank and isinstance(error, (ConfigError, DataError)):
+        return
+    notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
+    _print_red(f"error{f' on rank {rank}' if world > 1 else ''}: {error}{notes}")
+
+
+def show_bug(error: Exception) -> None:
+    """The traceback of an error that nobody foresaw, and what to do with it."""
+    text = "".join(traceback.format_exception(error))
+    _print_red(
+        f"{text}real_megatron {VERSION} (Python {platform.python_version()}) did not expect this error. Unless the "
+        "machine is at fault (memory that has run out, for example), it is a bug: please report it with the traceback "
+        "above and the command (CONTRIBUTING.md, Reporting a bug)."
+    )
+
+
+def _print_red(text: str) -> None:
+    from real_megatron.terminal import CONSOLE
+
+    CONSOLE.print(text, style="bold red", markup=False, highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

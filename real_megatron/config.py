@@ -16,7 +16,17 @@ from real_megatron.sections import Section, describe_keys
 class ModelConfig(Section):
     """The model that is trained."""
 
-    path: str = Field("", description="Directory of the Hugging Face checkpoint to start from.")
+    path: str = Field(
+        "", description="Hugging Face checkpoint to start from: a directory, or a name on the hub (`owner/name`)."
+    )
+    revision: str | None = Field(
+        None, description="Branch, tag or commit of a checkpoint on the hub; unset: its main branch."
+    )
+    family: str = Field(
+        "auto",
+        description="Model family: by config.json's model_type, or module:name for one of your own "
+        "(docs/extending.md).",
+    )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="Parameter and GEMM dtype; auto: bfloat16 with a GPU, float32 without."
     )
@@ -90,11 +100,11 @@ class BatchConfig(Section):
 
     prompts: int = Field(256, ge=1, description="Prompts per step (global). For SFT: examples per step.")
     max_tokens: int = Field(16384, ge=1, description="Token budget of a micro-batch.")
-    updates: int = Field(
+    mini_batches: int = Field(
         1,
         ge=1,
-        description="Optimizer updates per rollout batch: it is cut into this many parts, one update each; more than 1 "
-        "needs an importance ratio.",
+        description="Mini-batches per rollout batch, with one optimizer update each; more than 1 needs an importance "
+        "ratio.",
     )
     old_logprobs: Literal["engine", "policy"] = Field(
         "engine",
@@ -112,6 +122,11 @@ class ScaleConfig(Section):
         None, description="Numeric value of each score; default: the number itself, or 1, 2, … for letters."
     )
     anchor: str = Field("[RESULT] ", min_length=1, description="Text that precedes the score in a response.")
+    probabilities: Literal["full", "renormalized"] = Field(
+        "full",
+        description="Expected score over the whole vocabulary's probabilities, or renormalised over the score tokens; "
+        "in training, evaluation and judging alike.",
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -123,7 +138,7 @@ class ScaleConfig(Section):
 
 
 class ObjectiveConfig(Section):
-    """What is optimised (DESIGN.md, The mathematics).
+    """What is optimised (docs/mathematics.md).
 
     `name` also chooses the defaults of the other fields: grpo, rloo and jepo are the same code as real with another
     reward and advantage. Fields that are given win over the name's defaults; a run's saved `config.yaml` gives all of
@@ -135,16 +150,13 @@ class ObjectiveConfig(Section):
     reward: str = Field(
         "real",
         description="Reward: real, binary (default of rloo and grpo), binary_greedy, answer_logprob (default of jepo), "
-        "or module:name for one that the imported module registers.",
+        "or module:name for one of your own (docs/extending.md).",
     )
     beta: float = Field(1.0, ge=0, description="β, weight of Term 2; 1 is the exact gradient.")
     lam: float = Field(
         1.0, ge=0, description="λ, weight of log π(y*) in the reward; raft, tract: weight of the next-token loss."
     )
     term1: bool = Field(True, description="Include Term 1 (policy gradient on the CoT).")
-    probabilities: Literal["full", "renormalized"] = Field(
-        "full", description="RAIL over the whole vocabulary's probabilities, or renormalised over the score tokens."
-    )
     baseline: Literal["rloo", "group_mean", "none"] = Field(
         "rloo", description="Baseline of the advantage; default of grpo: group_mean."
     )
@@ -197,14 +209,14 @@ class ObjectiveConfig(Section):
 class RolloutConfig(Section):
     """Generation of responses."""
 
-    engine: Literal["transformers", "sglang", "vllm"] = Field(
-        "transformers", description="Rollout engine: embedded in the trainer, or servers of SGLang or vLLM."
+    engine: str = Field(
+        "transformers",
+        description="Rollout engine: transformers (embedded in the trainer), sglang or vllm (servers), or module:name "
+        "for one of your own (docs/extending.md).",
     )
     n: int = Field(8, ge=1, description="Responses per prompt (K).")
     temperature: float = Field(1.0, gt=0, description="Sampling temperature.")
     top_p: float = Field(1.0, gt=0, le=1, description="Nucleus sampling mass.")
-    max_prompt_tokens: int = Field(2048, ge=1, description="Longer prompts are dropped, counted and logged.")
-    max_new_tokens: int = Field(1024, ge=1, description="Longest response.")
     batch_size: int = Field(256, ge=1, description="Sequences generated at once by the embedded engine.")
     staleness: Literal[0, 1] = Field(
         0, description="1: the next batch is generated while this one trains, from weights one step old."
@@ -256,8 +268,10 @@ class RolloutConfig(Section):
 class DataSource(Section):
     """One data set."""
 
-    format: Literal["jsonl", "feedback_collection", "feedback_bench", "flask", "vicuna_bench", "mt_bench"] = Field(
-        "jsonl", description="Record format."
+    format: str = Field(
+        "jsonl",
+        description="Record format: jsonl, feedback_collection, feedback_bench, flask, vicuna_bench, mt_bench, or "
+        "module:name for one of your own (docs/extending.md).",
     )
     path: str = Field(..., description="Local file, or the data set's name on the hub.")
     split: str = Field("train", description="Split, for hub data sets.")
@@ -271,6 +285,16 @@ class DataConfig(Section):
     eval: dict[str, DataSource] = Field(default_factory=dict, description="Named evaluation data sets.")
     template: str = Field("plain", description="Prompt template: a built-in name (plain, prometheus) or a file.")
     chat_template: bool = Field(True, description="Write prompts with the tokenizer's chat template, if it has one.")
+    max_prompt_tokens: int = Field(
+        2048,
+        ge=1,
+        description="Longest prompt, in training, evaluation and judging; longer ones are dropped, counted.",
+    )
+    max_response_tokens: int = Field(
+        1024,
+        ge=1,
+        description="Longest response: generation stops there, and longer supervised ones are dropped and counted.",
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -286,21 +310,11 @@ class DataConfig(Section):
 class SftConfig(Section):
     """Supervised fine-tuning: where the CoTs come from."""
 
-    cots: Literal["given", "generated", "none"] = Field(
+    cots: Literal["given", "none"] = Field(
         "given",
-        description="CoTs of the data set, sampled before training by cot_model (TRACT's second stage), or none: the "
-        "response is anchor and score alone, a judge that answers directly.",
+        description="Critiques of the data set (TRACT's second stage: a file that `real-megatron critiques` wrote), or "
+        "none: the response is anchor and score alone, a judge that answers directly.",
     )
-    cot_model: str | None = Field(
-        None, description="Hugging Face checkpoint that writes the CoTs when cots is generated: TRACT's first stage."
-    )
-    cots_per_example: int = Field(1, ge=1, description="CoTs sampled per example when cots is generated.")
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.cots == "generated" and not self.cot_model:
-            raise ValueError("cots is generated: name the checkpoint that writes them in cot_model")
-        return self
 
 
 class CheckpointConfig(Section):
@@ -326,6 +340,7 @@ class EvaluationConfig(Section):
     every: int = Field(0, ge=0, description="Evaluate every N steps and before the first; 0: at the end only.")
     samples: int = Field(1, ge=1, description="CoTs per example.")
     temperature: float = Field(1.0, ge=0, description="Sampling temperature of evaluation CoTs; 0: greedy.")
+    batch_size: int = Field(256, ge=1, description="Examples judged at a time, here and by `judge`.")
     bootstrap: int = Field(1000, ge=1, description="Bootstrap resamples for the confidence intervals.")
     no_anchor: Literal["force", "drop"] = Field(
         "force", description="CoT without an anchor: it gets one appended, or is left out (and counted)."
@@ -355,15 +370,16 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.is_rl:
-            if self.batch.updates > self.batch.prompts:
+            if self.batch.mini_batches > self.batch.prompts:
                 raise ValueError(
-                    f"batch.updates is {self.batch.updates} for batch.prompts {self.batch.prompts}: an update needs at "
-                    "least one prompt"
+                    f"batch.mini_batches is {self.batch.mini_batches} for batch.prompts {self.batch.prompts}: an "
+                    "update needs at least one prompt"
                 )
             return self
-        if self.batch.updates > 1:
+        if self.batch.mini_batches > 1:
             raise ValueError(
-                f"batch.updates is {self.batch.updates}: {self.objective.name} has no rollouts to reuse, set it to 1"
+                f"batch.mini_batches is {self.batch.mini_batches}: {self.objective.name} has no rollouts to "
+                "reuse, set it to 1"
             )
         if self.objective.kl > 0:
             raise ValueError(f"objective.kl: {self.objective.name} has no KL term, set it to 0")

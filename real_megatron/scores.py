@@ -10,9 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from real_megatron.errors import ConfigError
+
 CONTEXT = "\n"
-"""A response's anchor stands in the middle of a text; tokenizers that mark the start of a text would mark it there too
-if it were tokenised alone."""
+"""Text before the anchor when it is tokenised. A response's anchor stands in the middle of a text; tokenizers that mark
+the start of a text would mark the anchor too if it were tokenised alone."""
 
 
 @dataclass(frozen=True)
@@ -26,10 +28,10 @@ class ScoreScale:
     score_ids: list[int]
     """Token id of each score, as it follows the anchor; all distinct."""
     anchor_ids: list[int]
-    """Canonical tokens of the effective anchor, as they continue a response."""
+    """Tokens of the effective anchor, as the tokenizer encodes it within a response."""
     anchor_text: str
-    """Text of the effective anchor, as the tokenizer decodes it: what `cut` looks for. Shorter than the configured
-    anchor where its end merges into the score token (`"[RESULT] "` is `"[RESULT]"` if `" 4"` is one token)."""
+    """Text of the effective anchor, as the tokenizer decodes it; `cut` looks for it. Shorter than the configured anchor
+    where the anchor's end belongs to the score token: `"[RESULT] "` becomes `"[RESULT]"` if `" 4"` is one token."""
 
     @classmethod
     def resolve(
@@ -41,12 +43,12 @@ class ScoreScale:
         within the anchor is the effective anchor and each score must be exactly one further token. `values` default
         to the numbers themselves, or 1, 2, … when no score text is a number.
 
-        Raises ValueError, naming the text, its tokens and the mend, when the scale does not fit the tokenizer.
+        Raises ConfigError, naming the text, its tokens and the fix, when the scale does not fit the tokenizer.
         """
         texts = list(scores)
         numbers = _values(texts, values)
         if not _visible(anchor):
-            raise ValueError(f"the anchor {anchor!r} has no visible character; give a text such as '[RESULT] '")
+            raise ConfigError(f"the anchor {anchor!r} has no visible character; give a text such as '[RESULT] '")
         context, rows = _encode_all(tokenizer, [anchor + text for text in texts])
         length = _common_prefix(rows)
         while length and not _visible(anchor).startswith(_visible(_text_after(tokenizer, context, rows[0][:length]))):
@@ -54,39 +56,39 @@ class ScoreScale:
         anchor_ids = rows[0][:length]
         anchor_text = _text_after(tokenizer, context, anchor_ids) if anchor_ids else ""
         if not _visible(anchor_text):
-            raise ValueError(
+            raise ConfigError(
                 f"the tokens of the scores after the anchor {anchor!r} have no common beginning with visible text: "
                 f"{_show(tokenizer, rows[0])}, {_show(tokenizer, rows[1])}; end the anchor differently, for example "
                 "with ': ' or '] '"
             )
-        score_ids = []
+        score_ids: list[int] = []
         for text, row in zip(texts, rows, strict=True):
             rest = row[length:]
             if len(rest) != 1:
-                raise ValueError(
+                raise ConfigError(
                     f"score {text!r} is {len(rest)} tokens after the anchor {anchor_text!r}: "
                     f"{_show(tokenizer, rest)}; every score must be one token. Use a scale that is, such as 0-9 or "
                     "letters A-J with their values, or end the anchor differently"
                 )
             if rest[0] == tokenizer.unk_token_id:
-                raise ValueError(
+                raise ConfigError(
                     f"score {text!r} is the unknown token {_show(tokenizer, rest)} in this tokenizer; "
                     "use score texts that its vocabulary has"
                 )
             if rest[0] in score_ids:
-                twin = texts[score_ids.index(rest[0])]
-                raise ValueError(
-                    f"scores {twin!r} and {text!r} are the same token {_show(tokenizer, rest)} after the anchor "
+                other = texts[score_ids.index(rest[0])]
+                raise ConfigError(
+                    f"scores {other!r} and {text!r} are the same token {_show(tokenizer, rest)} after the anchor "
                     f"{anchor_text!r}; use score texts that the tokenizer tells apart"
                 )
             score_ids.append(rest[0])
         return cls(texts, numbers, score_ids, anchor_ids, anchor_text)
 
     def cut(self, tokenizer: Any, ids: Sequence[int]) -> int | None:
-        """Where a response's score is due: the smallest t for which `ids[:t]` decodes to a text that ends with the
+        """Position of a response's score: the smallest t for which `ids[:t]` decodes to a text that ends with the
         effective anchor. None when the anchor is absent or ends only inside of tokens.
 
-        The text is searched, not the token ids: sampled tokens may spell the anchor in more than one way.
+        The text is searched, not the token ids, because sampled tokens may spell the anchor in more than one way.
         """
         ids = list(ids)
         text = _decode(tokenizer, ids)
@@ -105,29 +107,29 @@ class ScoreScale:
 
 def _values(texts: list[str], values: Sequence[float] | None) -> list[float]:
     if len(texts) < 2:
-        raise ValueError(f"a score scale needs at least two scores, got {texts}")
+        raise ConfigError(f"a score scale needs at least two scores, got {texts}")
     duplicates = sorted({text for text in texts if texts.count(text) > 1})
     if duplicates:
-        raise ValueError(f"scale.scores lists {duplicates} more than once; list each score once")
+        raise ConfigError(f"scale.scores lists {duplicates} more than once; list each score once")
     blank = [text for text in texts if not text.strip()]
     if blank:
-        raise ValueError(f"scale.scores holds an empty text {blank[0]!r}; each score needs a visible text")
+        raise ConfigError(f"scale.scores holds an empty text {blank[0]!r}; each score needs a visible text")
     if values is None:
         numbers = [_number(text) for text in texts]
         if all(number is None for number in numbers):
             return [float(k + 1) for k in range(len(texts))]
         words = [text for text, number in zip(texts, numbers, strict=True) if number is None]
         if words:
-            raise ValueError(f"scores {words} are no numbers while others are; give scale.values for all of them")
+            raise ConfigError(f"scores {words} are not numbers while others are; give scale.values for all of them")
         result = [number for number in numbers if number is not None]
     else:
         result = [float(value) for value in values]
         if len(result) != len(texts):
-            raise ValueError(f"scale.values has {len(result)} entries for {len(texts)} scores; give one per score")
+            raise ConfigError(f"scale.values has {len(result)} entries for {len(texts)} scores; give one per score")
     if not all(math.isfinite(value) for value in result):
-        raise ValueError(f"scale.values must be finite numbers, got {result}")
+        raise ConfigError(f"scale.values must be finite numbers, got {result}")
     if len(set(result)) != len(result):
-        raise ValueError(f"the score values {result} are not distinct; give each score its own value in scale.values")
+        raise ConfigError(f"the score values {result} are not distinct; give each score its own value in scale.values")
     return result
 
 
@@ -168,7 +170,7 @@ def _common_prefix(rows: list[list[int]]) -> int:
 
 
 def _visible(text: str) -> str:
-    """Text as compared across tokenizers: some drop or add spaces or fold case when they decode."""
+    """Text without spaces and case, since some tokenizers change them when they decode."""
     return "".join(text.split()).casefold()
 
 
@@ -179,16 +181,16 @@ def _show(tokenizer: Any, ids: list[int]) -> list[str]:
 def _token_boundary(tokenizer: Any, ids: list[int], text: str, end: int) -> int | None:
     """Smallest t for which ids[:t] decodes to exactly text[:end], where `text` is what all ids decode to; or None.
 
-    A bisection over the decoded length, which grows with t where the decoded ids are a beginning of the text. They are
-    not where t lies within a character that byte tokens spell; such a t counts as the next one that is.
+    A bisection over the decoded length, which grows with t as long as the decoded ids are a prefix of the text. They
+    are not where t lies within a character of several byte tokens; such a t counts as the next t where they are.
     """
 
-    def beginning(t: int) -> tuple[int, int]:
+    def prefix(t: int) -> tuple[int, int]:
         while not text.startswith(decoded := _decode(tokenizer, ids[:t])):
             t += 1
         return len(decoded), t
 
     lengths = range(1, len(ids) + 1)
-    first = bisect.bisect_left(lengths, end, key=lambda t: beginning(t)[0])
-    length, t = beginning(lengths[first])
+    first = bisect.bisect_left(lengths, end, key=lambda t: prefix(t)[0])
+    length, t = prefix(lengths[first])
     return t if length == end else None

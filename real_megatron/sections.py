@@ -14,9 +14,7 @@ from typing import Any, Literal, Self, Union, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-
-class ConfigError(ValueError):
-    """A configuration that cannot be used. The message names the file or override, the key and the mend."""
+from real_megatron.errors import ConfigError
 
 
 class Section(BaseModel):
@@ -39,6 +37,25 @@ class Section(BaseModel):
                 is listed, each with its file and line, or its override.
         """
         tree, lines = _read(path)
+        return cls._validated(tree, overrides, path, lines)
+
+    @classmethod
+    def from_tree(cls, tree: dict[str, Any], overrides: Sequence[str] = (), source: str | Path | None = None) -> Self:
+        """The same from plain dictionaries; `source` is where they come from, for messages."""
+        return cls._validated(json.loads(json.dumps(tree)), overrides, source, {})
+
+    def with_overrides(self, overrides: Sequence[str]) -> Self:
+        """A copy with `a.b=value` overrides applied. Raises ConfigError as `from_yaml` does."""
+        return self.from_tree(self.model_dump(mode="json"), overrides)
+
+    @classmethod
+    def _validated(
+        cls,
+        tree: dict[str, Any],
+        overrides: Sequence[str],
+        path: str | Path | None,
+        lines: dict[tuple[str, ...], int],
+    ) -> Self:
         sources: dict[tuple[str, ...], str] = {}
         for override in overrides:
             _apply(tree, override, sources)
@@ -74,6 +91,11 @@ def section_type(annotation: Any) -> type[BaseModel] | None:
             if inner is not None:
                 return inner
     return None
+
+
+def read_tree(path: str | Path) -> dict[str, Any]:
+    """A YAML file as plain dictionaries, not validated. Raises ConfigError when it cannot be read."""
+    return _read(path)[0]
 
 
 def _read(path: str | Path | None) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
@@ -219,7 +241,8 @@ def describe_keys(model: type[BaseModel]) -> str:
         name, field = pending.pop(0)
         inner = section_type(field.annotation)
         assert inner is not None
-        item = {list: "[i]", dict: ".NAME"}.get(get_origin(field.annotation), "")
+        kind = get_origin(field.annotation)
+        item = "[i]" if kind is list else ".NAME" if kind is dict else ""
         parts.append(_table(f"`{name}{item}`", inner, f"{inspect.getdoc(inner)}\n\n"))
         nested = [(f"{name}.{n}", f) for n, f in inner.model_fields.items() if section_type(f.annotation)]
         pending = nested + pending

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole check, on a machine with nothing but Python 3.11: environment, lint, format, tests.
+# The whole check, on a machine with nothing but Python 3.11: environment, lint, format, types, tests.
 #   bash tests/run.sh [--sglang] [pytest arguments]
 # --sglang also installs a CPU build of the SGLang server in .venv-sglang and runs the tests that talk to it.
 set -euo pipefail
@@ -12,6 +12,7 @@ fi
 bash tools/setup_env.sh requirements-dev.txt
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
+.venv/bin/mypy
 if [ -z "$markers" ]; then
     bash tools/install_sglang_cpu.sh
 fi

@@ -1,5 +1,7 @@
 """The command line: help that teaches, errors that say what to mend."""
 
+import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -8,8 +10,9 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from real_megatron.cli import app
+from real_megatron.errors import EngineError, UserError
 
-COMMANDS = ["train", "sft", "evaluate", "judge", "report", "convert"]
+COMMANDS = ["train", "sft", "critiques", "evaluate", "judge", "report", "convert"]
 
 
 def run(*arguments: str) -> Result:
@@ -38,14 +41,20 @@ def test_help_imports_neither_torch_nor_megatron() -> None:
         (["train", "RUN", "objective.name=raft"], "use `real-megatron sft`"),
         (["sft", "RUN"], "use `real-megatron train`"),
         (["train", "RUN", "model.path="], "model.path is not set"),
-        (["train", "RUN", "batch.updates=2"], "set objective.ratio to ppo or truncated_is"),
+        (["train", "RUN", "batch.mini_batches=2"], "set objective.ratio to ppo or truncated_is"),
         (["train", "RUN", "rollout.staleness=1"], "rollout.staleness is 1"),
         (["train", "RUN", "objective.reward=nope"], "unknown reward 'nope'; known: answer_logprob, binary"),
         (["evaluate", "RUN"], "data.eval is empty"),
-        (["evaluate", "RUN", "data.eval.dev.path=x.jsonl", "--model", "nowhere"], "nowhere: no config.json there"),
-        (["judge", "--model", "nowhere", "--input", "RUN", "--output", "o.jsonl"], "nowhere: no config.json there"),
+        (["evaluate", "RUN", "data.eval.dev.path=x.jsonl", "--model", "nowhere"], "nowhere: no such directory"),
+        (["judge", "--model", "nowhere", "--input", "RUN", "--output", "o.jsonl"], "nowhere: no such directory"),
+        (["critiques", "RUN", "--model", "nowhere", "--output", "o.jsonl"], "data.train is empty"),
+        (["train", "RUN", "model.path=nowhere"], "nowhere: no such directory"),
+        (["train", "RUN", "rollout.engine=x", "model.path=m"], "rollout.engine: unknown engine 'x'"),
+        (["train", "RUN", "rollout.engine=no_such:x", "model.path=m"], "module no_such cannot be imported"),
         (["report", "nowhere"], "nowhere: no such directory"),
         (["convert", "to-megatron", "nowhere"], "name the OUTPUT directory, or add --dry-run"),
+        (["convert", "to-megatron", "nowhere", "out"], "nowhere: no such directory"),
+        (["convert", "to-hf", "nowhere"], "name the OUTPUT directory, or add --dry-run"),
         (["convert", "to-hf", "nowhere", "out", "--dtype", "fp8"], "--dtype fp8: use one of float32, bfloat16"),
     ],
 )
@@ -59,6 +68,61 @@ def test_a_mistake_is_one_message_without_a_traceback(
     errors = capfd.readouterr().err + result.output
     assert message in " ".join(errors.split())
     assert "Traceback" not in errors and errors.count("error:") == 1
+
+
+def test_a_bug_is_shown_whole_with_where_to_report_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def broken(*_: object) -> None:
+        raise KeyError("tensor")
+
+    monkeypatch.setattr("real_megatron.training.sft.train", broken)
+    (tmp_path / "run.yaml").write_text("objective: {name: raft}\n")
+    result = run("sft", str(tmp_path / "run.yaml"))
+    text = " ".join((capfd.readouterr().err + result.output).split())
+    assert result.exit_code == 1
+    assert "Traceback" in text and "KeyError: 'tensor'" in text and "CONTRIBUTING.md, Reporting a bug" in text
+
+
+@pytest.mark.parametrize("kind", [UserError, EngineError, OSError, FloatingPointError])
+def test_an_error_that_explains_itself_is_one_message_with_its_step(
+    kind: type[Exception], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def failing(*_: object) -> None:
+        error = kind("what and why")
+        error.add_note("at step 3, rank 0")
+        raise error
+
+    monkeypatch.setattr("real_megatron.training.sft.train", failing)
+    (tmp_path / "run.yaml").write_text("objective: {name: raft}\n")
+    result = run("sft", str(tmp_path / "run.yaml"))
+    assert result.exit_code == 1
+    assert capfd.readouterr().err + result.output == "error: what and why (at step 3, rank 0)\n"
+
+
+def test_a_model_that_cannot_score_ends_the_job_with_one_error(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """64 rows and weights that are NaN: one call of the engine, exit status 1."""
+    from safetensors.torch import load_file, save_file
+
+    from real_megatron.data.byte_model import make_byte_model
+    from real_megatron.rollout.embedded.engine import TransformersEngine
+
+    weights = make_byte_model(tmp_path / "model", num_hidden_layers=1) / "model.safetensors"
+    tensors = load_file(weights)
+    tensors["model.norm.weight"].fill_(math.nan)
+    save_file(tensors, weights, {"format": "pt"})
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps({"prompt": f"row {i}"}) + "\n" for i in range(64)))
+    calls, generate = [], TransformersEngine.generate
+    monkeypatch.setattr(
+        TransformersEngine, "generate", lambda self, *asked: calls.append(len(asked[0])) or generate(self, *asked)
+    )
+    files = ["--input", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "out.jsonl")]
+    result = run("judge", "--model", str(tmp_path / "model"), *files, "data.max_response_tokens=4")
+    errors = capfd.readouterr().err + result.output
+    assert result.exit_code == 1 and calls == [64]
+    assert errors.count("error:") == 1 and "score log-probs are NaN" in errors and "Traceback" not in errors
 
 
 def test_judging_under_torchrun_is_refused(

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from real_megatron.config import RunConfig
-from real_megatron.sections import ConfigError
+from real_megatron.errors import ConfigError
 
 
 def test_the_default_is_valid_and_survives_a_file(tmp_path: Path) -> None:
@@ -24,11 +24,10 @@ def test_the_default_is_valid_and_survives_a_file(tmp_path: Path) -> None:
         (["optimizer.min_lr=1"], "optimizer: min_lr 1 is above lr 1e-06"),
         (["scale.values=[1, 2]"], "scale: values has 2 numbers for 5 scores"),
         (["scale.scores=[1, 1]"], "scale: scores must be two or more different texts"),
-        (["sft.cots=generated"], "sft: cots is generated: name the checkpoint"),
         (["rollout.colocate=true", "rollout.staleness=1"], "servers sleep while the policy trains"),
-        (["objective.name=raft", "batch.updates=2", "objective.ratio=ppo"], "raft has no rollouts to reuse"),
+        (["objective.name=raft", "batch.mini_batches=2", "objective.ratio=ppo"], "raft has no rollouts to reuse"),
         (["objective.name=sft", "objective.kl=0.1"], "sft has no KL term"),
-        (["batch.prompts=2", "batch.updates=3", "objective.ratio=ppo"], "an update needs at least one prompt"),
+        (["batch.prompts=2", "batch.mini_batches=3", "objective.ratio=ppo"], "an update needs at least one prompt"),
         (["data.eval.a/b.path=x"], "'a/b' names files of results"),
         (["objective.name=[real]"], "objective.name"),
         (["seed=-1"], "`seed`: Input should be greater than or equal to 0"),

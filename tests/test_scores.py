@@ -7,6 +7,7 @@ import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from real_megatron.errors import ConfigError
 from real_megatron.scores import ScoreScale
 
 CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -157,13 +158,13 @@ def test_one_to_ten_works_where_ten_is_one_token() -> None:
 
 @pytest.mark.parametrize("kind", ["qwen", "mistral", "sentencepiece-joined"])
 def test_one_to_ten_is_refused_where_ten_is_two_tokens(kind: str) -> None:
-    with pytest.raises(ValueError, match=r"score '10' is 2 tokens after the anchor .*'.?1', '0'.*letters A-J"):
+    with pytest.raises(ConfigError, match=r"score '10' is 2 tokens after the anchor .*'.?1', '0'.*letters A-J"):
         ScoreScale.resolve(KINDS[kind][0](), TEN)
 
 
 def test_scores_that_share_their_first_token_are_refused() -> None:
     """The common prefix of "10" and "11" holds a "1" that belongs to the scores, not to the anchor."""
-    with pytest.raises(ValueError, match=r"score '10' is 2 tokens after the anchor '\[RESULT\] ': \['1', '0'\]"):
+    with pytest.raises(ConfigError, match=r"score '10' is 2 tokens after the anchor '\[RESULT\] ': \['1', '0'\]"):
         ScoreScale.resolve(qwen(), ["10", "11", "12"])
 
 
@@ -194,7 +195,7 @@ def test_anchors_of_other_scripts_and_special_tokens() -> None:
     assert scale.cut(tokenizer, [5, *scale.anchor_ids, scale.score_ids[0]]) == 2
 
 
-def test_a_begin_of_text_token_is_no_part_of_the_anchor() -> None:
+def test_a_begin_of_text_token_is_not_part_of_the_anchor() -> None:
     tokenizer = byte_level()
     tokenizer.add_special_tokens({"bos_token": "<s>"})
     assert tokenizer.bos_token_id not in ScoreScale.resolve(tokenizer, DIGITS).anchor_ids
@@ -220,7 +221,7 @@ def test_canonical_anchor_tokens_continue_a_response(kind: str) -> None:
         (["1"], None, "needs at least two scores"),
         (["1", "2", "2"], None, r"lists \['2'\] more than once"),
         (["1", " "], None, "empty text ' '"),
-        (["1", "2", "A"], None, r"scores \['A'\] are no numbers while others are; give scale.values"),
+        (["1", "2", "A"], None, r"scores \['A'\] are not numbers while others are; give scale.values"),
         (["1", "2", "3"], [1.0, 2.0], "scale.values has 2 entries for 3 scores"),
         (["1", "2"], [1.0, float("nan")], "must be finite numbers"),
         (["1", "2"], [1.0, 1.0], "are not distinct"),
@@ -229,10 +230,10 @@ def test_canonical_anchor_tokens_continue_a_response(kind: str) -> None:
         (["1", "é"], [1, 2], "score 'é' is 2 tokens"),
     ],
 )
-def test_scales_that_do_not_work_are_refused_with_the_mend(
+def test_scales_that_do_not_work_are_refused_with_the_fix(
     scores: list[str], values: list[float] | None, message: str
 ) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ConfigError, match=message):
         ScoreScale.resolve(byte_level(), scores, values)
 
 
@@ -243,27 +244,27 @@ def test_nan_and_inf_are_words_not_values() -> None:
 
 @pytest.mark.parametrize("anchor", ["", " ", "\n\n"])
 def test_an_anchor_needs_a_visible_character(anchor: str) -> None:
-    with pytest.raises(ValueError, match="has no visible character"):
+    with pytest.raises(ConfigError, match="has no visible character"):
         ScoreScale.resolve(byte_level(), DIGITS, None, anchor)
 
 
 def test_an_anchor_that_merges_whole_into_the_scores_is_refused() -> None:
-    with pytest.raises(ValueError, match="have no common beginning with visible text"):
+    with pytest.raises(ConfigError, match="have no common beginning with visible text"):
         ScoreScale.resolve(byte_level(["(A", "(B"], r"\S+"), ["A", "B"], None, "(")
 
 
 def test_scores_that_the_vocabulary_lacks_or_folds_are_refused() -> None:
-    with pytest.raises(ValueError, match="score '77' is the unknown token"):
+    with pytest.raises(ConfigError, match="score '77' is the unknown token"):
         ScoreScale.resolve(word_level(), ["1", "2", "77"])
     folded = Tokenizer(models.WordLevel({"<unk>": 0, "x:": 1, "a": 2, "b": 3}, unk_token="<unk>"))
     folded.normalizer, folded.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.WhitespaceSplit()
     tokenizer = wrap(folded, unk_token="<unk>")
-    with pytest.raises(ValueError, match="scores 'a' and 'A' are the same token"):
+    with pytest.raises(ConfigError, match="scores 'a' and 'A' are the same token"):
         ScoreScale.resolve(tokenizer, ["a", "b", "A"], [1, 2, 3], "X: ")
     assert ScoreScale.resolve(tokenizer, ["A", "B"], None, "X: ").anchor_text == "x:"
 
 
-def test_cut_takes_the_first_anchor_and_however_it_is_spelt() -> None:
+def test_cut_takes_the_first_anchor_in_any_tokenisation() -> None:
     tokenizer = qwen()
     scale = ScoreScale.resolve(tokenizer, DIGITS)
     first = tokenizer.encode("good. [RESULT] ", add_special_tokens=False)
@@ -274,7 +275,7 @@ def test_cut_takes_the_first_anchor_and_however_it_is_spelt() -> None:
     assert scale.cut(tokenizer, letters + rest) == len(letters)
 
 
-def test_cut_finds_nothing_where_nothing_is_or_where_a_token_runs_past_the_anchor() -> None:
+def test_cut_is_none_without_an_anchor_or_where_a_token_extends_past_it() -> None:
     tokenizer = byte_level(["ĠĠ", "Ġ4"])
     scale = ScoreScale.resolve(byte_level(), DIGITS)
     assert scale.anchor_text == "[RESULT] "

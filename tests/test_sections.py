@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 from pydantic import Field
 
-from real_megatron.sections import ConfigError, Section, describe_keys, known_keys
+from real_megatron.errors import ConfigError
+from real_megatron.sections import Section, describe_keys, known_keys
 
 
 class Leaf(Section):

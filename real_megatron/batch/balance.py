@@ -8,16 +8,16 @@ from collections.abc import Sequence
 def balance(
     costs: Sequence[float], sizes: Sequence[int], budget: int, ranks: int, multiple: int = 1
 ) -> list[list[list[int]]]:
-    """Spread items over micro-batches of data-parallel ranks.
+    """Distribute items over the micro-batches of data-parallel ranks.
 
-    costs: what an item takes to run (FLOPs, say), evened out. sizes: its tokens, of which a micro-batch holds at most
-    `budget`, unless one item alone has more. Returns, per rank, its micro-batches as lists of item indices. Every rank
-    has the same number of micro-batches, a multiple of `multiple` (the interleaved pipeline schedule needs one of the
-    pipeline size), and the fewest that fit.
+    costs: what an item takes to run (FLOPs, for example), evened out. sizes: its tokens, of which a micro-batch holds
+    at most `budget`, unless one item alone has more. Returns, per rank, its micro-batches as lists of item indices.
+    Every rank has the same number of micro-batches, a multiple of `multiple` (the interleaved pipeline schedule needs
+    one of the pipeline size), and the fewest that fit.
 
-    Items are dealt by longest processing time first (Graham, "Bounds on multiprocessing timing anomalies", 1969): each
-    item, costliest first, goes to the micro-batch with the least work. Micro-batches are then dealt to ranks the same
-    way. Deterministic, so that every rank computes the same plan.
+    Items are assigned by longest processing time first (Graham, "Bounds on multiprocessing timing anomalies", 1969):
+    each item, costliest first, goes to the micro-batch with the least work. Micro-batches are then assigned to ranks
+    the same way. Deterministic, so that every rank computes the same plan.
     """
     step = ranks * multiple
     count = max(1, math.ceil(sum(sizes) / budget / step)) * step
@@ -32,13 +32,14 @@ def balance(
 
 
 def imbalance(costs: Sequence[float], plan: Sequence[Sequence[Sequence[int]]]) -> float:
-    """Share of the busiest rank's work for which an average rank waits: 1 − mean / max of the ranks' summed costs."""
+    """Fraction of the busiest rank's work for which an average rank waits: 1 − mean / max of the ranks' total costs."""
     loads = [sum(costs[i] for microbatch in mine for i in microbatch) for mine in plan]
     return 1.0 - sum(loads) / len(loads) / max(loads) if max(loads) > 0 else 0.0
 
 
 def longest_first(costs: Sequence[float], count: int, capacity: int | None = None) -> list[list[int]]:
-    """Deal items to `count` bins of at most `capacity` items, largest first, each to the least loaded bin with room."""
+    """Assign items to `count` bins of at most `capacity` items, costliest first, each to the least loaded bin that is
+    not full."""
     bins: list[list[int]] = [[] for _ in range(count)]
     heap = [(0.0, b) for b in range(count)]
     for item in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):

@@ -2,12 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from real_megatron.batch.layout import Layout, Segment
-from real_megatron.batch.shares import Share
+from real_megatron.batch.segments import Segment, SegmentTree
+from real_megatron.batch.shards import TokenShard
 from real_megatron.batch.types import Group, Trajectory
 
 
@@ -21,7 +22,8 @@ class PackedMicrobatch:
 
     tokens: Tensor
     """Token ids, int64 `[T]`."""
-    layout: Layout
+    tree: SegmentTree
+    """Where the sequences are, and which attends to which."""
     row_positions: Tensor
     """Index into `tokens` of each head row, int64 `[R]`."""
     ids: Tensor
@@ -42,7 +44,9 @@ class PackedMicrobatch:
     """Log-probability under the reference policy per token row, float32 `[N_tok]`."""
     advantages: Tensor | None
     """Precomputed advantages `[N]`, when the group is split over micro-batches."""
-    shares: tuple[Share, ...] | None = None
+    responses: list[tuple[str, dict[str, Any]]] | None
+    """Text of each trajectory and metadata of its data row; None unless every trajectory has a text."""
+    shards: tuple[TokenShard, ...] | None = None
     """The tokens of each context-parallel rank; None when one rank runs them all."""
 
     @property
@@ -55,9 +59,11 @@ def pack(
 ) -> PackedMicrobatch:
     """Pack whole groups into one micro-batch.
 
-    With `share_prompt` a group is laid out as [prompt | response 1 | … | response K], the prompt's tokens once;
+    With `share_prompt` a group is packed as [prompt | response 1 | … | response K], the prompt's tokens once;
     without, as K whole sequences. The total is padded to a multiple of `multiple` tokens (context and sequence
     parallelism shard it), by a segment that no row reads. An empty list packs to padding alone.
+
+    Raises ValueError when some trajectories have log-probs or an advantage and others have none.
     """
     tokens: list[int] = []
     segments: list[Segment] = []
@@ -72,9 +78,11 @@ def pack(
     for g, group in enumerate(groups):
         prompt_length = len(group.prompt_ids)
         prompt_start = len(tokens)
-        layout = layout_of(group, share_prompt)
         first = len(segments)
-        segments += [replace(s, parent=None if s.parent is None else s.parent + first) for s in layout.segments]
+        segments += [
+            replace(s, parent=None if s.parent is None else s.parent + first)
+            for s in tree_of(group, share_prompt).segments
+        ]
         if share_prompt:
             tokens += group.prompt_ids
         for trajectory in group.trajectories:
@@ -108,7 +116,7 @@ def pack(
     )
     return PackedMicrobatch(
         tokens=torch.tensor(tokens, dtype=torch.long),
-        layout=Layout(tuple(segments)),
+        tree=SegmentTree(tuple(segments)),
         row_positions=torch.tensor(token_positions + answer_positions, dtype=torch.long),
         ids=torch.tensor(token_ids + list(score_ids) * len(answer_positions), dtype=torch.long),
         offsets=offsets,
@@ -119,16 +127,17 @@ def pack(
         old_logprobs=_per_token(trajectories, "old_logprobs"),
         ref_logprobs=_per_token(trajectories, "ref_logprobs"),
         advantages=_advantages(trajectories),
+        responses=responses_of(groups),
     )
 
 
-def layout_of(group: Group, share_prompt: bool = True) -> Layout:
-    """The segments of one group, as `pack` lays them out."""
+def tree_of(group: Group, share_prompt: bool = True) -> SegmentTree:
+    """The segments of one group, as `pack` arranges them."""
     prompt = len(group.prompt_ids)
     if not share_prompt:
-        return Layout(tuple(Segment(prompt + len(t.response_ids)) for t in group.trajectories))
+        return SegmentTree(tuple(Segment(prompt + len(t.response_ids)) for t in group.trajectories))
     responses = (Segment(len(t.response_ids), parent=0) for t in group.trajectories if t.response_ids)
-    return Layout((Segment(prompt), *responses))
+    return SegmentTree((Segment(prompt), *responses))
 
 
 def tokens_of(group: Group, share_prompt: bool = True) -> int:
@@ -140,6 +149,17 @@ def tokens_of(group: Group, share_prompt: bool = True) -> int:
 def rows_of(group: Group) -> int:
     """Rows of a group that reach the output head: loss-carrying tokens and answers."""
     return sum(sum(t.loss_mask) + (t.answer_index is not None) for t in group.trajectories)
+
+
+def responses_of(groups: Sequence[Group]) -> list[tuple[str, dict[str, Any]]] | None:
+    """(text, metadata of the data row) of each trajectory in order; None unless every trajectory has a text."""
+    responses = []
+    for group in groups:
+        for trajectory in group.trajectories:
+            if trajectory.text is None:
+                return None
+            responses.append((trajectory.text, group.meta))
+    return responses
 
 
 def _per_token(trajectories: list[Trajectory], name: str) -> Tensor | None:

@@ -1,11 +1,12 @@
 """The data that flows between rollout, packing and the policy."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass
 class Trajectory:
-    """One response to a prompt, as token ids, cut at (and including) the score anchor.
+    """One response to a prompt, as token ids, up to and including the score anchor.
 
     With the anchor as its last tokens, the distribution that follows the response's answer position is the score
     distribution π(k | x, c, anchor).
@@ -30,6 +31,8 @@ class Trajectory:
     """Version of the weights that sampled this response."""
     advantage: float | None = None
     """Precomputed advantage: set only when a group is split over micro-batches (scoring pass)."""
+    text: str | None = None
+    """The response as text, for rewards that read it (`Objective.needs_responses`); None: not asked for."""
 
     def __post_init__(self) -> None:
         if not self.loss_mask:
@@ -45,3 +48,5 @@ class Group:
     label: float
     """The ground-truth score y*, on the scale's numeric values."""
     example_id: str = ""
+    meta: dict[str, Any] = field(default_factory=dict)
+    """The data row's further columns, for rewards that read them."""

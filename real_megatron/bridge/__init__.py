@@ -3,35 +3,32 @@
 from importlib import import_module
 from typing import Any
 
-from real_megatron.bridge.description import ModelDescription, UnsupportedModel
+from real_megatron.bridge.description import ModelDescription
 from real_megatron.bridge.expansion import padded_vocab, parameter_count, parameters
-from real_megatron.bridge.families import describe
-from real_megatron.bridge.hf_reader import CheckpointError, HFCheckpoint
-from real_megatron.bridge.side_files import carry, read_config
+from real_megatron.bridge.families import Family, describe, register_family
+from real_megatron.bridge.placement import ParallelLayout, check_layout
 from real_megatron.bridge.table import Parameter
 
-# Imported on first use: conversion workers and the planner do not need Megatron-Core, nor training the converters.
+# Imported on first use: conversion does not need Megatron-Core, training does not need the converters.
 _LATER = {
     "convert_hf_to_megatron": "convert",
     "convert_megatron_to_hf": "convert",
     "dry_run": "mapping",
     "export_hf": "export",
     "load_hf": "live",
-    "print_mapping": "mapping",
 }
 
 __all__ = [
-    "CheckpointError",
-    "HFCheckpoint",
+    "Family",
     "ModelDescription",
+    "ParallelLayout",
     "Parameter",
-    "UnsupportedModel",
-    "carry",
+    "check_layout",
     "describe",
     "padded_vocab",
     "parameter_count",
     "parameters",
-    "read_config",
+    "register_family",
     *_LATER,
 ]
 

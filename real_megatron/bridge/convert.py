@@ -1,6 +1,6 @@
 """Offline conversion between Hugging Face and Megatron `torch_dist` checkpoints, streaming, in parallel processes.
 
-A process holds one tensor at a time with its source, so memory is bounded by the largest tensors, not by the model.
+A process holds one tensor and its source at a time: memory is bounded by the largest tensor, not by the model.
 """
 
 import os
@@ -12,25 +12,36 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint.metadata import MetadataIndex
 
-from real_megatron.bridge import side_files, torch_dist
+from real_megatron.bridge import torch_dist
 from real_megatron.bridge.description import ModelDescription
 from real_megatron.bridge.expansion import padded_vocab, parameters
 from real_megatron.bridge.families import describe
-from real_megatron.bridge.hf_reader import CheckpointError, HFCheckpoint
-from real_megatron.bridge.hf_writer import SafetensorsStream, Shard, plan_shards, write_index
-from real_megatron.bridge.layout import Layout, Location, extra_states, locations, stacks_layers
-from real_megatron.bridge.staging import staged_directory
-from real_megatron.bridge.table import Parameter
-from real_megatron.bridge.torch_dist import Block, TorchDistCheckpoint
-from real_megatron.bridge.transforms import Piece, Shape
+from real_megatron.bridge.hf_writer import CheckpointFile, SafetensorsStream, plan_files, write_index
+from real_megatron.bridge.placement import (
+    Location,
+    ParallelLayout,
+    check_layout,
+    extra_states,
+    locations,
+    stacks_layers,
+)
+from real_megatron.bridge.table import Parameter, hf_shapes
+from real_megatron.bridge.torch_dist import StoredBlock, TorchDistCheckpoint
+from real_megatron.bridge.transforms import Block
 from real_megatron.bridge.workers import Progress, run
+from real_megatron.errors import CheckpointError
+from real_megatron.hf import side_files
+from real_megatron.hf.checkpoint import HFCheckpoint, Shape
+from real_megatron.hf.directory import checkpoint_directory
+from real_megatron.hf.staging import staged_directory
 
-# A rank's share is cut into files of about this size, so that processes can share the work.
-FILE_BYTES = 2 * 2**30
-# Larger blocks are stored as several, so that no process ever holds much at once.
+# A rank's shard is written as files of about this size, so that several processes can write it.
+MEGATRON_FILE_BYTES = 2 * 2**30
+# Larger blocks are stored as several, so that a process never holds more than this of a tensor.
 BLOCK_BYTES = 16 * 2**20
-SHARD_BYTES = 5 * 10**9
+HF_FILE_BYTES = 5 * 10**9
 
 
 @dataclass(frozen=True)
@@ -48,9 +59,11 @@ def convert_hf_to_megatron(
     hf_path: str | Path,
     output: str | Path,
     *,
-    tp: int = 1,
-    pp: int = 1,
-    ep: int = 1,
+    revision: str | None = None,
+    family: str = "auto",
+    tensor: int = 1,
+    pipeline: int = 1,
+    expert: int = 1,
     dtype: torch.dtype | None = None,
     vocab_multiple: int = 64,
     workers: int | None = None,
@@ -58,27 +71,30 @@ def convert_hf_to_megatron(
 ) -> Conversion:
     """Write a Hugging Face checkpoint as a Megatron distributed checkpoint.
 
-    The result can be loaded at every layout; tp, pp and ep decide how it is cut into blocks and files, so that ranks
-    at that layout read little more than their own. The vocabulary is padded to a multiple of `vocab_multiple` × tp.
-    dtype: None keeps the stored one. The configuration and tokenizer files go to the subfolder `hf`.
+    hf_path: a directory, or a name on the hub, there at `revision` (branch, tag or commit). family: see
+    `bridge.describe`. tensor, pipeline, expert: the parallel sizes decide how the result is divided into blocks and
+    files, so that ranks at that layout read little more than their own; it can be loaded at every layout. The
+    vocabulary is padded to a multiple of `vocab_multiple` × `tensor`. dtype: None keeps the stored one. workers:
+    number of processes; default: one per CPU core, at most 8. The configuration and tokenizer files go to the
+    subfolder `hf`. `output` appears only when it is complete.
 
-    Raises CheckpointError for a partial or damaged source, UnsupportedModel, ValueError for a layout that does not
-    divide the model, FileExistsError for an output that exists. `output` appears only when it is complete.
+    Raises CheckpointError for a source that is missing, partial or damaged, UnsupportedModel, ConfigError for a layout
+    that does not divide the model, FileExistsError for an output that exists.
     """
     start = time.monotonic()
-    hf_path = Path(hf_path)
-    description = describe(side_files.read_config(hf_path))
-    layout = Layout(tp, pp, ep)
+    directory = checkpoint_directory(hf_path, revision)
+    description = describe(side_files.read_config(directory), family)
+    layout = ParallelLayout(tensor, pipeline, expert)
     check_layout(description, layout)
-    table = parameters(description, vocab_rows=padded_vocab(description, tp, vocab_multiple))
-    source = HFCheckpoint(hf_path)
-    source.validate(table, description.tied)
+    table = parameters(description, vocab_rows=padded_vocab(description, tensor, vocab_multiple))
+    source = HFCheckpoint(directory)
+    source.validate(hf_shapes(table), description.tied)
     dtypes = [dtype] * len(table) if dtype else _stored_dtypes(table, source, description)
     job = _ToMegatron(source, description, table, dtypes, Path())
     files = _plan_files(table, dtypes, layout, description)
-    total = sum(prod(piece.shape) * dtypes[i].itemsize for file in files for i, piece in file.blocks)
+    total = sum(prod(block.shape) * dtypes[i].itemsize for file in files for i, block in file.blocks)
     with staged_directory(output) as staging:
-        side_files.carry(hf_path, staging / side_files.FOLDER, dtype)
+        side_files.carry(directory, staging / side_files.FOLDER, dtype)
         job.directory = staging
         written = run(job, files, total, workers or _default_workers(), "HF → Megatron", progress)
         torch_dist.finish(staging, written)
@@ -90,62 +106,49 @@ def convert_megatron_to_hf(
     output: str | Path,
     *,
     hf_path: str | Path | None = None,
+    revision: str | None = None,
+    family: str = "auto",
     dtype: torch.dtype | None = None,
-    max_shard_bytes: int = SHARD_BYTES,
+    max_file_bytes: int = HF_FILE_BYTES,
     workers: int | None = None,
     progress: bool = True,
 ) -> Conversion:
     """Write the model of a Megatron `torch_dist` checkpoint, of any layout, as a Hugging Face checkpoint.
 
-    hf_path: where config.json and the tokenizer are; default: the subfolder `hf` that `convert_hf_to_megatron` made.
-    Optimizer state in the checkpoint is left aside. dtype: None keeps the stored one. Raises as the other direction.
+    hf_path: where config.json and the tokenizer are: a directory, or a name on the hub, there at `revision`; default:
+    the subfolder `hf` that `convert_hf_to_megatron` writes. family: see `bridge.describe`. dtype: None keeps the stored
+    one. max_file_bytes: size of a safetensors file that is exceeded only for a single parameter. workers: as in the
+    other direction. Optimizer state in the checkpoint is ignored. Raises what the other direction raises.
     """
     start = time.monotonic()
     megatron_path = Path(megatron_path)
-    side = Path(hf_path) if hf_path is not None else megatron_path / side_files.FOLDER
-    description = describe(side_files.read_config(side))
     source = TorchDistCheckpoint(megatron_path)
+    side = _side_directory(megatron_path, hf_path, revision)
+    description = describe(side_files.read_config(side), family)
     table, places = _locate(source, description)
     dtypes = [dtype or source.tensors[place.key].properties.dtype for place in places]
-    shards = plan_shards(table, dtypes, max_shard_bytes)
+    files = plan_files(table, dtypes, max_file_bytes)
     total = sum(parameter.hf_numel * d.itemsize for parameter, d in zip(table, dtypes, strict=True))
     job = _ToHF(source, {p.name: place for p, place in zip(table, places, strict=True)}, Path())
     with staged_directory(output) as staging:
         side_files.carry(side, staging, _one_dtype(dtypes))
         job.directory = staging
-        run(job, shards, total, workers or _default_workers(), "Megatron → HF", progress)
-        write_index(staging, shards)
-    return Conversion(Path(output), _count(table), total, len(shards), time.monotonic() - start)
-
-
-def check_layout(description: ModelDescription, layout: Layout) -> None:
-    """Raise ValueError when the parallel sizes do not divide the model."""
-    if layout.ep > 1 and not description.num_experts:
-        raise ValueError(f"ep={layout.ep} is for models with experts; this one has no experts")
-    if layout.ep > 1 and description.num_experts % layout.ep:
-        raise ValueError(f"ep={layout.ep} does not divide the {description.num_experts} experts of this model")
-    if description.num_layers % layout.pp:
-        raise ValueError(f"pp={layout.pp} does not divide the {description.num_layers} layers of this model")
-    if description.num_groups % layout.tp and layout.tp % description.num_groups:
-        raise ValueError(f"tp={layout.tp} is neither a divisor nor a multiple of {description.num_groups} query groups")
-    for parameter in parameters(description, vocab_rows=padded_vocab(description, layout.tp, 1)):
-        try:
-            parameter.transform.pieces(0, layout.tp)
-        except ValueError as error:
-            raise ValueError(f"tp={layout.tp} does not divide '{parameter.name}': {error}") from error
+        run(job, files, total, workers or _default_workers(), "Megatron → HF", progress)
+        write_index(staging, files)
+    return Conversion(Path(output), _count(table), total, len(files), time.monotonic() - start)
 
 
 @dataclass
 class _FileTask:
-    """One output file: (position in the table, piece) of each block, and objects written beside them."""
+    """One output file: each block with its parameter's position in the table, and keys of the empty objects."""
 
     prefix: str
-    blocks: list[tuple[int, Piece]]
+    blocks: list[tuple[int, Block]]
     objects: list[str]
 
 
 def _plan_files(
-    table: Sequence[Parameter], dtypes: Sequence[torch.dtype], layout: Layout, description: ModelDescription
+    table: Sequence[Parameter], dtypes: Sequence[torch.dtype], layout: ParallelLayout, description: ModelDescription
 ) -> list[_FileTask]:
     stacked = stacks_layers(description)
     open_files: dict[int, _FileTask] = {}
@@ -153,15 +156,15 @@ def _plan_files(
     tasks: list[_FileTask] = []
     for i, (parameter, dtype) in enumerate(zip(table, dtypes, strict=True)):
         first = True
-        for tp_rank, piece in layout.blocks(parameter):
-            rank = layout.rank_of(parameter, tp_rank, description)
-            size = prod(piece.shape) * dtype.itemsize
-            if rank not in open_files or filled[rank] + size > FILE_BYTES:
+        for tensor_rank, block in layout.blocks(parameter):
+            rank = layout.rank_of(parameter, tensor_rank, description)
+            size = prod(block.shape) * dtype.itemsize
+            if rank not in open_files or filled[rank] + size > MEGATRON_FILE_BYTES:
                 number = sum(task.prefix.startswith(f"__{rank}_") for task in tasks)
                 open_files[rank] = _FileTask(f"__{rank}_{number}_", [], [])
                 filled[rank] = 0
                 tasks.append(open_files[rank])
-            open_files[rank].blocks.extend((i, part) for part in piece.by_rows(BLOCK_BYTES // dtype.itemsize))
+            open_files[rank].blocks.extend((i, rows) for rows in block.by_rows(BLOCK_BYTES // dtype.itemsize))
             filled[rank] += size
             if first:
                 for location in locations(parameter, description, stacked):
@@ -182,35 +185,35 @@ class _ToMegatron:
 
     def __call__(self, task: _FileTask, progress: Progress) -> Any:
         stacked = stacks_layers(self.description)
-        blocks, origins = [], {}
-        for i, piece in task.blocks:
+        stored_blocks, origins = [], {}
+        for i, block in task.blocks:
             parameter = self.table[i]
             for copy, place in enumerate(locations(parameter, self.description, stacked)):
-                sizes: Shape = (*(1 for _ in place.index), *piece.shape)
-                block = Block(place.key, place.shape(parameter), place.offset(piece), sizes, self.dtypes[i])
-                blocks.append(block)
-                origins[block.index] = (parameter, piece, self.dtypes[i], copy)
+                sizes: Shape = (*(1 for _ in place.index), *block.shape)
+                stored = StoredBlock(place.key, place.shape(parameter), place.offset(block), sizes, self.dtypes[i])
+                stored_blocks.append(stored)
+                origins[stored.index] = (parameter, block, self.dtypes[i], copy)
 
-        def produce(index: Any) -> torch.Tensor:
-            parameter, piece, dtype, copy = origins[index]
+        def produce(index: MetadataIndex) -> torch.Tensor:
+            parameter, block, dtype, copy = origins[index]
             if copy == 0:
-                progress(prod(piece.shape) * dtype.itemsize)
-            return parameter.transform.read(piece, self.source.reader(parameter)).to(dtype)
+                progress(prod(block.shape) * dtype.itemsize)
+            return parameter.transform.read(block, parameter.reader(self.source)).to(dtype)
 
-        return torch_dist.write_file(self.directory, task.prefix, blocks, task.objects, produce)
+        return torch_dist.write_file(self.directory, task.prefix, stored_blocks, task.objects, produce)
 
 
 @dataclass
 class _ToHF:
-    """Writes one shard of a Hugging Face checkpoint."""
+    """Writes one file of a Hugging Face checkpoint."""
 
     source: TorchDistCheckpoint
     places: dict[str, Location]
     directory: Path
 
-    def __call__(self, shard: Shard, progress: Progress) -> None:
-        stream = SafetensorsStream(self.directory, shard)
-        for parameter in shard.parameters:
+    def __call__(self, file: CheckpointFile, progress: Progress) -> None:
+        stream = SafetensorsStream(self.directory, file)
+        for parameter in file.parameters:
             for rows in self._rows(parameter, self.places[parameter.name]):
                 stream.write(rows)
                 progress(rows.nbytes)
@@ -223,6 +226,19 @@ class _ToHF:
             return
         for start, shape in zip(transform.hf_starts, transform.hf_shapes, strict=True):
             yield from self.source.row_blocks(place.key, place.index, (start, start + shape[0]))
+
+
+def _side_directory(megatron_path: Path, hf_path: str | Path | None, revision: str | None) -> Path:
+    """Where config.json and the tokenizer files of a Megatron checkpoint are."""
+    if hf_path is not None:
+        return checkpoint_directory(hf_path, revision, weights=False)
+    side = megatron_path / side_files.FOLDER
+    if not side.is_dir():
+        raise CheckpointError(
+            f"{megatron_path}: no subfolder '{side_files.FOLDER}' with config.json and tokenizer; name the original "
+            "Hugging Face checkpoint (hf_path, --hf)"
+        )
+    return checkpoint_directory(side)
 
 
 def _locate(source: TorchDistCheckpoint, description: ModelDescription) -> tuple[list[Parameter], list[Location]]:

@@ -1,7 +1,7 @@
 """Reading the `.metadata` file of a torch.distributed.checkpoint without trusting it.
 
-DCP stores this index as a pickle, and reads it with a plain `pickle.load`, which would run whatever a foreign file
-says. It needs only a few plain classes, so nothing else is admitted here.
+DCP stores this index as a pickle, and reads it with a plain `pickle.load`, which runs any code that a foreign file
+names. The index needs only a few plain classes, so nothing else is allowed here.
 """
 
 import pickle
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.metadata import Metadata
 
-from real_megatron.bridge.hf_reader import CheckpointError
+from real_megatron.errors import CheckpointError
 
 _ALLOWED = {
     "torch": {"Size", "device"},

@@ -6,10 +6,6 @@ from typing import Any
 from transformers import PretrainedConfig
 
 
-class UnsupportedModel(ValueError):
-    """The model, or a feature that its configuration switches on, cannot be expressed in Megatron-Core here."""
-
-
 @dataclass(frozen=True)
 class ModelDescription:
     """A Hugging Face model as Megatron-Core builds it.

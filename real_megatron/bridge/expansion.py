@@ -1,13 +1,13 @@
-"""The parameters of a described model, without building it."""
+"""The parameters of a model from its description alone, without building it."""
 
 from real_megatron.bridge.description import ModelDescription
 from real_megatron.bridge.families import FAMILIES
 from real_megatron.bridge.table import Parameter, expand
 
 
-def padded_vocab(description: ModelDescription, tp: int, multiple: int) -> int:
-    """Vocabulary rows in Megatron: the next multiple of `multiple` × `tp`."""
-    unit = multiple * tp
+def padded_vocab(description: ModelDescription, tensor: int, multiple: int) -> int:
+    """Vocabulary rows in Megatron: the next multiple of `multiple` × `tensor` (the tensor-parallel size)."""
+    unit = multiple * tensor
     return (description.vocab_size + unit - 1) // unit * unit
 
 
@@ -16,7 +16,7 @@ def parameters(description: ModelDescription, vocab_rows: int | None = None) -> 
 
     vocab_rows: rows of the vocabulary in Megatron; default: not padded.
     """
-    return list(expand(FAMILIES[description.family].TABLE, description, vocab_rows))
+    return list(expand(FAMILIES.find(description.family).TABLE, description, vocab_rows))
 
 
 def parameter_count(description: ModelDescription) -> int:

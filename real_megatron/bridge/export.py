@@ -1,8 +1,8 @@
 """Export of a running Megatron model as full Hugging Face tensors, at any TP, PP, EP and virtual pipeline layout.
 
-The parameters are walked in the table's order, the same on every rank, in buckets. Per bucket: the owning pipeline
+The parameters are visited in the table's order, the same on every rank, in buckets. Per bucket: the owning pipeline
 stage all-gathers the shards over its tensor-parallel group, the owning expert-parallel rank broadcasts to the other
-ones, the stage broadcasts to the other stages. Only bytes travel, so the values are bit-identical.
+expert-parallel ranks, the stage broadcasts to the other stages. Bytes are sent, so the values are bit-identical.
 """
 
 from collections.abc import Iterator, Sequence
@@ -30,8 +30,8 @@ class Owner:
 
 
 @dataclass
-class Bucket:
-    """Parameters of one owner that travel together."""
+class OwnerBucket:
+    """Parameters of one owner that are sent together."""
 
     owner: Owner
     parameters: list[Parameter] = field(default_factory=list)
@@ -58,12 +58,12 @@ def export_hf(
     """Yield (Hugging Face name, full tensor) for the whole model, in the same order on every rank. Collective.
 
     models: this rank's chunks (GPTModel, wrapped or not). dtype: convert to it; default: as the model holds them.
-    bucket_bytes: bound on what is gathered at once (a larger single tensor makes a bucket of its own); about three
-    times as much is held for a moment. everywhere: every rank yields; otherwise global rank 0 only, and the others
+    bucket_bytes: limit on what is gathered at once (a larger single tensor makes a bucket of its own); the peak is
+    about three times as much. everywhere: every rank yields; otherwise global rank 0 only, and the others
     take part and yield nothing.
 
-    The generator must be run to its end on every rank. A tensor may share memory with the model or its bucket: copy
-    what is kept. Names are those of published checkpoints (one tensor per expert).
+    The generator must be run to its end on every rank. A tensor may share memory with the model or its bucket: make a
+    copy to keep it. Names are those of published checkpoints (one tensor per expert).
     """
     everything = parameters(description, vocab_rows=unwrap(models[0]).vocab_size)
     mine: dict[str, Tensor] = {}
@@ -102,21 +102,21 @@ def _owners(everything: list[Parameter], mine: dict[str, Tensor], description: M
     return owners
 
 
-def _buckets(everything: list[Parameter], owners: dict[str, Owner], limit: int) -> Iterator[Bucket]:
-    bucket: Bucket | None = None
+def _buckets(everything: list[Parameter], owners: dict[str, Owner], limit: int) -> Iterator[OwnerBucket]:
+    bucket: OwnerBucket | None = None
     for parameter in everything:
         owner = owners[parameter.name]
         size = prod(parameter.transform.shape) * owner.dtype.itemsize
         if bucket is None or bucket.owner != owner or bucket.bytes + size > limit:
             if bucket is not None:
                 yield bucket
-            bucket = Bucket(owner)
+            bucket = OwnerBucket(owner)
         bucket.parameters.append(parameter)
     if bucket is not None:
         yield bucket
 
 
-def _gather(bucket: Bucket, mine: dict[str, Tensor]) -> list[Tensor]:
+def _gather(bucket: OwnerBucket, mine: dict[str, Tensor]) -> list[Tensor]:
     """The whole Megatron tensors of a bucket, on every rank."""
     owner = bucket.owner
     stages = parallel_state.get_pipeline_model_parallel_group()
@@ -130,12 +130,12 @@ def _gather(bucket: Bucket, mine: dict[str, Tensor]) -> list[Tensor]:
     device = next(iter(mine.values())).device
     flat = torch.empty(sum(bucket.sizes), dtype=owner.dtype, device=device)
     wholes = [
-        part.view(parameter.transform.shape)
-        for parameter, part in zip(bucket.parameters, flat.split(bucket.sizes), strict=True)
+        whole.view(parameter.transform.shape)
+        for parameter, whole in zip(bucket.parameters, flat.split(bucket.sizes), strict=True)
     ]
     if holds:
-        for parameter, whole, parts in zip(bucket.parameters, wholes, shards, strict=True):
-            parameter.transform.merge(parts, out=whole)
+        for parameter, whole, own_shards in zip(bucket.parameters, wholes, shards, strict=True):
+            parameter.transform.merge(own_shards, out=whole)
         del shards
     if experts is not None and on_stage and experts.size() > 1:
         dist.broadcast(flat.view(torch.uint8), group=experts, group_src=owner.expert_rank)
@@ -144,7 +144,7 @@ def _gather(bucket: Bucket, mine: dict[str, Tensor]) -> list[Tensor]:
     return wholes
 
 
-def _shards(bucket: Bucket, tensors: list[Tensor]) -> list[list[Tensor]]:
+def _shards(bucket: OwnerBucket, tensors: list[Tensor]) -> list[list[Tensor]]:
     """Per parameter, its shards on all tensor-parallel ranks, in rank order."""
     size = shard_of(bucket.parameters[0])[1]
     if size == 1:
@@ -157,4 +157,4 @@ def _shards(bucket: Bucket, tensors: list[Tensor]) -> list[list[Tensor]]:
     gathered = flat.new_empty(size, flat.numel())
     dist.all_gather([row.view(torch.uint8) for row in gathered], flat.view(torch.uint8), group=group)
     per_rank = [row.split([tensor.numel() for tensor in tensors]) for row in gathered]
-    return [[parts[i].view(tensor.shape) for parts in per_rank] for i, tensor in enumerate(tensors)]
+    return [[shards[i].view(tensor.shape) for shards in per_rank] for i, tensor in enumerate(tensors)]

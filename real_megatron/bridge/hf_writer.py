@@ -1,8 +1,8 @@
-"""Writing Hugging Face safetensors shards one tensor at a time.
+"""Writing Hugging Face safetensors files one tensor at a time.
 
 Format (https://huggingface.co/docs/safetensors): an 8-byte little-endian length, a JSON header with dtype, shape and
-byte range of every tensor, then the bytes. All of the header follows from the parameter table, so that it can be
-written first and the tensors streamed behind it.
+byte range of every tensor, then the bytes. The whole header follows from the parameter table, so it is written
+first and the tensors are streamed after it.
 """
 
 import json
@@ -14,18 +14,17 @@ from pathlib import Path
 
 import torch
 
-from real_megatron.bridge.hf_reader import DTYPES, INDEX, SINGLE
 from real_megatron.bridge.table import Parameter
-from real_megatron.bridge.transforms import Shape
+from real_megatron.hf.checkpoint import DTYPES, INDEX, SINGLE, Shape
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
-class Shard:
+class CheckpointFile:
     """One file and the parameters whose Hugging Face tensors it holds, with their dtypes."""
 
-    file: str
+    name: str
     parameters: tuple[Parameter, ...]
     dtypes: tuple[torch.dtype, ...]
 
@@ -36,8 +35,8 @@ class Shard:
                 yield name, shape, dtype
 
 
-def plan_shards(parameters: Sequence[Parameter], dtypes: Sequence[torch.dtype], max_bytes: int) -> list[Shard]:
-    """Fill files of up to `max_bytes` in order; the tensors of one parameter stay together."""
+def plan_files(parameters: Sequence[Parameter], dtypes: Sequence[torch.dtype], max_bytes: int) -> list[CheckpointFile]:
+    """Fill files of up to `max_bytes` in order. The tensors of one parameter stay together, whatever their size."""
     groups: list[list[int]] = []
     filled = 0
     for i, (parameter, dtype) in enumerate(zip(parameters, dtypes, strict=True)):
@@ -49,7 +48,7 @@ def plan_shards(parameters: Sequence[Parameter], dtypes: Sequence[torch.dtype], 
         filled += size
     total = len(groups)
     return [
-        Shard(
+        CheckpointFile(
             SINGLE if total == 1 else f"model-{number:05d}-of-{total:05d}.safetensors",
             tuple(parameters[i] for i in group),
             tuple(dtypes[i] for i in group),
@@ -58,32 +57,32 @@ def plan_shards(parameters: Sequence[Parameter], dtypes: Sequence[torch.dtype], 
     ]
 
 
-def write_index(directory: Path, shards: Sequence[Shard]) -> None:
+def write_index(directory: Path, files: Sequence[CheckpointFile]) -> None:
     """`model.safetensors.index.json`, unless a single file needs none."""
-    if len(shards) == 1:
+    if len(files) == 1:
         return
-    tensors = [(shard.file, *tensor) for shard in shards for tensor in shard.tensors()]
+    tensors = [(file.name, *tensor) for file in files for tensor in file.tensors()]
     total = sum(prod(shape) * dtype.itemsize for _, _, shape, dtype in tensors)
     index = {"metadata": {"total_size": total}, "weight_map": {name: file for file, name, _, _ in tensors}}
     (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
 class SafetensorsStream:
-    """Writes one shard; `write` takes the tensors in the shard's order, each whole or in runs of rows."""
+    """Writes one file; `write` takes the tensors in the file's order, each whole or a few rows at a time."""
 
-    def __init__(self, directory: Path, shard: Shard) -> None:
-        self._expected = list(shard.tensors())
+    def __init__(self, directory: Path, file: CheckpointFile) -> None:
+        self._expected = list(file.tensors())
         self._position, self._row = 0, 0
-        self._file = (directory / shard.file).open("wb")
-        self._file.write(_header(shard))
+        self._file = (directory / file.name).open("wb")
+        self._file.write(_header(file))
 
     def write(self, tensor: torch.Tensor) -> None:
-        """Append a tensor or its next rows, converted to the shard's dtype. Raises ValueError for a wrong shape."""
+        """Append a tensor or its next rows, converted to the file's dtype. Raises ValueError for a wrong shape."""
         name, shape, dtype = self._expected[self._position]
         if tuple(tensor.shape[1:]) != shape[1:] or self._row + tensor.shape[0] > shape[0]:
             raise ValueError(f"tensor '{name}' has rows {tuple(tensor.shape)} beyond row {self._row} of {shape}")
         data = tensor.to(dtype).contiguous()
-        self._file.write(memoryview(data.view(-1).view(torch.uint8).numpy()))
+        self._file.write(data.view(-1).view(torch.uint8).numpy().data)
         self._row += tensor.shape[0]
         if self._row == shape[0]:
             self._position, self._row = self._position + 1, 0
@@ -97,10 +96,10 @@ class SafetensorsStream:
         self._file.close()
 
 
-def _header(shard: Shard) -> bytes:
+def _header(file: CheckpointFile) -> bytes:
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     start = 0
-    for name, shape, dtype in shard.tensors():
+    for name, shape, dtype in file.tensors():
         stop = start + prod(shape) * dtype.itemsize
         header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [start, stop]}
         start = stop

@@ -1,6 +1,6 @@
 """A running Megatron model ↔ Hugging Face tensors, without a checkpoint in between.
 
-Megatron numbers layers per model chunk and experts per rank; here every parameter goes under its global name.
+Megatron numbers layers per model chunk and experts per rank; here every parameter has its global name.
 """
 
 import re
@@ -9,12 +9,13 @@ from pathlib import Path
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
 from torch import Tensor, nn
 
 from real_megatron.bridge.description import ModelDescription
 from real_megatron.bridge.expansion import parameters
-from real_megatron.bridge.hf_reader import HFCheckpoint
-from real_megatron.bridge.table import Parameter
+from real_megatron.bridge.table import Parameter, hf_shapes
+from real_megatron.hf.checkpoint import HFCheckpoint
 
 _LAYER = re.compile(r"(?<=decoder\.layers\.)\d+")
 _EXPERT = re.compile(r"(?<=local_experts\.)\d+|(?<=experts\.linear_fc[12]\.weight)\d+")
@@ -23,15 +24,15 @@ _EXPERT = re.compile(r"(?<=local_experts\.)\d+|(?<=experts\.linear_fc[12]\.weigh
 def load_hf(models: Sequence[nn.Module], description: ModelDescription, hf_dir: str | Path) -> None:
     """Fill this rank's model chunks (GPTModel, wrapped or not) from a Hugging Face checkpoint directory.
 
-    Each rank reads only its own slices; values are converted to the dtype of the parameters. Optimizers that hold
+    Each rank reads only its own shards; values are converted to the dtype of the parameters. Optimizers that hold
     their own copy of the weights must be built afterwards, or reloaded. Raises CheckpointError when the directory does
     not hold exactly this model.
     """
     checkpoint = HFCheckpoint(hf_dir)
-    checkpoint.validate(parameters(description), description.tied)
+    checkpoint.validate(hf_shapes(parameters(description)), description.tied)
     for parameter, tensor in local_parameters(models, description):
         rank, size = shard_of(parameter)
-        shard = parameter.transform.shard(rank, size, checkpoint.reader(parameter))
+        shard = parameter.transform.shard(rank, size, parameter.reader(checkpoint))
         with torch.no_grad():
             tensor.copy_(shard)
 
@@ -39,8 +40,9 @@ def load_hf(models: Sequence[nn.Module], description: ModelDescription, hf_dir: 
 def local_parameters(models: Sequence[nn.Module], description: ModelDescription) -> Iterator[tuple[Parameter, Tensor]]:
     """This rank's tensors with their entries in the parameter table, whatever the layer spec.
 
-    With tied embeddings the last pipeline stage's copy of the embedding comes under the embedding's entry. Raises
-    KeyError for a tensor that the table does not know, and for one of the table's that a layer here lacks.
+    With tied embeddings the last pipeline stage's copy of the embedding is paired with the embedding's entry. Raises
+    KeyError for a tensor that the table does not have, and for an entry of the table that a layer here lacks: the
+    family's table does not describe the model that was built.
     """
     chunks = [unwrap(model) for model in models]
     table = {
@@ -67,10 +69,10 @@ def local_parameters(models: Sequence[nn.Module], description: ModelDescription)
             raise KeyError(f"the Megatron model has no parameter '{parameter.name}'")
 
 
-def unwrap(model: nn.Module) -> nn.Module:
+def unwrap(model: nn.Module) -> GPTModel:
     """The GPTModel inside Megatron's DDP and mixed-precision wrappers."""
-    while hasattr(model, "module"):
-        model = model.module
+    while isinstance(inner := getattr(model, "module", None), nn.Module):
+        model = inner
     return model
 
 
@@ -87,7 +89,7 @@ def shard_of(parameter: Parameter) -> tuple[int, int]:
     )
 
 
-def _global_name(name: str, chunk: nn.Module, description: ModelDescription) -> str:
+def _global_name(name: str, chunk: GPTModel, description: ModelDescription) -> str:
     name = _LAYER.sub(lambda match: str(chunk.decoder.layers[int(match[0])].layer_number - 1), name)
     return _EXPERT.sub(lambda match: str(int(match[0]) + _local_experts(description)[0]), name)
 

@@ -1,4 +1,4 @@
-"""What a conversion would do, from config.json alone: no weights are read, none need exist."""
+"""What a conversion would do, from config.json alone: no weights are read, and none need to exist."""
 
 import re
 from dataclasses import dataclass
@@ -6,15 +6,15 @@ from math import prod
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
-from real_megatron.bridge import side_files
-from real_megatron.bridge.convert import check_layout
+from real_megatron.bridge.description import ModelDescription
 from real_megatron.bridge.expansion import padded_vocab, parameters
 from real_megatron.bridge.families import describe
-from real_megatron.bridge.layout import Layout
-from real_megatron.bridge.transforms import Shape
+from real_megatron.bridge.placement import ParallelLayout, check_layout
+from real_megatron.hf.checkpoint import Shape
+from real_megatron.hf.directory import checkpoint_directory
+from real_megatron.hf.side_files import read_config
 
 _PREFIXES = ("decoder.layers.{layer}.", "model.layers.{layer}.")
 
@@ -37,44 +37,51 @@ class Row:
         return self.count * prod(self.whole)
 
 
-def mapping(config_path: str | Path, *, tp: int = 1, pp: int = 1, ep: int = 1, vocab_multiple: int = 64) -> list[Row]:
-    """The mapping table of a model at a layout, one row per kind of parameter."""
-    description = describe(side_files.read_config(Path(config_path)))
-    check_layout(description, Layout(tp, pp, ep))
+def mapping(description: ModelDescription, layout: ParallelLayout | None = None, vocab_multiple: int = 64) -> list[Row]:
+    """The mapping table of a model at a layout (default: one rank), one row per kind of parameter.
+
+    Raises ConfigError for a layout that does not divide the model.
+    """
+    layout = layout or ParallelLayout()
+    check_layout(description, layout)
     rows: dict[tuple[str, str], Row] = {}
-    for parameter in parameters(description, vocab_rows=padded_vocab(description, tp, vocab_multiple)):
+    for parameter in parameters(description, vocab_rows=padded_vocab(description, layout.tensor, vocab_multiple)):
         transform = parameter.transform
         key = (_pattern(parameter.name), _pattern(parameter.te_name))
         if key not in rows:
             names = tuple(map(_pattern, parameter.hf))
-            rows[key] = Row(*key, names, transform.kind, transform.shape, transform.shard_shape(tp))
+            rows[key] = Row(*key, names, transform.kind, transform.shape, transform.shard_shape(layout.tensor))
         rows[key].count += 1
     return list(rows.values())
 
 
 def dry_run(
-    config_path: str | Path,
+    hf_path: str | Path,
     *,
-    tp: int = 1,
-    pp: int = 1,
-    ep: int = 1,
+    revision: str | None = None,
+    family: str = "auto",
+    tensor: int = 1,
+    pipeline: int = 1,
+    expert: int = 1,
     dtype: torch.dtype | None = None,
     vocab_multiple: int = 64,
 ) -> Table:
-    """The mapping as a table: names on both sides, shapes, the cut, counts and sizes.
+    """The mapping as a table: names on both sides, shapes, transforms, counts and sizes.
 
-    dtype: for the sizes; default: the one that config.json names, else bfloat16.
+    hf_path: a directory with config.json, or a name on the hub, there at `revision`; weights are neither needed nor
+    downloaded. dtype: for the sizes; default: the one that config.json names, else bfloat16. The others are those of
+    `convert_hf_to_megatron`, and so are the errors.
     """
-    config = side_files.read_config(Path(config_path))
-    description = describe(config)
+    config = read_config(checkpoint_directory(hf_path, revision, weights=False))
+    description = describe(config, family)
     dtype = dtype or config.dtype or torch.bfloat16
-    rows = mapping(config_path, tp=tp, pp=pp, ep=ep, vocab_multiple=vocab_multiple)
+    rows = mapping(description, ParallelLayout(tensor, pipeline, expert), vocab_multiple)
     total = sum(parameter.hf_numel for parameter in parameters(description))
     name = str(dtype).removeprefix("torch.")
     experts = f", {{expert}}: 0 to {description.num_experts - 1}" if description.num_experts else ""
     table = Table(
         title=f"{description.family}: {total:,} parameters, {_size(total * dtype.itemsize)} in {name}; "
-        f"TP {tp}, PP {pp}, EP {ep}",
+        f"TP {tensor}, PP {pipeline}, EP {expert}",
         caption=f"A leading dot stands for {_PREFIXES[0]} and {_PREFIXES[1]}, {{layer}}: 0 to "
         f"{description.num_layers - 1}{experts}. TE: the name in the Transformer Engine spec.",
         show_footer=True,
@@ -100,14 +107,6 @@ def dry_run(
             _size(row.elements * dtype.itemsize),
         )
     return table
-
-
-def print_mapping(config_path: str | Path, **options: object) -> None:
-    """Print `dry_run`; wide where the output is no terminal."""
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=180)
-    console.print(dry_run(config_path, **options))
 
 
 def _pattern(name: str) -> str:

@@ -1,16 +1,17 @@
 """The parameter table: which Hugging Face tensors make up which Megatron parameter, for a whole model.
 
 A family's TABLE is a tuple of rules with `{layer}` and `{expert}` in their names; `bridge.parameters(description)`
-expands it. Conversion, export, weight sync and the planner's parameter count all read the expansion, and only it.
+expands it. Conversion, export, weight sync and the parameter count use this expansion and nothing else.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
 from math import prod
 
 from real_megatron.bridge.description import ModelDescription
-from real_megatron.bridge.transforms import Shape, Transform, Vocabulary
+from real_megatron.bridge.transforms import Reader, Transform, Vocabulary
+from real_megatron.hf.checkpoint import HFCheckpoint, Shape
 
 
 @dataclass(frozen=True)
@@ -18,8 +19,8 @@ class Rule:
     """One row of a table.
 
     name: of the parameter in Megatron's local layer spec. te_name: in the Transformer Engine spec, where it differs.
-    hf: the Hugging Face tensors, in the transform's order. transform: from the description. when: a condition on the
-    description. layers: "all", or only the "dense" or "moe" ones.
+    hf: the Hugging Face tensors, in the transform's order. transform: made from the description. when: a condition on
+    the description. layers: "all", or only the "dense" or "moe" ones.
     """
 
     name: str
@@ -46,6 +47,10 @@ class Parameter:
         """Shapes of the Hugging Face tensors by name."""
         return dict(zip(self.hf, self.transform.hf_shapes, strict=True))
 
+    def reader(self, checkpoint: HFCheckpoint) -> Reader:
+        """The transform's view of the Hugging Face tensors in a checkpoint."""
+        return lambda i, rows, columns: checkpoint.block(self.hf[i], rows, columns)
+
     @property
     def hf_numel(self) -> int:
         """Number of elements, without vocabulary padding."""
@@ -55,12 +60,12 @@ class Parameter:
 def expand(table: tuple[Rule, ...], description: ModelDescription, vocab_rows: int | None) -> Iterator[Parameter]:
     """The parameters of a concrete model, in the table's order, layer by layer; see bridge.parameters."""
     rules = [rule for rule in table if rule.when is None or rule.when(description)]
-    for per_layer, section in groupby(rules, key=lambda rule: "{layer}" in rule.name):
+    for per_layer, group in groupby(rules, key=lambda rule: "{layer}" in rule.name):
         if not per_layer:
-            for rule in section:
+            for rule in group:
                 yield _parameter(rule, _transform(rule, description, vocab_rows))
             continue
-        bound = [(rule, rule.transform(description)) for rule in section]
+        bound = [(rule, rule.transform(description)) for rule in group]
         for layer in range(description.num_layers):
             kind = "moe" if description.is_moe_layer(layer) else "dense"
             for rule, transform in bound:
@@ -69,6 +74,11 @@ def expand(table: tuple[Rule, ...], description: ModelDescription, vocab_rows: i
                 experts = range(description.num_experts) if "{expert}" in rule.name else (None,)
                 for expert in experts:
                     yield _parameter(rule, transform, layer, expert)
+
+
+def hf_shapes(parameters: Iterable[Parameter]) -> dict[str, Shape]:
+    """Name and shape of every Hugging Face tensor that the parameters are made of."""
+    return {name: shape for parameter in parameters for name, shape in parameter.hf_shapes.items()}
 
 
 def _transform(rule: Rule, description: ModelDescription, vocab_rows: int | None) -> Transform:

@@ -14,13 +14,12 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.default_planner import (
     DefaultLoadPlanner,
     DefaultSavePlanner,
     create_default_global_save_plan,
 )
-from torch.distributed.checkpoint.filesystem import _StoragePrefix
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter, _StoragePrefix
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     MetadataIndex,
@@ -39,9 +38,11 @@ from torch.distributed.checkpoint.planner import (
 )
 
 from real_megatron.bridge.dcp_metadata import read_metadata
-from real_megatron.bridge.hf_reader import CheckpointError
-from real_megatron.bridge.transforms import Range, Shape
+from real_megatron.errors import CheckpointError
+from real_megatron.hf.checkpoint import Range, Shape
 
+Produce = Callable[[MetadataIndex], torch.Tensor]
+"""The tensor of a block, by DCP's name for it."""
 CONFIG = {
     "sharded_backend": "torch_dist",
     "sharded_backend_version": 1,
@@ -51,7 +52,7 @@ CONFIG = {
 
 
 @dataclass(frozen=True)
-class Block:
+class StoredBlock:
     """A block of a stored tensor, to be written."""
 
     key: str
@@ -67,7 +68,7 @@ class Block:
 
     @property
     def item(self) -> WriteItem:
-        """DCP's order to write it."""
+        """DCP's instruction to write it."""
         chunk = ChunkStorageMetadata(torch.Size(self.offset), torch.Size(self.sizes))
         data = TensorWriteData(chunk, TensorProperties(dtype=self.dtype), torch.Size(self.shape))
         return WriteItem(self.index, WriteItemType.SHARD, tensor_data=data)
@@ -82,7 +83,7 @@ class _Writer(FileSystemWriter):
 class _LazyPlanner(DefaultSavePlanner):
     """Produces each tensor when the writer asks for it."""
 
-    def __init__(self, produce: Callable[[MetadataIndex], torch.Tensor]) -> None:
+    def __init__(self, produce: Produce) -> None:
         super().__init__()
         self.produce = produce
 
@@ -100,7 +101,7 @@ def _empty_object() -> io.BytesIO:
 
 
 def write_file(
-    directory: Path, prefix: str, blocks: Sequence[Block], objects: Sequence[str], produce: Callable
+    directory: Path, prefix: str, blocks: Sequence[StoredBlock], objects: Sequence[str], produce: Produce
 ) -> tuple[SavePlan, list[Any]]:
     """Write one `<prefix>0.distcp` file; `produce(index)` returns the tensor of a block (stacking axes may be missing).
 
@@ -123,7 +124,7 @@ def finish(directory: Path, written: Sequence[tuple[SavePlan, list[Any]]]) -> No
 
 
 class TorchDistCheckpoint:
-    """Reads tensors, or parts of them, from a `torch_dist` checkpoint directory.
+    """Reads tensors, or some of their rows, from a `torch_dist` checkpoint directory.
 
     Raises CheckpointError when it is not one, or when a file is missing or too short. Can be pickled.
     """
@@ -142,7 +143,7 @@ class TorchDistCheckpoint:
         self.metadata = read_metadata(self.directory / ".metadata")
         entries = self.metadata.state_dict_metadata.items()
         self.tensors = {key: entry for key, entry in entries if isinstance(entry, TensorStorageMetadata)}
-        """Shape, dtype and chunks of every stored tensor by key."""
+        """Shape, dtype and blocks (DCP calls them chunks) of every stored tensor by key."""
         self._check_files()
 
     def read(self, key: str, index: Shape = (), rows: Range | None = None) -> torch.Tensor:
@@ -182,8 +183,8 @@ class TorchDistCheckpoint:
         """`rows` of the tensor at `index`, block by block as they are stored, so that no block is read twice."""
         axis = len(index)
         edges = {edge for c in self.tensors[key].chunks for edge in (c.offsets[axis], c.offsets[axis] + c.sizes[axis])}
-        edges = sorted({edge for edge in edges if rows[0] < edge < rows[1]} | set(rows))
-        for first, last in pairwise(edges):
+        bounds = sorted({edge for edge in edges if rows[0] < edge < rows[1]} | set(rows))
+        for first, last in pairwise(bounds):
             yield self.read(key, index, (first, last))
 
     def _check_files(self) -> None:
@@ -216,6 +217,7 @@ class _Destination(DefaultLoadPlanner):
 
 
 def _overlap(chunk: ChunkStorageMetadata, start: Shape, stop: Shape) -> tuple[Shape, Shape] | None:
+    """Bounds of the intersection of a stored block with a range of indices; None if it is empty."""
     lows = tuple(max(a, offset) for a, offset in zip(start, chunk.offsets, strict=True))
     ends = (offset + size for offset, size in zip(chunk.offsets, chunk.sizes, strict=True))
     highs = tuple(min(b, end) for b, end in zip(stop, ends, strict=True))

@@ -1,8 +1,8 @@
-"""Independent pieces of work over processes, with one progress bar in bytes."""
+"""Independent tasks over processes, with one progress bar in bytes."""
 
 import multiprocessing as mp
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from typing import Any
 
 import torch
@@ -24,8 +24,12 @@ def run(
     with tqdm(
         total=total_bytes, desc=title, unit="B", unit_scale=True, unit_divisor=1024, disable=not show_progress
     ) as bar:
+
+        def advance(count: int) -> None:
+            bar.update(count)
+
         if min(workers, len(tasks)) <= 1:
-            return [work(task, bar.update) for task in tasks]
+            return [work(task, advance) for task in tasks]
         context = mp.get_context("spawn")
         done = context.Value("q", 0)
         with ProcessPoolExecutor(min(workers, len(tasks)), context, _start, (work, done)) as pool:
@@ -44,7 +48,7 @@ def run(
         return results
 
 
-def _wait(future: Any) -> None:
+def _wait(future: Future[Any]) -> None:
     try:
         future.exception(timeout=0.2)
     except TimeoutError:

@@ -2,11 +2,14 @@
 
 from real_megatron.data.encode import encode_prompt, encode_prompts, encode_target, encode_targets, prompt_text
 from real_megatron.data.example import JudgeExample
+from real_megatron.data.formats import BadRecord, Record, register_format
 from real_megatron.data.load import example_from_record, load_examples
 from real_megatron.data.template import Template, load_template
 
 __all__ = [
+    "BadRecord",
     "JudgeExample",
+    "Record",
     "Template",
     "encode_prompt",
     "encode_prompts",
@@ -16,4 +19,5 @@ __all__ = [
     "load_examples",
     "load_template",
     "prompt_text",
+    "register_format",
 ]

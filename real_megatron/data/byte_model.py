@@ -1,4 +1,4 @@
-"""A byte-level tokenizer and a tiny random model: any judge file runs on them, if only to see that it runs."""
+"""A byte-level tokenizer and a tiny random model: any judge file can be tried with them."""
 
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ BYTES = 256
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a UTF-8 byte, its id the byte's value; then <pad> and <eos>."""
+    """One token per UTF-8 byte, whose id is the byte's value; then <pad> and <eos>."""
     tokenizer = Tokenizer(models.BPE(vocab={char: byte for byte, char in enumerate(_byte_chars())}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -7,6 +7,7 @@ from transformers import PreTrainedTokenizerBase
 
 from real_megatron.batch.types import Group, Trajectory
 from real_megatron.data.example import JudgeExample
+from real_megatron.errors import DataError
 from real_megatron.scores import CONTEXT, ScoreScale
 
 logger = logging.getLogger(__name__)
@@ -16,7 +17,7 @@ def prompt_text(tokenizer: PreTrainedTokenizerBase, example: JudgeExample, chat_
     """The prompt as text, up to where the response begins.
 
     Written with the tokenizer's chat template if it has one and `chat_template` is true; else the messages' contents,
-    separated by blank lines. Raises ValueError when the chat template refuses the messages.
+    separated by blank lines. Raises DataError if the chat template refuses the messages.
     """
     messages = example.messages
     if not _templated(tokenizer, chat_template):
@@ -28,16 +29,17 @@ def prompt_text(tokenizer: PreTrainedTokenizerBase, example: JudgeExample, chat_
         )
     except Exception as error:  # whatever a Jinja template raises
         roles = ", ".join(message["role"] for message in messages)
-        raise ValueError(
+        raise DataError(
             f"example {example.id}: the tokenizer's chat template refuses messages of the roles {roles}: {error}; "
-            "use other roles, for example the system message's text at the beginning of the user's"
+            "use other roles, for example write the system message's text at the beginning of the user's"
         ) from error
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, example: JudgeExample, chat_template: bool = True) -> list[int]:
     """Token ids of the prompt, to be continued by a response.
 
-    Begin-of-sequence tokens come from the chat template, or without one from the tokenizer; never an end of sequence.
+    Begin-of-sequence tokens come from the chat template, or without one from the tokenizer; an end-of-sequence token is
+    never added. Raises DataError for an empty prompt, and as `prompt_text`.
     """
     return _encode_prompts(tokenizer, [example], chat_template)[0]
 
@@ -56,7 +58,7 @@ def encode_prompts(
     kept = [(example, ids) for example, ids in encoded if len(ids) <= max_tokens]
     if len(kept) < len(examples):
         logger.warning(
-            "dropped %d of %d examples whose prompt is longer than %d tokens",
+            "dropped %d of %d examples whose prompt is longer than %d tokens (data.max_prompt_tokens)",
             len(examples) - len(kept),
             len(examples),
             max_tokens,
@@ -67,17 +69,17 @@ def encode_prompts(
 def encode_target(tokenizer: PreTrainedTokenizerBase, scale: ScoreScale, example: JudgeExample) -> Trajectory:
     """The supervised response of an example: CoT, anchor, score, end of sequence.
 
-    A CoT ends where the anchor begins, should it hold one, and stands on a line of its own before the anchor. Anchor
-    and score are the scale's own tokens, never found again by tokenising the joint text, so that training and
-    generation agree on them. The score is the one nearest to the label. Its token carries no token loss (its
+    A CoT that contains the anchor ends before it; the CoT stands on a line of its own before the anchor. Anchor and
+    score are the scale's own tokens and not those of the whole text tokenised at once, so that training and generation
+    agree on them. The score is the one nearest to the label. Its token carries no token loss (its
     likelihood is that of the answer position, the last anchor token); every other token does.
 
-    Raises ValueError for an example without a CoT or a label.
+    Raises DataError for an example without a CoT or a label.
     """
     if example.cot is None:
-        raise ValueError(f"example {example.id} has no critique: supervised training needs 'cot' in every record")
+        raise DataError(f"example {example.id} has no critique: supervised training needs 'cot' in every record")
     if not example.has_label:
-        raise ValueError(f"example {example.id} has no label: supervised training needs one in every record")
+        raise DataError(f"example {example.id} has no label: supervised training needs one in every record")
     cot = example.cot.partition(scale.anchor_text.strip())[0].strip()
     cot_ids = tokenizer.encode(cot + CONTEXT, add_special_tokens=False) if cot else []
     score = scale.score_ids[scale.label_index(example.label)]
@@ -108,7 +110,7 @@ def encode_targets(
             groups.append(Group(prompt_ids, [target], example.label, example.id))
     if len(groups) < len(short):
         logger.warning(
-            "dropped %d of %d examples whose response is longer than %d tokens",
+            "dropped %d of %d examples whose response is longer than %d tokens (data.max_response_tokens)",
             len(short) - len(groups),
             len(short),
             max_response_tokens,
@@ -130,7 +132,7 @@ def _encode_prompts(
     rows = tokenizer(texts, add_special_tokens=special, return_attention_mask=False)["input_ids"]
     for example, row in zip(examples, rows, strict=True):
         if special and row and row[-1] == tokenizer.eos_token_id:
-            row.pop()  # some tokenizers close every text
+            row.pop()  # some tokenizers end every text with it
         if not row:
-            raise ValueError(f"example {example.id}: the prompt is empty; give it a text")
+            raise DataError(f"example {example.id}: the prompt is empty; give it a text")
     return rows

@@ -1,10 +1,18 @@
-"""The published record formats of judge data, each as fields of a prompt, score annotations and a critique.
+"""Record formats of judge data: each reads a record as fields of a prompt, score annotations and a critique.
 
-Prometheus data (prometheus-eval, MIT and CC-BY-4.0 licences; Kim et al., arXiv 2310.08491 and 2405.01535):
-Feedback Collection and Feedback Bench hold one score per record, with the prompt's parts in columns `orig_*`; the
-evaluation files of FLASK, Vicuna Bench and MT Bench hold the finished prompt in `instruction` and several annotations
-in `gpt4_score` (FLASK also `human_score`). Their evaluation averages the annotations of a record, leaves out records
-without any, and cleans `instruction` of surrounding white space and a stray `",`.
+A format is a reader under a name of `data.*.format`, added with `register_format`, or named as `module:name`. A reader
+
+- gets one record, a mapping of column names to JSON values, exactly as it stands in the file;
+- returns a `Record`; one without scores has no label: `load_examples` leaves it out, counts and logs it (for `jsonl` it
+  is an error);
+- raises `BadRecord` with a message that says what is wrong and how to fix it; the place is added by the caller. Any
+  other exception is a bug of the reader and ends the run with its traceback.
+
+The published formats here are those of Prometheus (prometheus-eval, MIT and CC-BY-4.0 licences; Kim et al., arXiv
+2310.08491 and 2405.01535). Feedback Collection and Feedback Bench hold one score per record, with the prompt's parts in
+columns `orig_*`; the evaluation files of FLASK, Vicuna Bench and MT Bench hold the finished prompt in `instruction` and
+several annotations in `gpt4_score` (FLASK also `human_score`). Their evaluation averages the annotations of a record,
+leaves out records without any, and strips surrounding white space and a stray `",` from `instruction`.
 """
 
 import math
@@ -12,7 +20,10 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from statistics import fmean
-from typing import Any
+from typing import Any, TypeVar
+
+from real_megatron.errors import DataError
+from real_megatron.registry import Registry
 
 RESULT = "[RESULT]"
 HEADINGS = {
@@ -29,8 +40,11 @@ RUBRIC = re.compile(
 )
 
 
-class BadRecord(ValueError):
-    """A record that does not fit its format. The message says what is wrong and the mend, but not where."""
+class BadRecord(DataError):
+    """A record that does not fit its format, as readers raise it: the message does not say where.
+
+    `load_examples` raises a DataError in its place, whose message begins with file and line.
+    """
 
 
 @dataclass
@@ -44,8 +58,11 @@ class Record:
     critiques: list[str] = field(default_factory=list)
     """Critiques; one per score, or any number where there is one score."""
     messages: list[dict[str, str]] | None = None
+    """The prompt as chat messages (`role`, `content`), which the template `plain` takes as they are."""
     id: str | None = None
+    """Unique within the data set; None: made from the file's name and the record's number."""
     meta: dict[str, Any] = field(default_factory=dict)
+    """Further columns, for slicing results; never shown to the judge."""
 
     @property
     def label(self) -> float:
@@ -121,21 +138,35 @@ def read_evaluation(record: Mapping[str, Any], score: str = "gpt4_score") -> Rec
     return result
 
 
-READERS: dict[str, Callable[..., Record]] = {
-    "jsonl": read_jsonl,
-    "feedback_collection": read_feedback,
-    "feedback_bench": read_feedback,
-    "flask": read_evaluation,
-    "vicuna_bench": read_evaluation,
-    "mt_bench": read_evaluation,
-}
+Reader = Callable[[Mapping[str, Any]], Record]
+R = TypeVar("R", bound=Reader)
+FORMATS: Registry[Reader] = Registry("record format", "data.*.format")
+for _name, _read in (
+    ("jsonl", read_jsonl),
+    ("feedback_collection", read_feedback),
+    ("feedback_bench", read_feedback),
+    ("flask", read_evaluation),
+    ("vicuna_bench", read_evaluation),
+    ("mt_bench", read_evaluation),
+):
+    FORMATS.register(_name, _read, __name__)
+
+
+def register_format(name: str) -> Callable[[R], R]:
+    """A decorator that adds a reader (see the module's docstring) as the format `name`."""
+
+    def register(read: R) -> R:
+        FORMATS.register(name, read, getattr(read, "__module__", "?"))
+        return read
+
+    return register
 
 
 def sections(prompt: str) -> dict[str, str]:
-    """The parts of a finished Prometheus prompt, under the column names of Feedback Collection.
+    """The sections of a finished Prometheus prompt, under the column names of Feedback Collection.
 
-    Only those that are found: a prompt without a reference answer has no `orig_reference_answer`. A heading inside of
-    a part, as when a judge's prompt is judged, does not end it: the order of the headings decides.
+    Only those that are found: a prompt without a reference answer has no `orig_reference_answer`. A heading inside a
+    section, as when a judge's prompt is judged, does not end it: the order of the headings decides.
     """
     found: list[tuple[str, int, int]] = []
     for heading, name in HEADINGS.items():
@@ -148,9 +179,9 @@ def sections(prompt: str) -> dict[str, str]:
         return {}
     end = prompt.rfind("###Feedback:")
     stops = [start for _, start, _ in found[1:]] + [end if end >= 0 else len(prompt)]
-    parts = {name: prompt[begin:stop].strip() for (name, _, begin), stop in zip(found, stops, strict=True)}
-    rubric = RUBRIC.fullmatch(parts.get("score_rubric", ""))
-    return parts | (rubric.groupdict() if rubric else {})
+    texts = {name: prompt[begin:stop].strip() for (name, _, begin), stop in zip(found, stops, strict=True)}
+    rubric = RUBRIC.fullmatch(texts.get("score_rubric", ""))
+    return texts | (rubric.groupdict() if rubric else {})
 
 
 def _nearest(scores: list[float], critiques: list[str], label: float) -> str:

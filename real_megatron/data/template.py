@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from real_megatron.errors import ConfigError
+
 FOLDER = Path(__file__).parent / "templates"
 PLAIN = "plain"
 PLACEHOLDER = re.compile(r"\{\{(\w+)\}\}|\{([A-Za-z_]\w*)\}")
@@ -13,8 +15,8 @@ PLACEHOLDER = re.compile(r"\{\{(\w+)\}\}|\{([A-Za-z_]\w*)\}")
 
 @dataclass(frozen=True)
 class Template:
-    """A prompt template. `{name}` is replaced by the record's field, `{{name}}` stands for itself between single
-    braces; every other brace is literal. Fields are inserted as they are: braces in them mean nothing."""
+    """A prompt template. `{name}` is replaced by the record's field, `{{name}}` is written as `{name}`; every other
+    brace is literal. Fields are inserted as they are: braces in them have no meaning."""
 
     name: str
     text: str
@@ -33,22 +35,26 @@ def load_template(template: str | Template) -> Template:
     """A built-in template by name (`plain`: the prompt as it is; `prometheus`: Prometheus' absolute grading with a
     reference answer, from the fields of Feedback Collection), or one from a UTF-8 file.
 
-    One final newline of the file does not belong to the prompt. Raises ValueError when there is no such template, or
-    when it has no placeholder.
+    One final newline of the file does not belong to the prompt. Raises ConfigError if there is no such template, or if
+    it is not UTF-8 text or has no placeholder.
     """
     if isinstance(template, Template):
         return template
     built_in = {path.stem: path for path in FOLDER.glob("*.txt")}
     path = built_in.get(template, Path(template))
     if not path.is_file():
-        raise ValueError(
+        raise ConfigError(
             f"data.template: {template!r} is neither a built-in template ({', '.join(sorted(built_in))}) nor a file"
         )
     try:
         text = path.read_text(encoding="utf-8").removesuffix("\n")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text ({error.reason}); save the template as UTF-8") from None
+        raise ConfigError(
+            f"data.template: {path}: not UTF-8 text ({error.reason}); save the template as UTF-8"
+        ) from None
     result = Template(template, text)
     if not result.fields:
-        raise ValueError(f"{path}: no placeholder such as {{prompt}}: every example would get the same prompt")
+        raise ConfigError(
+            f"data.template: {path}: no placeholder such as {{prompt}}: every example would get the same prompt"
+        )
     return result

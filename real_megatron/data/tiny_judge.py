@@ -1,22 +1,22 @@
-"""A synthetic judging task, small enough for a laptop CPU, that a small model cannot do without a chain of thought.
+"""A synthetic judging task, small enough for a laptop CPU, that a small model cannot solve without a chain of thought.
 
 The judge reads a start score and then marks on a candidate's work, in order, and gives the final score, 1 to 5:
 
-    good +1    slip −1    note 0    reversed: what was said so far counts the other way round, s becomes 6 − s
+    good +1    slip −1    note 0    reversed: the score so far s becomes 6 − s
 
     prompt   start 2 marks good reversed slip note reversed slip - - - - - critique:
     answer   3 3 2 2 4 3 [RESULT] 3
 
-Why a critique helps: whether a mark counts for or against depends on how many reversals follow it, and marks are drawn
-so that the running score never leaves 1 to 5: nothing is cut off, so the first mark matters as much as the last. Read
-at one glance that is a parity for every mark, which a few layers do not learn; written down, each step is one small
-table look-up. What is left to a direct answer is a hint: after a last `good` the score cannot be 1.
+Why a critique helps: whether a mark counts for or against depends on how many reversals follow it. Marks are drawn so
+that the running score never leaves 1 to 5; it is never clamped, so the first mark matters as much as the last. A direct
+answer needs the parity of the reversals after every mark, which a few layers do not learn; written out, each step is
+one small table look-up. A direct answer has only a hint: after a last `good` the score cannot be 1.
 
-The graders' noise: the critiques that come with the training set are human-like (`Habits`). They overlook reversals,
-miscount, and some say no more than "seems fine overall". The labels are right. So imitation learns the graders' habits,
-and only a reward on the score's error can unlearn them.
+The graders' noise: the critiques of the training set have errors as humans make them (`Habits`). They overlook
+reversals, miscount, and some consist of "seems fine overall" only. The labels are right. So imitation learns the
+graders' habits, and only a reward on the score's error can remove them.
 
-What shifts out of domain (`SHIFTED`): longer work (ten marks were never seen), half of it reversals, no notes.
+What changes out of domain (`SHIFTED`): longer work (ten marks were never seen), half of it reversals, no notes.
 
     python -m real_megatron.data.tiny_judge --output DIR [--seed 0]
 
@@ -41,7 +41,7 @@ CHANGES = {"good": 1, "slip": -1, "note": 0}
 REVERSED = "reversed"
 MARKS = (*CHANGES, REVERSED)
 SLOTS = 11
-"""One more than the most marks: a blank always says that the work ends here."""
+"""One more than the largest number of marks: a blank always marks the end of the work."""
 BLANK = "-"
 ANCHOR = "[RESULT]"
 GUESSES = ("seems", "overall", "fine", "weak")
@@ -63,12 +63,12 @@ VOCABULARY = (
 
 @dataclass(frozen=True)
 class Domain:
-    """Where problems come from: how many marks, and how often each kind."""
+    """A distribution of problems: how many marks, and how often each kind."""
 
     marks: tuple[int, int]
     """Fewest and most marks; the remaining slots stay blank."""
     weights: Mapping[str, float]
-    """Of each kind of mark, among those that keep the running score within the scale."""
+    """Relative frequency of each kind of mark, among those that keep the running score within the scale."""
 
 
 IN_DOMAIN = Domain((6, 9), {"good": 3, "slip": 3, "note": 1, REVERSED: 4})
@@ -78,14 +78,14 @@ SHIFTED = Domain((8, 10), {"good": 3, "slip": 3, REVERSED: 6})
 
 @dataclass(frozen=True)
 class Habits:
-    """How the graders who wrote the training critiques go wrong."""
+    """The errors of the graders who wrote the training critiques."""
 
     forget_reversal: float = 0.05
     """Probability of overlooking a reversal."""
     miscount: float = 0.03
     """Probability, at each mark, of being off by one."""
     guess: float = 0.1
-    """Share of critiques without any running score."""
+    """Fraction of critiques without any running score."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ def change(state: int, mark: str) -> int:
 
 
 def clamp(state: int) -> int:
-    """Where a grader who has lost count stays: at the scale's ends."""
+    """The score limited to the scale, as a grader who has miscounted writes it."""
     return min(HIGHEST, max(LOWEST, state))
 
 
@@ -138,7 +138,7 @@ def draw_problem(rng: random.Random, domain: Domain) -> Problem:
 
 
 def true_critique(problem: Problem) -> str:
-    """The running scores, one a mark."""
+    """The running scores, one per mark."""
     return " ".join(map(str, problem.states))
 
 
@@ -157,7 +157,7 @@ def human_critique(rng: random.Random, problem: Problem, habits: Habits) -> str:
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a word."""
+    """One token per word."""
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(VOCABULARY)}, unk_token=UNKNOWN))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PAD, eos_token=EOS, unk_token=UNKNOWN)
@@ -167,7 +167,7 @@ def build_config() -> Qwen3Config:
     """Qwen3's architecture with about a million parameters.
 
     Without `pad_token_id`: transformers would set that token's embedding to zero, where RMSNorm's derivative is
-    1/√ε = 1000, and one `<pad>` that the model samples would make the gradient of its whole step.
+    1/√ε = 1000, and one `<pad>` that the model samples would dominate the gradient of its whole step.
     """
     return Qwen3Config(
         vocab_size=len(VOCABULARY),

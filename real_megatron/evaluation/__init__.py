@@ -1,1 +1,1 @@
-"""Correlation with the labels, with confidence intervals; judging of files; reports with plots."""
+"""Agreement with the labels, with confidence intervals; results as files; reports with plots. Runs no model."""

@@ -11,7 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from real_megatron.evaluation.runner import Evaluation
+from real_megatron.evaluation.result import Evaluation
 
 Row = Mapping[str, float]
 
@@ -84,10 +84,11 @@ def evaluation_curves(path: Path, stages: Mapping[str, Sequence[Evaluation]]) ->
     One colour a test set. A stage that was evaluated once is a level to compare with: a horizontal broken line.
     False, and no file, when no test set was evaluated at two steps of one stage.
     """
-    curves, levels = {}, {}
+    curves: dict[tuple[str, str], list[Evaluation]] = {}
+    levels: dict[tuple[str, str], list[Evaluation]] = {}
     for stage, evaluations in stages.items():
         for name in dict.fromkeys(e.name for e in evaluations):
-            own = sorted((e for e in evaluations if e.name == name), key=lambda e: e.step)
+            own = sorted((e for e in evaluations if e.name == name), key=_step_of)
             (curves if len(own) > 1 else levels)[stage, name] = own
     if not curves:
         return False
@@ -98,7 +99,7 @@ def evaluation_curves(path: Path, stages: Mapping[str, Sequence[Evaluation]]) ->
     for ax, metric, title in zip(axes, ("pearson", "mse"), ("Pearson correlation", "Squared error"), strict=True):
         for (stage, name), own in curves.items():
             estimates = [e.metrics["rail"][metric] for e in own]
-            steps, values = [e.step for e in own], [e.value for e in estimates]
+            steps, values = [_step_of(e) for e in own], [e.value for e in estimates]
             ax.plot(steps, values, color=colours[name], marker=markers[stage], markersize=4, label=f"{stage}: {name}")
             low, high = [e.low for e in estimates], [e.high for e in estimates]
             ax.fill_between(steps, low, high, color=colours[name], alpha=0.15)
@@ -106,10 +107,16 @@ def evaluation_curves(path: Path, stages: Mapping[str, Sequence[Evaluation]]) ->
             level = only.metrics["rail"][metric].value
             ax.axhline(level, color=colours[name], linestyle=dashes[stage], linewidth=1.2, label=f"{stage}: {name}")
         _label(ax, f"{title} on the test sets (RAIL, 95 % interval)", title)
-        ax.get_legend().remove()  # one for both, below: it would lie upon the levels
+        if (legend := ax.get_legend()) is not None:
+            legend.remove()  # one for both, below: it would lie upon the levels
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
     _save(figure, path)
     return True
+
+
+def _step_of(evaluation: Evaluation) -> int:
+    assert evaluation.step is not None, "curves are drawn of evaluations within training"
+    return evaluation.step
 
 
 def _styles(lines: Mapping[tuple[str, str], object], styles: Sequence[str]) -> dict[str, str]:

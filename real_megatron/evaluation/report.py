@@ -7,10 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from rich.table import Table
+
+from real_megatron.errors import ConfigError, DataError
 from real_megatron.evaluation.metrics import LOWER_IS_BETTER, NAMES, Estimate, paired_difference
 from real_megatron.evaluation.plots import evaluation_curves, learning_curves
-from real_megatron.evaluation.runner import DECODINGS, Evaluation
-from real_megatron.sections import ConfigError
+from real_megatron.evaluation.result import DECODINGS, Evaluation
 
 TITLES = {
     "pearson": "Pearson",
@@ -66,7 +68,7 @@ def read_stage(name: str, directory: Path) -> Stage:
 def read_metrics(path: Path) -> list[dict[str, float]]:
     """Rows of a metrics.jsonl, null as NaN; [] when the file is absent. A last line cut short by a crash is left out.
 
-    Raises ValueError, naming file and line, for any other line that is not a row.
+    Raises DataError, naming file and line, for any other line that is not a row.
     """
     if not path.exists():
         return []
@@ -82,7 +84,7 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             if number == len(lines):
                 break
-            raise ValueError(f"{path}, line {number}: not a row of metrics ({error}); remove the line") from error
+            raise DataError(f"{path}, line {number}: not a row of metrics ({error}); remove the line") from error
     return rows
 
 
@@ -208,6 +210,17 @@ def _settings(evaluations: Mapping[str, Evaluation]) -> list[str]:
             f"{c['no_anchor_rule']}; {c['probabilities']} probabilities; {c['bootstrap']} resamples."
         )
     return [*lines, ""]
+
+
+def console_table(results: Mapping[str, Evaluation]) -> Table:
+    """The metrics of one judge on several test sets, for a terminal."""
+    table = Table("test set", "decoding", *NAMES)
+    for name, result in results.items():
+        for decoding in DECODINGS:
+            estimates = [result.metrics[decoding][metric] for metric in NAMES]
+            cells = [f"{cell(e)} ({e.note})" if e.note else cell(e) for e in estimates]
+            table.add_row(name, decoding, *cells)
+    return table
 
 
 def cell(estimate: Estimate, signed: bool = False) -> str:

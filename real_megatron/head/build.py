@@ -1,11 +1,11 @@
-"""Compiles the row kernels: the CUDA library with nvcc, its CPU twin with the C++ compiler.
+"""Compiles the row kernels: the CUDA library with nvcc, its CPU counterpart with the C++ compiler.
 
 Standard library only, so that set-up can run this file before anything is installed:
 
     python real_megatron/head/build.py --optional --output real_megatron/head/lib cuda
     python -m real_megatron.head.build cpu cuda            # into the user's cache, where first use looks
 
-A library's file name carries a hash of its sources, so one from older sources is never loaded.
+A library's file name contains a hash of its sources, so one from older sources is never loaded.
 """
 
 import argparse
@@ -26,8 +26,16 @@ from pathlib import Path
 SOURCES = Path(__file__).resolve().parent / "csrc"
 INSTALLED = Path(__file__).resolve().parent / "lib"
 
-# GCC vectorises the branch-free exponential only where exception flags need not be kept, and is six times slower else.
-CPU_FLAGS = ("-O3", "-march=native", "-fno-trapping-math", "-std=c++17", "-shared", "-fPIC", "-pthread")
+# Without -fno-trapping-math GCC does not vectorise the branch-free exponential, which is six times slower.
+CPU_FLAGS: tuple[str, ...] = (
+    "-O3",
+    "-march=native",
+    "-fno-trapping-math",
+    "-std=c++17",
+    "-shared",
+    "-fPIC",
+    "-pthread",
+)
 CPU_FLAGS += ("-Wall", "-Wextra")
 # No -use_fast_math: only subnormals are flushed, which lets exp2f be one instruction.
 CUDA_FLAGS = ("-O3", "-std=c++17", "-ftz=true", "-Xptxas", "-v")
@@ -48,13 +56,15 @@ def library_name(kind: str) -> str:
 
 
 def build_cpu(output_dir: Path) -> Path:
-    """Compile the CPU twin for this very machine; returns the library, already there or new. BuildError if it fails."""
+    """Compile the C++ library for this machine, unless it is there already; returns its path.
+    BuildError if that fails."""
     command = [_cxx(), *CPU_FLAGS, str(SOURCES / "head_cpu.cpp")]
     return _compile(command, output_dir / library_name("cpu"))
 
 
 def build_cuda(output_dir: Path) -> Path:
-    """Compile the CUDA library for the architectures that nvcc knows; returns the library. BuildError if it fails."""
+    """Compile the CUDA library for the architectures that nvcc knows, unless it is there already; returns its path.
+    BuildError if that fails."""
     command = [_nvcc(), *CUDA_FLAGS, *cuda_targets(), "-shared", "-Xcompiler", "-fPIC", str(SOURCES / "head_cuda.cu")]
     return _compile(command, output_dir / library_name("cuda"))
 
@@ -71,7 +81,7 @@ def cuda_targets() -> list[str]:
 
 
 def cache_dir(kind: str) -> Path:
-    """The user's folder for libraries of this compiler and, for the CPU twin, this kind of processor."""
+    """The user's folder for libraries of this compiler and, for the C++ library, this kind of processor."""
     compiler = _cxx() if kind == "cpu" else _nvcc()
     flags = CPU_FLAGS if kind == "cpu" else (*CUDA_FLAGS, *cuda_targets())
     machine = _processor() if kind == "cpu" else platform.machine()
@@ -121,7 +131,7 @@ def _run(command: list[str]) -> str:
 
 
 def _compile(command: list[str], library: Path) -> Path:
-    """Run `command` unless `library` exists; one process compiles, the others wait, and nobody sees half a file."""
+    """Run `command` unless `library` exists; one process compiles, the others wait, and none sees a partial file."""
     try:
         library.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         with _locked(library.with_suffix(".lock")):

@@ -1,15 +1,15 @@
-"""How the linear form cuts its work so that its buffers stay inside a byte budget."""
+"""How the linear form divides its work into chunks so that its buffers fit a byte budget."""
 
 from typing import NamedTuple
 
-# Rows are split rather than making chunks narrower than WIDE_COLUMNS, unless the blocks would be lower than that too.
+# Rows are split rather than making chunks narrower than this, unless chunks would have fewer rows than that too.
 WIDE_COLUMNS = 2048
-# A chunk narrower than this wastes the GEMM; a budget too small for it is an error, not a crawl.
+# GEMMs of narrower chunks are inefficient, so a budget too small for this width is an error.
 MIN_COLUMNS = 128
 
 
 class Chunks(NamedTuple):
-    """Blocks of `rows` rows × chunks of `columns` vocabulary columns; the logits of one exist at a time."""
+    """Chunks of `rows` rows × `columns` vocabulary columns; the logits of one chunk exist at a time."""
 
     rows: int
     columns: int
@@ -27,8 +27,8 @@ def plan_chunks(
     """The widest chunks that fit:
     rows·columns·bytes_per_logit + rows·bytes_per_row + columns·bytes_per_column ≤ budget.
 
-    Vocabulary chunks over all rows come first, since each slice of the weight gradient is then touched once; rows are
-    split only where chunks of all rows would become too narrow. With preferred_bytes, chunks of logits larger than that
+    Chunks have all rows if possible, since each row of the weight gradient is then read and written once; rows are
+    split only where chunks of all rows would be too narrow. With preferred_bytes, chunks of logits larger than that
     are not used even where they fit. ValueError if the budget cannot hold one row of MIN_COLUMNS columns.
     """
     for width in (WIDE_COLUMNS, MIN_COLUMNS):
@@ -39,11 +39,11 @@ def plan_chunks(
     if fit_rows < 1:
         needed = narrow * (bytes_per_logit + bytes_per_column) + bytes_per_row
         raise ValueError(f"memory_budget_bytes={budget} cannot hold one row of a chunk: give it at least {needed}")
-    blocks = -(-rows // min(rows, fit_rows)) if rows else 1
-    block_rows = -(-rows // blocks)
-    fit_columns = (budget - block_rows * bytes_per_row) // max(block_rows * bytes_per_logit + bytes_per_column, 1)
+    row_chunks = -(-rows // min(rows, fit_rows)) if rows else 1
+    chunk_rows = -(-rows // row_chunks)
+    fit_columns = (budget - chunk_rows * bytes_per_row) // max(chunk_rows * bytes_per_logit + bytes_per_column, 1)
     if preferred_bytes is not None:
-        fit_columns = min(fit_columns, preferred_bytes // max(block_rows * bytes_per_logit, 1))
+        fit_columns = min(fit_columns, preferred_bytes // max(chunk_rows * bytes_per_logit, 1))
     if fit_columns >= columns:
-        return Chunks(block_rows, columns)
-    return Chunks(block_rows, max(min(MIN_COLUMNS, columns), fit_columns // MIN_COLUMNS * MIN_COLUMNS))
+        return Chunks(chunk_rows, columns)
+    return Chunks(chunk_rows, max(min(MIN_COLUMNS, columns), fit_columns // MIN_COLUMNS * MIN_COLUMNS))

@@ -1,4 +1,4 @@
-"""GEMMs of the linear form: inputs in the model's dtype, results and sums where wanted in float32."""
+"""GEMMs of the linear form: inputs in the model's dtype, results and sums in that dtype or in float32."""
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ def add_weight_grad(weight: Tensor, main_grad: Tensor | None, grad: Tensor | Non
 
     Megatron's convention (`linear_with_grad_accumulation_and_async_allreduce`): mark the parameter, and return a dummy,
     so that its gradient hooks still run in the main thread; zeros where the parameter says (`zero_out_wgrad`) that
-    somebody else, such as a tied embedding, adds to the same `.grad`.
+    another layer, such as a tied embedding, adds to the same `.grad`.
     """
     if main_grad is None:
         return grad

@@ -1,4 +1,4 @@
-"""Guard of the in-place backward: nobody else may hold a tensor whose storage is about to be overwritten."""
+"""Check of the in-place backward: no other reference may exist to a tensor whose storage is about to be overwritten."""
 
 import sys
 from functools import cache
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class HeldTensorError(RuntimeError):
-    """The logits cannot be overwritten with their gradient, because somebody could still read them."""
+    """The logits cannot be overwritten with their gradient, because something else could still read them."""
 
 
 def forbid_other_holders(saved: Tensor) -> None:
@@ -17,7 +17,7 @@ def forbid_other_holders(saved: Tensor) -> None:
     keeps in exactly one local variable).
 
     Sees Python references to the tensor, to the tensor it is a view of and to its storage, and aliases of the storage
-    (detached copies, slices, `.data`). Tensors that another autograd node saved need no check here: their version
+    (views, `detach()`, `.data`). Tensors that another autograd node saved need no check here: their version
     counter moves with the write, and PyTorch itself refuses to use them.
     """
     idle = idle_counts()
@@ -37,7 +37,7 @@ def forbid_other_holders(saved: Tensor) -> None:
 
 
 class _Probe(torch.autograd.Function):
-    """Counts the holders of a tensor that is known to be held by autograd alone."""
+    """Counts the references to a tensor that is known to be held by autograd alone."""
 
     counts: dict[str, int] = {}
 
@@ -64,7 +64,7 @@ class _Probe(torch.autograd.Function):
 @cache
 def idle_counts() -> dict[str, int]:
     """The counts of an unheld tensor. Call once before any backward, so that none runs inside another."""
-    # Measured, not assumed: how many references the interpreter and PyTorch hold themselves differs by version.
+    # Measured, because the number of references that the interpreter and PyTorch hold themselves differs by version.
     with torch.enable_grad():
         x = torch.zeros(2, 2, requires_grad=True)
         out = _Probe.apply((x * 1).view(4))

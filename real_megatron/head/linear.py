@@ -14,18 +14,18 @@ from torch.distributed import ProcessGroup
 from real_megatron.head.chunks import Chunks, plan_chunks
 from real_megatron.head.gemm import add_mm, add_weight_grad, mm
 from real_megatron.head.logits import check_rows
-from real_megatron.head.ops import Form, kernels
+from real_megatron.head.ops import Kernels, row_kernels
 from real_megatron.head.rows import GatherRows
 from real_megatron.head.shard import (
-    Shard,
+    VocabularyShard,
     all_gather_packed,
     merge_packed,
     reduce_scatter_rows,
     vocabulary_shard,
 )
-from real_megatron.head.torch_form import accumulate_dtype
+from real_megatron.head.torch_kernels import accumulate_dtype
 
-# Measured: on a CPU a chunk that stays in the last-level cache beats a larger one (tools/benchmark_head.py chunks).
+# Measured: on a CPU a chunk that stays in the last-level cache is faster than a larger one.
 CPU_CHUNK_BYTES = 16 << 20
 
 Reduction = Literal["none", "all_reduce", "reduce_scatter"]
@@ -42,23 +42,23 @@ def linear_gathered_log_softmax(
     padded_vocab_size: int | None = None,
     memory_budget_bytes: int = 256 << 20,
     fp32_logits: bool = False,
-    form: Form = "auto",
+    kernels: Kernels = "auto",
     reduce_dhidden: Reduction = "none",
 ) -> Tensor:
     """log softmax(hidden @ weightᵀ)[row, id] for each id that each row asks for, chunk by chunk.
 
-    Forward computes the logits of one vocabulary chunk at a time and keeps only statistics. Backward computes them
-    again, turns them into their gradient in place and adds to dhidden (float32) and to the chunk's slice of dweight.
+    Forward computes the logits of one vocabulary chunk at a time and keeps only row statistics. Backward computes them
+    again, turns them into their gradient in place and adds to dhidden (float32) and to the chunk's rows of dweight.
 
     hidden: [R, H]. weight: [V_local, H], same dtype; rank r of `group` holds rows `[r·V_local, (r + 1)·V_local)`.
-    rows, vocab_size, group, padded_vocab_size, form: as in `gathered_log_softmax`.
+    rows, vocab_size, group, padded_vocab_size, kernels: as in `gathered_log_softmax`.
     memory_budget_bytes: bound on the buffers beside inputs, outputs and gradients.
     fp32_logits: keep the logits in float32 instead of rounding them to the dtype of the GEMM's inputs (in bf16 one
         ulp is 0.125 at |logit| ≥ 16); the backward GEMMs still take the input dtype.
-    reduce_dhidden: "none": the gradient of `hidden` is this rank's partial one, for a copy- or gather-region around the
-        call to reduce. "all_reduce": summed over `group`. "reduce_scatter" (sequence parallelism): `hidden` is this
-        rank's [R / size, H] part of the rows, gathered here, in forward and again in backward, and its gradient is
-        reduce-scattered. Both reductions overlap the last weight-gradient GEMM.
+    reduce_dhidden: "none": the gradient of `hidden` is this rank's contribution alone, and a copy- or gather-region
+        around the call reduces it. "all_reduce": summed over `group`. "reduce_scatter" (sequence parallelism): `hidden`
+        is this rank's [R / size, H] shard of the rows, gathered here, in forward and again in backward, and its
+        gradient is reduce-scattered. Both reductions overlap the last weight-gradient GEMM.
 
     The weight gradient is added to `weight.main_grad` where the parameter has one (Megatron's convention), tied
     embeddings included, else returned to autograd. Returns float32 [nnz] (float64 for float64), the same on every rank.
@@ -79,7 +79,7 @@ def linear_gathered_log_softmax(
     size = group.size() if group is not None and reduce_dhidden == "reduce_scatter" else 1
     check_rows(hidden.shape[0] * size, hidden, "hidden", rows)
     shard = vocabulary_shard(weight.shape[0], rows, vocab_size, padded_vocab_size, group)
-    call = _Call(rows, shard, group, memory_budget_bytes, fp32_logits, form, reduce_dhidden)
+    call = _Call(rows, shard, group, memory_budget_bytes, fp32_logits, kernels, reduce_dhidden)
     return _LinearGathered.apply(hidden, weight, call)
 
 
@@ -88,11 +88,11 @@ class _Call:
     """The constants of one call."""
 
     rows: GatherRows
-    shard: Shard
+    shard: VocabularyShard
     group: ProcessGroup | None
     budget: int
     fp32_logits: bool
-    form: str
+    kernels: Kernels
     reduction: Reduction
 
     def logits_dtype(self, hidden: Tensor) -> torch.dtype:
@@ -119,25 +119,25 @@ class _Call:
         costs = (bytes_per_logit, bytes_per_row, bytes_per_column)
         return plan_chunks(hidden.shape[0], self.shard.columns, *costs, self.budget, preferred)
 
-    def plan(self, hidden: Tensor, backward: bool) -> tuple[list[_Block], list[_Span], Tensor]:
-        """Row blocks, vocabulary chunks, and the flat buffer for the logits of one block and chunk."""
+    def plan(self, hidden: Tensor, backward: bool) -> tuple[list[_RowChunk], list[_Bounds], Tensor]:
+        """Chunks of rows, chunks of vocabulary columns, and the flat buffer for the logits of one chunk of both."""
         chunks = self.chunks(hidden, backward)
-        spans = _spans(hidden.shape[0], chunks.rows)
-        blocks = [_Block(*span, self.rows if len(spans) == 1 else self.rows.slice(*span)) for span in spans]
+        bounds = _bounds(hidden.shape[0], chunks.rows)
+        row_chunks = [_RowChunk(*b, self.rows if len(bounds) == 1 else self.rows.slice(*b)) for b in bounds]
         buffer = hidden.new_empty(chunks.rows * chunks.columns, dtype=self.logits_dtype(hidden))
-        return blocks, _spans(self.shard.columns, chunks.columns), buffer
+        return row_chunks, _bounds(self.shard.columns, chunks.columns), buffer
 
 
-class _Block(NamedTuple):
+class _RowChunk(NamedTuple):
     start: int
     end: int
     rows: GatherRows
 
 
-_Span = tuple[int, int]
+_Bounds = tuple[int, int]
 
 
-def _spans(length: int, step: int) -> list[_Span]:
+def _bounds(length: int, step: int) -> list[_Bounds]:
     return [(start, min(start + step, length)) for start in range(0, length, max(step, 1))]
 
 
@@ -147,23 +147,23 @@ class _LinearGathered(torch.autograd.Function):
         rows, shard = call.rows, call.shard
         full = call.full_hidden(hidden)
         if any(ctx.needs_input_grad):
-            call.chunks(full, backward=True)  # too small a budget is said now, not in the middle of backward
-        blocks, chunks, buffer = call.plan(full, backward=False)
-        kernel = kernels(call.form, full.device, buffer.dtype)
-        parts = []
-        for start, end, block in blocks:
-            seen = _nothing_seen(block, buffer)
-            for c0, c1 in chunks:
+            call.chunks(full, backward=True)  # raises for too small a budget now rather than in backward
+        row_chunks, column_chunks, buffer = call.plan(full, backward=False)
+        kernel = row_kernels(call.kernels, full.device, buffer.dtype)
+        by_chunk = []
+        for start, end, asked in row_chunks:
+            seen = _nothing_seen(asked, buffer)
+            for c0, c1 in column_chunks:
                 z = _view(buffer, end - start, c1 - c0)
                 mm(full[start:end], weight[c0:c1].t(), out=z)
-                chunk = Shard(shard.first_id + c0, c1 - c0)
-                packed = kernel.stats(z, block.ids, block.offsets, block.row_index, None, chunk)
-                merged = merge_packed(torch.stack([seen, packed]), end - start, block.nnz, has_values=False)
+                columns = VocabularyShard(shard.first_id + c0, c1 - c0)
+                packed = kernel.stats(z, asked.ids, asked.offsets, asked.row_index, None, columns)
+                merged = merge_packed(torch.stack([seen, packed]), end - start, asked.nnz, has_values=False)
                 seen = torch.cat([merged.max, merged.sum, merged.logits])
-            parts.append(seen.split([end - start, end - start, block.nnz]))
+            by_chunk.append(seen.split([end - start, end - start, asked.nnz]))
         del buffer
-        columns = [part for column in zip(*parts, strict=True) for part in column]
-        local = torch.cat(columns) if columns else full.new_empty(0, dtype=accumulate_dtype(full.dtype))
+        by_kind = [values for kind in zip(*by_chunk, strict=True) for values in kind]
+        local = torch.cat(by_kind) if by_kind else full.new_empty(0, dtype=accumulate_dtype(full.dtype))
         merged = merge_packed(all_gather_packed(local, call.group), rows.num_rows, rows.nnz, has_values=False)
         log_probs = merged.log_probs(rows.row_index)
         ctx.save_for_backward(hidden, weight, log_probs, merged.max, merged.sum)
@@ -177,8 +177,8 @@ class _LinearGathered(torch.autograd.Function):
         call: _Call = ctx.call
         wants_hidden, wants_weight, _ = ctx.needs_input_grad
         full = call.full_hidden(hidden)
-        blocks, chunks, buffer = call.plan(full, backward=True)
-        kernel = kernels(call.form, full.device, buffer.dtype)
+        row_chunks, column_chunks, buffer = call.plan(full, backward=True)
+        kernel = row_kernels(call.kernels, full.device, buffer.dtype)
         dhidden = torch.zeros_like(full) if wants_hidden else None
         main_grad = getattr(weight, "main_grad", None)
         dweight = None
@@ -186,25 +186,25 @@ class _LinearGathered(torch.autograd.Function):
             dweight = torch.zeros_like(weight) if main_grad is None else main_grad
         reduction = _Reduction(call)
         first = 0
-        for start, end, block in blocks:
-            entries = slice(first, first + block.nnz)
-            first += block.nnz
+        for start, end, asked in row_chunks:
+            entries = slice(first, first + asked.nnz)
+            first += asked.nnz
             kept = (log_probs[entries], maximum[start:end], total[start:end], grad[entries].contiguous())
             x = full[start:end]
             dx = None
             if dhidden is not None:
                 dx = dhidden[start:end] if x.element_size() >= 4 else torch.zeros_like(x, dtype=torch.float32)
-            for c0, c1 in chunks:
+            for c0, c1 in column_chunks:
                 z = _view(buffer, end - start, c1 - c0)
                 mm(x, weight[c0:c1].t(), out=z)
-                chunk = Shard(call.shard.first_id + c0, c1 - c0)
-                kernel.dlogits(z, z, *kept, block.ids, block.offsets, block.row_index, chunk)
+                columns = VocabularyShard(call.shard.first_id + c0, c1 - c0)
+                kernel.dlogits(z, z, *kept, asked.ids, asked.offsets, asked.row_index, columns)
                 dz = z.to(x.dtype)
-                if dx is not None:
+                if dhidden is not None and dx is not None:
                     add_mm(dx, dz, weight[c0:c1])
                     if c1 == call.shard.columns:
                         dhidden[start:end] = dx
-                        if end == len(full):  # whole: its reduction overlaps the GEMM that follows
+                        if end == len(full):  # complete: its reduction overlaps the GEMM that follows
                             reduction.start(dhidden)
                 if dweight is not None:
                     add_mm(dweight[c0:c1], dz.t(), x)
@@ -214,26 +214,29 @@ class _LinearGathered(torch.autograd.Function):
 
 
 class _Reduction:
-    """The reduction of dhidden over ranks, started as soon as it is whole and awaited at the end."""
+    """The reduction of dhidden over ranks: started as soon as dhidden is complete, awaited at the end."""
 
     def __init__(self, call: _Call) -> None:
         self.call = call
         self.result: Tensor | None = None
         self.work: dist.Work | None = None
 
-    def start(self, dhidden: Tensor) -> None:
-        self.result = dhidden
-        if self.call.reduction == "all_reduce":
-            self.work = dist.all_reduce(dhidden, group=self.call.group, async_op=True)
-        elif self.call.reduction == "reduce_scatter":
-            self.result, self.work = reduce_scatter_rows(dhidden, self.call.group)
+    def start(self, dhidden: Tensor) -> Tensor:
+        """Returns what will hold the result."""
+        result, group = dhidden, self.call.group
+        if group is not None and self.call.reduction == "all_reduce":
+            self.work = dist.all_reduce(dhidden, group=group, async_op=True)
+        elif group is not None and self.call.reduction == "reduce_scatter":
+            result, self.work = reduce_scatter_rows(dhidden, group)
+        self.result = result
+        return result
 
     def finish(self, dhidden: Tensor) -> Tensor:
-        if self.result is None:  # this rank holds nothing but padding, but its peers wait for its zeros
-            self.start(dhidden)
+        # Not started where this rank holds padding alone; its peers still wait for its zeros.
+        result = self.start(dhidden) if self.result is None else self.result
         if self.work is not None:
             self.work.wait()
-        return self.result
+        return result
 
 
 def _view(buffer: Tensor, rows: int, columns: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Gathered log-softmax over logits that exist: Megatron's output layer as it is, then the row kernels."""
+"""Gathered log-softmax over logits in memory: Megatron's output layer, unchanged, then the row kernels."""
 
 import torch
 from torch import Tensor
@@ -6,7 +6,7 @@ from torch.distributed import ProcessGroup
 
 from real_megatron.head import ops
 from real_megatron.head.held import idle_counts
-from real_megatron.head.ops import Form
+from real_megatron.head.ops import Kernels
 from real_megatron.head.rows import GatherRows
 from real_megatron.head.shard import all_gather_packed, vocabulary_shard
 
@@ -19,7 +19,7 @@ def gathered_log_softmax(
     group: ProcessGroup | None = None,
     padded_vocab_size: int | None = None,
     values: Tensor | None = None,
-    form: Form = "auto",
+    kernels: Kernels = "auto",
     inplace_backward: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """log softmax(logits)[row, id] for each id that each row asks for.
@@ -31,14 +31,15 @@ def gathered_log_softmax(
     group: tensor-parallel group, None for one rank. Forward does one all-gather; backward communicates nothing and
         expects the same incoming gradient on every rank.
     values: float [nnz]; with it also returns Σ_j value_j · p_j of each row, [R], differentiable.
-    form: "fused" = CUDA kernels or their C++ twin, "torch" = plain PyTorch, "auto" = fused where it is available.
+    kernels: "fused" = CUDA kernels or their C++ counterpart, "torch" = plain PyTorch, "auto" = fused if available.
     inplace_backward: overwrite the logits with their gradient, halving memory. Allowed if nothing else reads the logits
-        after this call and backward runs once; HeldTensorError otherwise. Under torch.compile, whose memory planner
+        after this call and backward runs once; otherwise HeldTensorError. Under torch.compile, whose memory planner
         may alias them, the gradient is a new tensor.
 
     Returns float32 [nnz] (float64 for float64 logits), the same bits on every rank; with `values` also [R].
     ValueError: shapes, devices or ids that do not fit, gathered (not vocabulary-parallel) logits at size > 1.
-    Source: DESIGN.md, "The one operation".
+    RuntimeError: kernels="fused" where there are none.
+    Source: docs/mathematics.md.
     """
     if logits.dim() != 2:
         raise ValueError(
@@ -57,9 +58,9 @@ def gathered_log_softmax(
         idle_counts()
     shard = vocabulary_shard(logits.shape[1], rows, vocab_size, padded_vocab_size, group)
     csr = (rows.ids, rows.offsets, rows.row_index, values)
-    packed = ops.head_stats(logits.detach(), *csr, *shard, form)
+    packed = ops.head_stats(logits.detach(), *csr, *shard, kernels)
     gathered = all_gather_packed(packed, group)
-    log_probs, expectation, _, _ = ops.head_log_probs(logits, gathered, *csr, *shard, inplace_backward, form)
+    log_probs, expectation, _, _ = ops.head_log_probs(logits, gathered, *csr, *shard, inplace_backward, kernels)
     return log_probs if values is None else (log_probs, expectation)
 
 

@@ -1,4 +1,4 @@
-"""ctypes binding of the compiled row kernels: the CUDA library for CUDA tensors, its C++ twin for CPU tensors."""
+"""ctypes binding of the compiled row kernels: CUDA for CUDA tensors, its C++ counterpart for CPU tensors."""
 
 import ctypes
 import logging
@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from real_megatron.head.shard import Shard
+from real_megatron.head.shard import VocabularyShard
 
 logger = logging.getLogger(__name__)
 
@@ -50,14 +50,16 @@ def library(kind: str) -> Library | str:
 
 def _warn(kind: str, reason: str) -> str:
     first_line = reason.partition("\n")[0]
-    logger.warning("head: no compiled %s kernels (%s); the slower PyTorch form is used", kind, first_line)
+    logger.warning("head: no compiled %s kernels (%s); the slower PyTorch kernels are used", kind, first_line)
     return reason
 
 
 @cache
 def _refused_by_gpu(index: int) -> str | None:
-    """Why the CUDA library does not run on this GPU: one older than its machine code, a driver older than nvcc."""
+    """Why the CUDA library does not run on this GPU (a GPU or driver too old for its machine code), or None."""
     found = library("cuda")
+    if isinstance(found, str):
+        return found
     with torch.cuda.device(index):
         code = found.check()
     return _warn("cuda", f"GPU {index}: {found.error(code)}") if code else None
@@ -79,7 +81,7 @@ def _load(kind: str) -> Library:
     except build.BuildError as error:
         if not isinstance(error.__cause__, OSError):
             raise
-    # The cache cannot be written to: compile for this process alone. A loaded library needs its file no more.
+    # The cache cannot be written to: compile for this process alone. Once loaded, a library does not need its file.
     with tempfile.TemporaryDirectory() as scratch:
         return Library(kind, compile_into(Path(scratch)))
 
@@ -89,7 +91,7 @@ def unsupported(device: torch.device, dtype: torch.dtype) -> str | None:
     if device.type not in ("cpu", "cuda"):
         return f"compiled kernels run on cpu and cuda, not on {device.type}"
     if dtype not in _DTYPES:
-        return f"compiled kernels take float32, bfloat16 and float16, not {dtype}; form='torch' does"
+        return f"compiled kernels take float32, bfloat16 and float16, not {dtype}; kernels='torch' does"
     found = library(device.type)
     if isinstance(found, str):
         return found
@@ -97,15 +99,15 @@ def unsupported(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def stats(
-    logits: Tensor, ids: Tensor, offsets: Tensor, row_index: Tensor, values: Tensor | None, shard: Shard
+    logits: Tensor, ids: Tensor, offsets: Tensor, row_index: Tensor, values: Tensor | None, shard: VocabularyShard
 ) -> Tensor:
-    """As `torch_form.stats`."""
+    """As `torch_kernels.stats`."""
     rows = logits.shape[0]
     logits = _dense_rows(logits)
     values = None if values is None else values.to(torch.float32).contiguous()
     ids, offsets = ids.contiguous(), offsets.contiguous()
     packed = logits.new_empty((2 if values is None else 3) * rows + ids.numel(), dtype=torch.float32)
-    # Whether there are values is told apart from their address: that of an empty tensor is null.
+    # Whether there are values is an argument of its own, because the address of an empty tensor is null.
     csr = (_pointer(ids), _pointer(offsets), _pointer(values), values is not None)
     sizes = (_DTYPES[logits.dtype], rows, logits.stride(0), *shard)
     _call("stats", logits, shard, (_pointer(logits), *sizes, *csr, _pointer(packed)))
@@ -122,9 +124,9 @@ def dlogits(
     ids: Tensor,
     offsets: Tensor,
     row_index: Tensor,
-    shard: Shard,
+    shard: VocabularyShard,
 ) -> None:
-    """As `torch_form.dlogits`."""
+    """As `torch_kernels.dlogits`."""
     source = _dense_rows(logits)
     target = out if _rows_are_dense(out) else torch.empty_like(source, memory_format=torch.contiguous_format)
     kept = [t.to(torch.float32).contiguous() for t in (log_probs, maximum, total, grad)]
@@ -136,7 +138,7 @@ def dlogits(
         out.copy_(target)
 
 
-def _call(name: str, logits: Tensor, shard: Shard, arguments: tuple) -> None:
+def _call(name: str, logits: Tensor, shard: VocabularyShard, arguments: tuple) -> None:
     found = library(logits.device.type)
     if isinstance(found, str):
         raise RuntimeError(found)

@@ -2,34 +2,70 @@
 
 head_stats       local logits shard                → packed row statistics, to be all-gathered
 head_log_probs   gathered statistics               → log-probabilities, expectation; differentiable in `logits`
-head_dlogits     what forward kept, the gradients  → d loss / d logits, in a new tensor
+head_dlogits     what forward saved, the gradients → d loss / d logits, in a new tensor
 head_dlogits_    the same, written over `logits`
 """
 
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from real_megatron.head import native, torch_form
+from real_megatron.head import native, torch_kernels
 from real_megatron.head.held import HeldTensorError, forbid_other_holders
-from real_megatron.head.shard import Shard, merge_packed
+from real_megatron.head.shard import VocabularyShard, merge_packed
 
-Form = Literal["torch", "fused", "auto"]
+Kernels = Literal["torch", "fused", "auto"]
+"""Which row kernels: `fused`, compiled (CUDA, or C++ on a CPU); `torch`, plain PyTorch; `auto`, fused if available."""
 
 
-def kernels(form: str, device: torch.device, dtype: torch.dtype) -> Any:
-    """The module whose `stats` and `dlogits` serve this form: `torch_form` or `native`."""
-    if form not in ("torch", "fused", "auto"):
-        raise ValueError(f"form must be 'torch', 'fused' or 'auto', got {form!r}")
-    if form == "torch":
-        return torch_form
+class RowKernels(Protocol):
+    """What the modules `torch_kernels` and `native` both define."""
+
+    def stats(
+        self,
+        logits: Tensor,
+        ids: Tensor,
+        offsets: Tensor,
+        row_index: Tensor,
+        values: Tensor | None,
+        shard: VocabularyShard,
+    ) -> Tensor:
+        """See `torch_kernels.stats`."""
+        ...
+
+    def dlogits(
+        self,
+        logits: Tensor,
+        out: Tensor,
+        log_probs: Tensor,
+        maximum: Tensor,
+        total: Tensor,
+        grad: Tensor,
+        ids: Tensor,
+        offsets: Tensor,
+        row_index: Tensor,
+        shard: VocabularyShard,
+    ) -> None:
+        """See `torch_kernels.dlogits`."""
+        ...
+
+
+def row_kernels(kernels: str, device: torch.device, dtype: torch.dtype) -> RowKernels:
+    """The module of this choice (`Kernels`) for tensors of this device and dtype: `torch_kernels` or `native`.
+
+    ValueError for another choice; RuntimeError, which says why, where `fused` is not available.
+    """
+    if kernels not in ("torch", "fused", "auto"):
+        raise ValueError(f"kernels must be 'torch', 'fused' or 'auto', got {kernels!r}")
+    if kernels == "torch":
+        return torch_kernels
     reason = native.unsupported(device, dtype)
     if reason is None:
         return native
-    if form == "fused":
-        raise RuntimeError(f"form='fused' is not available here: {reason}")
-    return torch_form
+    if kernels == "fused":
+        raise RuntimeError(f"kernels='fused' is not available here: {reason}")
+    return torch_kernels
 
 
 @torch.library.custom_op("real_megatron::head_stats", mutates_args=())
@@ -41,16 +77,16 @@ def head_stats(
     values: Tensor | None,
     first_id: int,
     columns: int,
-    form: str,
+    kernels: str,
 ) -> Tensor:
-    implementation = kernels(form, logits.device, logits.dtype)
-    return implementation.stats(logits, ids, offsets, row_index, values, Shard(first_id, columns))
+    implementation = row_kernels(kernels, logits.device, logits.dtype)
+    return implementation.stats(logits, ids, offsets, row_index, values, VocabularyShard(first_id, columns))
 
 
 @head_stats.register_fake
-def _(logits, ids, offsets, row_index, values, first_id, columns, form):
+def _(logits, ids, offsets, row_index, values, first_id, columns, kernels):
     length = (2 if values is None else 3) * logits.shape[0] + ids.shape[0]
-    return logits.new_empty(length, dtype=torch_form.accumulate_dtype(logits.dtype))
+    return logits.new_empty(length, dtype=torch_kernels.accumulate_dtype(logits.dtype))
 
 
 @torch.library.custom_op("real_megatron::head_dlogits", mutates_args=())
@@ -65,17 +101,17 @@ def head_dlogits(
     row_index: Tensor,
     first_id: int,
     columns: int,
-    form: str,
+    kernels: str,
 ) -> Tensor:
     out = torch.empty_like(logits)
-    implementation = kernels(form, logits.device, logits.dtype)
-    shard = Shard(first_id, columns)
+    implementation = row_kernels(kernels, logits.device, logits.dtype)
+    shard = VocabularyShard(first_id, columns)
     implementation.dlogits(logits, out, log_probs, maximum, total, grad, ids, offsets, row_index, shard)
     return out
 
 
 @head_dlogits.register_fake
-def _(logits, log_probs, maximum, total, grad, ids, offsets, row_index, first_id, columns, form):
+def _(logits, log_probs, maximum, total, grad, ids, offsets, row_index, first_id, columns, kernels):
     return torch.empty_like(logits)
 
 
@@ -91,15 +127,15 @@ def head_dlogits_(
     row_index: Tensor,
     first_id: int,
     columns: int,
-    form: str,
+    kernels: str,
 ) -> None:
-    implementation = kernels(form, logits.device, logits.dtype)
-    shard = Shard(first_id, columns)
+    implementation = row_kernels(kernels, logits.device, logits.dtype)
+    shard = VocabularyShard(first_id, columns)
     implementation.dlogits(logits, logits, log_probs, maximum, total, grad, ids, offsets, row_index, shard)
 
 
 @head_dlogits_.register_fake
-def _(logits, log_probs, maximum, total, grad, ids, offsets, row_index, first_id, columns, form):
+def _(logits, log_probs, maximum, total, grad, ids, offsets, row_index, first_id, columns, kernels):
     return None
 
 
@@ -114,7 +150,7 @@ def head_log_probs(
     first_id: int,
     columns: int,
     inplace_backward: bool,
-    form: str,
+    kernels: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """→ log-probabilities [nnz], expectation [R] (empty without values), merged max [R], merged sum of exp [R]."""
     merged = merge_packed(gathered, logits.shape[0], ids.numel(), values is not None)
@@ -123,17 +159,17 @@ def head_log_probs(
 
 
 @head_log_probs.register_fake
-def _(logits, gathered, ids, offsets, row_index, values, first_id, columns, inplace_backward, form):
+def _(logits, gathered, ids, offsets, row_index, values, first_id, columns, inplace_backward, kernels):
     rows = logits.shape[0]
     sizes = (ids.shape[0], 0 if values is None else rows, rows, rows)
     return tuple(gathered.new_empty(size) for size in sizes)
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    logits, _, ids, offsets, row_index, values, first_id, columns, inplace_backward, form = inputs
+    logits, _, ids, offsets, row_index, values, first_id, columns, inplace_backward, kernels = inputs
     log_probs, _, maximum, total = output
     ctx.save_for_backward(logits, log_probs, maximum, total, ids, offsets, row_index, values)
-    ctx.shard, ctx.inplace, ctx.form, ctx.consumed = (first_id, columns), inplace_backward, form, False
+    ctx.shard, ctx.inplace, ctx.kernels, ctx.consumed = (first_id, columns), inplace_backward, kernels, False
 
 
 def _backward(ctx: Any, grad: Tensor, grad_expectation: Tensor, _max: Tensor, _sum: Tensor) -> tuple:
@@ -146,7 +182,7 @@ def _backward(ctx: Any, grad: Tensor, grad_expectation: Tensor, _max: Tensor, _s
     if values is not None:
         # expectation = Σ_j value_j · exp(log_prob_j), so its gradient joins that of the log-probabilities.
         grad = grad + grad_expectation[row_index] * values.to(grad.dtype) * log_probs.exp()
-    arguments = (log_probs, maximum, total, grad.contiguous(), ids, offsets, row_index, *ctx.shard, ctx.form)
+    arguments = (log_probs, maximum, total, grad.contiguous(), ids, offsets, row_index, *ctx.shard, ctx.kernels)
     if ctx.inplace and not torch.compiler.is_compiling():
         forbid_other_holders(logits)
         ctx.consumed = True

@@ -1,4 +1,4 @@
-"""The definition of gathered log-softmax, which every other form is tested against."""
+"""The definition of gathered log-softmax, which all kernels are tested against."""
 
 import torch
 from torch import Tensor

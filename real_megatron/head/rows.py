@@ -1,4 +1,4 @@
-"""Which vocabulary ids each packed row asks for, in compressed sparse row (CSR) form."""
+"""The vocabulary ids that each packed row asks for, in compressed sparse row (CSR) form."""
 
 from __future__ import annotations
 

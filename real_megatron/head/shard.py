@@ -14,10 +14,10 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
-class Shard(NamedTuple):
+class VocabularyShard(NamedTuple):
     """This rank holds the vocabulary ids `first_id … first_id + columns - 1` in its first `columns` columns.
 
-    What lies beyond `columns` is Megatron's padding: real weights that stand for no token.
+    Further columns are Megatron's padding: real weights that stand for no token.
     """
 
     first_id: int
@@ -26,8 +26,8 @@ class Shard(NamedTuple):
 
 def vocabulary_shard(
     local_columns: int, rows: GatherRows, vocab_size: int, padded_vocab_size: int | None, group: ProcessGroup | None
-) -> Shard:
-    """The shard of this rank of `group`. ValueError where the columns cannot be a vocabulary-parallel shard."""
+) -> VocabularyShard:
+    """The shard of this rank of `group`. ValueError if the columns cannot be a vocabulary-parallel shard."""
     rank, size = (0, 1) if group is None else (group.rank(), group.size())
     if vocab_size < 1:
         raise ValueError(f"vocab_size must be positive, got {vocab_size}")
@@ -49,7 +49,7 @@ def vocabulary_shard(
             "True), or name padded_vocab_size if the vocabulary really is padded this far"
         )
     first_id = rank * local_columns
-    return Shard(first_id, min(max(vocab_size - first_id, 0), local_columns))
+    return VocabularyShard(first_id, min(max(vocab_size - first_id, 0), local_columns))
 
 
 def all_gather_packed(packed: Tensor, group: ProcessGroup | None) -> Tensor:
@@ -77,31 +77,33 @@ class RowStats(NamedTuple):
 
 
 def merge_packed(gathered: Tensor, num_rows: int, nnz: int, has_values: bool) -> RowStats:
-    """Merge packed statistics `[parts, k·R + nnz]` of all ranks: max, sum, (value-weighted sum,) gathered logits.
+    """Merge packed statistics `[shards, k·R + nnz]`: max, sum, (value-weighted sum,) gathered logits.
 
-    Sums run in rank order on every rank, so all ranks hold the same bits.
+    The shards are those of all ranks, or what was seen so far and one more chunk. Sums run in the order of the shards
+    on every rank, so all ranks hold the same bits.
     """
-    sections = [num_rows] * (3 if has_values else 2) + [nnz]
-    maxima, sums, *weighted, logits = gathered.split(sections, dim=1)
+    lengths = [num_rows] * (3 if has_values else 2) + [nnz]
+    maxima, sums, *weighted, logits = gathered.split(lengths, dim=1)
     maximum = maxima.amax(0)
-    # Parts with nothing but -inf (or nothing but padding) have sum 0. Where all parts are like that so is the result,
-    # hence the finite base; `log_probs` makes such a row NaN, as log_softmax does.
+    # A shard of nothing but -inf (or nothing but padding) has sum 0. If all shards of a row are like that, its maximum
+    # is -inf: the finite base keeps the sum 0 instead of NaN, and `log_probs` then gives NaN, as log_softmax does.
     scale = torch.exp(maxima - maximum.masked_fill(maximum == -torch.inf, 0))
-    total = _sum_in_rank_order(sums * scale)
-    expectation = _sum_in_rank_order(weighted[0] * scale) / total if has_values else None
+    total = _sum_in_order(sums * scale)
+    expectation = _sum_in_order(weighted[0] * scale) / total if has_values else None
     return RowStats(maximum, total, logits.amax(0), expectation)
 
 
-def _sum_in_rank_order(per_rank: Tensor) -> Tensor:
-    total = per_rank[0]
-    for term in per_rank[1:]:
+def _sum_in_order(per_shard: Tensor) -> Tensor:
+    total = per_shard[0]
+    for term in per_shard[1:]:
         total = total + term
     return total
 
 
 def reduce_scatter_rows(full: Tensor, group: ProcessGroup) -> tuple[Tensor, dist.Work]:
-    """Start to sum `full` [R, H] over `group` and keep this rank's R/size rows; wait on the returned work first."""
+    """Start to sum `full` [R, H] over `group`. Returns this rank's shard of R/size rows, which is complete once the
+    returned work has been waited for. ValueError if the rows cannot be divided over the ranks."""
     if full.shape[0] % group.size():
-        raise ValueError(f"{full.shape[0]} rows do not divide over {group.size()} ranks")
+        raise ValueError(f"{full.shape[0]} rows cannot be divided over {group.size()} ranks")
     own = full.new_empty(full.shape[0] // group.size(), *full.shape[1:])
     return own, _reduce_scatter(own, full, group=group, async_op=True)

@@ -5,15 +5,18 @@ from real_megatron.objective.build import build_objective, check
 from real_megatron.objective.metrics import merge, summarize
 from real_megatron.objective.mismatch import mismatch_metrics
 from real_megatron.objective.reinforce import ReinforceObjective
-from real_megatron.objective.rewards import REWARDS, RewardOptions, register_reward
+from real_megatron.objective.rewards import REWARDS, Reward, RewardOptions, find_reward, register_reward
 from real_megatron.objective.sft import SupervisedObjective
-from real_megatron.objective.types import Metrics, Objective, ScoredBatch, Totals
+from real_megatron.objective.types import GroupObjective, MetricSums, Objective, ResponseView, ScoredBatch, Totals
 
 __all__ = [
     "REWARDS",
-    "Metrics",
+    "GroupObjective",
+    "MetricSums",
     "Objective",
     "ReinforceObjective",
+    "ResponseView",
+    "Reward",
     "RewardOptions",
     "ScoredBatch",
     "SupervisedObjective",
@@ -21,6 +24,7 @@ __all__ = [
     "advantages",
     "build_objective",
     "check",
+    "find_reward",
     "merge",
     "minimum_group_size",
     "mismatch_metrics",

@@ -6,8 +6,15 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from real_megatron.objective.rail import expected_score, label_index, label_logprob, score_entropy, score_mass
-from real_megatron.objective.types import Metrics, ScoredBatch
+from real_megatron.objective.rail import (
+    Probabilities,
+    expected_score,
+    label_index,
+    label_logprob,
+    score_entropy,
+    score_mass,
+)
+from real_megatron.objective.types import MetricSums, ScoredBatch
 
 
 def pair(values: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -24,14 +31,17 @@ def maximum(values: Tensor) -> Tensor:
     return torch.cat([values.detach(), values.new_zeros(1)]).amax(0, keepdim=True)
 
 
-def part(contribution: Tensor, share: float) -> Tensor:
-    """[2] of a loss contribution from a micro-batch that holds `share` of the batch: the parts add up to (loss, 1)."""
-    return torch.stack([contribution.detach(), contribution.new_tensor(share)])
+def loss_pair(contribution: Tensor, fraction: float) -> Tensor:
+    """[2] of a loss contribution from a micro-batch that holds `fraction` of the batch: they add up to (loss, 1)."""
+    return torch.stack([contribution.detach(), contribution.new_tensor(fraction)])
 
 
-def score_metrics(scored: ScoredBatch, probabilities: str) -> Metrics:
-    """How good the score distributions are; every mean is over the responses that have an answer, but `valid`, the
-    share of such responses, and `response_tokens`, the mean number of loss-carrying tokens, are over all."""
+def score_metrics(scored: ScoredBatch, probabilities: Probabilities) -> MetricSums:
+    """How good the score distributions are.
+
+    Means are over the responses that have an answer. Two are over all responses: `valid`, the fraction that has an
+    answer, and `response_tokens`, the number of loss-carrying tokens.
+    """
     with torch.no_grad():
         has, values, labels = scored.has_answer, scored.values, scored.labels
         logp = torch.where(has[:, None], scored.score_logprobs, 0.0)
@@ -52,10 +62,10 @@ def score_metrics(scored: ScoredBatch, probabilities: str) -> Metrics:
         }
 
 
-def merge(parts: Iterable[Metrics]) -> Metrics:
+def merge(micro_batches: Iterable[MetricSums]) -> MetricSums:
     """The metrics of several micro-batches as one: pairs are added, of maxima the largest is kept."""
-    merged: Metrics = {}
-    for metrics in parts:
+    merged: MetricSums = {}
+    for metrics in micro_batches:
         for name, value in metrics.items():
             known = merged.get(name)
             value = value.double()
@@ -68,7 +78,7 @@ def merge(parts: Iterable[Metrics]) -> Metrics:
 def summarize(metrics: Mapping[str, Tensor]) -> dict[str, float]:
     """Numbers from metrics that were merged over micro-batches and ranks. Pairs without weight are left out.
 
-    `advantage_square` becomes `advantage_std`, the standard deviation over the batch, which is no mean.
+    `advantage_square` becomes `advantage_std`, the standard deviation over the batch, which is not a mean.
     """
     result: dict[str, float] = {}
     for name, value in metrics.items():

@@ -1,18 +1,18 @@
-"""Train–inference mismatch: how far the engine that samples is from the policy that trains, on the sampled tokens."""
+"""Train–inference mismatch: how log-probs of the engine that samples differ from those of the policy that trains."""
 
 from torch import Tensor
 
 from real_megatron.objective.metrics import maximum, pair
-from real_megatron.objective.types import Metrics
+from real_megatron.objective.types import MetricSums
 
 
-def mismatch_metrics(policy_logprobs: Tensor, engine_logprobs: Tensor) -> Metrics:
+def mismatch_metrics(policy_logprobs: Tensor, engine_logprobs: Tensor) -> MetricSums:
     """Per-token difference d = log π_policy − log π_engine over sampled tokens `[n]`, natural logarithms.
 
     `mean` and `max` of |d|, and two estimates of KL(engine ‖ policy) from the engine's samples: `kl_k1` = mean(−d),
     unbiased, and `kl_k3` = mean(e^d − 1 − d), unbiased and never negative (Schulman, Approximating KL Divergence).
-    With equal weights on both sides this is numerics alone; with stale weights, or another sampling temperature than 1,
-    it also holds how far the policies are apart.
+    With equal weights on both sides only numerical differences are left; with older weights in the engine, or another
+    sampling temperature than 1, the difference of the policies is included.
     """
     d = (policy_logprobs.detach() - engine_logprobs).double()
     return {

@@ -10,7 +10,7 @@ Level = Literal["sequence", "token"]
 
 
 class TokenLoss(NamedTuple):
-    """Per-token loss [N_tok] and, per token, whether the importance ratio was cut [N_tok] (0 or 1)."""
+    """Per-token loss [N_tok] and, per token, whether the importance ratio was clipped [N_tok] (0 or 1)."""
 
     loss: Tensor
     clipped: Tensor
@@ -18,7 +18,7 @@ class TokenLoss(NamedTuple):
 
 class Weights(NamedTuple):
     """Importance weights without gradient, per token [N_tok] and per response [N], and whether a token's weight was
-    cut [N_tok] (0 or 1)."""
+    truncated [N_tok] (0 or 1)."""
 
     token: Tensor
     trajectory: Tensor

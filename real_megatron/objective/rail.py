@@ -13,8 +13,8 @@ Probabilities = Literal["full", "renormalized"]
 
 
 def expected_score(score_logprobs: Tensor, values: Tensor, probabilities: Probabilities = "full") -> Tensor:
-    """ŷ = Σ_k v_k π(k). `full`: π over the whole vocabulary, as in the paper, so probability that leaks off the score
-    tokens pulls ŷ towards 0. `renormalized`: π over the score tokens only."""
+    """ŷ = Σ_k v_k π(k). `full`: π over the whole vocabulary, as in the paper, so that probability on other tokens
+    moves ŷ towards 0. `renormalized`: π over the score tokens alone."""
     if probabilities == "renormalized":
         p = torch.softmax(score_logprobs, dim=-1)
     else:

@@ -8,10 +8,10 @@ from torch import Tensor
 from real_megatron.objective import policy_gradient as pg
 from real_megatron.objective.advantages import Baseline, advantages, minimum_group_size
 from real_megatron.objective.kl import k3
-from real_megatron.objective.metrics import pair, part, score_metrics
+from real_megatron.objective.metrics import loss_pair, pair, score_metrics
 from real_megatron.objective.mismatch import mismatch_metrics
 from real_megatron.objective.rewards import Reward, RewardOptions, compute_rewards
-from real_megatron.objective.types import Metrics, ScoredBatch, Totals
+from real_megatron.objective.types import MetricSums, ScoredBatch, Totals
 
 
 @dataclass(frozen=True)
@@ -20,12 +20,13 @@ class ReinforceObjective:
 
         loss = −(1/N) Σ_i [ A_i · Σ_t log π(c_{i,t}) + β · r_i(θ) ]      A_i = r_i − baseline, a constant
 
-    over all N responses of the batch. Term 1 explores CoTs, Term 2 refines the prediction; with β = 1, the baseline
-    `rloo` or `none` and neither normalisation nor clamping, the expected gradient is that of −E[r].
+    over all N responses of the batch. Term 1 is the policy gradient of the CoTs, Term 2 the gradient of the rewards
+    themselves. With β = 1, the baseline `rloo` or `none` and neither normalisation nor clamping, the expected gradient
+    is that of −E[r].
 
     Both terms take the same rewards, computed once. A response without an answer has the reward's floor, a constant: it
     takes part in the baseline and has no Term 2. One with a forced anchor counts like any other; its anchor tokens
-    carry no loss because they were not sampled. Dropped ones are not in the batch. With `token_mean` Term 1 and the KL
+    have no loss because they were not sampled. Dropped ones are not in the batch. With `token_mean` Term 1 and the KL
     term are averaged over the batch's tokens; Term 2 is always a mean over responses, whatever their length.
     """
 
@@ -61,6 +62,11 @@ class ReinforceObjective:
         """`ScoredBatch.ref_logprobs` must be given."""
         return self.kl > 0
 
+    @property
+    def needs_responses(self) -> bool:
+        """`ScoredBatch.responses` must be given."""
+        return self.reward.reads_responses
+
     def _rewards(self, scored: ScoredBatch) -> Tensor:
         return compute_rewards(
             self.reward,
@@ -70,6 +76,7 @@ class ReinforceObjective:
             scored.labels,
             self.options,
             self.floor,
+            scored.responses,
         )
 
     def rewards(self, scored: ScoredBatch) -> Tensor:
@@ -82,68 +89,70 @@ class ReinforceObjective:
         """[N] advantages of rewards [N] of whole groups [N], as this objective is configured."""
         return advantages(rewards, group, baseline=self.baseline, std_normalize=self.std_normalize, clamp=self.clamp)
 
-    def __call__(self, scored: ScoredBatch, totals: Totals) -> tuple[Tensor, Metrics]:
-        """See `Objective`. Raises ValueError for values that are not finite, log-probs that are missing, and groups
-        that are too small for the baseline."""
+    def __call__(self, scored: ScoredBatch, totals: Totals) -> tuple[Tensor, MetricSums]:
+        """See `Objective`. Raises FloatingPointError for values that are not finite, and ValueError where log-probs or
+        responses are missing or a group is too small for the baseline."""
         scored.validate()
-        old, ref = self._sampler_logprobs(scored), self._reference_logprobs(scored)
         tokens, trajectory, n = scored.token_logprobs, scored.token_trajectory, scored.size
         per_token = 1.0 / max(totals.tokens if self.token_mean else totals.trajectories, 1.0)
         per_trajectory = 1.0 / max(totals.trajectories, 1.0)
-        share = n * per_trajectory
+        fraction = n * per_trajectory
 
         r = self._rewards(scored)
         weights = pg.Weights(torch.ones_like(tokens), torch.ones_like(r), torch.zeros_like(tokens))
         if self.ratio == "truncated_is":
-            weights = pg.truncated_weights(tokens, old, trajectory, n, self.is_level, self.is_cap)
+            weights = pg.truncated_weights(
+                tokens, self._sampler_logprobs(scored), trajectory, n, self.is_level, self.is_cap
+            )
         clipped = weights.clipped
 
         # The zeros keep both inputs in the graph when a term is off or no response is valid: backward always works.
         answers = torch.where(scored.has_answer[:, None], scored.score_logprobs, 0.0)
         loss = 0.0 * tokens.sum() + 0.0 * answers.sum()
-        metrics: Metrics = {"reward": pair(r)} | score_metrics(scored, self.options.probabilities)
+        metrics: MetricSums = {"reward": pair(r)} | score_metrics(scored, self.options.probabilities)
         if self.term1:
             a = self.advantages(r, scored.group) if scored.advantages is None else scored.advantages
             token_a = a.to(tokens.dtype)[trajectory]
             if self.ratio == "ppo":
-                term, clipped = pg.ppo_loss(tokens, old, token_a, self.clip)
+                term, clipped = pg.ppo_loss(tokens, self._sampler_logprobs(scored), token_a, self.clip)
             else:
                 term, _ = pg.plain_loss(tokens, token_a)
             term1 = (weights.token * term).sum() * per_token
             loss = loss + term1
-            metrics |= {"loss_term1": part(term1, share), "advantage": pair(a), "advantage_abs": pair(a.abs())}
+            metrics |= {"loss_term1": loss_pair(term1, fraction), "advantage": pair(a), "advantage_abs": pair(a.abs())}
             metrics["advantage_square"] = pair(a**2)
         if self.beta:
             term2 = -self.beta * (weights.trajectory * r).sum() * per_trajectory
             loss = loss + term2
-            metrics["loss_term2"] = part(term2, share)
+            metrics["loss_term2"] = loss_pair(term2, fraction)
         if self.kl:
-            divergence = k3(tokens, ref)
+            divergence = k3(tokens, self._reference_logprobs(scored))
             term_kl = self.kl * (weights.token * divergence).sum() * per_token
             loss = loss + term_kl
-            metrics |= {"loss_kl": part(term_kl, share), "kl": pair(divergence)}
+            metrics |= {"loss_kl": loss_pair(term_kl, fraction), "kl": pair(divergence)}
+        old = self._sampler_logprobs(scored) if self.needs_old_logprobs else scored.old_logprobs
         if old is not None:
             metrics |= {"ratio": pair((tokens.detach() - old).exp()), "clip_fraction": pair(clipped)}
             metrics |= mismatch_metrics(tokens, old)
-        metrics["loss"] = part(loss, share)
+        metrics["loss"] = loss_pair(loss, fraction)
         return loss, metrics
 
-    def _sampler_logprobs(self, scored: ScoredBatch) -> Tensor | None:
-        if self.needs_old_logprobs and scored.old_logprobs is None:
-            if not scored.token_logprobs.numel():  # a rank's padding micro-batch holds nothing
-                return scored.token_logprobs.detach()
+    def _sampler_logprobs(self, scored: ScoredBatch) -> Tensor:
+        if scored.old_logprobs is not None:
+            return scored.old_logprobs
+        if scored.token_logprobs.numel():
             raise ValueError(
                 f"objective.ratio is {self.ratio!r} but the batch has no log-probabilities of the sampling policy: "
-                "the rollout engine must return them, or set objective.ratio to none"
+                "fill ScoredBatch.old_logprobs"
             )
-        return scored.old_logprobs
+        return scored.token_logprobs.detach()  # a rank's padding micro-batch holds nothing
 
-    def _reference_logprobs(self, scored: ScoredBatch) -> Tensor | None:
-        if self.needs_ref_logprobs and scored.ref_logprobs is None:
-            if not scored.token_logprobs.numel():
-                return scored.token_logprobs.detach()
+    def _reference_logprobs(self, scored: ScoredBatch) -> Tensor:
+        if scored.ref_logprobs is not None:
+            return scored.ref_logprobs
+        if scored.token_logprobs.numel():
             raise ValueError(
-                "objective.kl is above 0 but the batch has no log-probabilities of the reference policy: score every "
-                "trajectory with it, or set objective.kl to 0"
+                "objective.kl is above 0 but the batch has no log-probabilities of the reference policy: fill "
+                "ScoredBatch.ref_logprobs"
             )
-        return scored.ref_logprobs
+        return scored.token_logprobs.detach()

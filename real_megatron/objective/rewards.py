@@ -1,27 +1,30 @@
-"""Rewards: differentiable functions of the score distribution and the label, by name.
+"""Rewards: differentiable functions of the score distribution and the label, by name (docs/extending.md).
 
 A reward is one function `(score_logprobs [N, S], values [S], labels [N], options) -> [N]`, plus the reward of a
-response without an answer. Register another with `@register_reward` and name it in `objective.reward`; "module:name"
-imports the module first.
+response without an answer. With `reads_responses` it has a fifth argument, one `ResponseView` per response. Register
+another with `@register_reward` and name it in `objective.reward` as `module:name`.
 """
 
-import importlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
+from real_megatron.errors import ConfigError
 from real_megatron.objective.rail import Probabilities, expected_score, label_index, label_logprob
+from real_megatron.objective.types import ResponseView
+from real_megatron.registry import Registry
 
 LOGPROB_FLOOR = math.log(1e-3)
-"""log π(y*) has no lowest value: a response without an answer is taken to give the label this probability."""
+"""log π(y*) has no lowest value: a response without an answer counts as log π(y*) = log 0.001."""
 
 
 @dataclass(frozen=True)
 class RewardOptions:
-    """Settings that rewards share."""
+    """Settings that rewards have in common."""
 
     lam: float = 1.0
     """λ, weight of log π(y*)."""
@@ -30,38 +33,63 @@ class RewardOptions:
 
 
 RewardFunction = Callable[[Tensor, Tensor, Tensor, RewardOptions], Tensor]
+ResponseRewardFunction = Callable[[Tensor, Tensor, Tensor, RewardOptions, Sequence[ResponseView]], Tensor]
 FloorFunction = Callable[[Tensor, RewardOptions], Tensor | float]
 
 
 @dataclass(frozen=True)
 class Reward:
-    """A named reward and its floor, the reward of a response that has no answer."""
+    """A reward and its floor, the reward of a response that has no answer."""
 
-    function: RewardFunction
+    function: Callable[..., Tensor]
+    """A `RewardFunction`, or with `reads_responses` a `ResponseRewardFunction`."""
     floor: FloorFunction
+    """Function of (values [S], options)."""
+    reads_responses: bool = False
 
 
-REWARDS: dict[str, Reward] = {}
+REWARDS: Registry[Reward] = Registry("reward", "objective.reward")
 
 
-def register_reward(name: str, floor: float | FloorFunction) -> Callable[[RewardFunction], RewardFunction]:
-    """Decorator that adds a reward. `floor`: a number, or a function of (values [S], options)."""
+@overload
+def register_reward(
+    name: str, floor: float | FloorFunction, *, reads_responses: Literal[False] = False
+) -> Callable[[RewardFunction], RewardFunction]: ...
 
-    def add(function: RewardFunction) -> RewardFunction:
-        REWARDS[name] = Reward(function, floor if callable(floor) else lambda values, options: float(floor))
+
+@overload
+def register_reward(
+    name: str, floor: float | FloorFunction, *, reads_responses: Literal[True]
+) -> Callable[[ResponseRewardFunction], ResponseRewardFunction]: ...
+
+
+def register_reward(name: str, floor: float | FloorFunction, *, reads_responses: bool = False) -> Any:
+    """Decorator that adds a reward to `REWARDS`.
+
+    floor: reward of a response without an answer: a number, or a function of (values [S], options).
+    reads_responses: the function has a fifth argument, `responses`, one `ResponseView` per response, [N].
+    """
+    floor_function: FloorFunction = floor if callable(floor) else lambda values, options: float(floor)
+
+    def add(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        REWARDS.register(name, Reward(function, floor_function, reads_responses), function.__module__)
         return function
 
     return add
 
 
 def find_reward(name: str) -> Reward:
-    """The reward registered as `name`, or as the part after "module:" once that module is imported."""
-    module, _, short = name.rpartition(":")
-    if module:
-        importlib.import_module(module)
-    if short not in REWARDS:
-        raise ValueError(f"objective.reward: unknown reward {name!r}; known: {', '.join(sorted(REWARDS))}")
-    return REWARDS[short]
+    """The reward of a plain name, or of `module:name`: what that module registers, or its attribute.
+
+    Raises ConfigError for an unknown name or module, and for an attribute that is no `Reward`.
+    """
+    reward = REWARDS.find(name)
+    if not isinstance(reward, Reward):
+        raise ConfigError(
+            f"{REWARDS.key}: {name!r} is a {type(reward).__name__}, not a Reward; register the function with "
+            "@register_reward (docs/extending.md)"
+        )
+    return reward
 
 
 def compute_rewards(
@@ -72,22 +100,28 @@ def compute_rewards(
     labels: Tensor,
     options: RewardOptions,
     floor: float | None = None,
+    responses: Sequence[ResponseView] | None = None,
 ) -> Tensor:
     """[N] rewards with gradient; responses without an answer get the floor (`floor`, or the reward's own), a constant.
 
     Rows without an answer are replaced before the function sees them, so that nothing in them, not even a NaN,
-    reaches a value or a gradient.
+    reaches a value or a gradient. ValueError where the reward reads responses and there are none.
     """
     uniform = -math.log(score_logprobs.shape[-1])
     safe = torch.where(has_answer[:, None], score_logprobs, uniform)
-    r = reward.function(safe, values, labels, options)
+    if reward.reads_responses:
+        if responses is None and len(has_answer):
+            raise ValueError("the reward reads responses, but the batch has none: fill ScoredBatch.responses")
+        r = reward.function(safe, values, labels, options, responses or [])
+    else:
+        r = reward.function(safe, values, labels, options)
     lowest = reward.floor(values, options) if floor is None else floor
     return torch.where(has_answer, r, torch.as_tensor(lowest, dtype=r.dtype, device=r.device))
 
 
 def lowest_squared_error(values: Tensor, options: RewardOptions) -> Tensor:
-    """−(high − low)², the worst prediction for the worst label. With `full` probabilities ŷ tends to 0 as probability
-    leaks off the score tokens, so 0 counts as a value there."""
+    """−(high − low)², the worst prediction for the worst label. With `full` probabilities ŷ tends to 0 as other
+    tokens become more probable, so 0 counts as a value there."""
     high, low = values.max(), values.min()
     if options.probabilities == "full":
         high, low = high.clamp(min=0), low.clamp(max=0)

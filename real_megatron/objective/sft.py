@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from real_megatron.objective.metrics import pair, part, score_metrics
+from real_megatron.objective.metrics import loss_pair, pair, score_metrics
 from real_megatron.objective.rail import Probabilities, expected_score, label_logprob
-from real_megatron.objective.types import Metrics, ScoredBatch, Totals
+from real_megatron.objective.types import MetricSums, ScoredBatch, Totals
 
 
 @dataclass(frozen=True)
@@ -27,9 +27,11 @@ class SupervisedObjective:
     needs_advantages = False
     needs_old_logprobs = False
     needs_ref_logprobs = False
+    needs_responses = False
 
-    def __call__(self, scored: ScoredBatch, totals: Totals) -> tuple[Tensor, Metrics]:
-        """See `Objective`. Raises ValueError for values that are not finite and for responses without a score."""
+    def __call__(self, scored: ScoredBatch, totals: Totals) -> tuple[Tensor, MetricSums]:
+        """See `Objective`. Raises FloatingPointError for values that are not finite, and ValueError for responses
+        without a score."""
         scored.validate()
         if not bool(scored.has_answer.all()):
             rows = (~scored.has_answer).nonzero()[:, 0].tolist()[:8]
@@ -43,7 +45,7 @@ class SupervisedObjective:
         term_nll = self.lam * nll.sum() / max(totals.tokens + totals.trajectories, 1.0)
         term_squared = self.squared * (error**2).sum() / max(totals.trajectories, 1.0)
         loss = term_nll + term_squared
-        share = scored.size / max(totals.trajectories, 1.0)
-        metrics = {"loss": part(loss, share), "loss_nll": part(term_nll, share), "nll": pair(nll)}
-        metrics["loss_squared"] = part(term_squared, share)
+        fraction = scored.size / max(totals.trajectories, 1.0)
+        metrics = {"loss": loss_pair(loss, fraction), "loss_nll": loss_pair(term_nll, fraction), "nll": pair(nll)}
+        metrics["loss_squared"] = loss_pair(term_squared, fraction)
         return loss, metrics | score_metrics(scored, self.probabilities)

@@ -1,12 +1,13 @@
 """What an objective reads and returns: the model's log-probabilities of a micro-batch, batch totals, metrics."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-Metrics = dict[str, Tensor]
+MetricSums = dict[str, Tensor]
 """Name -> tensor [2], (sum, weight), or tensor [1], a maximum. `metrics.merge` adds them over micro-batches;
 `metrics.summarize` then divides."""
 
@@ -19,6 +20,16 @@ class Totals:
     trajectories: float
     tokens: float
     """Loss-carrying response tokens."""
+
+
+@dataclass(frozen=True)
+class ResponseView:
+    """What a reward may read of a response besides its score distribution and label."""
+
+    text: str
+    """The response as the tokenizer decodes it, CoT and anchor included."""
+    meta: Mapping[str, Any]
+    """The further columns of its data row."""
 
 
 @dataclass
@@ -49,6 +60,8 @@ class ScoredBatch:
     """[N_tok]: log-probability under the reference policy of the KL term."""
     advantages: Tensor | None = None
     """[N]: precomputed by a scoring pass, when groups are split over micro-batches; used as they are."""
+    responses: Sequence[ResponseView] | None = None
+    """[N]: what rewards with `reads_responses` read."""
 
     @property
     def size(self) -> int:
@@ -56,19 +69,14 @@ class ScoredBatch:
         return self.score_logprobs.shape[0]
 
     def validate(self) -> None:
-        """Raise ValueError when shapes disagree or a value that is read is not finite (one device sync)."""
-        n, tokens = self.size, self.token_logprobs.shape[0]
-        shapes = {"token_logprobs": (tokens,), "token_trajectory": (tokens,), "has_answer": (n,), "labels": (n,)}
-        shapes |= {
-            "group": (n,),
-            "values": (self.score_logprobs.shape[-1],),
-            "score_logprobs": (n, self.score_logprobs.shape[-1]),
+        """Raise ValueError where shapes disagree, and FloatingPointError where a value that is read is not finite.
+
+        Waits for the device once.
+        """
+        tensors = {
+            field.name: value for field in fields(self) if isinstance(value := getattr(self, field.name), Tensor)
         }
-        shapes |= {"old_logprobs": (tokens,), "ref_logprobs": (tokens,), "advantages": (n,)}
-        tensors = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
-        for name, tensor in tensors.items():
-            if tuple(tensor.shape) != shapes[name]:
-                raise ValueError(f"ScoredBatch.{name} has shape {tuple(tensor.shape)}, expected {shapes[name]}")
+        self._check_shapes(tensors)
         bad = {name: ~torch.isfinite(tensor.detach()) for name, tensor in tensors.items() if tensor.is_floating_point()}
         bad["score_logprobs"] = bad["score_logprobs"] & self.has_answer[:, None]
         if not bool(torch.stack([flags.any() for flags in bad.values()]).any()):
@@ -81,22 +89,65 @@ class ScoredBatch:
                     rows = self.token_trajectory[rows]
                 where = "scores" if name == "values" else "trajectories"
                 places.append(f"{name} ({where} {rows.unique().tolist()[:8]})")
-        raise ValueError(
+        raise FloatingPointError(
             f"NaN or infinite values in {', '.join(places)}: the model has diverged or its inputs are wrong; "
             "lower the learning rate or resume from an earlier checkpoint"
         )
+
+    def _check_shapes(self, tensors: dict[str, Tensor]) -> None:
+        n, scores, tokens = self.size, self.score_logprobs.shape[-1], self.token_logprobs.shape[0]
+        shapes: dict[str, tuple[int, ...]] = {
+            "score_logprobs": (n, scores),
+            "values": (scores,),
+            **dict.fromkeys(("token_logprobs", "token_trajectory", "old_logprobs", "ref_logprobs"), (tokens,)),
+            **dict.fromkeys(("has_answer", "labels", "group", "advantages"), (n,)),
+        }
+        for name, tensor in tensors.items():
+            if tuple(tensor.shape) != shapes[name]:
+                raise ValueError(f"ScoredBatch.{name} has shape {tuple(tensor.shape)}, expected {shapes[name]}")
+        if self.responses is not None and len(self.responses) != n:
+            raise ValueError(f"ScoredBatch.responses has {len(self.responses)} entries for {n} trajectories")
 
 
 class Objective(Protocol):
     """What the policy's training step calls on the last pipeline stage."""
 
-    needs_advantages: bool
-    """Rewards are compared within groups: these must stay whole, or come with precomputed `advantages`. An objective
-    for which this can be True also has `rewards(scored) -> [N]` and `advantages(rewards, group) -> [N]`."""
-    needs_old_logprobs: bool
-    needs_ref_logprobs: bool
+    @property
+    def needs_advantages(self) -> bool:
+        """Rewards are compared within groups: these must stay whole, or come with precomputed `advantages`. An
+        objective for which this can be True is a `GroupObjective`."""
+        ...
 
-    def __call__(self, scored: ScoredBatch, totals: Totals) -> tuple[Tensor, Metrics]:
+    @property
+    def needs_old_logprobs(self) -> bool:
+        """`ScoredBatch.old_logprobs` must be given."""
+        ...
+
+    @property
+    def needs_ref_logprobs(self) -> bool:
+        """`ScoredBatch.ref_logprobs` must be given."""
+        ...
+
+    @property
+    def needs_responses(self) -> bool:
+        """`ScoredBatch.responses` must be given."""
+        ...
+
+    def __call__(self, scored: ScoredBatch, totals: Totals) -> tuple[Tensor, MetricSums]:
         """This micro-batch's contribution to the batch loss (they add up to it; always part of the autograd graph)
         and its metrics."""
+        ...
+
+
+@runtime_checkable
+class GroupObjective(Objective, Protocol):
+    """An objective that compares the rewards of a group: groups that do not fit one micro-batch are scored first, and
+    their advantages, computed from whole groups, go with the micro-batches of the update."""
+
+    def rewards(self, scored: ScoredBatch) -> Tensor:
+        """[N] rewards, without gradient."""
+        ...
+
+    def advantages(self, rewards: Tensor, group: Tensor) -> Tensor:
+        """[N] advantages of the rewards [N] of whole groups; `group` [N] int64 as in `ScoredBatch`."""
         ...

@@ -1,7 +1,7 @@
 """Attention over packed micro-batches with shared prompts, as a Megatron-Core `core_attention` module.
 
 Megatron-Core's local attention has no packed sequences, and no stock attention lets the responses of a group share
-their prompt's keys and values. This module takes the micro-batch's `Layout` instead of a mask.
+their prompt's keys and values. This module takes the micro-batch's `SegmentTree` instead of a mask.
 """
 
 import math
@@ -15,14 +15,25 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from real_megatron.batch.layout import Layout
-from real_megatron.batch.shares import Share
+from real_megatron.batch.context import Exchange
+from real_megatron.batch.segments import SegmentTree
+from real_megatron.batch.shards import TokenShard
 from real_megatron.head import GatherRows
 from real_megatron.policy.context import gather_keys_values
 from real_megatron.policy.flex import flex_segment_attention
 
 
-@dataclass
+@dataclass(frozen=True)
+class HeadRows:
+    """The rows of a micro-batch that reach the output head."""
+
+    positions: Tensor
+    """The token of each row, int64 `[R]`."""
+    ids: GatherRows
+    """Vocabulary ids asked of each row."""
+
+
+@dataclass(kw_only=True)
 class PackedParams(PackedSeqParams):
     """What a micro-batch's forward pass needs beside token ids.
 
@@ -31,19 +42,16 @@ class PackedParams(PackedSeqParams):
     leaves attention and positions to this package.
     """
 
-    layout: Layout | None = None
-    row_positions: Tensor | None = None
-    """Token rows that reach the output head, int64 `[R]`."""
-    rows: GatherRows | None = None
-    """Vocabulary ids asked of each of those rows."""
-    share: Share | None = None
-    """The tokens that this rank runs, where context-parallel ranks share the micro-batch; None: all of them."""
-    token_slots: Tensor | None = None
-    """With a share: `LocalBatch.token_slots`, on the device."""
+    qkv_format: str = "bshd"
+    tree: SegmentTree
+    head_rows: HeadRows | None = None
+    """None: full logits of all tokens instead."""
+    exchange: Exchange | None = None
+    """Where context-parallel ranks run the micro-batch together, with its tensors on the device; None: one rank."""
 
 
 class PackedAttention(nn.Module):
-    """Grouped-query attention under a `Layout`.
+    """Grouped-query attention under a `SegmentTree`.
 
     `windows` holds, per layer of the whole model, the number of keys a query sees at most (itself included), or None.
     """
@@ -72,18 +80,20 @@ class PackedAttention(nn.Module):
         attention_mask: Tensor | None,
         attn_mask_type: AttnMaskType | None = None,
         attention_bias: Tensor | None = None,
-        packed_seq_params: PackedParams | None = None,
+        *,
+        packed_seq_params: PackedParams,
     ) -> Tensor:
         """query `[T, 1, heads, d]`, key and value `[T, 1, kv_heads, d]` → `[T, 1, heads · d]`.
 
         T counts this rank's tokens; under context parallelism they attend to those of the other ranks as well.
         """
-        params = packed_seq_params
         key, value = key[:, 0], value[:, 0]
-        if params.share is not None:
-            key, value = gather_keys_values(key, value, params.token_slots)
+        exchange, shard = packed_seq_params.exchange, None
+        if exchange is not None:
+            key, value = gather_keys_values(key, value, exchange.token_slots)
+            shard = exchange.shard
         attend = flex_segment_attention if query.is_cuda else segment_attention
-        out = attend(query[:, 0], key, value, params.layout, self.scale, self.window, params.share)
+        out = attend(query[:, 0], key, value, packed_seq_params.tree, self.scale, self.window, shard)
         return out.reshape(out.size(0), 1, -1)
 
 
@@ -91,24 +101,24 @@ def segment_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    layout: Layout,
+    tree: SegmentTree,
     scale: float,
     window: int | None = None,
-    share: Share | None = None,
+    shard: TokenShard | None = None,
 ) -> Tensor:
     """Attention segment by segment through torch's scaled_dot_product_attention.
 
-    query `[T of the share, heads, d]` (without a share: all T), key and value `[T, kv_heads, d]` → the query's shape.
-    `split` (rather than slices) keeps the backward pass linear in T.
+    query `[T of the shard, heads, d]` (without a shard: all T), key and value `[T, kv_heads, d]` → the query's shape.
+    `split` (rather than indexing) keeps the backward pass linear in T.
     """
-    whole = [(i, 0, length) for i, length in enumerate(layout.lengths)]
-    pieces = whole if share is None else share.pieces(layout)
-    queries = query.transpose(0, 1).split([end - first for _, first, end in pieces], dim=1)
-    keys, values = (x.transpose(0, 1).split(layout.lengths, dim=1) for x in (key, value))
+    whole = [(i, 0, length) for i, length in enumerate(tree.lengths)]
+    ranges = whole if shard is None else shard.segment_ranges(tree)
+    queries = query.transpose(0, 1).split([end - first for _, first, end in ranges], dim=1)
+    keys, values = (x.transpose(0, 1).split(tree.lengths, dim=1) for x in (key, value))
     outputs = []
-    for q, (i, first, end) in zip(queries, pieces, strict=True):
+    for q, (i, first, end) in zip(queries, ranges, strict=True):
         k, v = keys[i][:, :end], values[i][:, :end]
-        parent = layout.segments[i].parent
+        parent = tree.segments[i].parent
         if parent is not None:
             k = torch.cat((keys[parent], k), dim=1)
             v = torch.cat((values[parent], v), dim=1)

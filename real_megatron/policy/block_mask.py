@@ -9,8 +9,8 @@ from torch.nn.attention.flex_attention import BlockMask
 
 BLOCK = 128
 """flex_attention's own default block size, of queries and of keys."""
-STRIP_BYTES = 64 * 2**20
-"""The mask is evaluated in strips of about so many entries."""
+CHUNK_BYTES = 64 * 2**20
+"""The mask is evaluated in chunks of rows of about so many entries (one byte each)."""
 
 
 def block_mask(
@@ -21,12 +21,12 @@ def block_mask(
     Each block of the mask is empty (skipped), full (`admits` is not asked again) or partial.
     """
     key_blocks = -(-keys // BLOCK)
-    strip = max(1, STRIP_BYTES // (key_blocks * BLOCK * BLOCK)) * BLOCK
+    chunk = max(1, CHUNK_BYTES // (key_blocks * BLOCK * BLOCK)) * BLOCK
     zero = torch.zeros((), dtype=torch.int64, device=device)
     key_index = torch.arange(keys, device=device)
     counts = []
-    for first in range(0, queries, strip):
-        query_index = torch.arange(first, min(first + strip, queries), device=device)
+    for first in range(0, queries, chunk):
+        query_index = torch.arange(first, min(first + chunk, queries), device=device)
         mask = admits(zero, zero, query_index[:, None], key_index[None, :])
         mask = F.pad(mask, (0, -keys % BLOCK, 0, -query_index.numel() % BLOCK))
         counts.append(mask.view(-1, BLOCK, key_blocks, BLOCK).sum((1, 3), dtype=torch.int32))

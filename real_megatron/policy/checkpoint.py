@@ -1,7 +1,7 @@
 """Training checkpoints through Megatron's dist_checkpointing: written at one parallel layout, read at any other."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +9,11 @@ import torch
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
-from torch import nn
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor
 
 from real_megatron.policy import cpu
 from real_megatron.policy.optimizer import allocate_moments, sharded_torch_adams
@@ -28,7 +30,7 @@ METADATA = {
 
 def save(
     directory: str | Path,
-    chunks: list[nn.Module],
+    chunks: Sequence[MegatronModule],
     optimizer: MegatronOptimizer,
     scheduler: OptimizerParamScheduler,
     state: dict[str, Any],
@@ -44,19 +46,20 @@ def save(
 
 def read_state(directory: str | Path) -> dict[str, Any]:
     """The caller's `state` of a checkpoint, without touching a model."""
-    return dist_checkpointing.load_common_state_dict(str(directory))["state"]
+    state: dict[str, Any] = dist_checkpointing.load_common_state_dict(str(directory))["state"]
+    return state
 
 
 def load(
     directory: str | Path,
-    chunks: list[nn.Module],
+    chunks: Sequence[MegatronModule],
     optimizer: MegatronOptimizer,
     scheduler: OptimizerParamScheduler,
 ) -> dict[str, Any]:
     """Read what `save` wrote into the running model; returns the caller's state. Collective.
 
-    Random states are restored when the layout is the one that wrote them; at another layout they have no meaning and
-    the run's seeds stand.
+    Random states are restored when the layout is the one that wrote them; at another layout they have no meaning, and
+    those of the run's seed stay.
     """
     with cpu.device_mode():
         # Megatron describes the tensors to read by those that are there.
@@ -79,7 +82,7 @@ def load(
     return state
 
 
-def _sharded_state(chunks: list[nn.Module], optimizer: MegatronOptimizer, is_loading: bool) -> dict[str, Any]:
+def _sharded_state(chunks: Sequence[MegatronModule], optimizer: MegatronOptimizer, is_loading: bool) -> dict[str, Any]:
     models = {f"model{i}": chunk.sharded_state_dict(metadata=dict(METADATA)) for i, chunk in enumerate(chunks)}
     return {
         **models,
@@ -95,23 +98,23 @@ def _torch_adam_steps(optimizer: MegatronOptimizer) -> Iterator[None]:
     Torch's Adam (used where neither Transformer Engine nor Apex is installed) keeps a `step` per parameter, which
     Megatron-Core 0.16 restores from the parameter groups but then also looks for among the saved tensors.
     """
-    parts = sharded_torch_adams(optimizer)
-    for part in parts:
+    adams = sharded_torch_adams(optimizer)
+    for adam in adams:
 
-        def set_states(model_param, tensors, part=part):
-            current = part._get_main_param_and_optimizer_states(model_param)
-            type(part)._set_main_param_and_optimizer_states(part, model_param, {"step": current["step"], **tensors})
+        def set_states(model_param: Tensor, tensors: dict[str, Tensor], adam: DistributedOptimizer = adam) -> None:
+            current = adam._get_main_param_and_optimizer_states(model_param)
+            type(adam)._set_main_param_and_optimizer_states(adam, model_param, {"step": current["step"], **tensors})
 
-        part._set_main_param_and_optimizer_states = set_states
+        adam._set_main_param_and_optimizer_states = set_states
     try:
         yield
-        for part in parts:
-            # Megatron hands the group's one `step` tensor to every parameter; torch's Adam advances it in place.
-            for state in part.optimizer.state.values():
+        for adam in adams:
+            # Megatron gives every parameter the group's one `step` tensor, which torch's Adam increments in place.
+            for state in adam.optimizer.state.values():
                 state["step"] = state["step"].clone()
     finally:
-        for part in parts:
-            del part._set_main_param_and_optimizer_states
+        for adam in adams:
+            del adam._set_main_param_and_optimizer_states
 
 
 def _random_state() -> ShardedObject:

@@ -1,11 +1,13 @@
 """Lets Megatron-Core run on CPU with gloo. Active only where no CUDA device exists.
 
-Megatron-Core names CUDA in a handful of places even when every tensor is on CPU: the current device, allocation with
+Megatron-Core names CUDA in a few places even when every tensor is on the CPU: the current device, allocation with
 `device="cuda"`, CUDA random states, streams, and the tensor types that gradient clipping asserts. Each is mapped to its
 CPU counterpart here, in the running process; nothing on disk is touched.
 """
 
 import contextlib
+from collections.abc import Callable, Iterable
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -15,9 +17,15 @@ from real_megatron.policy import gloo
 
 
 class CpuDeviceMode(TorchFunctionMode):
-    """Sends `device="cuda"` arguments and `.cuda()` calls to the CPU, and names CPU tensor types as CUDA ones."""
+    """Sends `device="cuda"` arguments and `.cuda()` calls to the CPU, and reports CPU tensor types as CUDA ones."""
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
         kwargs = kwargs or {}
         if func is torch.Tensor.cuda:
             return args[0]
@@ -54,39 +62,71 @@ class _NoStream:
     def synchronize(self) -> None: ...
 
 
+_installed = False
+
+
 def install() -> None:
     """Map the CUDA functions that Megatron-Core calls to CPU ones, once per process."""
-    if torch.cuda.is_available() or getattr(torch.cuda, "_maps_to_cpu", False):
+    global _installed
+    if torch.cuda.is_available() or _installed:
         return
-    torch.cuda._maps_to_cpu = True
-    torch.cuda.current_device = lambda: "cpu"
-    torch.cuda.device_count = lambda: 0
-    torch.cuda.synchronize = lambda *args, **kwargs: None
-    torch.cuda.Stream = torch.cuda.Event = _NoStream
-    torch.cuda.current_stream = torch.cuda.default_stream = lambda *args, **kwargs: _NoStream()
-    torch.cuda.stream = lambda stream: contextlib.nullcontext()
-    torch.cuda.manual_seed = torch.cuda.manual_seed_all = lambda seed: torch.default_generator.manual_seed(seed)
-    torch.cuda.get_rng_state = lambda device="cuda": torch.get_rng_state()
-    torch.cuda.set_rng_state = lambda state, device="cuda": torch.set_rng_state(state)
-    torch.cuda.nvtx.range_push = torch.cuda.nvtx.range_pop = lambda *args, **kwargs: None
+    _installed = True
 
     from megatron.core.tensor_parallel import random as megatron_random
-
-    megatron_random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
-    megatron_random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
-
     from megatron.core.transformer.moe import token_dispatcher
 
-    token_dispatcher.maybe_move_tensor_to_cpu = _split_sizes_to_numpy
+    _replace(torch.cuda, _CUDA)
+    _replace(torch.cuda.nvtx, {"range_push": _nothing, "range_pop": _nothing})
+    _replace(
+        megatron_random,
+        {
+            "_get_cuda_rng_state": lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state(),
+            "_set_cuda_rng_state": lambda state, device=-1, graph_safe=False: torch.set_rng_state(state),
+        },
+    )
+    _replace(token_dispatcher, {"maybe_move_tensor_to_cpu": _split_sizes_to_numpy})
     gloo.install()
 
 
+def _nothing(*args: Any, **kwargs: Any) -> None: ...
+
+
+def _no_stream(*args: Any, **kwargs: Any) -> _NoStream:
+    return _NoStream()
+
+
+def _seed(seed: int) -> torch.Generator:
+    return torch.default_generator.manual_seed(seed)
+
+
+_CUDA: dict[str, Any] = {
+    "current_device": lambda: "cpu",
+    "device_count": lambda: 0,
+    "synchronize": _nothing,
+    "Stream": _NoStream,
+    "Event": _NoStream,
+    "current_stream": _no_stream,
+    "default_stream": _no_stream,
+    "stream": lambda stream: contextlib.nullcontext(),
+    "manual_seed": _seed,
+    "manual_seed_all": _seed,
+    "get_rng_state": lambda device="cuda": torch.get_rng_state(),
+    "set_rng_state": lambda state, device="cuda": torch.set_rng_state(state),
+}
+"""Replacements in `torch.cuda`."""
+
+
+def _replace(module: ModuleType, replacements: dict[str, Any]) -> None:
+    for name, replacement in replacements.items():
+        setattr(module, name, replacement)
+
+
 def _split_sizes_to_numpy(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
-    """Megatron-Core's function of that place leaves tensors that are on CPU already as they are, never numpy."""
+    """Replaces Megatron-Core's function, which returns CPU tensors unchanged even where numpy is asked for."""
     return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
 
-def device_mode() -> contextlib.AbstractContextManager:
+def device_mode() -> contextlib.AbstractContextManager[Any]:
     """Context in which Megatron-Core code runs: `CpuDeviceMode` without a CUDA device, nothing with one.
 
     Scoped rather than global, because the mode costs some Python time on every torch call.

@@ -1,13 +1,15 @@
-"""Attention under a `Layout` through torch's flex_attention: the form for GPUs, with torch alone."""
+"""Attention under a `SegmentTree` through torch's flex_attention: the form for GPUs, with torch alone."""
 
+from collections.abc import Callable
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from real_megatron.batch.layout import Layout
-from real_megatron.batch.shares import Share
+from real_megatron.batch.segments import SegmentTree
+from real_megatron.batch.shards import TokenShard
 from real_megatron.policy.block_mask import block_mask
 
 
@@ -15,40 +17,42 @@ def flex_segment_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    layout: Layout,
+    tree: SegmentTree,
     scale: float,
     window: int | None = None,
-    share: Share | None = None,
+    shard: TokenShard | None = None,
 ) -> Tensor:
     """The same function as `segment_attention`, as one block-sparse kernel.
 
-    query `[T of the share, heads, d]` (without a share: all T), key and value `[T, kv_heads, d]` → the query's shape.
+    query `[T of the shard, heads, d]` (without a shard: all T), key and value `[T, kv_heads, d]` → the query's shape.
     On CUDA the kernel is compiled once per shape class; on CPU it runs uncompiled, for tests.
     """
-    mask = _mask(layout, window, share, query.device)
-    attend = _compiled() if query.is_cuda else flex_attention
+    mask = _mask(tree, window, shard, query.device)
+    attend: Callable[..., Any] = flex_attention
+    if query.is_cuda:
+        attend = _compiled()
     q, k, v = (x.transpose(0, 1)[None] for x in (query, key, value))
-    out = attend(q, k, v, block_mask=mask, scale=scale, enable_gqa=query.size(1) > key.size(1))
+    out: Tensor = attend(q, k, v, block_mask=mask, scale=scale, enable_gqa=query.size(1) > key.size(1))
     return out[0].transpose(0, 1)
 
 
 @lru_cache(maxsize=1)
-def _compiled():
-    # Gradients on or off, a window, lengths up to a block: each compiles anew. Beyond the limit torch would quietly run
-    # uncompiled, with a dense T × T matrix; with `fullgraph` that is an error.
+def _compiled() -> Callable[..., Tensor]:
+    # Gradients on or off, a window, lengths up to a block: each compiles anew. Beyond the limit torch would silently
+    # run uncompiled, with a dense T × T matrix; with `fullgraph` that is an error.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     return torch.compile(flex_attention, dynamic=True, fullgraph=True)
 
 
 @lru_cache(maxsize=16)
-def _mask(layout: Layout, window: int | None, share: Share | None, device: torch.device) -> BlockMask:
+def _mask(tree: SegmentTree, window: int | None, shard: TokenShard | None, device: torch.device) -> BlockMask:
     """The mask that all layers of a micro-batch share (one per window size); kept for its backward pass."""
-    lengths = torch.tensor(layout.lengths)
-    segment = torch.repeat_interleave(torch.arange(len(layout.segments)), lengths).to(device)
-    parent = torch.tensor([-1 if s.parent is None else s.parent for s in layout.segments])
+    lengths = torch.tensor(tree.lengths)
+    segment = torch.repeat_interleave(torch.arange(len(tree.segments)), lengths).to(device)
+    parent = torch.tensor([-1 if s.parent is None else s.parent for s in tree.segments])
     parent = torch.repeat_interleave(parent, lengths).to(device)
-    position = layout.positions().to(device)
-    queries = (torch.arange(layout.total) if share is None else share.index()).to(device)
+    position = tree.positions().to(device)
+    queries = (torch.arange(tree.total) if shard is None else shard.index()).to(device)
     q_segment, q_parent, q_position = segment[queries], parent[queries], position[queries]
 
     # As a tensor: a captured Python number becomes a symbol of the compiled kernel.
@@ -59,4 +63,4 @@ def _mask(layout: Layout, window: int | None, share: Share | None, device: torch
         admitted = own | (q_parent[q] == segment[k])
         return admitted if limit is None else admitted & (q_position[q] - position[k] < limit)
 
-    return block_mask(admits, queries.numel(), layout.total, device)
+    return block_mask(admits, queries.numel(), tree.total, device)

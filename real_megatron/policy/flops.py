@@ -5,7 +5,7 @@ from collections import Counter
 import torch
 from torch import Tensor
 
-from real_megatron.batch.layout import Layout
+from real_megatron.batch.segments import SegmentTree
 from real_megatron.bridge import ModelDescription
 
 # Dense bfloat16 tensor-core peak, in FLOP/s, from NVIDIA's data sheets (without sparsity).
@@ -41,10 +41,10 @@ def linear_flops(description: ModelDescription) -> float:
     return total
 
 
-def attention_flops(description: ModelDescription, layout: Layout) -> float:
+def attention_flops(description: ModelDescription, tree: SegmentTree) -> float:
     """Forward FLOPs of QKᵀ and PV over all layers, counting only the pairs that the mask admits."""
     windows = description.sliding_window
-    pairs = {window: layout.attention_pairs(window) for window in set(windows)}
+    pairs = {window: tree.attention_pairs(window) for window in set(windows)}
     return 4.0 * description.num_heads * description.head_dim * sum(pairs[window] for window in windows)
 
 
@@ -53,12 +53,12 @@ def head_flops(description: ModelDescription) -> float:
     return 2.0 * description.hidden_size * description.vocab_size
 
 
-def uneven_flops(description: ModelDescription, layout: Layout, row_positions: Tensor) -> Tensor:
+def uneven_flops(description: ModelDescription, tree: SegmentTree, row_positions: Tensor) -> Tensor:
     """Forward FLOPs of each token in which tokens differ: attention and the output head, float64 `[T]`.
 
     row_positions: the token of each row that reaches the head, int64 `[R]`. All tokens take `linear_flops` besides.
     """
-    seen = layout.positions().double() + 1
+    seen = tree.positions().double() + 1
     flops = torch.zeros_like(seen)
     for window, layers in Counter(description.sliding_window).items():
         flops += layers * (seen if window is None else seen.clamp(max=window))
@@ -66,9 +66,9 @@ def uneven_flops(description: ModelDescription, layout: Layout, row_positions: T
     return flops.index_add(0, row_positions, flops.new_full(row_positions.shape, head_flops(description)))
 
 
-def training_flops(description: ModelDescription, layout: Layout, rows: int) -> float:
+def training_flops(description: ModelDescription, tree: SegmentTree, rows: int) -> float:
     """Forward and backward FLOPs of one micro-batch (backward is twice the forward), padding included."""
-    forward = linear_flops(description) * layout.total + attention_flops(description, layout)
+    forward = linear_flops(description) * tree.total + attention_flops(description, tree)
     return 3.0 * (forward + head_flops(description) * rows)
 
 

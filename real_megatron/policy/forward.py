@@ -12,11 +12,13 @@ from real_megatron.batch.context import localize
 from real_megatron.batch.packing import PackedMicrobatch
 from real_megatron.head import GatherRows
 from real_megatron.policy import cpu
-from real_megatron.policy.attention import PackedParams
+from real_megatron.policy.attention import HeadRows, PackedParams
 from real_megatron.policy.context import gather_logprobs
 
 Consumer = Callable[[PackedMicrobatch, Tensor], tuple[Tensor, Any]]
 """(micro-batch, gathered log-probs `[nnz]`) → (loss contribution, anything to return)."""
+LossFunction = Callable[[Tensor], tuple[Tensor, Tensor, Any]]
+"""Megatron's: output of the last stage → (loss, number of tokens, anything to return)."""
 
 
 def run_microbatches(
@@ -26,23 +28,24 @@ def run_microbatches(
     device: torch.device,
     forward_only: bool = False,
 ) -> list[Any]:
-    """Forward (and backward) over all micro-batches of this data-parallel rank, which its context-parallel ranks share.
+    """Forward (and backward) over all micro-batches of this data-parallel rank, which its tensor-, pipeline- and
+    context-parallel ranks run together. Collective: all ranks must have equally many micro-batches.
 
     On the last pipeline stage `consume` turns each micro-batch's log-probs into its loss contribution, of which the
-    gradients are summed; every context-parallel rank does so with the same log-probs. Returns what `consume` gave
-    back, in order; on other stages an empty list.
+    gradients are summed. Tensor- and context-parallel ranks all do so with the same log-probs, those of the whole
+    micro-batch. Returns what `consume` gave back, in order; on other stages an empty list.
     """
 
-    def forward_step(batches: Iterator[PackedMicrobatch], model: nn.Module):
+    def forward_step(batches: Iterator[PackedMicrobatch], model: nn.Module) -> tuple[Tensor, LossFunction]:
         microbatch = next(batches)
         local = localize(microbatch, parallel_state.get_context_parallel_rank())
+        exchange = None if local.exchange is None else local.exchange.to(device)
         params = PackedParams(
-            qkv_format="bshd",
-            layout=microbatch.layout,
-            row_positions=local.row_positions.to(device),
-            rows=GatherRows(local.ids.to(device), local.offsets.to(device)),
-            share=local.share,
-            token_slots=None if local.share is None else local.token_slots.to(device),
+            tree=microbatch.tree,
+            head_rows=HeadRows(
+                local.row_positions.to(device), GatherRows(local.ids.to(device), local.offsets.to(device))
+            ),
+            exchange=exchange,
         )
         output = model(
             input_ids=local.tokens[None].to(device),
@@ -51,16 +54,18 @@ def run_microbatches(
             packed_seq_params=params,
         )
 
-        def loss(logprobs: Tensor):
-            if local.share is not None:
-                logprobs = gather_logprobs(logprobs, local.logprob_slots.to(device), local.logprob_width)
+        def loss(logprobs: Tensor) -> tuple[Tensor, Tensor, Any]:
+            if exchange is not None:
+                # A gradient flows back to this rank's own rows only: all ranks compute the same objective.
+                logprobs = gather_logprobs(logprobs, exchange.logprob_slots, exchange.logprob_width)
             contribution, result = consume(microbatch, logprobs)
+            # The second value is Megatron's token count, unused: the objective has divided already.
             return contribution, torch.ones((), dtype=torch.int, device=device), result
 
         return output, loss
 
     with cpu.device_mode():
-        return get_forward_backward_func()(
+        results: list[Any] = get_forward_backward_func()(
             forward_step_func=forward_step,
             data_iterator=[iter(microbatches) for _ in chunks] if len(chunks) > 1 else iter(microbatches),
             model=list(chunks) if len(chunks) > 1 else chunks[0],
@@ -70,3 +75,4 @@ def run_microbatches(
             micro_batch_size=1,
             forward_only=forward_only,
         )
+    return results

@@ -1,4 +1,4 @@
-"""Gathers and reduce-scatters of uneven shares, which Megatron-Core's expert dispatch needs and gloo lacks."""
+"""Gathers and reduce-scatters of uneven shards, which Megatron-Core's expert dispatch needs and gloo lacks."""
 
 from collections.abc import Callable, Sequence
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def install() -> None:
-    """Replace Megatron-Core's two functions where ranks hold different numbers of rows; equal shares stay with it."""
+    """Replace Megatron-Core's two functions where ranks hold different numbers of rows; equal numbers stay with it."""
     mappings._gather_along_first_dim = _with_uneven(mappings._gather_along_first_dim, gather)
     mappings._reduce_scatter_along_first_dim = _with_uneven(mappings._reduce_scatter_along_first_dim, reduce_scatter)
 
@@ -29,9 +29,9 @@ def gather(x: Tensor, group: dist.ProcessGroup, sizes: Sequence[int]) -> Tensor:
     """Concatenate the ranks' `[sizes[rank], …]` along the first axis: `[sum(sizes), …]`."""
     padded = x.new_zeros(max(sizes), *x.shape[1:])
     padded[: x.size(0)] = x
-    shares = [torch.empty_like(padded) for _ in sizes]
-    dist.all_gather(shares, padded, group=group)
-    return torch.cat([share[:size] for share, size in zip(shares, sizes, strict=True)])
+    shards = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(shards, padded, group=group)
+    return torch.cat([shard[:size] for shard, size in zip(shards, sizes, strict=True)])
 
 
 def reduce_scatter(x: Tensor, group: dist.ProcessGroup, sizes: Sequence[int]) -> Tensor:

@@ -1,6 +1,7 @@
 """The Megatron-Core model of a judge: GPTModel with packed attention, positions from the micro-batch, and our head."""
 
 from functools import partial
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
@@ -21,13 +22,16 @@ from torch import Tensor
 
 from real_megatron.bridge import ModelDescription, padded_vocab
 from real_megatron.config import ModelConfig, ParallelConfig
+from real_megatron.errors import ConfigError
 from real_megatron.head import gathered_log_softmax, linear_gathered_log_softmax
 from real_megatron.policy import cpu, rope
-from real_megatron.policy.attention import PackedAttention, PackedParams
+from real_megatron.policy.attention import HeadRows, PackedAttention, PackedParams
 from real_megatron.policy.norm import RMSNorm
-from real_megatron.policy.runtime import default_dtype, has_transformer_engine
+from real_megatron.policy.parallel_groups import has_transformer_engine
+from real_megatron.runtime import default_dtype
 
-# Megatron-Core 0.16 routes tokens through this name whether or not Transformer Engine, which defines it, is installed.
+# Megatron-Core 0.16 reads this name when it routes tokens, whether or not Transformer Engine, which defines it, is
+# installed.
 if not hasattr(moe_utils, "te_general_gemm"):
     moe_utils.te_general_gemm = None
 
@@ -40,7 +44,13 @@ class JudgeModel(GPTModel):
     """
 
     def __init__(
-        self, *args, description: ModelDescription, head: str, head_memory_bytes: int, fp32_logits: bool, **kwargs
+        self,
+        *args: Any,
+        description: ModelDescription,
+        head: str,
+        head_memory_bytes: int,
+        fp32_logits: bool,
+        **kwargs: Any,
     ) -> None:
         super().__init__(*args, position_embedding_type="none", **kwargs)
         self.true_vocab_size = description.vocab_size
@@ -50,30 +60,36 @@ class JudgeModel(GPTModel):
         self.frequencies = rope.inverse_frequencies(description.hf_config)
 
     def _preprocess(
-        self, input_ids, position_ids, decoder_input=None, inference_context=None, packed_seq_params=None, **kwargs
-    ):
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        decoder_input: Tensor | None = None,
+        inference_context: None = None,
+        packed_seq_params: PackedParams | None = None,
+        **kwargs: Any,
+    ) -> tuple[Any, ...]:
         self.frequencies = self.frequencies.to(position_ids.device)
         outputs = super()._preprocess(input_ids, position_ids, decoder_input, None, None, **kwargs)
         return outputs[0], rope.rotary_embedding(self.frequencies, position_ids[0]), *outputs[2:]
 
-    def _postprocess(self, hidden_states, *args, packed_seq_params: PackedParams | None = None, **kwargs):
-        if not self.post_process or packed_seq_params.rows is None:
-            return super()._postprocess(hidden_states, *args, packed_seq_params=None, **kwargs)
-        return self.gathered_log_softmax(hidden_states, packed_seq_params)
+    def _postprocess(self, hidden_states: Tensor, *args: Any, packed_seq_params: PackedParams, **kwargs: Any) -> Tensor:
+        if not self.post_process or packed_seq_params.head_rows is None:
+            outputs: Tensor = super()._postprocess(hidden_states, *args, packed_seq_params=None, **kwargs)
+            return outputs
+        return self.gathered_log_softmax(hidden_states, packed_seq_params.head_rows)
 
-    def gathered_log_softmax(self, hidden: Tensor, params: PackedParams) -> Tensor:
-        """hidden `[T (or T/tp), 1, H]` → log-probs of the ids that `params.rows` asks for, float32 `[nnz]`.
+    def gathered_log_softmax(self, hidden: Tensor, rows: HeadRows) -> Tensor:
+        """hidden `[T (or T/tp), 1, H]` → log-probs of the ids that `rows` ask for, float32 `[nnz]`.
 
-        Tokens and rows are those of this context-parallel rank. Only the rows in `params.row_positions` reach the
-        output layer. Each rank's gradient of the hidden rows covers its own vocabulary shard, and is summed over
-        tensor-parallel ranks while the weight's gradient is computed, or under sequence parallelism where the rows were
-        gathered.
+        Tokens and rows are those of this context-parallel rank. Only `rows.positions` of the hidden states reach the
+        output layer. Each rank's gradient of them covers its own vocabulary shard, and is summed over tensor-parallel
+        ranks while the weight's gradient is computed, or under sequence parallelism where the rows were gathered.
         """
         sequence_parallel = self.config.sequence_parallel
         hidden = hidden[:, 0]
         if sequence_parallel:
             hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True)
-        hidden = hidden.index_select(0, params.row_positions)
+        hidden = hidden.index_select(0, rows.positions)
         tied = self.share_embeddings_and_output_weights
         weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
         group = parallel_state.get_tensor_model_parallel_group()
@@ -81,7 +97,7 @@ class JudgeModel(GPTModel):
             return linear_gathered_log_softmax(
                 hidden,
                 weight,
-                params.rows,
+                rows.ids,
                 vocab_size=self.true_vocab_size,
                 padded_vocab_size=self.vocab_size,
                 group=group,
@@ -99,21 +115,24 @@ class JudgeModel(GPTModel):
             sequence_parallel=False,
             tp_group=group,
         )
-        return gathered_log_softmax(
+        logprobs = gathered_log_softmax(
             logits,
-            params.rows,
+            rows.ids,
             vocab_size=self.true_vocab_size,
             padded_vocab_size=self.vocab_size,
             group=group,
             inplace_backward=True,
         )
+        assert isinstance(logprobs, Tensor)  # one result: no `values` were given
+        return logprobs
 
 
 def build_model(description: ModelDescription, parallel: ParallelConfig, model: ModelConfig) -> list[JudgeModel]:
     """This rank's model chunks (one, or `virtual_pipeline` of them), with all weights zero: the bridge fills them.
 
-    `runtime.initialize` must have formed Megatron's groups.
+    `parallel_groups.initialize` must have formed Megatron's groups. Raises ConfigError as `check_divides` does.
     """
+    check_divides(description, parallel)
     config = transformer_config(description, parallel, model)
     use_te = model.spec == "transformer_engine" or (model.spec == "auto" and has_transformer_engine())
     chunks = []
@@ -140,13 +159,38 @@ def build_model(description: ModelDescription, parallel: ParallelConfig, model: 
     return chunks
 
 
+def check_divides(description: ModelDescription, parallel: ParallelConfig) -> None:
+    """Raise ConfigError for parallel sizes that do not divide the model."""
+    config = description.transformer_config
+    dense = not all(map(description.is_moe_layer, range(description.num_layers)))
+    stages = parallel.pipeline * (parallel.virtual_pipeline or 1)
+    sizes = [
+        ("parallel.pipeline × parallel.virtual_pipeline", stages, "layers", description.num_layers),
+        ("parallel.tensor", parallel.tensor, "attention heads", description.num_heads),
+        ("parallel.tensor", parallel.tensor, "neurons of an MLP", config["ffn_hidden_size"] if dense else 0),
+        ("parallel.tensor", parallel.tensor, "neurons of an expert", config.get("moe_ffn_hidden_size") or 0),
+        ("parallel.expert", parallel.expert, "experts", description.num_experts),
+    ]
+    for key, size, what, count in sizes:
+        if count % size:
+            raise ConfigError(f"{key} = {size} does not divide the model's {count} {what}: choose a divisor")
+    groups = description.num_groups
+    if groups % parallel.tensor and parallel.tensor % groups:
+        raise ConfigError(
+            f"parallel.tensor = {parallel.tensor} is neither a divisor nor a multiple of the model's {groups} key and "
+            "value heads: choose one"
+        )
+    if parallel.expert > 1 and not description.num_experts:
+        raise ConfigError(f"parallel.expert = {parallel.expert}: the model has no experts, set it to 1")
+
+
 def transformer_config(
     description: ModelDescription, parallel: ParallelConfig, model: ModelConfig
 ) -> TransformerConfig:
     """The architecture of `description` with this run's parallelism, precision and recomputation."""
     dtype = default_dtype(model.dtype)
     on_gpu = torch.cuda.is_available()
-    recompute = {}
+    recompute: dict[str, Any] = {}
     if model.recompute == "full":
         recompute = dict(
             recompute_granularity="full", recompute_method="uniform", recompute_num_layers=model.recompute_layers
@@ -206,12 +250,12 @@ def _block_spec(
     for index in range(first, first + get_num_layers_to_build(config, vp_stage=vp_stage)):
         experts = description.num_experts if description.is_moe_layer(index) else None
         layer = build(num_experts=experts, moe_grouped_gemm=use_te, qk_layernorm=config.qk_layernorm)
-        parts = layer.submodules.self_attention.submodules
-        parts.core_attention = attention
+        attention_modules = layer.submodules.self_attention.submodules
+        attention_modules.core_attention = attention
         if not use_te:
             layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
             if config.qk_layernorm:
-                parts.q_layernorm = parts.k_layernorm = RMSNorm
+                attention_modules.q_layernorm = attention_modules.k_layernorm = RMSNorm
         layers.append(layer)
     if use_te:
         from megatron.core.extensions.transformer_engine import TENorm as Norm

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 class RMSNorm(nn.Module):
     """y = x / sqrt(mean(x²) + ε) · w, computed in float32, returned in x's dtype.
 
-    Under sequence parallelism each rank normalises its share of the tokens, so the weight's gradient is marked for
+    Under sequence parallelism each rank normalises its shard of the tokens, so the weight's gradient is marked for
     Megatron's all-reduce over tensor-parallel ranks.
     """
 
@@ -18,7 +18,8 @@ class RMSNorm(nn.Module):
         self.zero_centered = config.layernorm_zero_centered_gamma
         init = torch.zeros if self.zero_centered else torch.ones
         self.weight = nn.Parameter(init(hidden_size, dtype=config.params_dtype))
-        self.weight.sequence_parallel = config.sequence_parallel
+        # Megatron reads this mark of a parameter.
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]  # torch has none
 
     def forward(self, x: Tensor) -> Tensor:
         normed = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + self.eps)

@@ -1,5 +1,7 @@
 """Megatron-Core's data-parallel wrapper, Adam and learning-rate schedule, from the run configuration."""
 
+from collections.abc import Sequence
+
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
@@ -9,9 +11,10 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import nn
 
 from real_megatron.config import OptimizerConfig, ParallelConfig
+from real_megatron.errors import ConfigError
 
 
-def wrap_ddp(chunks: list[nn.Module], parallel: ParallelConfig) -> list[DistributedDataParallel]:
+def wrap_ddp(chunks: Sequence[nn.Module], parallel: ParallelConfig) -> list[DistributedDataParallel]:
     """Wrap each model chunk; gradients are summed over data-parallel ranks in float32."""
     config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
@@ -28,6 +31,7 @@ def wrap_ddp(chunks: list[nn.Module], parallel: ParallelConfig) -> list[Distribu
 def build_optimizer(
     chunks: list[DistributedDataParallel], config: OptimizerConfig, parallel: ParallelConfig
 ) -> MegatronOptimizer:
+    """Adam with the run's settings, its state sharded over data-parallel ranks unless configured otherwise."""
     dtype = chunks[0].config.params_dtype
     return get_megatron_optimizer(
         MegatronOptimizerConfig(
@@ -47,11 +51,17 @@ def build_optimizer(
     )
 
 
-def build_scheduler(optimizer: MegatronOptimizer, config: OptimizerConfig, updates: int) -> OptimizerParamScheduler:
-    """Linear warm-up, then `config.schedule` down to `min_lr` over `updates` optimizer updates."""
-    if config.warmup_steps >= updates:
-        raise ValueError(
-            f"optimizer.warmup_steps = {config.warmup_steps} must be less than the run's {updates} optimizer updates."
+def build_scheduler(
+    optimizer: MegatronOptimizer, config: OptimizerConfig, total_updates: int
+) -> OptimizerParamScheduler:
+    """Linear warm-up, then `config.schedule` down to `min_lr` over the run's `total_updates` optimizer updates.
+
+    Raises ConfigError for a warm-up that does not end within them.
+    """
+    if config.warmup_steps >= total_updates:
+        raise ConfigError(
+            f"optimizer.warmup_steps = {config.warmup_steps} must be less than the run's {total_updates} optimizer "
+            "updates (steps × batch.mini_batches): lower it, or train for more steps"
         )
     return OptimizerParamScheduler(
         optimizer,
@@ -59,29 +69,29 @@ def build_scheduler(optimizer: MegatronOptimizer, config: OptimizerConfig, updat
         max_lr=config.lr,
         min_lr=config.min_lr,
         lr_warmup_steps=config.warmup_steps,
-        lr_decay_steps=updates,
+        lr_decay_steps=total_updates,
         lr_decay_style=config.schedule,
         start_wd=config.weight_decay,
         end_wd=config.weight_decay,
-        wd_incr_steps=updates,
+        wd_incr_steps=total_updates,
         wd_incr_style="constant",
     )
 
 
 def sharded_torch_adams(optimizer: MegatronOptimizer) -> list[DistributedOptimizer]:
-    """The parts that are Megatron's distributed optimizer around torch's own Adam, which Megatron-Core takes where
-    neither Transformer Engine nor Apex is installed."""
+    """Megatron's distributed optimizers, of those that `optimizer` chains, around torch's own Adam, which Megatron-Core
+    takes where neither Transformer Engine nor Apex is installed."""
     return [
-        part
-        for part in getattr(optimizer, "chained_optimizers", [optimizer])
-        if isinstance(part, DistributedOptimizer) and isinstance(part.optimizer, torch.optim.Adam | torch.optim.AdamW)
+        one
+        for one in getattr(optimizer, "chained_optimizers", [optimizer])
+        if isinstance(one, DistributedOptimizer) and isinstance(one.optimizer, torch.optim.Adam | torch.optim.AdamW)
     ]
 
 
 def allocate_moments(optimizer: MegatronOptimizer) -> None:
-    """Allocate now what the first step of `sharded_torch_adams` would: zeros, which that step takes for its own."""
-    for part in sharded_torch_adams(optimizer):
-        adam = part.optimizer
+    """Allocate now what the first step of `sharded_torch_adams` would allocate: zeros, which that step then uses."""
+    for sharded in sharded_torch_adams(optimizer):
+        adam = sharded.optimizer
         for parameter in (p for group in adam.param_groups for p in group["params"]):
             if not adam.state[parameter]:
                 adam.state[parameter] = {

@@ -1,4 +1,18 @@
-"""The trained policy: one object that holds Megatron's model, optimizer and schedule, and runs steps."""
+"""The trained policy: one object that holds Megatron's model, optimizer and schedule, and runs steps.
+
+Every public method is collective: all ranks of the run call it, with the same arguments. Within a step the ranks
+communicate in this order, the same on all of them:
+
+1. Scoring pass, only where a group is beyond the token budget and its rewards are compared: see `logprobs`.
+2. Forward and backward passes. Tensor-, pipeline- and context-parallel ranks of one data-parallel rank run the same
+   micro-batches together. Data-parallel ranks run different micro-batches, but equally many.
+3. At their end Megatron sums the gradients, over data- and context-parallel ranks alike: each context-parallel rank
+   has the gradients of its own tokens, each data-parallel rank those of its own micro-batches.
+4. Metrics: data-parallel ranks merge theirs on the last pipeline stage, which then tells the other stages.
+   Context-parallel ranks are not merged: they have all computed the whole objective (policy/context.py).
+5. The gradient norm, over all ranks. Loss and norm are then the same everywhere, and so is the decision to stop.
+6. The optimizer's step, after which data-parallel ranks gather the weights that each of them has updated.
+"""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -11,19 +25,28 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import finalize_model_grads
 from torch import Tensor
-from transformers import AutoConfig
 
 from real_megatron import bridge
-from real_megatron.batch.balance import balance, imbalance
-from real_megatron.batch.packing import PackedMicrobatch, layout_of, pack, rows_of, tokens_of
-from real_megatron.batch.shares import share_out
+from real_megatron.batch.packing import PackedMicrobatch, responses_of
 from real_megatron.batch.types import Group
 from real_megatron.config import RunConfig
-from real_megatron.objective import Metrics, Objective, ScoredBatch, Totals, merge, summarize
-from real_megatron.policy import checkpoint, cpu, flops, runtime
+from real_megatron.hf.directory import checkpoint_directory
+from real_megatron.hf.side_files import read_config
+from real_megatron.objective import (
+    GroupObjective,
+    MetricSums,
+    Objective,
+    ResponseView,
+    ScoredBatch,
+    Totals,
+    merge,
+    summarize,
+)
+from real_megatron.policy import checkpoint, cpu, parallel_groups
 from real_megatron.policy.forward import run_microbatches
 from real_megatron.policy.model import build_model
 from real_megatron.policy.optimizer import allocate_moments, build_optimizer, build_scheduler, wrap_ddp
+from real_megatron.policy.plan import Planner
 
 
 @dataclass
@@ -41,25 +64,38 @@ class Policy:
 
     Every rank of the run holds one and calls the same methods with the same arguments: they are collective.
 
-    config: the run's configuration; `config.model.path` names a Hugging Face checkpoint, whose weights are loaded.
+    config: the run's configuration; `config.model.path` names a Hugging Face checkpoint, whose weights are loaded;
+        `model_dir` then is its directory.
     score_ids, score_values: vocabulary ids and numeric values of the scores, lowest first.
-    updates: optimizer updates of the whole run, for the learning-rate schedule.
+    total_updates: optimizer updates of the whole run, for the learning-rate schedule.
+
+    Raises ConfigError for parallel sizes that do not divide the ranks or the model, and for a warm-up longer than the
+    run; UnsupportedModel and CheckpointError for a checkpoint that cannot be trained.
     """
 
     def __init__(
-        self, config: RunConfig, score_ids: Sequence[int], score_values: Sequence[float], updates: int
+        self, config: RunConfig, score_ids: Sequence[int], score_values: Sequence[float], total_updates: int
     ) -> None:
         self.config = config
         self.score_ids = list(score_ids)
-        self.runtime = runtime.initialize(config.parallel, config.seed)
+        self.runtime = parallel_groups.initialize(config.parallel, config.seed)
         self.values = torch.tensor(score_values, dtype=torch.float32, device=self.runtime.device)
-        self.description = bridge.describe(AutoConfig.from_pretrained(config.model.path))
+        self.model_dir = checkpoint_directory(config.model.path, config.model.revision)
+        self.description = bridge.describe(read_config(self.model_dir), config.model.family)
+        self.planner = Planner(
+            self.description,
+            self.score_ids,
+            config.parallel,
+            config.batch,
+            self.runtime.data_rank,
+            self.runtime.data_size,
+        )
         self.chunks = build_model(self.description, config.parallel, config.model)
-        bridge.load_hf(self.chunks, self.description, config.model.path)
+        bridge.load_hf(self.chunks, self.description, self.model_dir)
         with cpu.device_mode():
             self.ddp_chunks = wrap_ddp(self.chunks, config.parallel)
             self.optimizer = build_optimizer(self.ddp_chunks, config.optimizer, config.parallel)
-            self.scheduler = build_scheduler(self.optimizer, config.optimizer, updates)
+            self.scheduler = build_scheduler(self.optimizer, config.optimizer, total_updates)
         for chunk in self.ddp_chunks:
             chunk.config.finalize_model_grads_func = _sum_model_grads
             chunk.config.grad_scale_func = self.optimizer.scale_loss
@@ -70,18 +106,19 @@ class Policy:
     def train_step(self, groups: Sequence[Group], objective: Objective) -> dict[str, float]:
         """One optimizer update on the global batch `groups` (the same list on every rank).
 
-        Returns the objective's metrics over the global batch, and `grad_norm`, `lr`, `microbatches`, `split_groups`,
-        `imbalance` (share of the busiest data-parallel rank's work for which the average one waits), `tokens` (run
-        through the model, a scoring pass included), `information_tokens` (prompts once, and responses) and
-        `model_flops` (of those, forward and backward). Raises FloatingPointError, on every rank and before the weights
-        are touched, when the loss or the gradient norm is not finite.
+        Returns the objective's metrics over the global batch, the plan's (`Planner.plan`), `grad_norm` and `lr`. Raises
+        FloatingPointError, on every rank and before the weights are touched, when the loss or the gradient norm is not
+        finite. For log-probs that are not finite the objective raises it already, on the ranks that have them.
         """
         totals = Totals(
             groups=len(groups),
             trajectories=sum(len(group.trajectories) for group in groups),
             tokens=sum(sum(t.loss_mask) for group in groups for t in group.trajectories),
         )
-        microbatches, plan_metrics = self._plan(groups, objective)
+        if objective.needs_advantages:
+            assert isinstance(objective, GroupObjective), "an objective that needs advantages computes them"
+            groups = self._with_advantages(groups, objective)
+        plan = self.planner.plan(groups, scoring_pass=objective.needs_advantages)
 
         def consume(microbatch: PackedMicrobatch, logprobs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             return objective(self._scored(microbatch, logprobs), totals)
@@ -91,7 +128,7 @@ class Policy:
                 chunk.train()
                 chunk.zero_grad_buffer()
             self.optimizer.zero_grad()
-        results = run_microbatches(self.ddp_chunks, microbatches, consume, self.runtime.device)
+        results = run_microbatches(self.ddp_chunks, plan.microbatches, consume, self.runtime.device)
         metrics = self._reduce(results)
         loss = metrics["loss"]
         with cpu.device_mode():
@@ -106,16 +143,15 @@ class Policy:
             self.scheduler.step(increment=1)
         return {
             **metrics,
-            **plan_metrics,
+            **plan.metrics,
             "grad_norm": grad_norm,
             "lr": self.optimizer.param_groups[0]["lr"],
         }
 
     def logprobs(self, groups: Sequence[Group]) -> list[list[TrajectoryLogprobs]]:
         """Forward only: log-probs of every group's trajectories, on every rank."""
-        pieces = [piece for group in groups for piece in self._cut(group)]
-        plan, _ = self._balance(pieces)
-        mine = plan[self.runtime.data_rank]
+        subgroups = [subgroup for group in groups for subgroup in self.planner.split(group)]
+        mine = self.planner.distribute(subgroups)[self.runtime.data_rank]
 
         def consume(microbatch: PackedMicrobatch, logprobs: Tensor) -> tuple[Tensor, list[TrajectoryLogprobs]]:
             return logprobs.new_zeros(()), _per_trajectory(microbatch, logprobs.float().cpu(), len(self.score_ids))
@@ -123,23 +159,24 @@ class Policy:
         with torch.no_grad():
             for chunk in self.ddp_chunks:
                 chunk.eval()
-            microbatches = [self._pack([pieces[i] for i in items]) for items in mine]
+            microbatches = [self.planner.pack([subgroups[i] for i in items]) for items in mine]
             results = run_microbatches(self.ddp_chunks, microbatches, consume, self.runtime.device, forward_only=True)
         found: dict[int, list[TrajectoryLogprobs]] = {}
+        # Not strict: only the last pipeline stage has results.
         for items, result in zip(mine, results, strict=False):
             remaining = iter(result)
             for item in items:
-                found[item] = [next(remaining) for _ in pieces[item].trajectories]
+                found[item] = [next(remaining) for _ in subgroups[item].trajectories]
         merged = self._merge(found)
-        ordered = iter(merged[i] for i in range(len(pieces)))
-        return [[t for _ in self._cut(group) for t in next(ordered)] for group in groups]
+        ordered = iter(merged[i] for i in range(len(subgroups)))
+        return [[t for _ in self.planner.split(group) for t in next(ordered)] for group in groups]
 
     def export(self) -> Iterator[tuple[str, Tensor]]:
         """The weights as a stream of (Hugging Face name, full tensor), on every rank."""
         return bridge.export_hf(self.chunks, self.description)
 
     def allocate_optimizer_state(self) -> None:
-        """Take the memory of Adam's moments now, before somebody else is given what is free."""
+        """Allocate Adam's moments now, before a rollout server takes the memory that is free."""
         allocate_moments(self.optimizer)
 
     def save(self, directory: str | Path, state: dict[str, Any]) -> None:
@@ -173,101 +210,40 @@ class Policy:
             old_logprobs=move(microbatch.old_logprobs),
             ref_logprobs=move(microbatch.ref_logprobs),
             advantages=move(microbatch.advantages),
+            responses=_views(microbatch.responses),
         )
 
-    def _pack(self, groups: Sequence[Group]) -> PackedMicrobatch:
-        parallel = self.config.parallel
-        multiple = parallel.context * (parallel.tensor if parallel.sequence_parallel else 1)
-        microbatch = pack(groups, self.score_ids, self.config.batch.share_prompt, multiple)
-        if parallel.context == 1:
-            return microbatch
-        costs = flops.uneven_flops(self.description, microbatch.layout, microbatch.row_positions)
-        return replace(microbatch, shares=share_out(costs, parallel.context))
+    def _with_advantages(self, groups: Sequence[Group], objective: GroupObjective) -> list[Group]:
+        """The groups, those beyond the token budget with the advantages that a scoring pass gives their trajectories.
 
-    def _balance(self, groups: Sequence[Group]) -> tuple[list[list[list[int]]], list[float]]:
-        """Micro-batches per data-parallel rank, and each group's training FLOPs, which the plan evens out."""
-        parallel, share = self.config.parallel, self.config.batch.share_prompt
-        costs = [self._flops(group, share) for group in groups]
-        plan = balance(
-            costs,
-            [tokens_of(group, share) for group in groups],
-            self.config.batch.max_tokens,
-            self.runtime.data_size,
-            multiple=parallel.pipeline if parallel.virtual_pipeline else 1,
-        )
-        return plan, costs
-
-    def _flops(self, group: Group, share_prompt: bool) -> float:
-        return flops.training_flops(self.description, layout_of(group, share_prompt), rows_of(group))
-
-    def _plan(self, groups: Sequence[Group], objective: Objective) -> tuple[list[PackedMicrobatch], dict[str, float]]:
-        """This rank's micro-batches of the global batch, and what the plan looks like.
-
-        Groups beyond the token budget are split; where rewards are compared within groups, a scoring pass computes the
-        pieces' advantages first. Pieces and whole groups do not share a micro-batch: the first bring advantages.
+        The responses of such a group are split over micro-batches, perhaps of different ranks, but their rewards are
+        compared with each other: all of them must be known first.
         """
-        share = self.config.batch.share_prompt
-        large = [group for group in groups if tokens_of(group, share) > self.config.batch.max_tokens]
-        whole = [group for group in groups if tokens_of(group, share) <= self.config.batch.max_tokens]
-        if large and objective.needs_advantages:
-            large = self._with_advantages(large, objective)
-        pieces = [piece for group in large for piece in self._cut(group)]
-        microbatches: list[PackedMicrobatch] = []
-        count, waiting, work = 0, 0.0, 0.0
-        for part in (whole, pieces):
-            if not part:
-                continue
-            plan, costs = self._balance(part)
-            microbatches += [self._pack([part[i] for i in items]) for items in plan[self.runtime.data_rank]]
-            count += sum(len(mine) for mine in plan)
-            waiting += imbalance(costs, plan) * sum(costs)
-            work += sum(costs)
-        scored = sum(tokens_of(group, share) for group in large) if objective.needs_advantages else 0
-        return microbatches, {
-            "microbatches": float(count),
-            "imbalance": waiting / work,
-            "tokens": float(sum(tokens_of(group, share) for group in [*whole, *pieces]) + scored),
-            "information_tokens": float(sum(tokens_of(group) for group in groups)),
-            "model_flops": sum(self._flops(group, share_prompt=True) for group in groups),
-            "split_groups": float(len(large)),
-        }
-
-    def _with_advantages(self, groups: Sequence[Group], objective: Objective) -> list[Group]:
-        """The groups, each trajectory with the advantage that a scoring pass gives it."""
-        scores = [t.scores for group in self.logprobs(groups) for t in group]
+        large = [group for group in groups if not self.planner.fits(group)]
+        if not large:
+            return list(groups)
+        scores = [t.scores for group in self.logprobs(large) for t in group]
         zeros = [0.0] * len(self.score_ids)
-        group_index = torch.tensor([g for g, group in enumerate(groups) for _ in group.trajectories])
+        group_index = torch.tensor([g for g, group in enumerate(large) for _ in group.trajectories])
         scored = ScoredBatch(
             token_logprobs=torch.zeros(0),
             token_trajectory=torch.zeros(0, dtype=torch.long),
             score_logprobs=torch.tensor([zeros if s is None else s for s in scores]),
             has_answer=torch.tensor([s is not None for s in scores]),
-            labels=torch.tensor([group.label for group in groups for _ in group.trajectories]),
+            labels=torch.tensor([group.label for group in large for _ in group.trajectories]),
             group=group_index,
             values=self.values.cpu(),
+            responses=_views(responses_of(large)),
         )
         advantages = iter(objective.advantages(objective.rewards(scored), group_index).tolist())
-        return [
-            replace(group, trajectories=[replace(t, advantage=next(advantages)) for t in group.trajectories])
-            for group in groups
-        ]
 
-    def _cut(self, group: Group) -> list[Group]:
-        """The group, or pieces of it that fit the token budget (a single trajectory always makes a piece)."""
-        share = self.config.batch.share_prompt
-        if tokens_of(group, share) <= self.config.batch.max_tokens:
-            return [group]
-        pieces: list[Group] = []
-        for trajectory in group.trajectories:
-            grown = replace(group, trajectories=[*pieces[-1].trajectories, trajectory]) if pieces else None
-            if grown and tokens_of(grown, share) <= self.config.batch.max_tokens:
-                pieces[-1] = grown
-            else:
-                pieces.append(replace(group, trajectories=[trajectory]))
-        return pieces
+        def with_advantages(group: Group) -> Group:
+            return replace(group, trajectories=[replace(t, advantage=next(advantages)) for t in group.trajectories])
 
-    def _reduce(self, results: Sequence[Metrics]) -> dict[str, float]:
-        """Merge metrics over micro-batches and data-parallel ranks; tell every pipeline stage."""
+        return [group if self.planner.fits(group) else with_advantages(group) for group in groups]
+
+    def _reduce(self, results: Sequence[MetricSums]) -> dict[str, float]:
+        """Metrics over all micro-batches and data-parallel ranks, on every rank. Collective."""
         reduced: dict[str, float] = {}
         if self.runtime.is_last_stage:
             mine = {name: value.cpu() for name, value in merge(results).items()}
@@ -277,16 +253,17 @@ class Policy:
         return self._from_last_stage(reduced)
 
     def _merge(self, found: dict[int, Any]) -> dict[int, Any]:
-        """Union of the data-parallel ranks' dictionaries, from the last stage to every rank."""
+        """Union of the data-parallel ranks' dictionaries on the last stage, on every rank. Collective."""
         merged: dict[int, Any] = {}
         if self.runtime.is_last_stage:
             everyone: list[Any] = [None] * self.runtime.data_size
             dist.all_gather_object(everyone, found, group=parallel_state.get_data_parallel_group())
-            for part in everyone:
-                merged.update(part)
+            for one in everyone:
+                merged.update(one)
         return self._from_last_stage(merged)
 
     def _from_last_stage(self, value: Any) -> Any:
+        """The last pipeline stage's value, on every stage."""
         holder = [value]
         dist.broadcast_object_list(
             holder,
@@ -310,3 +287,7 @@ def _per_trajectory(microbatch: PackedMicrobatch, logprobs: Tensor, scores: int)
     for trajectory, values in zip(microbatch.answer_trajectory.tolist(), answers, strict=True):
         results[trajectory].scores = values
     return results
+
+
+def _views(responses: Sequence[tuple[str, dict[str, Any]]] | None) -> list[ResponseView] | None:
+    return None if responses is None else [ResponseView(text, meta) for text, meta in responses]

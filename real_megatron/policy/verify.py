@@ -1,6 +1,6 @@
 """Does a Megatron model compute what its Hugging Face original computes? Logits of both on random tokens."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,15 +9,18 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
+from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from real_megatron import bridge
-from real_megatron.batch.layout import Layout, Segment
+from real_megatron.batch.segments import Segment, SegmentTree
 from real_megatron.config import ModelConfig, ParallelConfig
-from real_megatron.policy import cpu, runtime
+from real_megatron.hf.side_files import read_config
+from real_megatron.policy import cpu, parallel_groups
 from real_megatron.policy.attention import PackedParams
 from real_megatron.policy.model import build_model
+from real_megatron.runtime import default_device
 
 
 @dataclass(frozen=True)
@@ -41,16 +44,17 @@ def verify(
     sequences: int = 2,
     length: int = 32,
     seed: int = 0,
+    family: str = "auto",
 ) -> Verification:
     """Compare float32 logits of a Hugging Face checkpoint and of its Megatron counterpart on random tokens.
 
     megatron_path: a converted checkpoint; without one the weights come straight from `hf_path`. parallel: layout of
-    the Megatron model; default: one rank. Collective. Each rank holds the Hugging Face model and then its share of
-    the Megatron model, one after the other.
+    the Megatron model; default: one rank. family: as `model.family`. Collective. Each rank holds the Hugging Face model
+    and then its shard of the Megatron model, one after the other.
     """
     parallel = parallel or ParallelConfig()
-    runtime.initialize(parallel, seed)
-    description = bridge.describe(bridge.read_config(Path(hf_path)))
+    parallel_groups.initialize(parallel, seed)
+    description = bridge.describe(read_config(Path(hf_path)), family)
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(description.vocab_size, (sequences, length), generator=generator)
     expected = hf_logits(hf_path, tokens)
@@ -60,24 +64,27 @@ def verify(
     else:
         load_weights(chunks, megatron_path)
     logits = model_logits(chunks, tokens)
-    result = None
+    result: Verification | None = None
     if logits is not None:
         logits = logits[..., : description.vocab_size].cpu()
         result = Verification((logits - expected).abs().max().item(), expected.abs().max().item(), tokens.numel())
     holder = [result]
     group = parallel_state.get_pipeline_model_parallel_group()
     dist.broadcast_object_list(holder, src=parallel_state.get_pipeline_model_parallel_last_rank(), group=group)
-    return holder[0]
+    (found,) = holder
+    assert found is not None, "the last pipeline stage has the logits"
+    return found
 
 
 def hf_logits(hf_path: str | Path, tokens: Tensor) -> Tensor:
     """transformers' logits for `tokens` `[B, T]`: float32 `[B, T, V]`."""
     model = AutoModelForCausalLM.from_pretrained(hf_path, dtype=torch.float32, attn_implementation="eager").eval()
     with torch.no_grad():
-        return model(tokens).logits
+        logits: Tensor = model(tokens).logits
+    return logits
 
 
-def load_weights(chunks: Sequence[nn.Module], directory: str | Path) -> None:
+def load_weights(chunks: Sequence[MegatronModule], directory: str | Path) -> None:
     """Read the model (nothing else) from a Megatron checkpoint of any layout. Collective."""
     with cpu.device_mode():
         state = {f"model{i}": chunk.sharded_state_dict() for i, chunk in enumerate(chunks)}
@@ -91,15 +98,15 @@ def model_logits(chunks: Sequence[nn.Module], tokens: Tensor) -> Tensor | None:
 
     Each sequence is one micro-batch of the pipeline schedule. Collective.
     """
-    device = runtime.default_device()
+    device = default_device()
 
-    def forward_step(batches, model: nn.Module):
-        layout = Layout((Segment(tokens.size(1)),))
+    def forward_step(batches: Iterator[Tensor], model: nn.Module) -> tuple[Tensor, Callable[..., Tensor]]:
+        tree = SegmentTree((Segment(tokens.size(1)),))
         output = model(
             input_ids=next(batches)[None].to(device),
-            position_ids=layout.positions()[None].to(device),
+            position_ids=tree.positions()[None].to(device),
             attention_mask=None,
-            packed_seq_params=PackedParams(qkv_format="bshd", layout=layout),
+            packed_seq_params=PackedParams(tree=tree),
         )
         return output, lambda output, non_loss_data: gather_from_tensor_model_parallel_region(output).float()
 

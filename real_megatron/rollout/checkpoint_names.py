@@ -1,29 +1,24 @@
-"""Which tensors a checkpoint has, to hold a weight stream against: servers drop unknown names in silence."""
+"""Which tensors a checkpoint has, to compare a weight stream with: servers ignore unknown names silently."""
 
-import json
-import struct
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
+
+from real_megatron.errors import EngineError
+from real_megatron.hf.checkpoint import HFCheckpoint, Shape
 
 _SHOWN = 5
 _HEAD = "lm_head.weight"
 
 
 @lru_cache(maxsize=4)
-def checkpoint_shapes(model_dir: Path) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor in a directory's safetensors files, from their headers."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    for path in sorted(model_dir.glob("*.safetensors")):
-        with path.open("rb") as file:
-            (size,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(size))
-        shapes |= {name: tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
-    return shapes
+def checkpoint_shapes(model_dir: Path) -> dict[str, Shape]:
+    """Name and shape of every tensor in a directory's safetensors files; none where it has no such files."""
+    return HFCheckpoint(model_dir).shapes if any(model_dir.glob("*.safetensors")) else {}
 
 
 def check_names(model_dir: Path, sent: Mapping[str, list[int]], tied: bool) -> None:
-    """Raise ValueError unless `sent` (name -> shape) is exactly the checkpoint's set of tensors.
+    """Raise EngineError unless `sent` (name -> shape) is exactly the checkpoint's set of tensors.
 
     tied: the output layer is the embedding; `lm_head.weight` may then be on one side only, as some store it
 
@@ -42,4 +37,4 @@ def check_names(model_dir: Path, sent: Mapping[str, list[int]], tied: bool) -> N
     }
     found = [f"{len(v)} {k}: {', '.join(v[:_SHOWN])}{' …' * (len(v) > _SHOWN)}" for k, v in problems.items() if v]
     if found:
-        raise ValueError(f"the weight stream is not the checkpoint {model_dir}: " + "; ".join(found))
+        raise EngineError(f"the weight stream is not the checkpoint {model_dir}: " + "; ".join(found))

@@ -1,10 +1,18 @@
-"""The protocol that every rollout engine fulfils. Knows neither Megatron nor training."""
+"""The protocol that every rollout engine fulfils, its errors, and how engines are found. Knows neither Megatron nor
+training."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
 
+import torch
 from torch import Tensor
+from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
+
+from real_megatron.config import RolloutConfig
+from real_megatron.errors import EngineError
+from real_megatron.registry import Registry
 
 
 @dataclass(frozen=True)
@@ -51,13 +59,17 @@ class RolloutEngine(Protocol):
 
         `seeds` holds one seed per prompt; engines that can reproduce sampling make the result depend on the prompt,
         its seed and the weights alone, not on which other prompts are in the call.
+
+        Raises PromptRefused for a prompt that the engine cannot take (its message does not repeat the index),
+        EngineError when it fails.
         """
         ...
 
     def next_token_logprobs(self, sequences: Sequence[list[int]], ids: Sequence[int]) -> Tensor:
         """Log-probabilities (T = 1, whole vocabulary) of the tokens `ids` as continuation of each sequence.
 
-        Returns fp32 `[len(sequences), len(ids)]` on CPU. This is RAIL's score distribution.
+        Returns fp32 `[len(sequences), len(ids)]` on CPU. This is RAIL's score distribution. Errors as of `generate`;
+        PromptRefused counts in `sequences`.
         """
         ...
 
@@ -75,7 +87,73 @@ class RolloutEngine(Protocol):
     def wake(self) -> None: ...
 
     def health(self) -> None:
-        """Raise RuntimeError, saying what is wrong, when the engine cannot serve."""
+        """Raise EngineError, saying what is wrong, when the engine cannot serve."""
         ...
 
     def close(self) -> None: ...
+
+
+class WeightSyncError(EngineError):
+    """No server holds the new weights. Nothing is served until `update_weights` is called again and succeeds."""
+
+
+@dataclass(frozen=True)
+class EngineSpec:
+    """What an engine is built from."""
+
+    config: RolloutConfig
+    model_dir: Path
+    """Hugging Face checkpoint: the architecture, and the weights where `serve_loaded`."""
+    tokenizer: PreTrainedTokenizerBase
+    work_dir: Path
+    """For logs of servers, and weights of a sync by disk."""
+    max_prompt_tokens: int
+    max_response_tokens: int
+    """Longest prompt and response that will be asked for (`data.max_prompt_tokens`, `data.max_response_tokens`)."""
+    device: torch.device = torch.device("cpu")
+    """The trainer's device."""
+    dtype: torch.dtype = torch.float32
+    """Of the served weights."""
+    serve_loaded: bool = False
+    """Serve the checkpoint as it is, as version 0 (judging, evaluation); else `update_weights` comes first."""
+
+    @property
+    def max_tokens(self) -> int:
+        """Longest prompt and response together."""
+        return self.max_prompt_tokens + self.max_response_tokens
+
+    def hf_config(self) -> PretrainedConfig:
+        """The model's configuration; remote code is never run."""
+        return AutoConfig.from_pretrained(self.model_dir, trust_remote_code=False)
+
+
+@dataclass(frozen=True)
+class EngineKind:
+    """A kind of engine that `rollout.engine` can name."""
+
+    build: Callable[[EngineSpec], RolloutEngine]
+    on_every_rank: bool = False
+    """Each rank of the run holds an engine of its own and serves some of the prompts. False: rank 0 holds the only one,
+    in front of servers."""
+
+
+ENGINES: Registry[EngineKind] = Registry("engine", "rollout.engine")
+
+
+Builder = TypeVar("Builder", bound=Callable[[EngineSpec], RolloutEngine])
+
+
+def register_engine(name: str, *, on_every_rank: bool = False) -> Callable[[Builder], Builder]:
+    """Decorator for a class or function that builds a `RolloutEngine` from an `EngineSpec`. See docs/extending.md."""
+
+    def add(build: Builder) -> Builder:
+        ENGINES.register(name, EngineKind(build, on_every_rank), build.__module__)
+        return build
+
+    return add
+
+
+def drain(stream: Iterable[Any]) -> None:
+    """Consume what is left of a stream. A collective export must be iterated to its end on every rank."""
+    for _ in stream:
+        pass

@@ -1,34 +1,53 @@
 """The engine that a configuration asks for."""
 
+import importlib
 import importlib.util
 import os
 import shutil
 import sys
-from pathlib import Path
 from urllib.parse import urlsplit
 
 import torch
 import torch.distributed as dist
-from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from real_megatron.config import RolloutConfig
+from real_megatron.errors import ConfigError, EngineError
 from real_megatron.rollout.distributed import DistributedRollout, FollowerEngine
-from real_megatron.rollout.engine import RolloutEngine
-from real_megatron.rollout.remote.errors import RolloutError
-from real_megatron.rollout.sglang.engine import SGLangEngine
-from real_megatron.rollout.transformers_engine import TransformersEngine
-from real_megatron.rollout.vllm.engine import VLLMEngine
-from real_megatron.sections import ConfigError
+from real_megatron.rollout.engine import ENGINES, EngineKind, EngineSpec, RolloutEngine
 
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
+# Imported when they are asked for: each registers itself.
+_BUILT_IN = {
+    "transformers": "real_megatron.rollout.embedded.engine",
+    "sglang": "real_megatron.rollout.sglang.engine",
+    "vllm": "real_megatron.rollout.vllm.engine",
+}
+
+
+def find_engine(name: str) -> EngineKind:
+    """The engine of `rollout.engine`. Raises ConfigError for an unknown one, or one that is not registered."""
+    if name in _BUILT_IN:
+        importlib.import_module(_BUILT_IN[name])
+        return ENGINES[name]
+    if ":" not in name:
+        raise ConfigError(
+            f"rollout.engine: unknown engine {name!r}; known: {', '.join(_BUILT_IN)}, or module:name for one of your "
+            "own (docs/extending.md)"
+        )
+    kind = ENGINES.find(name)
+    if not isinstance(kind, EngineKind):
+        raise ConfigError(f"rollout.engine: {name!r} is not registered as an engine: decorate it with register_engine")
+    return kind
 
 
 def check_servers(config: RolloutConfig, *, trainer: bool) -> None:
-    """Raise ConfigError for servers that could not work here, before a model is loaded for nothing.
+    """Raise ConfigError for an engine that is unknown or servers that could not work here, before a model is loaded for
+    nothing.
 
     trainer: whether this process trains, so that it needs its GPU and sends weights
     """
-    if config.engine == "transformers":
+    find_engine(config.engine)
+    if config.engine not in ("sglang", "vllm"):
         return
     if config.servers:
         sends = trainer and config.engine == "sglang" and config.weight_sync in ("auto", "distributed")
@@ -66,58 +85,30 @@ def _check_gpus(config: RolloutConfig, gpus: int, trainers: int) -> None:
         )
 
 
-def build_engine(
-    config: RolloutConfig,
-    model_dir: Path,
-    tokenizer: PreTrainedTokenizerBase,
-    work_dir: Path,
-    *,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
-    serve_loaded: bool = False,
-    group: dist.ProcessGroup | None = None,
-) -> RolloutEngine:
-    """The engine of `config.engine`, for all ranks of `group` when torch.distributed is initialised. Collective.
+def build_engine(spec: EngineSpec, group: dist.ProcessGroup | None = None) -> RolloutEngine:
+    """The engine of `spec.config.engine`, for all ranks of `group` when torch.distributed is initialised. Collective.
 
-    model_dir: Hugging Face checkpoint: the architecture, and the weights when `serve_loaded`
-    work_dir: logs of servers, and weights of a sync by disk
-    serve_loaded: serve the checkpoint as it is, as version 0 (judge, evaluate); else `update_weights` comes first
-    group: see DistributedRollout; None: the whole world
+    group: see DistributedRollout; None: all ranks. Raises ConfigError for settings that the engine does not take,
+    EngineError for servers that cannot be used. Where rank 0 alone builds an engine, it raises its own error and the
+    other ranks an EngineError.
     """
+    kind = find_engine(spec.config.engine)
     alone = not dist.is_initialized() or dist.get_world_size(group) == 1
     if alone:
-        return _engine(config, model_dir, tokenizer, work_dir, torch.device(device), dtype, serve_loaded)
-    if config.engine == "transformers":
-        engine = _engine(config, model_dir, tokenizer, work_dir, torch.device(device), dtype, serve_loaded)
-        return DistributedRollout(engine, group)
-    first = dist.get_rank(group) == 0
-    error: list[str | None] = [None]
-    engine = FollowerEngine()
-    if first:
+        return kind.build(spec)
+    if kind.on_every_rank:
+        return DistributedRollout(kind.build(spec), group)
+    failure: Exception | None = None
+    engine: RolloutEngine = FollowerEngine()
+    if dist.get_rank(group) == 0:
         try:
-            engine = _engine(config, model_dir, tokenizer, work_dir, torch.device(device), dtype, serve_loaded)
-        except Exception as failure:
-            error = [f"{type(failure).__name__}: {failure}"]
-    dist.broadcast_object_list(error, group_src=0, group=group)
-    if error[0]:
-        raise RolloutError(f"the rollout engine could not be built on rank 0: {error[0]}")
+            engine = kind.build(spec)
+        except Exception as error:
+            failure = error
+    message = [None if failure is None else f"{type(failure).__name__}: {failure}"]
+    dist.broadcast_object_list(message, group_src=0, group=group)
+    if failure is not None:
+        raise failure
+    if message[0]:
+        raise EngineError(f"the rollout engine could not be built on rank 0: {message[0]}")
     return DistributedRollout(engine, group)
-
-
-def _engine(
-    config: RolloutConfig,
-    model_dir: Path,
-    tokenizer: PreTrainedTokenizerBase,
-    work_dir: Path,
-    device: torch.device,
-    dtype: torch.dtype,
-    serve_loaded: bool,
-) -> RolloutEngine:
-    if config.engine == "transformers":
-        options = {"device": device, "dtype": dtype, "batch_size": config.batch_size}
-        if serve_loaded:
-            return TransformersEngine.from_pretrained(model_dir, tokenizer, **options)
-        return TransformersEngine(AutoConfig.from_pretrained(model_dir), tokenizer, **options)
-    remote = {"sglang": SGLangEngine, "vllm": VLLMEngine}[config.engine]
-    hf_config = AutoConfig.from_pretrained(model_dir)
-    return remote(config, hf_config, Path(model_dir), work_dir, device=device, dtype=dtype, serve_loaded=serve_loaded)

@@ -2,23 +2,16 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
 
 from real_megatron.batch.types import Trajectory
+from real_megatron.errors import EngineError
 from real_megatron.rollout.engine import Response, RolloutEngine, SamplingParams
+from real_megatron.scores import ScoreScale
 
 NoAnchorRule = Literal["penalize", "force", "drop"]
-
-
-class AnchoredScale(Protocol):
-    """What is needed of `real_megatron.scores.ScoreScale`."""
-
-    anchor_text: str
-    anchor_ids: list[int]
-
-    def cut(self, tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> int | None: ...
 
 
 @dataclass
@@ -28,14 +21,14 @@ class Sampled:
     trajectories: list[list[Trajectory]]
     """`n` per prompt; fewer, possibly none, under the rule `drop`."""
     metrics: dict[str, float]
-    """Shares of all responses: `no_anchor` (of which `truncated` by length, `split_anchor`: the anchor ends inside a
+    """Fractions of all responses: `no_anchor` (of which `truncated` by length, `split_anchor`: the anchor ends inside a
     token), `forced`, `dropped`; `empty_groups` (count); `response_tokens` (mean) and `response_tokens_max`."""
 
 
 def sample_trajectories(
     engine: RolloutEngine,
     tokenizer: PreTrainedTokenizerBase,
-    scale: AnchoredScale,
+    scale: ScoreScale,
     prompts: Sequence[list[int]],
     params: SamplingParams,
     rule: NoAnchorRule = "penalize",
@@ -46,7 +39,8 @@ def sample_trajectories(
     A response that has no anchor at a token boundary: `penalize` keeps it whole, without an answer position; `force`
     appends the anchor, without token loss (a final end-of-sequence token gives way to it); `drop` leaves it out.
 
-    Raises RuntimeError when the engine does not return exactly what was asked for.
+    Raises EngineError when the engine does not return exactly what was asked for, PromptRefused for a prompt that it
+    cannot take.
     """
     if rule not in ("penalize", "force", "drop"):
         raise ValueError(f"no-anchor rule {rule!r}: use penalize, force or drop")
@@ -78,15 +72,15 @@ def sample_trajectories(
 
 
 def check_complete(groups: list[list[Response]], prompts: int, n: int) -> None:
-    """Raise RuntimeError unless there are `n` well-formed responses for each of `prompts` prompts."""
+    """Raise EngineError unless there are `n` well-formed responses for each of `prompts` prompts."""
     if len(groups) != prompts:
-        raise RuntimeError(f"the rollout engine returned {len(groups)} groups for {prompts} prompts")
+        raise EngineError(f"the rollout engine returned {len(groups)} groups for {prompts} prompts")
     for i, group in enumerate(groups):
         if len(group) != n:
-            raise RuntimeError(f"the rollout engine returned {len(group)} responses for prompt {i}, asked for {n}")
+            raise EngineError(f"the rollout engine returned {len(group)} responses for prompt {i}, asked for {n}")
         for response in group:
             if not response.token_ids or len(response.token_ids) != len(response.logprobs):
-                raise RuntimeError(
+                raise EngineError(
                     f"the rollout engine returned {len(response.token_ids)} tokens with "
                     f"{len(response.logprobs)} log-probabilities for prompt {i}"
                 )
@@ -94,8 +88,9 @@ def check_complete(groups: list[list[Response]], prompts: int, n: int) -> None:
 
 def _trajectory(response: Response, cut: int | None, anchor: list[int] | None) -> Trajectory:
     ids, logprobs = response.token_ids, response.logprobs
-    forced = cut is None and anchor is not None
-    if forced:
+    forced = False
+    if cut is None and anchor is not None:
+        forced = True
         sampled = len(ids) - (response.finish_reason == "eos")
         ids = ids[:sampled] + anchor
         # Positions without token loss: the value is never read.

@@ -2,18 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
 
+from real_megatron.errors import EngineError, PromptRefused
 from real_megatron.rollout.engine import RolloutEngine, SamplingParams
-from real_megatron.rollout.sampling import AnchoredScale, check_complete
-
-
-class ReadableScale(AnchoredScale, Protocol):
-    """What is needed of `real_megatron.scores.ScoreScale`."""
-
-    score_ids: list[int]
+from real_megatron.rollout.sampling import check_complete
+from real_megatron.scores import ScoreScale
 
 
 @dataclass
@@ -34,7 +30,7 @@ class ScoredResponse:
 def sample_scored(
     engine: RolloutEngine,
     tokenizer: PreTrainedTokenizerBase,
-    scale: ReadableScale,
+    scale: ScoreScale,
     prompts: Sequence[list[int]],
     params: SamplingParams,
     rule: Literal["penalize", "force"] = "penalize",
@@ -45,6 +41,10 @@ def sample_scored(
     At temperature 0 or 1 generation stops behind the score, and the distribution is read off the engine's own log-probs
     at that position. A second pass (next_token_logprobs) serves the rest: other temperatures, responses that end
     at the anchor, and, under the rule `force`, responses without an anchor, which get it appended.
+
+    Raises EngineError when the engine does not return exactly what was asked for, PromptRefused (index in `prompts`)
+    for a prompt that it cannot take, alone or with a critique behind it. The log-probs are not checked: they may be
+    NaN.
     """
     one_pass = params.temperature in (0, 1)
     watch = tuple(scale.score_ids) if one_pass else ()
@@ -52,8 +52,8 @@ def sample_scored(
     groups = engine.generate(prompts, replace(params, stop=stop, watch_ids=watch), seeds)
     check_complete(groups, len(prompts), params.n)
     results: list[list[ScoredResponse]] = []
-    unread: list[tuple[ScoredResponse, list[int]]] = []
-    for prompt, group in zip(prompts, groups, strict=True):
+    unread: list[tuple[ScoredResponse, int]] = []
+    for index, group in enumerate(groups):
         row = []
         for response in group:
             ids = response.token_ids
@@ -65,24 +65,29 @@ def sample_scored(
                     whole = len(ids) - (response.finish_reason == "eos")
                     scored.response_ids = ids[:whole] + scale.anchor_ids
                     scored.forced_anchor = True
-                    unread.append((scored, prompt))
+                    unread.append((scored, index))
             elif one_pass and cut < len(ids):
+                if response.watched is None:
+                    raise EngineError(f"the rollout engine returned no score log-probabilities for prompt {index}")
                 scored.score_logprobs = response.watched[cut]
                 if ids[cut] in scale.score_ids:
                     scored.sampled_score = scale.score_ids.index(ids[cut])
             else:
-                unread.append((scored, prompt))
+                unread.append((scored, index))
             row.append(scored)
         results.append(row)
     if unread:
-        sequences = [prompt + scored.response_ids for scored, prompt in unread]
-        logprobs = engine.next_token_logprobs(sequences, scale.score_ids)
+        sequences = [prompts[index] + scored.response_ids for scored, index in unread]
+        try:
+            logprobs = engine.next_token_logprobs(sequences, scale.score_ids)
+        except PromptRefused as error:
+            raise PromptRefused(unread[error.index][1], str(error)) from error
         for (scored, _), values in zip(unread, logprobs.tolist(), strict=True):
             scored.score_logprobs = values
     return results
 
 
-def _stop_texts(tokenizer: PreTrainedTokenizerBase, scale: ReadableScale) -> tuple[str, ...]:
+def _stop_texts(tokenizer: PreTrainedTokenizerBase, scale: ScoreScale) -> tuple[str, ...]:
     """The anchor followed by each score, as the tokenizer writes them."""
     start = len(tokenizer.decode(scale.anchor_ids))
     return tuple(scale.anchor_text + tokenizer.decode([*scale.anchor_ids, score])[start:] for score in scale.score_ids)

@@ -1,4 +1,4 @@
-"""Which checkpoints exist, and how one comes into being: whole or not at all."""
+"""The training checkpoints of a run: which exist, and writing one whole or not at all."""
 
 import logging
 import re
@@ -12,7 +12,7 @@ import torch.distributed as dist
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from torch.distributed.checkpoint.api import CheckpointException
 
-from real_megatron.training.rank0 import from_rank_0
+from real_megatron.runtime import barrier, from_rank_0, rank
 
 logger = logging.getLogger(__name__)
 
@@ -44,23 +44,25 @@ class CheckpointStore:
         """
         final = self.directory / f"step-{step:06d}"
         partial = final.with_suffix(".partial")
-        if _rank() == 0:
+        if rank() == 0:
             if final.exists():
                 _remove(final)
             for leftover in self.directory.glob("*.partial"):
                 shutil.rmtree(leftover)
             partial.mkdir(parents=True)
-        _barrier()
+        barrier()
         _check_visible(partial)
-        with mendable(f"{partial}: cannot be written", "make room there, and run the same command again to go on"):
+        with explain_checkpoint_errors(
+            f"{partial}: cannot be written", "make room there, and run the same command again to go on"
+        ):
             write(partial)
-        _barrier()
-        if _rank() == 0:
+        barrier()
+        if rank() == 0:
             partial.rename(final)
             for _, path in sorted(self._complete())[: -self.keep]:
                 _remove(path)
             logger.info("saved %s", final)
-        _barrier()
+        barrier()
         return final
 
     def _complete(self) -> list[tuple[int, Path]]:
@@ -69,15 +71,15 @@ class CheckpointStore:
 
 
 @contextmanager
-def mendable(what: str, mend: str) -> Iterator[None]:
+def explain_checkpoint_errors(what: str, fix: str) -> Iterator[None]:
     """Turn the errors of checkpointing, which hold every rank's whole traceback, into an OSError of one line."""
     try:
         yield
     except CheckpointException as error:
         reasons = dict.fromkeys(str(failure).strip() for failure, _ in error.failures.values())
-        raise OSError(f"{what} ({'; '.join(reasons)}): {mend}") from error
+        raise OSError(f"{what} ({'; '.join(reasons)}): {fix}") from error
     except CheckpointingException as error:
-        raise OSError(f"{what} ({error}): {mend}") from error
+        raise OSError(f"{what} ({error}): {fix}") from error
 
 
 def _remove(checkpoint: Path) -> None:
@@ -96,18 +98,9 @@ def _check_visible(directory: Path) -> None:
     if dist.is_initialized():
         ranks = [False] * dist.get_world_size()
         dist.all_gather_object(ranks, seen)
-    blind = [rank for rank, seen in enumerate(ranks) if not seen]
+    blind = [number for number, seen in enumerate(ranks) if not seen]
     if blind:
         raise OSError(
             f"{directory} is not seen by {len(blind)} of {len(ranks)} ranks (the first: {blind[0]}): put `output` on a "
             "file system that all nodes share"
         )
-
-
-def _rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def _barrier() -> None:
-    if dist.is_initialized():
-        dist.barrier()

@@ -7,29 +7,23 @@ from transformers import PreTrainedTokenizerBase
 from real_megatron.batch.types import Group
 from real_megatron.config import RunConfig
 from real_megatron.data import JudgeExample, encode_prompts, encode_targets, load_examples
+from real_megatron.errors import ConfigError
 from real_megatron.scores import ScoreScale
-from real_megatron.sections import ConfigError
-from real_megatron.training.generated_cots import with_generated_cots
 
 
 def prompt_groups(config: RunConfig, tokenizer: PreTrainedTokenizerBase, scale: ScoreScale) -> list[Group]:
     """Prompt and label of every training example, without responses yet. Too long prompts are dropped and counted."""
     examples = _load(config, scale)
-    kept = encode_prompts(tokenizer, examples, config.rollout.max_prompt_tokens, config.data.chat_template)
-    return _some([Group(prompt_ids, [], example.label, example.id) for example, prompt_ids in kept])
+    kept = encode_prompts(tokenizer, examples, config.data.max_prompt_tokens, config.data.chat_template)
+    return _some([Group(ids, [], example.label, example.id, example.meta) for example, ids in kept])
 
 
 def target_groups(config: RunConfig, tokenizer: PreTrainedTokenizerBase, scale: ScoreScale) -> list[Group]:
-    """Every training example with its CoT: given, generated or none. Too long ones are dropped and counted.
-
-    Collective.
-    """
+    """Every training example with its CoT, or without one (`sft.cots`). Too long ones are dropped and counted."""
     examples = _load(config, scale)
-    if config.sft.cots == "generated":
-        examples = with_generated_cots(config, examples)
-    elif config.sft.cots == "none":
+    if config.sft.cots == "none":
         examples = [replace(example, cot="") for example in examples]
-    limits = config.rollout.max_prompt_tokens, config.rollout.max_new_tokens
+    limits = config.data.max_prompt_tokens, config.data.max_response_tokens
     return _some(encode_targets(tokenizer, scale, examples, *limits, config.data.chat_template))
 
 
@@ -42,6 +36,6 @@ def _load(config: RunConfig, scale: ScoreScale) -> list[JudgeExample]:
 def _some(groups: list[Group]) -> list[Group]:
     if not groups:
         raise ConfigError(
-            "no training example is left: raise rollout.max_prompt_tokens or rollout.max_new_tokens, or use other data"
+            "no training example is left: raise data.max_prompt_tokens or data.max_response_tokens, or use other data"
         )
     return groups

@@ -4,46 +4,45 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from real_megatron.bridge import carry, parameters
-from real_megatron.bridge.hf_writer import SafetensorsStream, plan_shards, write_index
-from real_megatron.bridge.staging import staged_directory
+from real_megatron.bridge import parameters
+from real_megatron.bridge.hf_writer import SafetensorsStream, plan_files, write_index
+from real_megatron.hf.side_files import carry
+from real_megatron.hf.staging import staged_directory
+from real_megatron.judging.settings import RUN_FILE
 from real_megatron.policy.policy import Policy
 
-RUN_FILE = "real_megatron.yaml"
-"""The run's resolved configuration, beside the weights: it holds the scale, anchor and template that judging needs."""
-
-SHARD_BYTES = 5 * 10**9
+FILE_BYTES = 5 * 10**9
 
 
-def save_hf(policy: Policy, output: Path, shard_bytes: int = SHARD_BYTES) -> None:
+def save_hf(policy: Policy, output: Path, max_file_bytes: int = FILE_BYTES) -> None:
     """Write the policy's weights, in the dtype it holds them, with config, tokenizer files and run configuration.
 
     Rank 0 writes tensor by tensor, so that it never holds the whole model; the directory appears when it is complete.
     Collective. Raises FileExistsError when `output` exists and is not empty.
     """
     if dist.get_rank() == 0:
-        _write(policy, output, shard_bytes)
+        _write(policy, output, max_file_bytes)
     else:
         for _ in policy.export():
             pass
     dist.barrier()
 
 
-def _write(policy: Policy, output: Path, shard_bytes: int) -> None:
+def _write(policy: Policy, output: Path, max_file_bytes: int) -> None:
     table = parameters(policy.description)
     dtype = next(policy.chunks[0].parameters()).dtype
-    shards = plan_shards(table, [dtype] * len(table), shard_bytes)
+    files = plan_files(table, [dtype] * len(table), max_file_bytes)
     tensors = policy.export()
     with staged_directory(output) as staging:
-        carry(Path(policy.config.model.path), staging, dtype)
+        carry(policy.model_dir, staging, dtype)
         (staging / RUN_FILE).write_text(policy.config.to_yaml(), encoding="utf-8")
-        for shard in shards:
-            stream = SafetensorsStream(staging, shard)
-            for expected, _, _ in shard.tensors():
+        for file in files:
+            stream = SafetensorsStream(staging, file)
+            for expected, _, _ in file.tensors():
                 name, tensor = next(tensors)
                 assert name == expected, f"the export yields {name} where the table has {expected}"
                 stream.write(tensor.cpu())
             stream.close()
         for name, _ in tensors:
             raise AssertionError(f"the export yields {name}, which the table does not have")
-        write_index(staging, shards)
+        write_index(staging, files)

@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Any, Protocol, Self
 
 from real_megatron.config import MetricsConfig
-from real_megatron.sections import ConfigError
+from real_megatron.errors import ConfigError
 
 
 class Sink(Protocol):
@@ -97,7 +97,7 @@ def check_sinks(config: MetricsConfig) -> None:
         )
 
 
-class Metrics:
+class MetricSinks:
     """All configured sinks. Ranks other than 0 write nothing."""
 
     def __init__(self, sinks: Sequence[Sink]) -> None:
@@ -126,14 +126,17 @@ class Metrics:
         for sink in self._sinks:
             sink.write(step, values)
 
+    def close(self) -> None:
+        for sink in self._sinks:
+            sink.close()
+
     def __enter__(self) -> Self:
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for sink in self._sinks:
-            sink.close()
+        self.close()
 
 
 def distinct_n(texts: Iterable[Sequence[int]], n: int) -> float:

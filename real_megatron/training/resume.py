@@ -3,10 +3,10 @@
 from typing import Any
 
 from real_megatron.config import RolloutConfig, RunConfig
-from real_megatron.sections import ConfigError
+from real_megatron.errors import ConfigError
 
 # Of the rollouts, what decides which responses are sampled; the rest says where and how fast.
-SAMPLING = ("n", "temperature", "top_p", "max_prompt_tokens", "max_new_tokens", "staleness")
+SAMPLING = ("n", "temperature", "top_p", "staleness")
 
 # What may differ: none of it changes which updates the run makes (but for the order of floating-point sums).
 FREE = (

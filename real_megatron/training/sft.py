@@ -1,38 +1,43 @@
-"""The supervised loop: SFT, RAFT and TRACT on given or generated CoTs."""
-
-from dataclasses import dataclass
+"""The supervised loop: SFT, RAFT and TRACT on critiques of a data set."""
 
 from real_megatron.config import RunConfig
-from real_megatron.objective import Objective, build_objective
-from real_megatron.sections import ConfigError
+from real_megatron.errors import ConfigError
+from real_megatron.objective import build_objective
 from real_megatron.training.examples import target_groups
-from real_megatron.training.phases import PhaseTimer
-from real_megatron.training.session import Session, open_session
+from real_megatron.training.session import naming_step, open_session
 
 
 def train(config: RunConfig) -> None:
-    """A whole run: resume or start, train, evaluate, save, export. Collective.
-
-    Raises ConfigError or ValueError for a configuration that cannot be run, Terminated after SIGTERM.
-    """
+    """A whole run: resume or start, train, evaluate, save, export. Collective. Errors as of `rl.train`."""
     if config.is_rl:
         raise ConfigError(
             f"objective.name is {config.objective.name}: use `real-megatron train`, or set it to raft, tract or sft"
         )
-    objective = build_objective(config.objective)
-    with open_session(config, target_groups) as session:
-        session.resume()
-        session.run(SupervisedStep(session, objective))
-
-
-@dataclass
-class SupervisedStep:
-    """One step of the loop: a batch of given CoTs, one update."""
-
-    session: Session
-    objective: Objective
-
-    def __call__(self, step: int, timer: PhaseTimer) -> dict[str, float]:
-        groups = [self.session.groups[i] for i in self.session.sampler.batch(step)]
-        with timer.phase("update"):
-            return self.session.policy.train_step(groups, self.objective)
+    objective = build_objective(config.objective, config.scale.probabilities)
+    with open_session(config, target_groups) as run:
+        timer, rank = run.timer, run.policy.runtime.rank
+        run.resume()
+        if run.finished():
+            return
+        if run.evaluation_sets:  # which alone need an engine
+            run.start_engine()
+        with run.recording() as record:
+            for step in range(run.start, run.steps):
+                with naming_step(step, rank), timer.phase("update"):
+                    groups = [run.groups[i] for i in run.sampler.batch(step)]
+                    metrics = run.policy.train_step(groups, objective)
+                # What follows a step, as in rl.py.
+                done = step + 1
+                stopping = run.stopping(done)
+                if stopping or run.checkpoint_due(done):
+                    with timer.phase("checkpoint"):
+                        run.save(done, metrics)
+                if run.evaluation_due(done):
+                    if stopping:
+                        raise run.terminated(done)
+                    with timer.phase("evaluate"):
+                        metrics |= run.evaluate(done)
+                record.step(done, metrics, timer.finish())
+                if stopping:
+                    raise run.terminated(done)
+        run.export()

@@ -37,7 +37,12 @@ def test_longest_first_is_within_its_bound_of_the_best_split(costs):
     assert busiest <= best * 7 / 6 + 1e-9
 
 
-def test_imbalance_is_the_share_of_waiting():
+def test_items_may_fill_the_budget_exactly():
+    assert balance([1, 1], [4, 4], budget=8, ranks=1) == [[[0, 1]]]
+    assert len(balance([1, 1], [4, 4], budget=7, ranks=1)[0]) == 2
+
+
+def test_imbalance_is_the_fraction_of_waiting():
     assert imbalance([3, 1], [[[0]], [[1]]]) == 1 - 2 / 3
     assert imbalance([2, 2], [[[0]], [[1]]]) == 0
     assert imbalance([], [[[]], [[]]]) == 0

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from real_megatron.batch.packing import pack, tokens_of
+from real_megatron.batch.packing import pack, responses_of, rows_of, tokens_of
 from real_megatron.batch.types import Group, Trajectory
 
 SCORES = [7, 8, 9]
@@ -46,7 +46,7 @@ def expected_rows() -> list[tuple[int, tuple[int, ...], list[int]]]:
 @pytest.mark.parametrize("share_prompt", [True, False])
 def test_rows_read_the_context_that_predicts_them(share_prompt):
     packed = pack(groups(), SCORES, share_prompt)
-    mask = packed.layout.mask()
+    mask = packed.tree.mask()
     found = []
     trajectories = torch.cat((packed.token_trajectory, packed.answer_trajectory)).tolist()
     for r, position in enumerate(packed.row_positions.tolist()):
@@ -62,21 +62,26 @@ def test_rows_read_the_context_that_predicts_them(share_prompt):
 
 def test_a_shared_prompt_runs_once():
     group = groups()[0]
-    assert tokens_of(group, share_prompt=True) == 3 + 5 == pack([group], SCORES).layout.total
-    assert tokens_of(group, share_prompt=False) == 9 + 5 == pack([group], SCORES, share_prompt=False).layout.total
+    assert tokens_of(group, share_prompt=True) == 3 + 5 == pack([group], SCORES).tree.total
+    assert tokens_of(group, share_prompt=False) == 9 + 5 == pack([group], SCORES, share_prompt=False).tree.total
+
+
+def test_rows_of_a_group_are_those_that_it_packs_to():
+    assert [rows_of(group) for group in groups()] == [6, 2]
+    assert all(rows_of(group) == pack([group], SCORES).row_positions.numel() for group in groups())
 
 
 def test_padding_is_a_segment_that_no_row_reads():
     packed = pack(groups(), SCORES, multiple=8)
-    real = pack(groups(), SCORES).layout.total
-    assert packed.layout.total == 16 and real == 12
+    real = pack(groups(), SCORES).tree.total
+    assert packed.tree.total == 16 and real == 12
     assert int(packed.row_positions.max()) < real
-    assert not packed.layout.mask()[:real, real:].any()
+    assert not packed.tree.mask()[:real, real:].any()
 
 
 def test_no_groups_pack_to_padding_alone():
     packed = pack([], SCORES, multiple=4)
-    assert packed.layout.total == 4
+    assert packed.tree.total == 4
     assert packed.row_positions.numel() == packed.ids.numel() == packed.num_trajectories == 0
     assert packed.offsets.tolist() == [0]
 
@@ -93,3 +98,22 @@ def test_advantages_on_some_trajectories_only_are_refused():
     mixed[0].trajectories[0].advantage = 1.0
     with pytest.raises(ValueError, match="cannot share a micro-batch"):
         pack(mixed, SCORES)
+
+
+def test_responses_follow_the_trajectories_with_their_rows_metadata():
+    read = groups()
+    read[0].meta, read[1].meta = {"source": "a"}, {"source": "b"}
+    for group in read:
+        for trajectory in group.trajectories:
+            trajectory.text = f"text of {trajectory.response_ids}"
+    expected = [
+        ("text of [10, 11, 12]", {"source": "a"}),
+        ("text of [13, 14]", {"source": "a"}),
+        ("text of []", {"source": "a"}),
+        ("text of [15, 16, 17]", {"source": "b"}),
+    ]
+    assert pack(read, SCORES).responses == responses_of(read) == expected
+    read[0].trajectories[1].text = None
+    assert pack(read, SCORES).responses is None
+    assert pack(groups(), SCORES).responses is None
+    assert pack([], SCORES).responses == []

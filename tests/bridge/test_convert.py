@@ -3,6 +3,7 @@
 import json
 import multiprocessing as mp
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -10,21 +11,18 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from real_megatron.bridge import (
-    CheckpointError,
-    HFCheckpoint,
-    convert_hf_to_megatron,
-    convert_megatron_to_hf,
-    parameter_count,
-)
 from real_megatron.bridge import convert as convert_module
+from real_megatron.bridge import convert_hf_to_megatron, convert_megatron_to_hf, describe, dry_run, parameter_count
 from real_megatron.bridge.torch_dist import TorchDistCheckpoint
+from real_megatron.errors import CheckpointError, ConfigError, UnsupportedModel
+from real_megatron.hf.checkpoint import HFCheckpoint
+from real_megatron.hf.side_files import read_config
 from tests.support.bridge_ranks import VARIANTS, tiny_model
 
 QUIET = dict(workers=1, progress=False)
-LAYOUTS = [dict(), dict(tp=4, pp=2, ep=4)]
+LAYOUTS = [dict(), dict(tensor=4, pipeline=2, expert=4)]
 
 
 @pytest.fixture(scope="module")
@@ -51,13 +49,13 @@ def test_there_and_back_is_bit_identical(
     models: Path, tmp_path: Path, variant: str, layout: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if "mo" not in variant and "mixtral" not in variant:
-        layout = {k: v for k, v in layout.items() if k != "ep"}
-    # Files and blocks so small that everything is cut.
-    monkeypatch.setattr(convert_module, "FILE_BYTES", 100_000)
+        layout = {k: v for k, v in layout.items() if k != "expert"}
+    # Files and blocks so small that every tensor is divided.
+    monkeypatch.setattr(convert_module, "MEGATRON_FILE_BYTES", 100_000)
     monkeypatch.setattr(convert_module, "BLOCK_BYTES", 2_000)
     done = convert_hf_to_megatron(models / variant, tmp_path / "m", **layout, **QUIET)
     assert done.files == len(list((tmp_path / "m").glob("*.distcp"))) > 4
-    back = convert_megatron_to_hf(tmp_path / "m", tmp_path / "h", max_shard_bytes=100_000, **QUIET)
+    back = convert_megatron_to_hf(tmp_path / "m", tmp_path / "h", max_file_bytes=100_000, **QUIET)
     assert back.files == len(list((tmp_path / "h").glob("*.safetensors"))) > 3
     assert equal(models / variant, tmp_path / "h")
     side = sorted(p.name for p in (tmp_path / "h").iterdir() if "safetensors" not in p.name)
@@ -67,14 +65,57 @@ def test_there_and_back_is_bit_identical(
 
 def test_processes_write_the_same_as_one(models: Path, tmp_path: Path) -> None:
     source = models / "qwen3_moe"
-    convert_hf_to_megatron(source, tmp_path / "one", tp=2, ep=2, **QUIET)
-    convert_hf_to_megatron(source, tmp_path / "two", tp=2, ep=2, workers=2, progress=False)
+    convert_hf_to_megatron(source, tmp_path / "one", tensor=2, expert=2, **QUIET)
+    convert_hf_to_megatron(source, tmp_path / "two", tensor=2, expert=2, workers=2, progress=False)
     files = sorted(p.name for p in (tmp_path / "one").glob("*.distcp"))
     assert len(files) == 4 and files == sorted(p.name for p in (tmp_path / "two").glob("*.distcp"))
     for name in files:
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
-    convert_megatron_to_hf(tmp_path / "two", tmp_path / "h", max_shard_bytes=300_000, workers=2, progress=False)
+    convert_megatron_to_hf(tmp_path / "two", tmp_path / "h", max_file_bytes=300_000, workers=2, progress=False)
     assert equal(source, tmp_path / "h")
+
+
+@pytest.mark.parametrize("variant", ["qwen3", "qwen3_moe"])
+def test_files_hold_the_layers_of_their_pipeline_stage(models: Path, tmp_path: Path, variant: str) -> None:
+    """File `__<rank>_…`: stage r of 4 holds layer r; the first also the embedding, the last also the output layer."""
+    convert_hf_to_megatron(models / variant, tmp_path / "m", pipeline=4, **QUIET)
+    metadata = TorchDistCheckpoint(tmp_path / "m").metadata
+    found: dict[int, set[str | int]] = {rank: set() for rank in range(4)}
+    for index, info in metadata.storage_data.items():
+        rank = int(info.relative_path.split("_")[2])
+        if "_extra_state" in index.fqn:
+            continue
+        if index.fqn.startswith("decoder.layers."):
+            number = index.fqn.split(".")[2]
+            found[rank].add(int(number) if number.isdigit() else index.offset[0])
+        else:
+            found[rank].add(index.fqn.split(".")[-2])
+    assert found == {
+        0: {"word_embeddings", 0},
+        1: {1},
+        2: {2},
+        3: {3, "final_layernorm", "output_layer"},
+    }
+
+
+def test_a_family_of_a_module_converts(tmp_path: Path, extension_family: str) -> None:
+    config = AutoConfig.for_model(
+        "granite",
+        vocab_size=131,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "granite")
+    with pytest.raises(UnsupportedModel, match="model_type 'granite' is not supported"):
+        convert_hf_to_megatron(tmp_path / "granite", tmp_path / "m", **QUIET)
+    family = f"{extension_family}:fancy"
+    convert_hf_to_megatron(tmp_path / "granite", tmp_path / "m", family=family, tensor=2, **QUIET)
+    convert_megatron_to_hf(tmp_path / "m", tmp_path / "h", family=family, **QUIET)
+    assert equal(tmp_path / "granite", tmp_path / "h")
+    assert str(dry_run(tmp_path / "granite", family=family).title).startswith(f"{family}: ")
 
 
 def test_dtype_conversion(models: Path, tmp_path: Path) -> None:
@@ -109,35 +150,57 @@ def test_mixed_dtypes_that_megatron_stores_as_one(models: Path, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("variant", "layout", "message"),
     [
-        ("qwen2", dict(tp=3), "tp=3 is neither"),
-        ("mixtral", dict(tp=16), "tp=16 does not divide 'decoder.layers.0"),
-        ("qwen2", dict(pp=3), "pp=3 does not divide the 4 layers"),
-        ("qwen2", dict(ep=2), "ep=2 .*has no experts"),
-        ("mixtral", dict(ep=3), "ep=3 does not divide the 4 experts"),
+        ("qwen2", dict(tensor=3), "tensor=3 is neither"),
+        ("mixtral", dict(tensor=16), "tensor=16 does not divide 'decoder.layers.0"),
+        ("qwen2", dict(pipeline=3), "pipeline=3 does not divide the 4 layers"),
+        ("qwen2", dict(expert=2), "expert=2 .*has no experts"),
+        ("mixtral", dict(expert=3), "expert=3 does not divide the 4 experts"),
     ],
 )
 def test_impossible_layouts(models: Path, tmp_path: Path, variant: str, layout: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ConfigError, match=message):
         convert_hf_to_megatron(models / variant, tmp_path / "m", **layout, **QUIET)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_report(models: Path, tmp_path: Path) -> None:
     done = convert_hf_to_megatron(models / "mistral", tmp_path / "m", **QUIET)
-    from real_megatron.bridge import describe, read_config
-
     assert done.parameters == parameter_count(describe(read_config(models / "mistral"))) == 132_032
     assert done.bytes >= 4 * done.parameters
 
 
 def test_missing_config(models: Path, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"config.json is missing"):
+    with pytest.raises(CheckpointError, match=r"no config.json there"):
         convert_hf_to_megatron(tmp_path, tmp_path / "m", **QUIET)
+
+
+def test_existing_output(models: Path, tmp_path: Path) -> None:
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "file").touch()
+    with pytest.raises(FileExistsError, match="choose another output"):
+        convert_hf_to_megatron(models / "mistral", tmp_path / "m", **QUIET)
+    assert [p.name for p in (tmp_path / "m").iterdir()] == ["file"]
+
+
+def test_a_hub_name_is_a_source(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hub cannot be reached in tests: a download is replaced by a directory."""
+    asked = []
+
+    def snapshot_download(name: str, revision: str | None, allow_patterns: list[str]) -> str:
+        asked.append((name, revision, "*.safetensors" in allow_patterns))
+        return str(models / "mistral")
+
+    monkeypatch.setattr("real_megatron.hf.directory.snapshot_download", snapshot_download)
+    convert_hf_to_megatron("owner/name", tmp_path / "m", revision="v1", **QUIET)
+    shutil.rmtree(tmp_path / "m" / "hf")
+    convert_megatron_to_hf(tmp_path / "m", tmp_path / "h", hf_path="owner/name", revision="v2", **QUIET)
+    assert equal(models / "mistral", tmp_path / "h")
+    assert asked == [("owner/name", "v1", True), ("owner/name", "v2", False)]
 
 
 @pytest.fixture
 def megatron(models: Path, tmp_path: Path) -> Path:
-    convert_hf_to_megatron(models / "qwen2", tmp_path / "m", tp=2, **QUIET)
+    convert_hf_to_megatron(models / "qwen2", tmp_path / "m", tensor=2, **QUIET)
     return tmp_path / "m"
 
 
@@ -151,6 +214,11 @@ def refused(megatron: Path, message: str) -> None:
 def test_incomplete_megatron_checkpoint(megatron: Path) -> None:
     (megatron / "metadata.json").unlink()
     refused(megatron, "metadata.json is missing")
+
+
+def test_megatron_checkpoint_without_side_files(megatron: Path) -> None:
+    shutil.rmtree(megatron / "hf")
+    refused(megatron, "no subfolder 'hf' with config.json and tokenizer; name the original")
 
 
 def test_other_megatron_format(megatron: Path) -> None:
@@ -180,7 +248,7 @@ def test_a_fault_in_a_worker_process(megatron: Path) -> None:
     file = megatron / "__1_0_0.distcp"
     file.write_bytes(bytes(file.stat().st_size))
     with pytest.raises(CheckpointError, match="cannot be read"):
-        convert_megatron_to_hf(megatron, megatron.parent / "h", max_shard_bytes=200_000, workers=2, progress=False)
+        convert_megatron_to_hf(megatron, megatron.parent / "h", max_file_bytes=200_000, workers=2, progress=False)
     assert [p.name for p in megatron.parent.iterdir()] == ["m"]
 
 
@@ -199,8 +267,8 @@ def test_config_of_another_model(models: Path, megatron: Path) -> None:
 
 
 def _convert_slowly(source: Path, output: Path) -> None:
-    # Thousands of little files take long enough to be killed among them.
-    convert_module.FILE_BYTES = 1
+    # Writing thousands of small files takes long enough to be killed in between.
+    convert_module.MEGATRON_FILE_BYTES = 1
     convert_hf_to_megatron(source, output, **QUIET)
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from torch.distributed.checkpoint.metadata import Metadata
 
-from real_megatron.bridge import CheckpointError
 from real_megatron.bridge.dcp_metadata import read_metadata
+from real_megatron.errors import CheckpointError
 
 
 class Hostile:

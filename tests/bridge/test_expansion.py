@@ -84,7 +84,9 @@ def test_megatron_side(name: str) -> None:
 
 def test_padded_vocab() -> None:
     description = describe(tiny_config("qwen2"))
-    assert [padded_vocab(description, tp, multiple) for tp, multiple in ((1, 1), (1, 64), (2, 64), (4, 64))] == [
+    assert [
+        padded_vocab(description, tensor, multiple) for tensor, multiple in ((1, 1), (1, 64), (2, 64), (4, 64))
+    ] == [
         131,
         192,
         256,

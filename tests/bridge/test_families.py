@@ -5,7 +5,9 @@ import torch.nn.functional as F
 from megatron.core.transformer import TransformerConfig
 from transformers import AutoConfig, PretrainedConfig
 
-from real_megatron.bridge import UnsupportedModel, describe
+from real_megatron.bridge import describe, parameters, register_family
+from real_megatron.bridge.families import FAMILIES, llama
+from real_megatron.errors import ConfigError, UnsupportedModel
 from tests.support.bridge_ranks import VARIANTS, tiny_config
 
 
@@ -63,6 +65,10 @@ def test_mixtures_of_experts() -> None:
             AutoConfig.for_model("llama", rope_parameters=dict(rope_type="dynamic", rope_theta=1e4, factor=2.0)),
             "rope_type='dynamic'",
         ),
+        (
+            AutoConfig.for_model("llama", rope_parameters=dict(rope_theta=1e4, partial_rotary_factor=0.5)),
+            "partial_rotary_factor=0.5.*the whole head must be rotated",
+        ),
         (AutoConfig.for_model("mixtral", num_experts_per_tok=1), "one expert per token"),
         (AutoConfig.for_model("qwen3_moe", mlp_only_layers=list(range(24))), "no layer with experts"),
     ],
@@ -71,3 +77,43 @@ def test_mixtures_of_experts() -> None:
 def test_what_cannot_be_expressed_is_refused(config: PretrainedConfig, message: str) -> None:
     with pytest.raises(UnsupportedModel, match=message):
         describe(config)
+
+
+def test_a_family_by_its_name() -> None:
+    """`model.family` has precedence over the model_type."""
+    description = describe(AutoConfig.for_model("granite"), "llama")
+    assert description.family == "llama"
+    assert parameters(description)[0].hf == ("model.embed_tokens.weight",)
+
+
+@pytest.mark.parametrize("attribute", ["fancy", "attribute"], ids=["registered", "attribute"])
+def test_a_family_of_a_module(extension_family: str, attribute: str) -> None:
+    name = f"{extension_family}:{attribute}"
+    config = tiny_config("llama2")
+    description = describe(config, name)
+    assert description.family == name, "the name that any process finds it by"
+    assert parameters(description) and description.transformer_config == describe(config).transformer_config
+    assert [p.hf_shapes for p in parameters(description)] == [p.hf_shapes for p in parameters(describe(config))]
+
+
+def test_a_registered_family_serves_its_model_type(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FAMILIES, "_known", {name: FAMILIES[name] for name in FAMILIES})
+    config = AutoConfig.for_model("granite")
+    with pytest.raises(UnsupportedModel, match="model_type 'granite'.*Name a family of your own as model.family"):
+        describe(config)
+    assert register_family("granite", llama) is llama
+    assert describe(config).family == "granite"
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("fancier", "model.family: unknown model family 'fancier'; known: llama, mistral"),
+        ("tests.support.extension_family:nothing", "neither registers nor defines 'nothing'"),
+        ("tests.support.extension_family:no_family", "is no model family: it needs a TABLE"),
+        ("tests.support.no_such_module:fancy", "cannot be imported"),
+    ],
+)
+def test_what_is_no_family_is_refused(extension_family: str, name: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        describe(tiny_config("llama2"), name)

@@ -7,10 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from real_megatron.bridge.hf_reader import INDEX
-from real_megatron.bridge.hf_writer import SafetensorsStream, plan_shards, write_index
+from real_megatron.bridge.hf_writer import SafetensorsStream, plan_files, write_index
 from real_megatron.bridge.table import Parameter
 from real_megatron.bridge.transforms import GateUp, Whole
+from real_megatron.hf.checkpoint import INDEX
 
 TABLE = [
     Parameter("fc1", "fc1", ("gate", "up"), GateUp(3, 5)),
@@ -20,29 +20,29 @@ TABLE = [
 DTYPES = [torch.bfloat16, torch.float32, torch.float16]
 
 
-def test_shards_are_filled_in_order_and_keep_a_parameter_together() -> None:
-    files = [[name for name, _, _ in shard.tensors()] for shard in plan_shards(TABLE, DTYPES, 100)]
+def test_files_are_filled_in_order_and_keep_a_parameter_together() -> None:
+    files = [[name for name, _, _ in file.tensors()] for file in plan_files(TABLE, DTYPES, 100)]
     assert files == [["gate", "up", "norm"], ["big"]]
-    assert [s.file for s in plan_shards(TABLE, DTYPES, 50)] == [
+    assert [file.name for file in plan_files(TABLE, DTYPES, 50)] == [
         f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)
     ]
-    assert [s.file for s in plan_shards(TABLE, DTYPES, 10**6)] == ["model.safetensors"]
+    assert [file.name for file in plan_files(TABLE, DTYPES, 10**6)] == ["model.safetensors"]
 
 
 def test_files_and_index(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    shards = plan_shards(TABLE, DTYPES, 100)
+    files = plan_files(TABLE, DTYPES, 100)
     written = {}
-    for shard in shards:
-        stream = SafetensorsStream(tmp_path, shard)
-        for name, shape, dtype in shard.tensors():
+    for file in files:
+        stream = SafetensorsStream(tmp_path, file)
+        for name, shape, dtype in file.tensors():
             written[name] = torch.randn(shape)
-            # In two runs of rows, in another dtype and not contiguous.
+            # Some rows at a time, in another dtype and not contiguous.
             for rows in (written[name][:2], written[name][2:]):
                 stream.write(rows.double().t().contiguous().t() if rows.ndim == 2 else rows.double())
             written[name] = written[name].to(dtype)
         stream.close()
-    write_index(tmp_path, shards)
+    write_index(tmp_path, files)
     index = json.loads((tmp_path / INDEX).read_text())
     assert index["metadata"]["total_size"] == 2 * 15 * 2 + 7 * 4 + 200 * 2
     for name, tensor in written.items():
@@ -51,12 +51,12 @@ def test_files_and_index(tmp_path: Path) -> None:
 
 
 def test_a_single_file_needs_no_index(tmp_path: Path) -> None:
-    write_index(tmp_path, plan_shards(TABLE, DTYPES, 10**6))
+    write_index(tmp_path, plan_files(TABLE, DTYPES, 10**6))
     assert not (tmp_path / INDEX).exists()
 
 
 def test_wrong_and_missing_tensors(tmp_path: Path) -> None:
-    stream = SafetensorsStream(tmp_path, plan_shards(TABLE, DTYPES, 10**6)[0])
+    stream = SafetensorsStream(tmp_path, plan_files(TABLE, DTYPES, 10**6)[0])
     with pytest.raises(ValueError, match="tensor 'gate'"):
         stream.write(torch.zeros(3, 6))
     with pytest.raises(ValueError, match="tensor 'gate'"):

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from real_megatron.bridge import HFCheckpoint, convert_hf_to_megatron, convert_megatron_to_hf
+from real_megatron.bridge import convert_hf_to_megatron, convert_megatron_to_hf
 from real_megatron.bridge.families import FAMILIES
+from real_megatron.hf.checkpoint import HFCheckpoint
 from tests.support.bridge_ranks import TOKENS, VARIANTS, Case, Findings, check_layouts, tiny_model
 from tests.support.ranks import run_ranks
 
@@ -56,11 +57,13 @@ def findings(root: Path) -> Callable[[str, str], list[Findings]]:
         with torch.no_grad():
             logits = model(TOKENS).logits
         expert = 2 if layouts is MOE else 1
-        whole, cut = root / f"{variant} whole", root / f"{variant} cut"
+        whole, divided = root / f"{variant} whole", root / f"{variant} divided"
         convert_hf_to_megatron(hf, whole, vocab_multiple=16, workers=1, progress=False)
-        convert_hf_to_megatron(hf, cut, tp=4, pp=2, ep=expert, vocab_multiple=16, workers=1, progress=False)
+        convert_hf_to_megatron(
+            hf, divided, tensor=4, pipeline=2, expert=expert, vocab_multiple=16, workers=1, progress=False
+        )
         for label, sizes in layouts.items():
-            case = Case(str(hf), sizes, logits, [str(whole), str(cut)])
+            case = Case(str(hf), sizes, logits, [str(whole), str(divided)])
             if label == SAVED:
                 case.save = str(root / f"{variant} saved")
                 case.buckets = [1, 2**30]

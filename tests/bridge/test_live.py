@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from real_megatron.bridge import CheckpointError, describe, load_hf
+from real_megatron.bridge import describe, load_hf
 from real_megatron.bridge.live import local_parameters
+from real_megatron.errors import CheckpointError
 from tests.support.bridge_ranks import tiny_config, tiny_model, transformer_engine_spec
 from tests.support.ranks import run_ranks
 

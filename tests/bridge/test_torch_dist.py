@@ -6,8 +6,8 @@ import pytest
 import torch
 from megatron.core.dist_checkpointing import load_tensors_metadata
 
-from real_megatron.bridge import CheckpointError
-from real_megatron.bridge.torch_dist import Block, TorchDistCheckpoint, finish, write_file
+from real_megatron.bridge.torch_dist import StoredBlock, TorchDistCheckpoint, finish, write_file
+from real_megatron.errors import CheckpointError
 
 WHOLE = torch.arange(3 * 6 * 4, dtype=torch.float32).reshape(3, 6, 4)
 
@@ -19,7 +19,7 @@ def write(directory: Path, drop: int | None = None) -> TorchDistCheckpoint:
     for i in range(3):
         for row, rows in ((0, 2), (2, 1), (3, 3)):
             for column, columns in ((0, 3), (3, 1)):
-                blocks.append(Block("x", (3, 6, 4), (i, row, column), (1, rows, columns), torch.float32))
+                blocks.append(StoredBlock("x", (3, 6, 4), (i, row, column), (1, rows, columns), torch.float32))
     if drop is not None:
         del blocks[drop]
 
@@ -28,8 +28,8 @@ def write(directory: Path, drop: int | None = None) -> TorchDistCheckpoint:
         i, row, column = block.offset
         return WHOLE[i, row : row + block.sizes[1], column : column + block.sizes[2]].contiguous()
 
-    parts = [(blocks[:7], ["a._extra_state/shard_0_1"]), (blocks[7:], [])]
-    finish(directory, [write_file(directory, f"__{n}_", b, objects, produce) for n, (b, objects) in enumerate(parts)])
+    files = [(blocks[:7], ["a._extra_state/shard_0_1"]), (blocks[7:], [])]
+    finish(directory, [write_file(directory, f"__{n}_", b, objects, produce) for n, (b, objects) in enumerate(files)])
     return TorchDistCheckpoint(directory)
 
 

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from real_megatron.bridge import HFCheckpoint, convert_megatron_to_hf
+from real_megatron.bridge import convert_megatron_to_hf
+from real_megatron.hf.checkpoint import HFCheckpoint
 from tests.support.bridge_ranks import tiny_config, train_and_save
 from tests.support.policy_ranks import VOCAB, make_config, write_checkpoint
 from tests.support.ranks import run_ranks
@@ -28,7 +29,7 @@ def test_experts_train_alike_and_their_checkpoint_converts(tmp_path: Path) -> No
         assert losses == pytest.approx(alone, abs=1e-4)
         for name, tensor in weights.items():
             torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
-    # The optimizer's state lies in the checkpoint too, and is left aside.
+    # The optimizer's state is in the checkpoint too, and is ignored.
     convert_megatron_to_hf(tmp_path / "last", tmp_path / "back", hf_path=hf, workers=1, progress=False)
     back = HFCheckpoint(tmp_path / "back")
     trained = results[-1][1]

@@ -1,11 +1,12 @@
-"""Each transform against its definition, at random sizes: cutting, reading, merging and splitting lose no bit."""
+"""Each transform against its definition, at random sizes: sharding, reading, merging and splitting lose no bit."""
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from real_megatron.bridge.transforms import Columns, GateUp, Piece, Qkv, Transform, Vocabulary, Whole
+from real_megatron.bridge.transforms import Block, Columns, GateUp, Qkv, Transform, Vocabulary, Whole
+from real_megatron.errors import ConfigError
 
 SIZES = st.sampled_from([1, 2, 4])
 COLUMNS = st.sampled_from([(), (1,), (5,)])
@@ -42,7 +43,7 @@ def whole_of(transform: Transform, hf: list[torch.Tensor]) -> torch.Tensor:
 
 
 def shards_of(transform: Transform, whole: torch.Tensor, size: int) -> list[torch.Tensor]:
-    """The definition of the TP cut."""
+    """The definition of the TP shards."""
     if transform.split_axis is None:
         return [whole] * size
     if isinstance(transform, GateUp):
@@ -64,16 +65,16 @@ def check(transform: Transform, size: int) -> None:
     out = torch.empty_like(whole)
     transform.merge(shards, out=out)
     assert torch.equal(out, whole)
-    for part, want in zip(transform.split(whole), hf, strict=True):
-        assert torch.equal(part, want) and part.is_contiguous()
-    # The pieces of all ranks tile the whole, also when they are cut further by rows.
+    for tensor, want in zip(transform.split(whole), hf, strict=True):
+        assert torch.equal(tensor, want) and tensor.is_contiguous()
+    # The blocks of all ranks tile the whole, also when they are divided further by rows.
     tiled = torch.zeros_like(whole)
     for rank in range(size if transform.split_axis is not None else 1):
-        for piece in transform.pieces(rank, size):
-            for part in piece.by_rows(3):
-                block = tuple(slice(o, o + n) for o, n in zip(part.offset, part.shape, strict=True))
-                assert not tiled[block].any() or isinstance(transform, Vocabulary)
-                tiled[block] = transform.read(part, reader(hf))
+        for block in transform.blocks(rank, size):
+            for rows in block.by_rows(3):
+                where = tuple(slice(o, o + n) for o, n in zip(rows.offset, rows.shape, strict=True))
+                assert not tiled[where].any() or isinstance(transform, Vocabulary)
+                tiled[where] = transform.read(rows, reader(hf))
     assert torch.equal(tiled, whole)
 
 
@@ -114,9 +115,9 @@ def test_columns_and_whole(size: int, rows: int, columns: int) -> None:
     check(Whole(rows), size)
 
 
-def test_an_uneven_cut_is_refused() -> None:
-    with pytest.raises(ValueError, match="length 6 cannot be cut into 4"):
-        Columns(3, 6).pieces(0, 4)
+def test_uneven_shards_are_refused() -> None:
+    with pytest.raises(ConfigError, match="length 6 cannot be divided into 4"):
+        Columns(3, 6).blocks(0, 4)
 
 
 def test_reading_touches_only_the_rows_it_needs() -> None:
@@ -131,7 +132,7 @@ def test_reading_touches_only_the_rows_it_needs() -> None:
     assert asked == [(0, (6, 12), None), (1, (3, 6), None), (2, (3, 6), None)]
 
 
-def test_pieces_by_rows_respect_the_limit() -> None:
-    parts = Piece((2, 1), (5, 4)).by_rows(8)
-    assert [(p.offset, p.shape) for p in parts] == [((2, 1), (2, 4)), ((4, 1), (2, 4)), ((6, 1), (1, 4))]
-    assert len(Piece((0, 0), (2, 100)).by_rows(8)) == 2, "never less than a row"
+def test_blocks_by_rows_respect_the_limit() -> None:
+    blocks = Block((2, 1), (5, 4)).by_rows(8)
+    assert [(b.offset, b.shape) for b in blocks] == [((2, 1), (2, 4)), ((4, 1), (2, 4)), ((6, 1), (1, 4))]
+    assert len(Block((0, 0), (2, 100)).by_rows(8)) == 2, "never less than a row"

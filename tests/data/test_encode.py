@@ -6,6 +6,7 @@ from transformers import PreTrainedTokenizerFast
 
 from real_megatron.data import JudgeExample, encode_prompt, encode_prompts, encode_target, encode_targets
 from real_megatron.data.byte_model import byte_tokenizer
+from real_megatron.errors import DataError
 from real_megatron.scores import ScoreScale
 from tests.support.rollout_models import byte_fallback, byte_level
 
@@ -47,12 +48,12 @@ def test_prompt_with_chat_template() -> None:
     begun = JudgeExample("x", [{"role": "user", "content": "a"}, {"role": "assistant", "content": "Feedback:"}])
     assert encode_prompt(tokenizer, begun) == list(b"<user>a</><assistant>Feedback:")
     assert encode_prompt(tokenizer, user("a"), chat_template=False) == [256, 97]
-    with pytest.raises(ValueError, match="example x: the tokenizer's chat template refuses .* system, user: no system"):
+    with pytest.raises(DataError, match="example x: the tokenizer's chat template refuses .* system, user: no system"):
         encode_prompt(tokenizer, JudgeExample("x", [{"role": "system", "content": "s"}, *user("a").messages]))
 
 
 def test_empty_prompts_are_refused() -> None:
-    with pytest.raises(ValueError, match="example x: the prompt is empty"):
+    with pytest.raises(DataError, match="example x: the prompt is empty"):
         encode_prompt(byte_tokenizer(), user(""))
 
 
@@ -60,7 +61,7 @@ def test_long_prompts_are_dropped_and_counted(caplog: pytest.LogCaptureFixture) 
     examples = [user("a" * n) for n in (1, 5, 6, 9)]
     kept = encode_prompts(byte_tokenizer(), examples, max_tokens=5)
     assert [(e, len(ids)) for e, ids in kept] == [(examples[0], 1), (examples[1], 5)]
-    assert "dropped 2 of 4 examples whose prompt is longer than 5 tokens" in caplog.text
+    assert "dropped 2 of 4 examples whose prompt is longer than 5 tokens (data.max_prompt_tokens)" in caplog.text
     assert encode_prompts(byte_tokenizer(), [], max_tokens=5) == []
 
 
@@ -75,7 +76,9 @@ def test_target_by_hand() -> None:
 
 
 @pytest.mark.parametrize("make", [byte_tokenizer, byte_level, byte_fallback])
-@pytest.mark.parametrize("cot", ["A short answer.", "", "很好\n\n- a\n- b", "It is [RES ULT] 3 [", "x [RESULT] 2"])
+@pytest.mark.parametrize(
+    "cot", ["A short answer.", "", "很好\n\n- a\n- b", "It is [RES ULT] 3 [", "x [RESULT] 2", "x [RESULT]"]
+)
 @pytest.mark.parametrize("anchor", ["[RESULT] ", "[RESULT]", "### Score: "])
 def test_a_generated_copy_of_the_target_is_cut_where_the_target_has_its_answer(
     make: Make, cot: str, anchor: str
@@ -99,9 +102,9 @@ def test_a_generated_copy_of_the_target_is_cut_where_the_target_has_its_answer(
 def test_target_needs_a_critique_and_a_label() -> None:
     tokenizer = byte_tokenizer()
     scale = ScoreScale.resolve(tokenizer, ["1", "2"])
-    with pytest.raises(ValueError, match="example x has no critique"):
+    with pytest.raises(DataError, match="example x has no critique"):
         encode_target(tokenizer, scale, user("p", label=1.0))
-    with pytest.raises(ValueError, match="example x has no label"):
+    with pytest.raises(DataError, match="example x has no label"):
         encode_target(tokenizer, scale, user("p", cot="c"))
 
 
@@ -113,5 +116,5 @@ def test_targets_are_groups_and_long_ones_are_dropped(caplog: pytest.LogCaptureF
     (group,) = groups
     assert (group.prompt_ids, group.label, group.example_id) == ([97], 1.4, "x")
     assert group.trajectories[0].response_ids == [*b"c\n=1", 257]
-    assert "dropped 1 of 3 examples whose prompt is longer than 1 tokens" in caplog.text
-    assert "dropped 1 of 2 examples whose response is longer than 5 tokens" in caplog.text
+    assert "dropped 1 of 3 examples whose prompt is longer than 1 tokens (data.max_prompt_tokens)" in caplog.text
+    assert "dropped 1 of 2 examples whose response is longer than 5 tokens (data.max_response_tokens)" in caplog.text

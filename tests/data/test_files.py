@@ -8,6 +8,7 @@ import pytest
 
 from real_megatron.config import DataSource
 from real_megatron.data.files import read_records
+from real_megatron.errors import DataError
 
 ROWS: list[dict[str, Any]] = [
     {"prompt": "2024-01-01", "label": 1, "id": "2024-05-05 10:00:00"},
@@ -59,12 +60,12 @@ def test_a_limit_reads_no_further(tmp_path: Path) -> None:
 )
 def test_faults_name_the_place(tmp_path: Path, name: str, content: bytes, message: str) -> None:
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(DataError, match=message):
         read(tmp_path / name)
 
 
 def test_a_missing_file_is_not_looked_for_on_the_hub(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"gone\.jsonl: no such file"):
+    with pytest.raises(DataError, match=r"gone\.jsonl: no such file"):
         read(tmp_path / "gone.jsonl")
 
 
@@ -80,6 +81,6 @@ def test_hub_data_sets_go_through_datasets(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr("real_megatron.data.files.datasets.load_dataset", load_dataset)
     assert read(Path("owner/name"), limit=1) == [("owner/name, row 1", {"prompt": "a"})]
-    with pytest.raises(ValueError, match=r'owner/name: not a local file, .* split \'test\': .*one of \["train"\]'):
+    with pytest.raises(DataError, match=r'owner/name: not a local file, .* split \'test\': .*one of \["train"\]'):
         read(Path("owner/name"), split="test")
     assert asked == [("owner/name", "train"), ("owner/name", "test")]

@@ -1,5 +1,6 @@
 import json
 import logging
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,8 @@ import pytest
 
 from real_megatron.config import DataSource
 from real_megatron.data import JudgeExample, example_from_record, load_examples
+from real_megatron.data.formats import FORMATS
+from real_megatron.errors import ConfigError, DataError
 
 VICUNA = Path(__file__).parents[3] / "shared/data/vicuna_eval.json"
 
@@ -50,7 +53,7 @@ def test_template_fields_are_columns(tmp_path: Path) -> None:
 )
 def test_a_bad_row_is_named(tmp_path: Path, row: dict[str, Any], message: str) -> None:
     data = source(tmp_path, [{"prompt": "a", "label": 5}, row])
-    with pytest.raises(ValueError, match=rf"rows\.jsonl, {message}"):
+    with pytest.raises(DataError, match=rf"^\S*rows\.jsonl, {message}"):
         load_examples(data, values=[1.0, 2.0, 5.0])
 
 
@@ -59,7 +62,7 @@ def test_records_without_annotations_are_left_out_and_counted(tmp_path: Path, ca
     examples = load_examples(source(tmp_path, rows, "mt_bench"))
     assert [(e.id, e.label) for e in examples] == [("rows-1", 1.5), ("rows-4", 3.0)]
     assert "left out 2 records without any score annotation" in caplog.text
-    with pytest.raises(ValueError, match=r"no usable record; .* format mt_bench"):
+    with pytest.raises(DataError, match=r"no usable record; .* format mt_bench"):
         load_examples(source(tmp_path, rows[1:3], "mt_bench"))
 
 
@@ -78,10 +81,44 @@ def test_flask_labels_are_the_humans_where_published(tmp_path: Path, caplog: pyt
     assert [e.label for e in load_examples(source(tmp_path, rows, "flask"))] == [2.0, 5.0]
 
 
+@pytest.fixture
+def extension_format(monkeypatch: pytest.MonkeyPatch) -> str:
+    """A module that registers a format when it is imported; the registry is as before afterwards."""
+    name = "tests.support.extension_format"
+    monkeypatch.setattr(FORMATS, "_known", {known: FORMATS[known] for known in FORMATS})
+    monkeypatch.delitem(sys.modules, name, raising=False)
+    return name
+
+
+@pytest.mark.parametrize("reader", ["pairs", "read_pair"], ids=["registered", "attribute"])
+def test_a_format_of_a_module(
+    tmp_path: Path, extension_format: str, reader: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    name = f"{extension_format}:{reader}"
+    rows = [{"question": "a", "grades": [1, 2]}, {"question": "b", "grades": []}]
+    (example,) = load_examples(source(tmp_path, rows, name))
+    assert example == JudgeExample("rows-1", [{"role": "user", "content": "a"}], 1.5, None, {"grades": [1, 2]})
+    assert "left out 1 records without any score annotation" in caplog.text
+    rows.append({"text": "c"})
+    with pytest.raises(DataError, match=r"^\S*rows\.jsonl, line 3: no 'question'; name the column"):
+        load_examples(source(tmp_path, rows, name))
+
+
+def test_a_bug_of_a_reader_keeps_its_traceback(tmp_path: Path, extension_format: str) -> None:
+    with pytest.raises(KeyError, match="grades"):
+        load_examples(source(tmp_path, [{"question": "a"}], f"{extension_format}:pairs"))
+
+
+def test_unknown_format(tmp_path: Path) -> None:
+    message = r"data\.\*\.format: unknown record format 'csv'; known: feedback_bench, .*, or module:name"
+    with pytest.raises(ConfigError, match=message):
+        load_examples(source(tmp_path, [], "csv"))
+
+
 def test_one_record_alone() -> None:
     example = example_from_record({"prompt": "a"}, "plain", "in.jsonl, line 4", "4")
     assert (example.id, example.has_label) == ("4", False)
-    with pytest.raises(ValueError, match=r"^in\.jsonl, line 4: template 'plain' needs 'prompt'"):
+    with pytest.raises(DataError, match=r"^in\.jsonl, line 4: template 'plain' needs 'prompt'"):
         example_from_record({}, "plain", "in.jsonl, line 4", "4")
 
 

@@ -4,6 +4,7 @@ import pytest
 
 from real_megatron.data import load_template
 from real_megatron.data.template import FOLDER, Template
+from real_megatron.errors import ConfigError
 
 
 def test_fields_are_inserted_once_and_as_they_are() -> None:
@@ -28,11 +29,11 @@ def test_a_file_and_its_faults(tmp_path: Path) -> None:
     file = tmp_path / "mine.txt"
     file.write_text("Grade: {prompt}\n\n")
     assert load_template(str(file)).render({"prompt": "x"}) == "Grade: x\n"  # one final newline is the file's
-    with pytest.raises(ValueError, match=r"'nothere' is neither a built-in template \(plain, prometheus\) nor a file"):
+    with pytest.raises(ConfigError, match=r"'nothere' is neither a built-in template \(plain, prometheus\) nor a file"):
         load_template("nothere")
     file.write_text("Grade: { prompt }")
-    with pytest.raises(ValueError, match=r"mine.txt: no placeholder such as \{prompt\}"):
+    with pytest.raises(ConfigError, match=r"mine.txt: no placeholder such as \{prompt\}"):
         load_template(str(file))
     file.write_bytes(b"\xff{prompt}")
-    with pytest.raises(ValueError, match="mine.txt: not UTF-8"):
+    with pytest.raises(ConfigError, match="mine.txt: not UTF-8"):
         load_template(str(file))

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
+from real_megatron.errors import ConfigError, DataError
 from real_megatron.evaluation import plots
 from real_megatron.evaluation.metrics import agreement
 from real_megatron.evaluation.report import evaluation_path, read_metrics, read_stage, stage_names, write_report
-from real_megatron.evaluation.runner import Evaluation, Prediction
-from real_megatron.sections import ConfigError
+from real_megatron.evaluation.result import Evaluation, Prediction
 
 SCALE = [1.0, 2.0, 3.0, 4.0, 5.0]
 
@@ -140,7 +140,7 @@ def test_metrics_of_a_crashed_run_are_read(tmp_path) -> None:
     (row,) = read_metrics(path)
     assert row["step"] == 1 and math.isnan(row["loss"])
     path.write_text('{"step": 1}\nnonsense\n{"step": 2}\n')
-    with pytest.raises(ValueError, match="line 2: not a row of metrics"):
+    with pytest.raises(DataError, match="line 2: not a row of metrics"):
         read_metrics(path)
 
 

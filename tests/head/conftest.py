@@ -1,4 +1,4 @@
-"""The forms that the tests of the head run: PyTorch, compiled, and the CUDA source on emulated CUDA threads."""
+"""The kernels that the tests of the head run: PyTorch, compiled, and the CUDA source on emulated CUDA threads."""
 
 import ctypes
 import re
@@ -10,12 +10,13 @@ import pytest
 import torch
 
 from real_megatron.head import build, native
+from real_megatron.head.shard import VocabularyShard
 
 EMULATION = Path(__file__).parent / "cuda_on_cpu"
 
 
 def needs_compiler() -> None:
-    """Skip where no C++ compiler is found: the PyTorch form is all that such a machine has."""
+    """Skip where no C++ compiler is found: such a machine has the PyTorch kernels alone."""
     if shutil.which("c++") is None and shutil.which("g++") is None:
         pytest.skip("no C++ compiler")
 
@@ -38,8 +39,8 @@ def emulated_cuda(tmp_path_factory: pytest.TempPathFactory) -> native.Library:
 
 
 @pytest.fixture(params=["torch", "fused", "emulated_cuda", *(["cuda"] if torch.cuda.is_available() else [])])
-def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tuple[str, str]:
-    """(form, device). `fused` on the CPU is the C++ twin; `emulated_cuda` takes its place with the CUDA source."""
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tuple[str, str]:
+    """(kernels, device). `fused` on the CPU is the C++ library; `emulated_cuda` replaces it with the CUDA source."""
     if request.param == "torch":
         return "torch", "cpu"
     if request.param == "cuda":
@@ -53,7 +54,7 @@ def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tup
 def emulate(monkeypatch: pytest.MonkeyPatch, emulated: native.Library) -> None:
     """Let CPU tensors go through the emulated CUDA library."""
 
-    def call(name: str, logits: torch.Tensor, shard: native.Shard, arguments: tuple) -> None:
+    def call(name: str, logits: torch.Tensor, shard: VocabularyShard, arguments: tuple) -> None:
         floats = emulated.scratch(native._DTYPES[logits.dtype], logits.shape[0], shard.columns)
         scratch = torch.full((floats,), torch.nan)
         assert getattr(emulated, name)(*arguments, ctypes.c_void_p(scratch.data_ptr()), None) == 0

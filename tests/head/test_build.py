@@ -1,4 +1,4 @@
-"""Building the kernels: no spills on any GPU generation, one library for many processes, failures that tell why."""
+"""Building the kernels: no spills on any GPU generation, one library for many processes, failures that say why."""
 
 import re
 import shutil
@@ -69,14 +69,14 @@ def test_cuda_library_builds_and_loads_without_a_gpu(tmp_path: Path) -> None:
     assert library.scratch(0, 100, 0) == 2 * 100
 
 
-def test_the_cpu_twin_is_vectorised(tmp_path: Path) -> None:
+def test_the_cpu_library_is_vectorised(tmp_path: Path) -> None:
     # GCC's own account of the two loops that hold an exponential; scalar, they are slower than PyTorch.
     compiler = build._cxx()
     if "Free Software Foundation" not in build._run([compiler, "--version"]):
         pytest.skip("the report of vectorised loops is GCC's")
     report = build._run(
         [compiler, *build.CPU_FLAGS, "-fopt-info-vec-optimized", str(build.SOURCES / "head_cpu.cpp")]
-        + ["-o", str(tmp_path / "twin.so")]
+        + ["-o", str(tmp_path / "library.so")]
     )
     for name, loop in {
         "row_math.h": "+= exp_below(get(i + l)",
@@ -93,9 +93,10 @@ def test_installing_never_fails_for_lack_of_a_compiler(nvcc: str, tmp_path: Path
     package = Path(build.__file__).parents[1]
     head = root / "real_megatron" / "head"
     shutil.copytree(package / "head" / "csrc", head / "csrc")
-    for name in ("__init__.py", "head/__init__.py", "head/build.py"):
+    for name in ("__init__.py", "version.py", "head/__init__.py", "head/build.py"):
         shutil.copy(package / name, root / "real_megatron" / name)
-    shutil.copy(package.parent / "setup.py", root)
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(package.parent / name, root)
     tools.mkdir()
     if nvcc != "absent":
         # Stands for nvcc: names its targets, then fails or writes the file after -o.

@@ -1,4 +1,4 @@
-"""The chunk planner keeps its promise about bytes, covers everything, and prefers whole rows."""
+"""Chunks fit the byte budget, cover everything, and have all rows where possible."""
 
 import pytest
 from hypothesis import assume, given, settings

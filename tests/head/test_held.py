@@ -1,4 +1,4 @@
-"""The in-place backward refuses to overwrite logits that somebody else could still read, and a second backward."""
+"""The in-place backward refuses to overwrite logits that something else could still read, and a second backward."""
 
 from collections.abc import Callable
 

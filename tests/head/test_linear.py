@@ -14,8 +14,8 @@ from tests.support.ranks import run_ranks
 ROWS, HIDDEN, VOCAB, PADDED = 12, 24, 300, 320
 # On a GPU the GEMMs take other branches and the kernels are the CUDA ones.
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-# Logits of a few rows by 128 columns: several row blocks and three vocabulary chunks. Half precision needs room for the
-# float32 copy of a chunk's weights as well.
+# Logits of a few rows by 128 columns: several chunks of rows and three of the vocabulary. Half precision needs room for
+# the float32 copy of a chunk's weights as well.
 TINY_BUDGET = {torch.float64: 8 << 10, torch.float32: 4 << 10, torch.bfloat16: 16 << 10, torch.float16: 16 << 10}
 
 
@@ -36,7 +36,7 @@ class Problem:
     def expected(self) -> dict[str, Tensor]:
         hidden = self.hidden.detach().double().requires_grad_()
         weight = self.weight.detach().double().requires_grad_()
-        log_probs = gathered_log_softmax(hidden @ weight.t(), self.rows, vocab_size=VOCAB, form="torch")
+        log_probs = gathered_log_softmax(hidden @ weight.t(), self.rows, vocab_size=VOCAB, kernels="torch")
         log_probs.backward(self.grad.double())
         return {"log_probs": log_probs.detach(), "dhidden": hidden.grad, "dweight": weight.grad}
 
@@ -71,12 +71,12 @@ def check(
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("form", ["torch", "fused"])
+@pytest.mark.parametrize("kernels", ["torch", "fused"])
 @pytest.mark.parametrize("budget", [TINY_BUDGET, dict.fromkeys(TINY_BUDGET, 256 << 20)], ids=["tiny", "roomy"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_matches_float64(dtype: torch.dtype, budget: dict[torch.dtype, int], form: str, device: str) -> None:
+def test_matches_float64(dtype: torch.dtype, budget: dict[torch.dtype, int], kernels: str, device: str) -> None:
     problem = Problem(dtype)
-    actual = problem.run(device, memory_budget_bytes=budget[dtype], form=form)
+    actual = problem.run(device, memory_budget_bytes=budget[dtype], kernels=kernels)
     check(actual, problem.expected(), dtype)
     assert (actual["dweight"][VOCAB:] == 0).all()
     assert actual["dhidden"].dtype == actual["dweight"].dtype == dtype
@@ -91,52 +91,71 @@ def test_float64_and_gradcheck() -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("form", ["torch", "fused"])
-def test_float32_logits_from_bfloat16_inputs(form: str, device: str) -> None:
+@pytest.mark.parametrize("kernels", ["torch", "fused"])
+def test_float32_logits_from_bfloat16_inputs(kernels: str, device: str) -> None:
     problem = Problem(torch.bfloat16, scale=4.0)
     expected = problem.expected()
     check(
-        problem.run(device, fp32_logits=True, memory_budget_bytes=TINY_BUDGET[torch.bfloat16], form=form),
+        problem.run(device, fp32_logits=True, memory_budget_bytes=TINY_BUDGET[torch.bfloat16], kernels=kernels),
         expected,
         torch.bfloat16,
         True,
     )
     # The option matters: rounding logits of size ~50 to bfloat16 is at least a hundred times coarser.
-    coarse = problem.run(device, form=form)["log_probs"].double()
-    fine = problem.run(device, fp32_logits=True, form=form)["log_probs"].double()
+    coarse = problem.run(device, kernels=kernels)["log_probs"].double()
+    fine = problem.run(device, fp32_logits=True, kernels=kernels)["log_probs"].double()
     assert (coarse - expected["log_probs"]).abs().max() > 100 * (fine - expected["log_probs"]).abs().max()
 
 
-@pytest.mark.parametrize("tp", [1, 2, 4])
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_hidden_gradient_of_many_chunks_is_summed_in_float32(device: str) -> None:
+    # 64 chunks of 128 columns: in bfloat16 each addition would round the sum.
+    problem = Problem(torch.bfloat16)
+    generator = torch.Generator().manual_seed(1)
+    weight = torch.randn(64 * 128, HIDDEN, generator=generator).bfloat16().to(device)
+    hidden = problem.hidden.to(device, copy=True).requires_grad_()
+    rows = GatherRows.one_per_row(torch.arange(ROWS)).to(device)
+    budget = TINY_BUDGET[torch.bfloat16]
+    linear_gathered_log_softmax(
+        hidden, weight, rows, vocab_size=len(weight), memory_budget_bytes=budget, fp32_logits=True
+    ).sum().backward()
+    exact = hidden.detach().double().requires_grad_()
+    logits = exact @ weight.double().t()
+    gathered_log_softmax(logits, rows, vocab_size=len(weight), kernels="torch").sum().backward()
+    error = (hidden.grad.double() - exact.grad).abs().max() / exact.grad.abs().max()
+    assert error <= 2 * torch.finfo(torch.bfloat16).eps
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
 @pytest.mark.parametrize("reduction", ["none", "all_reduce", "reduce_scatter"])
-def test_over_ranks(tp: int, reduction: str) -> None:
+def test_over_ranks(ranks: int, reduction: str) -> None:
     problem = Problem(torch.float32)
     expected = problem.expected()
     options = dict(reduce_dhidden=reduction, memory_budget_bytes=TINY_BUDGET[torch.float32])
     arguments = (problem.hidden, problem.weight, problem.lists, problem.grad, VOCAB)
     for main_grad in (False, True):
-        results = run_ranks(tp, head_ranks.linear_case, *arguments, main_grad, options)
+        results = run_ranks(ranks, head_ranks.linear_case, *arguments, main_grad, options)
         assert all(torch.equal(r["log_probs"], results[0]["log_probs"]) for r in results)
-        parts = [r["dhidden"] for r in results]
+        shards = [r["dhidden"] for r in results]
         if reduction == "none":
-            dhidden = sum(parts)
+            dhidden = sum(shards)
         elif reduction == "all_reduce":
-            dhidden = parts[0]
-            assert all(torch.equal(part, dhidden) for part in parts)
+            dhidden = shards[0]
+            assert all(torch.equal(shard, dhidden) for shard in shards)
         else:
-            assert all(len(part) == ROWS // tp for part in parts)
-            dhidden = torch.cat(parts)
+            assert all(len(shard) == ROWS // ranks for shard in shards)
+            dhidden = torch.cat(shards)
         dweight = torch.cat([r["dweight"] for r in results])
         check(dict(log_probs=results[0]["log_probs"], dhidden=dhidden, dweight=dweight), expected, torch.float32)
 
 
-@pytest.mark.parametrize("tp", [2, 4])
-def test_bfloat16_over_ranks(tp: int) -> None:
-    # As trained: sequence parallelism, bfloat16 GEMMs, float32 main_grad, each rank's chunks cut small.
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_bfloat16_over_ranks(ranks: int) -> None:
+    # As trained: sequence parallelism, bfloat16 GEMMs, float32 main_grad, small chunks on each rank.
     problem = Problem(torch.bfloat16)
     options = dict(reduce_dhidden="reduce_scatter", memory_budget_bytes=TINY_BUDGET[torch.bfloat16])
     arguments = (problem.hidden, problem.weight, problem.lists, problem.grad, VOCAB, True, options)
-    results = run_ranks(tp, head_ranks.linear_case, *arguments)
+    results = run_ranks(ranks, head_ranks.linear_case, *arguments)
     assert all(torch.equal(r["log_probs"], results[0]["log_probs"]) for r in results)
     whole = {key: torch.cat([r[key] for r in results]) for key in ("dhidden", "dweight")}
     assert whole["dhidden"].dtype == torch.bfloat16 and whole["dweight"].dtype == torch.float32
@@ -154,7 +173,7 @@ def test_no_rows_over_ranks(reduction: str) -> None:
 
 
 def test_the_reduction_starts_before_the_last_weight_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
-    # dhidden is whole after the last chunk's first GEMM; its reduction then runs beside the last one.
+    # dhidden is complete after the last chunk's first GEMM; its reduction then runs beside the last one.
     calls = []
     add_mm = linear_module.add_mm
     start = linear_module._Reduction.start
@@ -163,9 +182,9 @@ def test_the_reduction_starts_before_the_last_weight_gradient(monkeypatch: pytes
         calls.append("dhidden" if out.shape[0] <= ROWS else "dweight")
         add_mm(out, a, b)
 
-    def recorded_start(self: linear_module._Reduction, dhidden: Tensor) -> None:
+    def recorded_start(self: linear_module._Reduction, dhidden: Tensor) -> Tensor:
         calls.append("reduce")
-        start(self, dhidden)
+        return start(self, dhidden)
 
     monkeypatch.setattr(linear_module, "add_mm", recorded_add)
     monkeypatch.setattr(linear_module._Reduction, "start", recorded_start)
@@ -213,7 +232,7 @@ def test_tied_embeddings() -> None:
     tokens = torch.arange(ROWS) * 3
     tied = problem.weight.clone().requires_grad_()
     gathered_log_softmax(
-        torch.nn.functional.embedding(tokens, tied) @ tied.t(), problem.rows, vocab_size=VOCAB, form="torch"
+        torch.nn.functional.embedding(tokens, tied) @ tied.t(), problem.rows, vocab_size=VOCAB, kernels="torch"
     ).backward(problem.grad)
 
     weight = torch.nn.Parameter(problem.weight.clone())
@@ -281,7 +300,7 @@ def test_the_logits_never_exist(dtype: torch.dtype) -> None:
     weight = torch.randn(4096, 4, dtype=dtype, requires_grad=True)
     with _LargestTensor() as largest:
         out = linear_gathered_log_softmax(
-            hidden, weight, rows, vocab_size=4096, memory_budget_bytes=128 << 10, form="fused"
+            hidden, weight, rows, vocab_size=4096, memory_budget_bytes=128 << 10, kernels="fused"
         )
         # Called directly: autograd's backward would leave this thread's dispatch mode.
         linear_module._LinearGathered.backward(out.grad_fn, torch.ones_like(out))

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from real_megatron.head import GatherRows, build, gathered_log_softmax, native, torch_form
-from real_megatron.head.shard import Shard
+from real_megatron.head import GatherRows, build, gathered_log_softmax, native, torch_kernels
+from real_megatron.head.shard import VocabularyShard
 from tests.support.head_cases import random_case
 
 ROWS = GatherRows.from_lists([[1], [2, 0]])
@@ -31,20 +31,22 @@ def fresh_search() -> Iterator[None]:
     forget()
 
 
-def test_without_a_compiler_the_torch_form_serves_and_says_so_once(
+def test_without_a_compiler_the_torch_kernels_are_used_and_one_warning_says_so(
     fresh_search: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     logits = torch.randn(2, 4)
     with caplog.at_level(logging.WARNING):
-        results = [gathered_log_softmax(logits, ROWS, vocab_size=4, form=form) for form in ("auto", "auto", "torch")]
+        results = [
+            gathered_log_softmax(logits, ROWS, vocab_size=4, kernels=kernels) for kernels in ("auto", "auto", "torch")
+        ]
     assert torch.equal(results[0], results[2])
     said = [record.message for record in caplog.records]
     reason = "no C++ compiler (c++, g++ or clang++) on the PATH"
-    assert said == [f"head: no compiled cpu kernels ({reason}); the slower PyTorch form is used"]
-    with pytest.raises(RuntimeError, match="form='fused' is not available here: no C\\+\\+ compiler"):
-        gathered_log_softmax(logits, ROWS, vocab_size=4, form="fused")
+    assert said == [f"head: no compiled cpu kernels ({reason}); the slower PyTorch kernels are used"]
+    with pytest.raises(RuntimeError, match="kernels='fused' is not available here: no C\\+\\+ compiler"):
+        gathered_log_softmax(logits, ROWS, vocab_size=4, kernels="fused")
 
 
 def test_a_cache_that_cannot_be_written_does_not_stop_it(
@@ -55,7 +57,7 @@ def test_a_cache_that_cannot_be_written_does_not_stop_it(
     assert isinstance(native.library("cpu"), native.Library)
 
 
-def test_a_gpu_that_cannot_run_the_library_is_served_by_torch(
+def test_a_gpu_that_cannot_run_the_library_uses_torch(
     fresh_search: None, emulated_cuda: native.Library, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(native, "library", lambda kind: emulated_cuda)
@@ -67,21 +69,21 @@ def test_a_gpu_that_cannot_run_the_library_is_served_by_torch(
     with caplog.at_level(logging.WARNING):
         reasons = [native.unsupported(device, torch.bfloat16) for _ in range(2)]
     assert reasons == ["GPU 3: emulated error"] * 2
-    reason = "head: no compiled cuda kernels (GPU 3: emulated error); the slower PyTorch form is used"
+    reason = "head: no compiled cuda kernels (GPU 3: emulated error); the slower PyTorch kernels are used"
     assert [record.message for record in caplog.records] == [reason]
 
 
-def test_float64_and_other_devices_are_served_by_torch() -> None:
+def test_float64_and_other_devices_use_torch() -> None:
     assert "float64" in native.unsupported(torch.device("cpu"), torch.float64)
     assert "not on meta" in native.unsupported(torch.device("meta"), torch.float32)
-    with pytest.raises(RuntimeError, match="form='torch' does"):
-        gathered_log_softmax(torch.randn(2, 4).double(), ROWS, vocab_size=4, form="fused")
+    with pytest.raises(RuntimeError, match="kernels='torch' does"):
+        gathered_log_softmax(torch.randn(2, 4).double(), ROWS, vocab_size=4, kernels="fused")
 
 
-def test_auto_is_the_compiled_form_where_there_is_one() -> None:
+def test_auto_is_compiled_where_possible() -> None:
     case = random_case(5, 3000, 3000)
     auto, fused = (
-        gathered_log_softmax(case.logits, case.rows, vocab_size=3000, form=form) for form in ("auto", "fused")
+        gathered_log_softmax(case.logits, case.rows, vocab_size=3000, kernels=kernels) for kernels in ("auto", "fused")
     )
     assert torch.equal(auto, fused)
 
@@ -92,7 +94,7 @@ def dense_gradient(logits: Tensor, scale: float) -> Tensor:
     ids, offsets = torch.tensor([10**6]), torch.tensor([0, 1])
     log_prob, maximum, total, grad = torch.zeros(1), torch.zeros(1), torch.ones(1), torch.full((1,), -scale)
     csr = (ids, offsets, torch.zeros_like(ids))
-    native.dlogits(logits, out, log_prob, maximum, total, grad, *csr, Shard(0, logits.shape[1]))
+    native.dlogits(logits, out, log_prob, maximum, total, grad, *csr, VocabularyShard(0, logits.shape[1]))
     return out
 
 
@@ -113,7 +115,7 @@ def test_every_half_precision_number_is_read_exactly(dtype: torch.dtype) -> None
     numbers = numbers[~numbers.isnan()]
     # Each is the only logit of its row, so its maximum and the logit that was asked for are the number itself.
     rows = GatherRows.one_per_row(torch.zeros(len(numbers), dtype=torch.int64))
-    packed = native.stats(numbers.unsqueeze(1), rows.ids, rows.offsets, rows.row_index, None, Shard(0, 1))
+    packed = native.stats(numbers.unsqueeze(1), rows.ids, rows.offsets, rows.row_index, None, VocabularyShard(0, 1))
     assert torch.equal(packed[: len(numbers)], numbers.float())
     assert torch.equal(packed[2 * len(numbers) :], numbers.float())
 
@@ -131,8 +133,8 @@ def test_nan_and_infinity_end_as_nan() -> None:
     for bad in (math.nan, math.inf):
         logits = torch.randn(2, 300)
         logits[0, 17] = bad
-        for form in ("torch", "fused"):
-            out = gathered_log_softmax(logits, ROWS, vocab_size=300, form=form)
+        for kernels in ("torch", "fused"):
+            out = gathered_log_softmax(logits, ROWS, vocab_size=300, kernels=kernels)
             assert out.isnan().tolist() == [True, False, False]
 
 
@@ -142,16 +144,20 @@ def test_every_nan_stays_one() -> None:
     for nan in bits.to(torch.int32).view(torch.float32):
         logits = torch.zeros(1, 300)
         logits[0, 17] = nan
-        assert gathered_log_softmax(logits, GatherRows.from_lists([[3]]), vocab_size=300, form="fused").isnan().all()
+        assert gathered_log_softmax(logits, GatherRows.from_lists([[3]]), vocab_size=300, kernels="fused").isnan().all()
         assert dense_gradient(logits, 1.0)[0, 17].isnan()
 
 
-def test_cuda_results_do_not_depend_on_the_order_of_threads(emulated_cuda: native.Library) -> None:
-    # Threads run to each barrier one by one, forwards, then backwards: a missing barrier would change the result.
+@pytest.mark.parametrize("columns", [20_011, 16_384 + 3], ids=["two tiles", "a tile and a tail"])
+def test_cuda_results_do_not_depend_on_the_order_of_threads(emulated_cuda: native.Library, columns: int) -> None:
+    # Blocks, and threads to each barrier, run one by one, forwards, then backwards: a missing barrier, or two blocks
+    # that write the same column, would change the result.
     reverse = emulated_cuda.library.cuda_on_cpu_backwards
-    case = random_case(3, 20_011, 20_016, torch.bfloat16, max_ids=40)
-    rows, shard = case.rows, Shard(0, case.vocab_size)
-    kept = torch_form.stats(case.logits, rows.ids, rows.offsets, rows.row_index, None, shard)
+    case = random_case(3, columns, 16 * (columns // 16 + 1), torch.bfloat16, max_ids=40)
+    case.lists = [[*ids, columns - 1, columns - 3] for ids in case.lists]
+    case.grad = torch.linspace(-1, 2, sum(map(len, case.lists)))
+    rows, shard = case.rows, VocabularyShard(0, case.vocab_size)
+    kept = torch_kernels.stats(case.logits, rows.ids, rows.offsets, rows.row_index, None, shard)
     maximum, total, logits = kept.split([3, 3, rows.nnz])
     log_probs = logits - maximum[rows.row_index] - total.log()[rows.row_index]
     results = []

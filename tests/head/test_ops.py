@@ -8,28 +8,28 @@ from real_megatron.head import gathered_log_softmax, ops
 from tests.support.head_cases import Case, random_case
 
 
-def operator_arguments(case: Case, form: str) -> dict[str, tuple]:
+def operator_arguments(case: Case, kernels: str) -> dict[str, tuple]:
     rows = case.rows
     csr = (rows.ids, rows.offsets, rows.row_index)
     shard = (0, case.vocab_size)
-    packed = ops.head_stats(case.logits, *csr, case.values, *shard, form)
+    packed = ops.head_stats(case.logits, *csr, case.values, *shard, kernels)
     log_probs, _, maximum, total = ops.head_log_probs(
-        case.logits, packed.unsqueeze(0), *csr, case.values, *shard, False, form
+        case.logits, packed.unsqueeze(0), *csr, case.values, *shard, False, kernels
     )
     kept = (log_probs, maximum, total, case.grad)
     logits = case.logits.clone().requires_grad_()
     return {
-        "head_stats": (case.logits, *csr, case.values, *shard, form),
-        "head_log_probs": (logits, packed.unsqueeze(0), *csr, case.values, *shard, False, form),
-        "head_dlogits": (case.logits, *kept, *csr, *shard, form),
-        "head_dlogits_": (case.logits.clone(), *kept, *csr, *shard, form),
+        "head_stats": (case.logits, *csr, case.values, *shard, kernels),
+        "head_log_probs": (logits, packed.unsqueeze(0), *csr, case.values, *shard, False, kernels),
+        "head_dlogits": (case.logits, *kept, *csr, *shard, kernels),
+        "head_dlogits_": (case.logits.clone(), *kept, *csr, *shard, kernels),
     }
 
 
-@pytest.mark.parametrize("form", ["torch", "fused"])
+@pytest.mark.parametrize("kernels", ["torch", "fused"])
 @pytest.mark.parametrize("name", ["head_stats", "head_log_probs", "head_dlogits", "head_dlogits_"])
-def test_opcheck(name: str, form: str) -> None:
-    arguments = operator_arguments(random_case(4, 30, 32), form)[name]
+def test_opcheck(name: str, kernels: str) -> None:
+    arguments = operator_arguments(random_case(4, 30, 32), kernels)[name]
     torch.library.opcheck(getattr(torch.ops.real_megatron, name).default, arguments)
 
 

@@ -16,10 +16,10 @@ from tests.support.head_cases import (
 from tests.support.ranks import run_ranks
 
 
-def run(case: Case, tp: int, form: str, inplace: bool = True, with_values: bool = False) -> dict[str, Tensor]:
+def run(case: Case, ranks: int, kernels: str, inplace: bool = True, with_values: bool = False) -> dict[str, Tensor]:
     values = (case.values, case.grad_expectation) if with_values else ()
     results = run_ranks(
-        tp, head_ranks.logits_case, case.logits, case.lists, case.grad, case.vocab_size, form, inplace, *values
+        ranks, head_ranks.logits_case, case.logits, case.lists, case.grad, case.vocab_size, kernels, inplace, *values
     )
     for result in results[1:]:
         for key in result.keys() - {"dlogits"}:
@@ -27,16 +27,16 @@ def run(case: Case, tp: int, form: str, inplace: bool = True, with_values: bool 
     return results[0] | {"dlogits": torch.cat([result["dlogits"] for result in results], dim=1)}
 
 
-@pytest.mark.parametrize("tp", [1, 2, 4])
+@pytest.mark.parametrize("ranks", [1, 2, 4])
 @pytest.mark.parametrize(
-    ("form", "dtype"),
+    ("kernels", "dtype"),
     [("torch", torch.float32), ("fused", torch.float32), ("fused", torch.bfloat16)],
     ids=["torch-fp32", "fused-fp32", "fused-bf16"],
 )
-def test_matches_float64(tp: int, form: str, dtype: torch.dtype) -> None:
+def test_matches_float64(ranks: int, kernels: str, dtype: torch.dtype) -> None:
     # Shards of 35 columns start misaligned; the last rank's has 7 columns of padding.
     case = random_case(11, 133, 140, dtype)
-    actual = run(case, tp, form, with_values=True)
+    actual = run(case, ranks, kernels, with_values=True)
     expected = reference(case, with_values=True)
     assert_log_probs_close(actual["log_probs"], expected["log_probs"])
     assert_dlogits_close(actual["dlogits"], expected["dlogits"], row_grad(case, with_values=True))
@@ -47,32 +47,32 @@ def test_matches_float64(tp: int, form: str, dtype: torch.dtype) -> None:
 def test_float64_is_exact_over_ranks() -> None:
     case = random_case(6, 50, 52, torch.float64)
     expected = reference(case)
-    for tp in (2, 4):
-        actual = run(case, tp, "torch", inplace=False)
+    for ranks in (2, 4):
+        actual = run(case, ranks, "torch", inplace=False)
         for key in ("log_probs", "dlogits"):
             torch.testing.assert_close(actual[key], expected[key], rtol=1e-13, atol=1e-13)
 
 
-@pytest.mark.parametrize("form", ["torch", "fused"])
-def test_digits_split_over_ranks_and_the_answer_on_each(form: str) -> None:
+@pytest.mark.parametrize("kernels", ["torch", "fused"])
+def test_digits_split_over_ranks_and_the_answer_on_each(kernels: str) -> None:
     # Five "digits" that straddle the boundary of ranks 1 and 2; then one id on each of four ranks in turn.
     case = random_case(5, 64, 64)
     case.lists = [[30, 31, 32, 33, 34], [3], [20], [40], [60]]
     case.grad, case.values = torch.tensor([0.2, -1.0, 2.0, 0.5, -0.3, 1.0, -1.0, 3.0, 0.5]), torch.arange(1.0, 10.0)
-    actual = run(case, 4, form, with_values=True)
+    actual = run(case, 4, kernels, with_values=True)
     expected = reference(case, with_values=True)
     assert_log_probs_close(actual["log_probs"], expected["log_probs"])
     assert_dlogits_close(actual["dlogits"], expected["dlogits"], row_grad(case, with_values=True))
 
 
-@pytest.mark.parametrize("form", ["torch", "fused"])
-def test_a_rank_of_padding_or_of_minus_infinity_adds_nothing(form: str) -> None:
+@pytest.mark.parametrize("kernels", ["torch", "fused"])
+def test_a_rank_of_padding_or_of_minus_infinity_adds_nothing(kernels: str) -> None:
     # Four shards of 16 columns: rank 1 sees -inf alone, rank 3 padding alone (vocabulary of 40).
     case = random_case(4, 40, 64)
     case.logits[:, 16:32] = -torch.inf
     case.lists = [[1], [35, 2], [17], [39]]
     case.grad = torch.tensor([1.0, -2.0, 0.5, 0.0, 2.0])
-    actual = run(case, 4, form)
+    actual = run(case, 4, kernels)
     expected = reference(case)
     assert actual["log_probs"][3] == -torch.inf
     assert_log_probs_close(actual["log_probs"], expected["log_probs"])

@@ -9,7 +9,7 @@ from real_megatron.objective import ScoredBatch, Totals
 
 VALUES = torch.arange(1.0, 6.0, dtype=torch.float64)
 VOCABULARY = 9
-"""Ids 0..4 are the scores; the others take the probability that leaks."""
+"""Ids 0..4 are the scores; the others have the rest of the probability."""
 
 
 def random_batch(

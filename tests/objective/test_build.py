@@ -3,6 +3,7 @@
 import pytest
 
 from real_megatron.config import ObjectiveConfig
+from real_megatron.errors import ConfigError
 from real_megatron.objective import build_objective, check
 from real_megatron.objective.reinforce import ReinforceObjective
 from real_megatron.objective.rewards import REWARDS, RewardOptions
@@ -20,11 +21,13 @@ def test_every_setting_arrives() -> None:
     settings = {"beta": 0.5, "term1": True, "baseline": "group_mean", "std_normalize": True, "clamp": 2.0}
     settings |= {"token_mean": True, "kl": 0.25, "ratio": "truncated_is", "clip": 0.125, "is_cap": 3.0}
     objective = build_objective(
-        ObjectiveConfig(lam=0.75, probabilities="renormalized", is_level="token", no_anchor_reward=-4, **settings)
+        ObjectiveConfig(lam=0.75, is_level="token", no_anchor_reward=-4, **settings), "renormalized"
     )
     assert {name: getattr(objective, name) for name in settings} == settings
     assert (objective.is_level, objective.floor) == ("token", -4.0)
     assert objective.options == RewardOptions(lam=0.75, probabilities="renormalized")
+    for name in ("sft", "raft"):
+        assert build_objective(ObjectiveConfig(name=name), "renormalized").probabilities == "renormalized"
 
 
 @pytest.mark.parametrize(
@@ -52,7 +55,7 @@ def test_what_is_given_wins_over_the_names_defaults() -> None:
 
 
 def test_an_unknown_reward_is_refused() -> None:
-    with pytest.raises(ValueError, match="unknown reward 'reel'"):
+    with pytest.raises(ConfigError, match="objective.reward: unknown reward 'reel'"):
         build_objective(ObjectiveConfig(reward="reel"))
 
 
@@ -62,16 +65,18 @@ def test_nothing_to_learn_is_refused() -> None:
 
 
 def test_several_updates_need_an_importance_ratio() -> None:
-    with pytest.raises(ValueError, match="batch.updates is 12.*set objective.ratio to ppo or truncated_is"):
-        check(ObjectiveConfig(), updates=12, responses=8)
+    with pytest.raises(ConfigError, match="batch.mini_batches is 12.*set objective.ratio to ppo or truncated_is"):
+        check(ObjectiveConfig(), mini_batches=12, responses=8)
     for config in (ObjectiveConfig(ratio="truncated_is"), ObjectiveConfig(name="grpo"), ObjectiveConfig(name="sft")):
-        check(config, updates=12, responses=8)
-    check(ObjectiveConfig(), updates=1, responses=8)
+        check(config, mini_batches=12, responses=8)
+    check(ObjectiveConfig(), mini_batches=1, responses=8)
 
 
 def test_a_baseline_needs_responses_to_compare() -> None:
-    for config in (ObjectiveConfig(), ObjectiveConfig(baseline="group_mean"), ObjectiveConfig(name="grpo")):
-        with pytest.raises(ValueError, match="rollout.n is 1.*rollout.n to 2 or more"):
-            check(config, updates=1, responses=1)
+    normalised = ObjectiveConfig(baseline="none", std_normalize=True)
+    grouped = (ObjectiveConfig(), ObjectiveConfig(baseline="group_mean"), ObjectiveConfig(name="grpo"), normalised)
+    for config in grouped:
+        with pytest.raises(ConfigError, match="rollout.n is 1.*rollout.n to 2 or more"):
+            check(config, mini_batches=1, responses=1)
     for config in (ObjectiveConfig(baseline="none"), ObjectiveConfig(term1=False), ObjectiveConfig(name="raft")):
-        check(config, updates=1, responses=1)
+        check(config, mini_batches=1, responses=1)

@@ -26,7 +26,7 @@ TOLERANCE = {"rtol": 0, "atol": 1e-12}
 
 
 class Case:
-    """Logits, the batch that follows from them, and the pieces of the hand-derived gradients."""
+    """Logits, the batch that follows from them, and the terms of the gradients derived by hand."""
 
     def __init__(self) -> None:
         g = torch.Generator().manual_seed(3)
@@ -64,9 +64,9 @@ class Case:
         y = q @ self.values
         return y, q * (self.values - y[:, None])
 
-    def gradients(self, **settings: object) -> tuple[Tensor, Tensor]:
+    def gradients(self, probabilities: str = "full", **settings: object) -> tuple[Tensor, Tensor]:
         """Autograd's ∂loss/∂z of tokens and of answers."""
-        loss, _ = build_objective(ObjectiveConfig(**settings))(self.scored, self.totals)
+        loss, _ = build_objective(ObjectiveConfig(**settings), probabilities)(self.scored, self.totals)
         return torch.autograd.grad(loss, (self.token_logits, self.answer_logits), retain_graph=True)
 
 
@@ -159,12 +159,14 @@ def test_truncated_importance_weights(case: Case, level: str) -> None:
     torch.testing.assert_close(with_kl - want, 0.5 * d_kl / N, **TOLERANCE)
 
 
-def test_kl_term(case: Case) -> None:
-    """∂k3/∂z = (1 − q/π) ∂log π/∂z."""
-    with_kl, _ = case.gradients(kl=0.5)
-    without, _ = case.gradients()
+@pytest.mark.parametrize("token_mean", [False, True])
+def test_kl_term(case: Case, token_mean: bool) -> None:
+    """∂k3/∂z = (1 − q/π) ∂log π/∂z, averaged over responses, or with `token_mean` over tokens."""
+    with_kl, _ = case.gradients(kl=0.5, token_mean=token_mean)
+    without, _ = case.gradients(token_mean=token_mean)
     q_over_pi = (case.scored.ref_logprobs - case.scored.token_logprobs.detach()).exp()
-    torch.testing.assert_close(with_kl - without, 0.5 * (1 - q_over_pi)[:, None] * case.d_token / N, **TOLERANCE)
+    count = N * LENGTH if token_mean else N
+    torch.testing.assert_close(with_kl - without, 0.5 * (1 - q_over_pi)[:, None] * case.d_token / count, **TOLERANCE)
 
 
 @pytest.mark.parametrize("probabilities", ["full", "renormalized"])

@@ -164,8 +164,8 @@ def expected_gradient(
     return torch.autograd.grad(policy(leaf), leaf, (per_row, per_answer))[0]
 
 
-def build(**settings: object) -> ReinforceObjective:
-    return build_objective(ObjectiveConfig(**({"no_anchor_reward": FLOOR} | settings)))
+def build(probabilities: str = "full", **settings: object) -> ReinforceObjective:
+    return build_objective(ObjectiveConfig(**({"no_anchor_reward": FLOOR} | settings)), probabilities)
 
 
 @pytest.fixture(scope="module")
@@ -222,7 +222,7 @@ def test_without_term_1_only_the_mean_reward_gradient_is_left(theta: Tensor) -> 
 
 
 @pytest.mark.parametrize("k", [2, 3])
-def test_the_group_mean_baseline_shrinks_term_1_by_its_own_share(k: int, theta: Tensor) -> None:
+def test_the_group_mean_baseline_shrinks_term_1_by_its_own_fraction(k: int, theta: Tensor) -> None:
     """r_i is part of its own baseline, so Term 1 is (K−1)/K of the unbiased one."""
     settings, reward = CASES["real"]
     got = expected_gradient(build(baseline="group_mean", beta=0.0, **settings), theta, k)
@@ -238,9 +238,9 @@ def test_importance_weights_make_off_policy_samples_unbiased(k: int, theta: Tens
     want = -central_differences(lambda t: exact(t, reward), theta)
     got = expected_gradient(build(ratio="truncated_is", is_cap=1e9, **settings), theta, k, sampler=other)
     torch.testing.assert_close(got, want, rtol=0, atol=1e-7)
-    # The three cures that do not cure, so that the test above can fail.
-    for cure in ({"ratio": "none"}, {"ratio": "truncated_is", "is_cap": 0.8}):
-        biased = expected_gradient(build(**cure, **settings), theta, k, sampler=other)
+    # Three variants that stay biased, so that the comparison above can fail.
+    for variant in ({"ratio": "none"}, {"ratio": "truncated_is", "is_cap": 0.8}):
+        biased = expected_gradient(build(**variant, **settings), theta, k, sampler=other)
         assert (biased - want).norm() > 1e-2
     token = build(ratio="truncated_is", is_level="token", is_cap=1e9, **settings)
     assert (expected_gradient(token, theta, k, sampler=other) - want).norm() > 1e-2

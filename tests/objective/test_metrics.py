@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from real_megatron.objective.metrics import pair, part, summarize
+from real_megatron.objective.metrics import loss_pair, pair, summarize
 
 
 def test_pairs() -> None:
@@ -11,10 +11,10 @@ def test_pairs() -> None:
     assert pair(x).tolist() == [7, 3] and not pair(x).requires_grad
     assert pair(x, torch.tensor([True, False, True])).tolist() == [5, 2]
     assert pair(x[:0]).tolist() == [0, 0]
-    assert part(x.sum(), 0.25).tolist() == [7, 0.25]
+    assert loss_pair(x.sum(), 0.25).tolist() == [7, 0.25]
 
 
-def test_summaries_leave_out_what_nobody_measured() -> None:
+def test_summaries_leave_out_what_was_not_measured() -> None:
     pairs = {"a": torch.tensor([6.0, 3.0]), "b": torch.tensor([0.0, 0.0])}
     assert summarize(pairs) == {"a": 2.0}
 

@@ -1,4 +1,4 @@
-"""The composed reinforcement-learning objective: splitting, special responses, faults, metrics.
+"""The composed reinforcement-learning objective: splitting, special responses, errors, metrics.
 
 Splits change only the order of float64 sums: tolerance 1e-12.
 """
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from real_megatron.config import ObjectiveConfig
-from real_megatron.objective import ScoredBatch, Totals, build_objective, merge, summarize
+from real_megatron.objective import ResponseView, ScoredBatch, Totals, build_objective, merge, summarize
 from real_megatron.objective.rewards import LOGPROB_FLOOR
 
 Batch = Callable[..., ScoredBatch]
@@ -32,13 +32,14 @@ VARIANTS: dict[str, dict] = {
     "jepo": {"name": "jepo"},
     "rloo": {"name": "rloo"},
 }
+TEXT_REWARD = {"reward": "tests.support.extension_reward:brief_and_weighted"}
 
 
-def build(**settings: object):  # noqa: ANN201
-    return build_objective(ObjectiveConfig(**settings))
+def build(probabilities: str = "full", **settings: object):  # noqa: ANN201
+    return build_objective(ObjectiveConfig(**settings), probabilities)
 
 
-def part_of(scored: ScoredBatch, trajectories: list[int], advantages: Tensor | None = None) -> ScoredBatch:
+def micro_batch(scored: ScoredBatch, trajectories: list[int], advantages: Tensor | None = None) -> ScoredBatch:
     """The micro-batch of some trajectories, in the graph of the whole batch."""
     keep = torch.tensor(trajectories)
     rows = torch.cat([(scored.token_trajectory == i).nonzero()[:, 0] for i in trajectories])
@@ -56,12 +57,13 @@ def part_of(scored: ScoredBatch, trajectories: list[int], advantages: Tensor | N
         old_logprobs=scored.old_logprobs[rows],
         ref_logprobs=scored.ref_logprobs[rows],
         advantages=None if advantages is None else advantages[keep],
+        responses=None if scored.responses is None else [scored.responses[i] for i in trajectories],
     )
 
 
-def contributions(objective, parts: list[ScoredBatch], totals: Totals, scored: ScoredBatch):  # noqa: ANN001, ANN201
+def contributions(objective, micro_batches: list[ScoredBatch], totals: Totals, scored: ScoredBatch):  # noqa: ANN001, ANN201
     """Summed loss and gradients, and merged metrics, of micro-batches."""
-    results = [objective(part, totals) for part in parts]
+    results = [objective(micro_batch, totals) for micro_batch in micro_batches]
     loss = sum(loss for loss, _ in results)
     gradients = torch.autograd.grad(loss, (scored.token_logprobs, scored.score_logprobs))
     return loss.detach(), gradients, merge([metrics for _, metrics in results])
@@ -71,8 +73,8 @@ def contributions(objective, parts: list[ScoredBatch], totals: Totals, scored: S
 def test_micro_batches_of_whole_groups_add_up_to_the_batch(variant: str, batch: Batch, totals: TotalsOf) -> None:
     objective, scored = build(**VARIANTS[variant]), batch()
     whole = contributions(objective, [scored], totals(scored), scored)
-    parts = [part_of(scored, [3, 4]), part_of(scored, [0, 1, 2]), part_of(scored, [5, 6, 7, 8])]
-    split = contributions(objective, parts, totals(scored), scored)
+    micro_batches = [micro_batch(scored, [3, 4]), micro_batch(scored, [0, 1, 2]), micro_batch(scored, [5, 6, 7, 8])]
+    split = contributions(objective, micro_batches, totals(scored), scored)
     assert whole[1][0].any() or variant == "no-term1"
     torch.testing.assert_close(split, whole, **EXACT)
 
@@ -83,8 +85,8 @@ def test_split_groups_with_precomputed_advantages_add_up_too(variant: str, batch
     whole = contributions(objective, [scored], totals(scored), scored)
     advantages = objective.advantages(objective.rewards(scored), scored.group)
     assert not advantages.requires_grad
-    parts = [part_of(scored, list(range(i, min(i + 2, 9))), advantages) for i in range(0, 9, 2)]
-    split = contributions(objective, parts, totals(scored), scored)
+    micro_batches = [micro_batch(scored, list(range(i, min(i + 2, 9))), advantages) for i in range(0, 9, 2)]
+    split = contributions(objective, micro_batches, totals(scored), scored)
     torch.testing.assert_close(split, whole, **EXACT)
 
 
@@ -177,10 +179,12 @@ def test_a_batch_without_a_single_answer_still_learns_to_give_one_and_runs_backw
     contributions(build(beta=0.0), [scored], totals(scored), scored)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_a_micro_batch_of_padding_alone_contributes_zero(variant: str, batch: Batch) -> None:
+@pytest.mark.parametrize("settings", [*VARIANTS.values(), TEXT_REWARD], ids=[*VARIANTS, "text"])
+def test_a_micro_batch_of_padding_alone_contributes_zero(settings: dict, batch: Batch) -> None:
     full = batch()
-    empty = replace(part_of(full, [0]), **{name: getattr(full, name)[:0] for name in ("has_answer", "labels", "group")})
+    empty = replace(
+        micro_batch(full, [0]), **{name: getattr(full, name)[:0] for name in ("has_answer", "labels", "group")}
+    )
     empty = replace(
         empty,
         token_logprobs=full.token_logprobs[:0],
@@ -189,7 +193,7 @@ def test_a_micro_batch_of_padding_alone_contributes_zero(variant: str, batch: Ba
         old_logprobs=None,
         ref_logprobs=None,
     )
-    loss, metrics = build(**VARIANTS[variant])(empty, Totals(3, 9, 20))
+    loss, metrics = build(**settings)(empty, Totals(3, 9, 20))
     assert loss.item() == 0 and loss.requires_grad
     assert not any(bool(value.any()) for value in metrics.values())
 
@@ -214,7 +218,7 @@ def test_values_that_are_not_finite_are_refused(batch: Batch, totals: TotalsOf) 
     scored = batch()
     scored.token_logprobs.data[3] = float("nan")
     for call in (lambda: build()(scored, totals(scored)), lambda: build().rewards(scored)):
-        with pytest.raises(ValueError, match="NaN or infinite values in token_logprobs"):
+        with pytest.raises(FloatingPointError, match="NaN or infinite values in token_logprobs"):
             call()
 
 
@@ -252,12 +256,16 @@ def test_metrics_by_hand(batch: Batch, totals: TotalsOf) -> None:
     a = advantages[scored.token_trajectory]
     clipped = torch.where(a > 0, ratio > 1.2, ratio < 0.8).double()
     q = logp.softmax(-1)
+    nearest = (scored.values - scored.labels[has][:, None]).abs().argmin(1)
+    correct = (logp.argmax(1) == nearest).double()
     want = {
         "reward": objective.rewards(scored).mean(),
         "squared_error": (error**2).mean(),
         "absolute_error": error.abs().mean(),
         "expected_score": (logp.exp() @ scored.values).mean(),
         "score_mass": logp.exp().sum(-1).mean(),
+        "accuracy": correct.mean(),
+        "label_logprob": logp[range(8), nearest].mean(),
         "score_entropy": -(q * q.log()).sum(-1).mean(),
         "valid": 8 / 9,
         "response_tokens": len(ratio) / 9,
@@ -267,7 +275,7 @@ def test_metrics_by_hand(batch: Batch, totals: TotalsOf) -> None:
         "ratio": ratio.mean(),
         "clip_fraction": clipped.mean(),
     }
-    assert 0 < float(clipped.mean()) < 1
+    assert 0 < float(clipped.mean()) < 1 and 0 < float(correct.mean()) < 1
     assert {name: numbers[name] for name in want} == pytest.approx({k: float(v) for k, v in want.items()}, abs=1e-12)
     assert all(math.isfinite(x) for x in numbers.values())
 
@@ -283,3 +291,36 @@ def test_float32_inputs_give_float32_losses_and_gradients(batch: Batch, totals: 
     assert got[0].dtype == got[1][0].dtype == got[1][1].dtype == torch.float32
     # float32 rounding of rewards of order 30
     torch.testing.assert_close(got[1], want[1], rtol=1e-4, atol=1e-5, check_dtype=False)
+
+
+def test_a_reward_of_text_and_metadata_moves_the_right_responses(batch: Batch, totals: TotalsOf) -> None:
+    """Whole and in micro-batches; the words of response 3 change its own reward and its group's baseline alone."""
+    objective = build(**TEXT_REWARD)
+    views = [ResponseView(f"{'word ' * i}", {"weight": 1.0 + i}) for i in range(9)]
+    scored = replace(batch(), responses=views)
+    error = (scored.score_logprobs.detach().exp() @ scored.values - scored.labels).abs()
+    count = torch.arange(9, dtype=torch.float64)
+    want = torch.where(scored.has_answer, -(1 + count) * error - 0.1 * count, -6.0)
+    rewards = objective.rewards(scored)
+    torch.testing.assert_close(rewards, want, **EXACT)
+
+    whole = contributions(objective, [scored], totals(scored), scored)
+    micro_batches = [micro_batch(scored, [3, 4]), micro_batch(scored, [0, 1, 2]), micro_batch(scored, [5, 6, 7, 8])]
+    torch.testing.assert_close(contributions(objective, micro_batches, totals(scored), scored), whole, **EXACT)
+    d_tokens, d_scores = whole[1]
+    assert d_scores[scored.has_answer].all(), "Term 2 differentiates the reward that reads responses"
+
+    longer = [*views[:3], ResponseView("word " * 13, views[3].meta), *views[4:]]
+    changed = replace(scored, responses=longer)
+    moved = objective.rewards(changed) - rewards
+    torch.testing.assert_close(moved, torch.tensor([0, 0, 0, -1.0, 0, 0, 0, 0, 0]).double(), **EXACT)
+    _, (d_changed, _), _ = contributions(objective, [changed], totals(scored), scored)
+    other = scored.group[scored.token_trajectory] != scored.group[3]
+    assert torch.equal(d_changed[other], d_tokens[other]) and (d_changed[~other] != d_tokens[~other]).all()
+
+
+def test_a_reward_of_text_needs_responses(batch: Batch, totals: TotalsOf) -> None:
+    objective, scored = build(**TEXT_REWARD), batch()
+    for call in (lambda: objective(scored, totals(scored)), lambda: objective.rewards(scored)):
+        with pytest.raises(ValueError, match="the reward reads responses, but the batch has none"):
+            call()

@@ -1,13 +1,13 @@
 """Rewards and their registry."""
 
 import math
-import sys
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
 
+from real_megatron.config import ObjectiveConfig
+from real_megatron.errors import ConfigError
+from real_megatron.objective import ResponseView, build_objective
 from real_megatron.objective.rail import score_entropy
 from real_megatron.objective.rewards import (
     LOGPROB_FLOOR,
@@ -29,11 +29,9 @@ def value(name: str, label: float, **options: object) -> float:
 
 
 @pytest.fixture
-def registry() -> Iterator[None]:
-    known = dict(REWARDS)
-    yield
-    REWARDS.clear()
-    REWARDS.update(known)
+def registry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forget afterwards what a test registers."""
+    monkeypatch.setattr(REWARDS, "_known", dict(REWARDS._known))
 
 
 def test_values_by_hand() -> None:
@@ -66,7 +64,7 @@ def test_a_response_without_an_answer_gets_the_floor_and_nothing_of_its_row() ->
 @pytest.mark.parametrize(
     ("name", "options", "floor"),
     [
-        # full probabilities: with all probability leaked ŷ is 0, so the worst error on 1..4 is 4, not 3
+        # full probabilities: with all probability on other tokens ŷ is 0, so the worst error on 1..4 is 4, not 3
         ("real", {}, -16 + LOGPROB_FLOOR),
         ("real", {"probabilities": "renormalized"}, -9 + LOGPROB_FLOOR),
         ("real", {"lam": 0.0, "probabilities": "renormalized"}, -9),
@@ -81,6 +79,14 @@ def test_floors(name: str, options: dict, floor: float) -> None:
     arguments = (find_reward(name), LOGP, none, VALUES, torch.tensor([2.0]), RewardOptions(**options))
     assert float(compute_rewards(*arguments)) == pytest.approx(floor)
     assert float(compute_rewards(*arguments, floor=-3.5)) == -3.5
+
+
+def test_the_floor_of_negative_values_counts_zero_too() -> None:
+    """With probability on other tokens than the scores −5..−1, ŷ reaches 0: the worst error is 5, else 4."""
+    values = torch.arange(-5.0, 0.0)
+    for probabilities, floor in (("full", -25.0), ("renormalized", -16.0)):
+        options = RewardOptions(lam=0.0, probabilities=probabilities)
+        assert float(find_reward("real").floor(values, options)) == floor
 
 
 def test_no_valid_response_can_do_worse_than_the_squared_error_floor() -> None:
@@ -102,23 +108,49 @@ def test_a_user_adds_a_reward(registry: None) -> None:
     assert value("confident", 2.0) == pytest.approx(-float(score_entropy(LOGP)))
 
 
-def test_a_reward_is_found_in_a_module_of_the_user(
-    registry: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "judge_rewards_of_a_test.py").write_text(
-        "from real_megatron.objective import register_reward\n"
-        "@register_reward('absolute', floor=lambda values, options: values.min() - values.max())\n"
-        "def absolute(score_logprobs, values, labels, options):\n"
-        "    return -(score_logprobs.exp() @ values - labels).abs()\n"
-    )
-    monkeypatch.syspath_prepend(tmp_path)
-    try:
-        assert value("judge_rewards_of_a_test:absolute", 4.0) == pytest.approx(-1.5)
-        assert float(find_reward("absolute").floor(VALUES, RewardOptions())) == -3.0
-    finally:
-        sys.modules.pop("judge_rewards_of_a_test", None)
+def test_a_reward_is_found_in_a_module_of_the_user() -> None:
+    assert value("tests.support.extension_reward:ABSOLUTE", 4.0) == pytest.approx(-1.5)
+    assert float(find_reward("tests.support.extension_reward:ABSOLUTE").floor(VALUES, RewardOptions())) == -3.0
+    registered = find_reward("tests.support.extension_reward:brief_and_weighted")
+    assert registered.reads_responses and registered is REWARDS["brief_and_weighted"]
+    objective = build_objective(ObjectiveConfig(reward="tests.support.extension_reward:brief_and_weighted"))
+    assert objective.reward is registered and objective.needs_responses
+    assert not build_objective(ObjectiveConfig()).needs_responses
 
 
-def test_an_unknown_reward_names_the_known_ones() -> None:
-    with pytest.raises(ValueError, match="unknown reward 'reel'; known: .*binary.*real"):
-        find_reward("reel")
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("reel", "unknown reward 'reel'; known: .*binary.*real"),
+        ("no.such.module:real", "module no.such.module cannot be imported"),
+        ("tests.support.extension_reward:reel", "neither registers nor defines 'reel'"),
+        ("tests.support.extension_reward:absolute", "is a function, not a Reward; register .* with @register_reward"),
+    ],
+)
+def test_a_name_that_is_no_reward_is_refused(name: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=f"^objective.reward: .*{message}"):
+        find_reward(name)
+
+
+def test_a_reward_that_reads_responses_gets_them_in_order() -> None:
+    reward = find_reward("tests.support.extension_reward:brief_and_weighted")
+    logp = LOGP.expand(3, 3).clone().requires_grad_()
+    has, labels = torch.tensor([True, True, False]), torch.tensor([4.0, 2.0, 4.0])
+    arguments = (reward, logp, has, VALUES, labels, RewardOptions())
+    responses = [ResponseView("two words", {}), ResponseView("", {"weight": 3.0}), ResponseView("one", {"weight": 9.0})]
+    r = compute_rewards(*arguments, responses=responses)
+    # ŷ = 2.5: errors 1.5 and 0.5; two words; weight 3; no answer.
+    assert r.tolist() == pytest.approx([-1.5 - 0.2, -3 * 0.5, -6.0])
+    r.sum().backward()
+    # d(−w |ŷ − y*|) / d log p_k = w · sign(y* − ŷ) · p_k v_k
+    p_v = LOGP[0].exp() * VALUES
+    torch.testing.assert_close(logp.grad, torch.stack([p_v, -3 * p_v, 0 * p_v]))
+
+
+def test_a_reward_that_reads_responses_refuses_a_batch_without_them() -> None:
+    reward = find_reward("tests.support.extension_reward:brief_and_weighted")
+    labels = torch.tensor([2.0])
+    with pytest.raises(ValueError, match="the reward reads responses, but the batch has none"):
+        compute_rewards(reward, LOGP, ALL, VALUES, labels, RewardOptions())
+    empty = compute_rewards(reward, LOGP[:0], ALL[:0], VALUES, labels[:0], RewardOptions())
+    assert empty.shape == (0,)

@@ -28,17 +28,20 @@ def test_by_hand() -> None:
     totals = Totals(2, 2, 3)
     nll = (3.5 + 3 * torch.tensor(2.0).log().item()) / 5
     squared = (1.5**2 + 0.05**2) / 2
-    for config, want in (
-        (ObjectiveConfig(name="sft"), nll),
-        (ObjectiveConfig(name="raft"), squared + nll),
-        (ObjectiveConfig(name="tract", lam=0.25), squared + 0.25 * nll),
-        (ObjectiveConfig(name="raft", lam=0.0), squared),
+    for config, lam, weight in (
+        (ObjectiveConfig(name="sft"), 1.0, 0.0),
+        (ObjectiveConfig(name="raft"), 1.0, 1.0),
+        (ObjectiveConfig(name="tract", lam=0.25), 0.25, 1.0),
+        (ObjectiveConfig(name="raft", lam=0.0), 0.0, 1.0),
     ):
+        want = lam * nll + weight * squared
         loss, metrics = build_objective(config)(hand_batch(), totals)
         assert loss.item() == pytest.approx(want, rel=1e-6)
         numbers = summarize(metrics)
         assert numbers["loss"] == pytest.approx(want, rel=1e-6) and numbers["nll"] == pytest.approx(nll, rel=1e-6)
         assert numbers["squared_error"] == pytest.approx(squared, rel=1e-6)
+        assert numbers["loss_nll"] == pytest.approx(lam * nll, rel=1e-6)
+        assert numbers["loss_squared"] == pytest.approx(weight * squared, rel=1e-6)
 
 
 def test_lam_is_a_weight_of_raft_and_tract_alone() -> None:
@@ -80,5 +83,6 @@ def test_micro_batches_add_up(name: str, batch: Batch) -> None:
 def test_a_target_without_a_score_is_refused(batch: Batch) -> None:
     objective = build_objective(ObjectiveConfig(name="sft"))
     assert not (objective.needs_advantages or objective.needs_old_logprobs or objective.needs_ref_logprobs)
+    assert not objective.needs_responses
     with pytest.raises(ValueError, match=r"trajectories \[1, 4\] have no score anchor"):
         objective(batch(invalid=(1, 4)), Totals(3, 9, 20))

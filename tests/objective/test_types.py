@@ -1,4 +1,4 @@
-"""Faults of a micro-batch are named before anything is computed from them."""
+"""Errors in a micro-batch are found and named before anything is computed from it."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from real_megatron.objective import ScoredBatch
+from real_megatron.objective import ResponseView, ScoredBatch
 
 Batch = Callable[..., ScoredBatch]
 
@@ -20,7 +20,7 @@ def test_a_value_that_is_not_finite_is_refused_by_name_and_trajectory(batch: Bat
     tensor = getattr(scored, name).detach().clone()
     tensor[-1] = bad
     where = {"values": "scores \\[4\\]"}.get(name, "trajectories \\[[78]\\]")
-    with pytest.raises(ValueError, match=f"NaN or infinite values in {name} \\({where}\\)"):
+    with pytest.raises(FloatingPointError, match=f"NaN or infinite values in {name} \\({where}\\)"):
         replace(scored, **{name: tensor}).validate()
 
 
@@ -28,7 +28,7 @@ def test_every_fault_is_in_the_one_error(batch: Batch) -> None:
     scored = batch()
     scored.labels[2:] = float("nan")
     scored.advantages = torch.full((9,), float("inf"))
-    with pytest.raises(ValueError, match=r"labels \(trajectories \[2, 3.*advantages \(trajectories \[0, 1, 2"):
+    with pytest.raises(FloatingPointError, match=r"labels \(trajectories \[2, 3.*advantages \(trajectories \[0, 1, 2"):
         scored.validate()
 
 
@@ -45,3 +45,10 @@ def test_rows_without_an_answer_are_not_read(batch: Batch) -> None:
 def test_shapes_that_disagree_are_refused(batch: Batch, name: str, shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=f"ScoredBatch.{name} has shape"):
         replace(batch(), **{name: torch.zeros(shape)}).validate()
+
+
+def test_responses_are_one_per_trajectory(batch: Batch) -> None:
+    scored = batch()
+    replace(scored, responses=[ResponseView("good", {})] * scored.size).validate()
+    with pytest.raises(ValueError, match="ScoredBatch.responses has 8 entries for 9 trajectories"):
+        replace(scored, responses=[ResponseView("good", {})] * 8).validate()

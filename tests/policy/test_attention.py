@@ -3,32 +3,32 @@
 import pytest
 import torch
 
-from real_megatron.batch.layout import Layout, Segment
+from real_megatron.batch.segments import Segment, SegmentTree
 from real_megatron.policy.attention import segment_attention
 from real_megatron.policy.flex import flex_segment_attention
 
-LAYOUT = Layout((Segment(5), Segment(3, 0), Segment(1, 0), Segment(4, 0), Segment(6), Segment(2), Segment(3, 5)))
+TREE = SegmentTree((Segment(5), Segment(3, 0), Segment(1, 0), Segment(4, 0), Segment(6), Segment(2), Segment(3, 5)))
 
 
-def dense(q, k, v, layout, scale, window):
-    """softmax(QKᵀ·scale + mask)V with the layout's dense mask: the definition."""
+def dense(q, k, v, tree, scale, window):
+    """softmax(QKᵀ·scale + mask)V with the tree's dense mask: the definition."""
     repeats = q.size(1) // k.size(1)
     k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
     scores = torch.einsum("qhd,khd->hqk", q, k) * scale
-    scores = scores.masked_fill(~layout.mask(window), float("-inf"))
+    scores = scores.masked_fill(~tree.mask(window), float("-inf"))
     return torch.einsum("hqk,khd->qhd", scores.softmax(-1), v)
 
 
 def inputs(heads, kv_heads, dim=16):
     generator = torch.Generator().manual_seed(0)
-    shapes = [(LAYOUT.total, n, dim) for n in (heads, kv_heads, kv_heads, heads)]
+    shapes = [(TREE.total, n, dim) for n in (heads, kv_heads, kv_heads, heads)]
     return [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
 
 
 def run(attend, tensors, dtype, window):
     q, k, v, grad = (x.to(dtype) for x in tensors)
     leaves = [x.clone().requires_grad_() for x in (q, k, v)]
-    out = attend(*leaves, LAYOUT, 0.3, window)
+    out = attend(*leaves, TREE, 0.3, window)
     out.backward(grad)
     return [out.detach(), *(x.grad for x in leaves)]
 
@@ -55,8 +55,8 @@ def test_forward_and_gradients_equal_dense_attention(window, heads, kv_heads):
 def test_flex_forward_equals_dense_attention(window, heads, kv_heads):
     """Torch has flex_attention's backward on GPUs only; its mask, the part that is ours, is the same there."""
     q, k, v, _ = inputs(heads, kv_heads)
-    expected = dense(q, k, v, LAYOUT, 0.3, window)
-    found = flex_segment_attention(q.float(), k.float(), v.float(), LAYOUT, 0.3, window)
+    expected = dense(q, k, v, TREE, 0.3, window)
+    found = flex_segment_attention(q.float(), k.float(), v.float(), TREE, 0.3, window)
     assert close([found], [expected])
 
 
@@ -64,7 +64,7 @@ def test_a_prompts_gradient_sums_over_its_responses():
     """The prompt's key gradient equals the sum over separate sequences that each hold a copy of the prompt."""
     torch.manual_seed(0)
     lengths, prompt = [3, 2, 4], 5
-    shared = Layout((Segment(prompt), *(Segment(n, 0) for n in lengths)))
+    shared = SegmentTree((Segment(prompt), *(Segment(n, 0) for n in lengths)))
     q, k, v = (torch.randn(shared.total, 2, 8, dtype=torch.float64) for _ in range(3))
     weight = torch.randn(shared.total, 2, 8, dtype=torch.float64)
     weight[:prompt] = 0
@@ -75,7 +75,7 @@ def test_a_prompts_gradient_sums_over_its_responses():
     for n in lengths:
         rows = torch.cat((torch.arange(prompt), torch.arange(start, start + n)))
         copy = k[rows].clone().requires_grad_()
-        out = segment_attention(q[rows], copy, v[rows], Layout((Segment(prompt + n),)), 0.5)
+        out = segment_attention(q[rows], copy, v[rows], SegmentTree((Segment(prompt + n),)), 0.5)
         (out * weight[rows]).sum().backward()
         total += copy.grad[:prompt]
         start += n

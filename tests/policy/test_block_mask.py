@@ -1,4 +1,4 @@
-"""Block masks built in strips against torch's own, which evaluates the dense mask at once."""
+"""Block masks built in chunks against torch's own, which evaluates the dense mask at once."""
 
 import pytest
 import torch
@@ -13,9 +13,9 @@ def admits(batch, head, q, k):
 
 
 @pytest.mark.parametrize("queries, keys", [(1, 1), (128, 128), (1000, 1000), (257, 1024), (1024, 257)])
-@pytest.mark.parametrize("strip_bytes", [1, 2**17, 2**30])
-def test_the_mask_equals_torchs(queries, keys, strip_bytes, monkeypatch):
-    monkeypatch.setattr(module, "STRIP_BYTES", strip_bytes)
+@pytest.mark.parametrize("chunk_bytes", [1, 2**17, 2**30])
+def test_the_mask_equals_torchs(queries, keys, chunk_bytes, monkeypatch):
+    monkeypatch.setattr(module, "CHUNK_BYTES", chunk_bytes)
     found = module.block_mask(admits, queries, keys, torch.device("cpu"))
     expected = create_block_mask(admits, None, None, queries, keys, device="cpu")
     assert found.seq_lengths == expected.seq_lengths and found.BLOCK_SIZE == expected.BLOCK_SIZE
@@ -24,9 +24,9 @@ def test_the_mask_equals_torchs(queries, keys, strip_bytes, monkeypatch):
             assert torch.equal(getattr(found, part), getattr(expected, part)), part
 
 
-def test_no_strip_is_larger_than_its_limit(monkeypatch):
+def test_no_chunk_is_larger_than_its_limit(monkeypatch):
     """Memory stays linear in the keys: the mask is never asked for as a whole."""
-    monkeypatch.setattr(module, "STRIP_BYTES", 2**19)
+    monkeypatch.setattr(module, "CHUNK_BYTES", 2**19)
     asked = []
 
     def recorded(batch, head, q, k):

@@ -3,24 +3,24 @@
 import pytest
 import torch
 
-from real_megatron.batch.shares import share_out
+from real_megatron.batch.shards import shard_tokens
 from real_megatron.policy.attention import segment_attention
 from real_megatron.policy.flex import flex_segment_attention
-from tests.support.policy_context import LAYOUTS, context_attention, context_logprobs
+from tests.support.policy_context import TREES, context_attention, context_logprobs
 from tests.support.ranks import run_ranks
 
 
 @pytest.mark.parametrize("window", [None, 3])
 @pytest.mark.parametrize("attend", [segment_attention, flex_segment_attention])
-def test_a_share_gets_the_rows_of_its_tokens(attend, window):
+def test_a_shard_gets_the_rows_of_its_tokens(attend, window):
     """Both forms, forward: fp32, values of order 1."""
     torch.manual_seed(0)
-    for layout in LAYOUTS.values():
-        q, k, v = (torch.randn(layout.total, heads, 16) for heads in (4, 2, 2))
-        whole = segment_attention(q, k, v, layout, 0.3, window)
-        for share in share_out(layout.positions() + 1, 2):
-            found = attend(q[share.index()], k, v, layout, 0.3, window, share)
-            torch.testing.assert_close(found, whole[share.index()], rtol=0, atol=1e-5)
+    for tree in TREES.values():
+        q, k, v = (torch.randn(tree.total, heads, 16) for heads in (4, 2, 2))
+        whole = segment_attention(q, k, v, tree, 0.3, window)
+        for shard in shard_tokens(tree.positions() + 1, 2):
+            found = attend(q[shard.index()], k, v, tree, 0.3, window, shard)
+            torch.testing.assert_close(found, whole[shard.index()], rtol=0, atol=1e-5)
 
 
 def test_attention_over_ranks_equals_one_rank():

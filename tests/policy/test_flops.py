@@ -5,7 +5,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, MistralConfig, Qwen3Config, Qwen3MoeConfig
 
-from real_megatron.batch.layout import Layout, Segment
+from real_megatron.batch.segments import Segment, SegmentTree
 from real_megatron.bridge import describe
 from real_megatron.policy import flops
 
@@ -35,20 +35,20 @@ def test_weight_products_equal_a_counted_forward_pass():
 
 def test_attention_counts_admitted_pairs_only():
     description = describe(Qwen3Config(**COMMON))
-    layout = Layout((Segment(5), Segment(3, 0), Segment(2, 0)))
-    pairs = int(layout.mask().sum())
-    assert flops.attention_flops(description, layout) == 3 * 4 * pairs * 4 * 16
-    one = flops.training_flops(description, layout, rows=5)
+    tree = SegmentTree((Segment(5), Segment(3, 0), Segment(2, 0)))
+    pairs = int(tree.mask().sum())
+    assert flops.attention_flops(description, tree) == 3 * 4 * pairs * 4 * 16
+    one = flops.training_flops(description, tree, rows=5)
     forward = flops.linear_flops(description) * 10 + 3 * 4 * pairs * 64 + 5 * 2 * 32 * 96
     assert one == pytest.approx(3 * forward)
 
 
 def test_uneven_flops_are_attention_and_head_token_by_token():
     description = describe(MistralConfig(**COMMON, sliding_window=4))
-    layout = Layout((Segment(5), Segment(3, 0), Segment(2, 0)))
+    tree = SegmentTree((Segment(5), Segment(3, 0), Segment(2, 0)))
     rows = torch.tensor([4, 4, 5, 6, 8])
-    per_token = flops.uneven_flops(description, layout, rows)
-    assert per_token.sum() == flops.attention_flops(description, layout) + 5 * flops.head_flops(description)
+    per_token = flops.uneven_flops(description, tree, rows)
+    assert per_token.sum() == flops.attention_flops(description, tree) + 5 * flops.head_flops(description)
     assert per_token[4] == 3 * 4 * 4 * 64 + 2 * 2 * 32 * 96
 
 

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
-from transformers import LlamaConfig, Qwen3Config
+from transformers import GlmConfig, LlamaConfig, Qwen3Config
+from transformers.models.glm.modeling_glm import GlmRotaryEmbedding
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from real_megatron.errors import UnsupportedModel
 from real_megatron.policy.rope import inverse_frequencies, rotary_embedding
 
 ROPES = {
@@ -41,5 +43,13 @@ def test_a_rope_that_scales_attention_is_refused():
             "original_max_position_embeddings": 32768,
         }
     )
-    with pytest.raises(ValueError, match="'yarn' is not supported"):
+    with pytest.raises(UnsupportedModel, match="'yarn' is not supported"):
         inverse_frequencies(config)
+
+
+def test_a_partial_rotation_has_the_frequencies_of_its_dimensions():
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+    config = GlmConfig(hidden_size=64, num_attention_heads=2, head_dim=32, rope_parameters=rope)
+    frequencies = inverse_frequencies(config)
+    assert frequencies.shape == (8,)
+    assert torch.equal(frequencies, GlmRotaryEmbedding(config).inv_freq)

@@ -3,6 +3,7 @@
 import pytest
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from real_megatron.errors import EngineError
 from real_megatron.rollout.checkpoint_names import check_names, checkpoint_shapes
 from tests.support.rollout_models import tiny_qwen3
 
@@ -27,7 +28,7 @@ def test_every_difference_is_named(directory):
     del shapes["model.norm.weight"]
     shapes["model.layers.7.mlp.up_proj.weight"] = [1]
     shapes["model.embed_tokens.weight"] = [128, 32]
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(EngineError) as error:
         check_names(path, shapes, tied=True)
     for text in ("1 missing: model.norm", "1 unknown: model.layers.7", "1 misshapen: model.embed_tokens"):
         assert text in str(error.value)
@@ -42,7 +43,7 @@ def test_an_untied_head_must_come(tmp_path):
     shapes = {name: list(p.shape) for name, p in model.named_parameters()}
     check_names(tmp_path, shapes, tied=False)
     del shapes["lm_head.weight"]
-    with pytest.raises(ValueError, match="missing: lm_head.weight"):
+    with pytest.raises(EngineError, match="missing: lm_head.weight"):
         check_names(tmp_path, shapes, tied=False)
 
 

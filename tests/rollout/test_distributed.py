@@ -21,6 +21,31 @@ def test_embedded_engines_share_the_prompts_and_agree():
     assert all(other == (first, scores) for other in others)
 
 
+def test_a_refused_prompt_has_the_same_index_on_every_rank():
+    """In the whole call, not among the prompts of the rank that refused it."""
+    results = run_ranks(2, ranks.refused, (4,))
+    errors, groups = results[0]
+    (first, generating, index), (second, scoring, index_scored) = errors
+    assert (first, index, second, index_scored) == ("PromptRefused", 4, "PromptRefused", 4)
+    assert "300 tokens; with 12 new ones" in generating and "300 tokens; with 0 new ones" in scoring
+    assert len(groups) == len(ranks.PROMPTS) - 1
+    assert results[1] == results[0]
+
+
+def test_of_several_refused_prompts_the_first_is_named():
+    """Rank 1 refuses the first of them, rank 0 the other."""
+    for errors, _ in run_ranks(2, ranks.refused, (2, 5)):
+        assert [index for _, _, index in errors] == [2, 2]
+
+
+def test_a_failed_engine_counts_more_than_a_refused_prompt():
+    """Otherwise one rank would go on without the prompt while the other ends."""
+    (own, _), (other, _) = run_ranks(2, ranks.refused, (2, 3, 4, 5), (0,))
+    assert [(kind, index) for kind, _, index in own + other] == [("EngineError", None)] * 4
+    assert own[0][1].startswith("the engine sleeps")
+    assert "failed on another rank: rank 0: EngineError: the engine sleeps" in other[0][1]
+
+
 def test_followers_get_what_the_owner_got():
     results = run_ranks(3, ranks.owned)
     (groups, scores), log, _ = results[0]

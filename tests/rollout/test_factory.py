@@ -1,11 +1,16 @@
-"""Servers that could not work are refused before a model is loaded."""
+"""Engines by name; servers that could not work are refused before a model is loaded."""
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from real_megatron.config import RolloutConfig
-from real_megatron.rollout.factory import _check_gpus, check_servers
-from real_megatron.sections import ConfigError
+from real_megatron.errors import ConfigError
+from real_megatron.rollout.embedded.engine import TransformersEngine
+from real_megatron.rollout.engine import SamplingParams
+from real_megatron.rollout.factory import _check_gpus, build_engine, check_servers, find_engine
+from tests.support.rollout_models import byte_level, tiny_qwen3
+from tests.support.rollout_specs import engine_spec
 
 
 @pytest.mark.parametrize(
@@ -52,3 +57,39 @@ def test_servers_get_gpus_that_are_there_and_free():
     with pytest.raises(ConfigError, match="also those of the 5 training ranks of this node: start fewer ranks"):
         _check_gpus(config, gpus=8, trainers=5)
     _check_gpus(config.model_copy(update={"colocate": True}), gpus=8, trainers=8)
+
+
+def test_an_engine_of_a_users_own_module_is_found_and_built(tmp_path):
+    config = RolloutConfig(engine="tests.support.rollout_own_engine:scripted")
+    check_servers(config, trainer=True)
+    engine = build_engine(engine_spec(config, tmp_path, tmp_path, max_response_tokens=5))
+    assert engine.generate([[1]], SamplingParams())[0][0].token_ids == [7] * 5
+
+
+@pytest.mark.parametrize("ask", [find_engine, lambda name: check_servers(RolloutConfig(engine=name), trainer=False)])
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("sglan", "rollout.engine: unknown engine 'sglan'; known: transformers, sglang, vllm, or module:name"),
+        ("tests.support.rollout_own_engine:other", "neither registers nor defines 'other'"),
+        ("tests.support.rollout_own_engine:unregistered", "is not registered as an engine: .* register_engine"),
+        ("tests.no_such_module:engine", "module tests.no_such_module cannot be imported"),
+    ],
+)
+def test_an_unknown_engine_is_named(ask, name, message):
+    with pytest.raises(ConfigError, match=message):
+        ask(name)
+
+
+@pytest.mark.parametrize("serve_loaded", [False, True])
+def test_the_embedded_engine_is_built_from_a_checkpoint(tmp_path, serve_loaded):
+    model = AutoModelForCausalLM.from_config(tiny_qwen3(320))
+    model.save_pretrained(tmp_path)
+    config = RolloutConfig(batch_size=3)
+    engine = build_engine(
+        engine_spec(config, tmp_path, tmp_path, tokenizer=byte_level(), serve_loaded=serve_loaded, dtype=torch.bfloat16)
+    )
+    assert isinstance(engine, TransformersEngine) and engine.batch_size == 3 and engine.model.dtype == torch.bfloat16
+    assert engine.version == (0 if serve_loaded else None)
+    served, saved = engine.model.lm_head.weight, model.lm_head.weight.bfloat16()
+    assert torch.equal(served, saved) == serve_loaded

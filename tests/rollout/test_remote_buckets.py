@@ -1,4 +1,4 @@
-"""Buckets carry every byte of a stream, in bounded pieces."""
+"""Buckets carry every byte of a stream, in bounded memory."""
 
 import torch
 

@@ -7,8 +7,9 @@ import asyncio
 
 import pytest
 
+from real_megatron.errors import EngineError
 from real_megatron.rollout.remote.client import RequestClient
-from real_megatron.rollout.remote.errors import RolloutError, Unreachable
+from real_megatron.rollout.remote.errors import Unreachable
 from real_megatron.rollout.remote.replica import Replica
 
 ATTEMPTS = 9
@@ -44,7 +45,7 @@ def pauses_of_one_request(monkeypatch, deaf: DeafServer) -> list[float]:
 
     monkeypatch.setattr(asyncio, "sleep", sleep)
     client = RequestClient(deaf, deaf, timeout_s=1, attempts=ATTEMPTS, router=None, confirm=None)
-    with pytest.raises(RolloutError, match=f"failed {ATTEMPTS} times"):
+    with pytest.raises(EngineError, match=f"failed {ATTEMPTS} times"):
         asyncio.run(client.request("it", "/generate", {}, lambda reply, replica: reply))
     return pauses
 

@@ -12,13 +12,14 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from real_megatron.config import RolloutConfig
-from real_megatron.rollout.engine import SamplingParams
+from real_megatron.errors import ConfigError, EngineError, PromptRefused
+from real_megatron.rollout.engine import SamplingParams, WeightSyncError
 from real_megatron.rollout.remote import client
-from real_megatron.rollout.remote.errors import RolloutError, WeightSyncError
 from real_megatron.rollout.sglang.engine import SGLangEngine
 from real_megatron.rollout.vllm.engine import VLLMEngine
 from tests.support.rollout_fake_server import VOCABULARY, WATCHED, FakeServer, expected_ids, logprob
 from tests.support.rollout_models import tiny_qwen3
+from tests.support.rollout_specs import engine_spec
 
 CONFIG = tiny_qwen3(VOCABULARY, max_position_embeddings=64)
 PROMPTS = [[i, i + 1, 5] for i in range(1, 30)]
@@ -46,9 +47,10 @@ def make(tmp_path, model, servers):
         fakes = servers(count, flavour)
         for fake in fakes:
             fake.model_path = str(tmp_path / "model")
-        settings = {"weight_sync": "disk", "timeout_s": 30, "max_prompt_tokens": 32, "max_new_tokens": 16} | settings
+        settings = {"weight_sync": "disk", "timeout_s": 30} | settings
         config = RolloutConfig(engine=flavour, servers=[fake.url for fake in fakes], **settings)
-        engine = ENGINES[flavour](config, CONFIG, tmp_path / "model", tmp_path / "work", serve_loaded=serve_loaded)
+        spec = engine_spec(config, tmp_path / "model", tmp_path / "work", serve_loaded=serve_loaded)
+        engine = ENGINES[flavour](spec)
         engines.append(engine)
         return engine, fakes
 
@@ -107,7 +109,7 @@ def test_a_hanging_request_is_given_up_at_its_deadline_and_repeated(make):
 def test_the_last_failed_attempt_is_one_error_that_names_prompt_and_cause(make, flavour):
     engine, (fake,) = make(1, flavour, attempts=2)
     fake.faults = ["truncate"] * 1000
-    with pytest.raises(RolloutError, match=r"generation for prompt \d+ failed 2 times: .*not JSON"):
+    with pytest.raises(EngineError, match=r"generation for prompt \d+ failed 2 times: .*not JSON"):
         engine.generate(PROMPTS, PARAMS)
     fake.faults = []
     check(engine.generate(PROMPTS, PARAMS))
@@ -116,7 +118,7 @@ def test_the_last_failed_attempt_is_one_error_that_names_prompt_and_cause(make, 
 def test_a_refusal_is_not_repeated(make, flavour):
     engine, (fake,) = make(1, flavour)
     fake.faults = ["refuse_400"]
-    with pytest.raises(RolloutError, match="refused .* status 400: .*longer than the model's context"):
+    with pytest.raises(EngineError, match="refused .* status 400: .*longer than the model's context"):
         engine.generate([[1, 2]], PARAMS)
     assert fake.generations == 1
 
@@ -142,30 +144,36 @@ def test_a_server_that_goes_away_leaves_its_work_to_the_other(make):
 def test_no_server_left_is_one_clear_error(make):
     engine, (fake,) = make(1, start_timeout_s=0.2, restarts=0)
     fake.__exit__()
-    with pytest.raises(RolloutError, match="no rollout server can serve: .*is dead"):
+    with pytest.raises(EngineError, match="no rollout server can serve: .*is dead"):
         engine.generate(PROMPTS, PARAMS)
-    with pytest.raises(RolloutError, match="is dead"):
+    with pytest.raises(EngineError, match="is dead"):
         engine.health()
 
 
 def test_unreachable_servers_are_named_at_once(tmp_path, model):
     model.save_pretrained(tmp_path)
     config = RolloutConfig(engine="sglang", servers=["http://127.0.0.1:9"], start_timeout_s=0.1, restarts=0)
-    with pytest.raises(RolloutError, match="http://127.0.0.1:9 .*is it running"):
-        SGLangEngine(config, CONFIG, tmp_path, tmp_path)
+    with pytest.raises(EngineError, match="http://127.0.0.1:9 .*is it running"):
+        SGLangEngine(engine_spec(config, tmp_path, tmp_path))
 
 
 def test_out_of_range_requests_never_leave(make, flavour):
     """An id beyond the vocabulary ends a real server."""
     engine, (fake,) = make(1, flavour)
-    for bad, message in (
-        ([[1], [VOCABULARY]], "sequence 1 has token ids outside"),
-        ([[-1]], "outside the vocabulary"),
-        ([[]], "sequence 0 is empty"),
-        ([[1] * 41], "sequence 0 has 41 tokens; with 8 new ones it exceeds the 48"),
+    for bad, index, message in (
+        ([[1], [VOCABULARY]], 1, "the sequence has token ids outside the vocabulary of 100"),
+        ([[-1]], 0, "outside the vocabulary"),
+        ([[]], 0, "the sequence is empty"),
+        ([[1], [1], [1] * 41], 2, "the sequence has 41 tokens; with 8 new ones it exceeds the 48"),
     ):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(PromptRefused, match=message) as refused:
             engine.generate(bad, PARAMS)
+        assert refused.value.index == index
+    with pytest.raises(PromptRefused, match="49 tokens; with 0 new ones") as refused:
+        engine.next_token_logprobs([[1], [1] * 49], [1])
+    assert refused.value.index == 1
+    with pytest.raises(ValueError, match="2 prompts, but 1 seeds"):
+        engine.generate([[1], [2]], PARAMS, [1])
     with pytest.raises(ValueError, match="vocabulary"):
         engine.next_token_logprobs([[1]], [VOCABULARY])
     assert fake.generations == 0
@@ -214,14 +222,9 @@ def test_an_attached_server_with_other_weights_than_asked_for_is_refused(make, s
     engine, (fake,) = make(1, flavour)
     for name, value in changed.items():
         setattr(fake, name, value)
-    with pytest.raises(RolloutError, match=message):
-        type(engine)(
-            engine._config.model_copy(update={"restarts": 0}),
-            CONFIG,
-            engine._model_dir,
-            engine._model_dir.parent,
-            serve_loaded=True,
-        )
+    with pytest.raises(EngineError, match=message):
+        config = engine._config.model_copy(update={"restarts": 0})
+        type(engine)(engine_spec(config, engine._model_dir, engine._model_dir.parent, serve_loaded=True))
 
 
 # --- weights ----------------------------------------------------------------------------------------------------------
@@ -229,7 +232,7 @@ def test_an_attached_server_with_other_weights_than_asked_for_is_refused(make, s
 
 def test_nothing_is_generated_before_the_first_weights(make, flavour):
     engine, _ = make(1, flavour, serve_loaded=False)
-    with pytest.raises(RolloutError, match="waiting for the next weight update"):
+    with pytest.raises(EngineError, match="waiting for the next weight update"):
         engine.generate(PROMPTS, PARAMS)
 
 
@@ -310,7 +313,7 @@ def test_no_server_with_the_new_weights_is_an_error_until_the_next_update(make, 
     fake.control_faults = {path: [500] * 100}
     with pytest.raises(WeightSyncError, match="no rollout server holds the new weights"):
         engine.update_weights(model.named_parameters(), 1)
-    with pytest.raises(RolloutError):
+    with pytest.raises(EngineError, match="no rollout server can serve: .*is dead"):
         engine.generate(PROMPTS, PARAMS)
 
 
@@ -324,10 +327,10 @@ def test_a_stream_of_the_wrong_tensors_is_refused_and_consumed(make, flavour, mo
             if name != "model.norm.weight":
                 yield name, tensor
 
-    with pytest.raises(ValueError, match="1 missing: model.norm.weight"):
+    with pytest.raises(EngineError, match="1 missing: model.norm.weight"):
         engine.update_weights(stream(), 1)
     assert len(consumed) == len(list(model.named_parameters()))
-    with pytest.raises(RolloutError):
+    with pytest.raises(EngineError, match="no rollout server can serve: .*is stale"):
         engine.generate(PROMPTS, PARAMS)
     engine.update_weights(model.named_parameters(), 2)
     check(engine.generate(PROMPTS, PARAMS))
@@ -353,7 +356,7 @@ def test_a_full_disk_is_an_error_until_the_next_update(make, flavour, model):
         signal.signal(signal.SIGXFSZ, before)
     # The other ranks are not left in the export, and the server has not heard of it.
     assert len(consumed) == len(list(model.named_parameters())) and fake.loaded is None
-    with pytest.raises(RolloutError):
+    with pytest.raises(EngineError, match="no rollout server can serve: .*is stale"):
         engine.generate(PROMPTS, PARAMS)
     engine.update_weights(model.named_parameters(), 2)
     check(engine.generate(PROMPTS, PARAMS))
@@ -368,7 +371,7 @@ def test_an_export_that_breaks_leaves_the_engine_without_weights(make, flavour, 
 
     with pytest.raises(RuntimeError, match="export failed"):
         engine.update_weights(broken(), 1)
-    with pytest.raises(RolloutError):
+    with pytest.raises(EngineError, match="no rollout server can serve: .*is stale"):
         engine.generate(PROMPTS, PARAMS)
     engine.update_weights(model.named_parameters(), 2)
     check(engine.generate(PROMPTS, PARAMS))
@@ -386,7 +389,7 @@ def test_sleep_and_wake(make, flavour, model):
     engine, fakes = make(2, flavour, serve_loaded=False)
     engine.update_weights(model.named_parameters(), 1)
     engine.sleep()
-    with pytest.raises(RuntimeError, match="wake"):
+    with pytest.raises(EngineError, match="wake"):
         engine.generate(PROMPTS, PARAMS)
     # A memory saver leaves the weights undefined: waking without an update loads them again.
     for fake in fakes:
@@ -415,9 +418,9 @@ def test_sglang_wakes_weights_before_the_cache(make, model):
 
 def test_vllm_takes_only_temperatures_whose_log_probs_it_reports(make):
     engine, _ = make(1, "vllm")
-    with pytest.raises(ValueError, match="temperature 0.5"):
+    with pytest.raises(ConfigError, match="temperature 0.5: .*rollout.temperature"):
         engine.generate(PROMPTS, SamplingParams(temperature=0.5, max_new_tokens=8))
-    with pytest.raises(ValueError, match="syncs by disk"):
+    with pytest.raises(ConfigError, match="rollout.weight_sync tensor: .* syncs by disk"):
         make(1, "vllm", weight_sync="tensor")
 
 
@@ -425,19 +428,19 @@ def test_closing_during_a_request_is_an_error_not_a_hang(make):
     engine, (fake,) = make(1)
     fake.faults = ["hang"]
     threading.Timer(0.3, engine.close).start()
-    with pytest.raises(RolloutError, match="closed"):
+    with pytest.raises(EngineError, match="closed"):
         engine.generate([[1]], PARAMS)
 
 
 def test_a_closed_engine_says_so(make):
     engine, _ = make(1)
     engine.close()
-    with pytest.raises(RolloutError, match="the engine is closed"):
+    with pytest.raises(EngineError, match="the engine is closed"):
         engine.generate([[1]], PARAMS)
 
 
-def test_the_fake_server_is_not_its_own_witness():
-    """Its tokens differ between prompts and samples, so a mix-up cannot pass."""
+def test_the_fake_servers_tokens_differ_between_prompts_and_samples():
+    """So a mix-up cannot pass the tests above."""
     fake = FakeServer()
     fake._server.server_close()
     assert len({tuple(expected_ids(p, k, 6)) for p in PROMPTS for k in range(3)}) > 60

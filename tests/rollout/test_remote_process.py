@@ -13,13 +13,14 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from real_megatron.config import RolloutConfig
+from real_megatron.errors import EngineError
 from real_megatron.rollout.engine import SamplingParams
 from real_megatron.rollout.remote import client, replica
-from real_megatron.rollout.remote.errors import RolloutError
 from real_megatron.rollout.remote.process import LAUNCHER, ServerProcess
 from real_megatron.rollout.sglang.engine import SGLangEngine
 from tests.support.rollout_fake_server import VOCABULARY, expected_ids
 from tests.support.rollout_models import tiny_qwen3
+from tests.support.rollout_specs import engine_spec
 
 ROOT = Path(__file__).parents[2]
 CONFIG = tiny_qwen3(VOCABULARY, max_position_embeddings=64)
@@ -56,9 +57,9 @@ def build(tmp_path):
     engines = []
 
     def make(body: str = FAKE, **settings):
-        settings = {"weight_sync": "disk", "max_prompt_tokens": 32, "max_new_tokens": 16} | settings
+        settings = {"weight_sync": "disk"} | settings
         config = RolloutConfig(engine="sglang", python=python_that_runs(tmp_path, body), **settings)
-        engine = SGLangEngine(config, CONFIG, tmp_path / "model", tmp_path / "work")
+        engine = SGLangEngine(engine_spec(config, tmp_path / "model", tmp_path / "work"))
         engines.append(engine)
         engine.update_weights(model.named_parameters(), 1)
         return engine
@@ -117,8 +118,8 @@ def test_a_stopped_server_is_replaced(build, monkeypatch):
     assert process.pid != stopped and process.starts >= 2
 
 
-def test_a_server_that_cannot_start_is_one_error_with_its_last_words(build):
-    with pytest.raises(RolloutError, match="(?s)given up after 1 recoveries in a row.*exit status 3.*no such device"):
+def test_a_server_that_cannot_start_is_one_error_with_the_end_of_its_log(build):
+    with pytest.raises(EngineError, match="(?s)given up after 1 recoveries in a row.*exit status 3.*no such device"):
         build(
             """
             import sys
@@ -129,7 +130,7 @@ def test_a_server_that_cannot_start_is_one_error_with_its_last_words(build):
         )
 
 
-def test_a_server_knows_nothing_of_the_trainers_world_and_leaves_a_log_of_its_own(tmp_path, monkeypatch):
+def test_a_server_inherits_nothing_of_torchrun_and_leaves_a_log_of_its_own(tmp_path, monkeypatch):
     """As under torchrun: a server that inherits these waits for the store of a world that is not its own."""
     world = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK")
     world += ("ROLE_RANK", "ROLE_NAME", "TORCHELASTIC_USE_AGENT_STORE", "TORCHELASTIC_RUN_ID")
@@ -149,7 +150,7 @@ def test_a_server_knows_nothing_of_the_trainers_world_and_leaves_a_log_of_its_ow
 
 def test_a_missing_python_is_named(tmp_path):
     process = ServerProcess(["/no/such/python", "x"], tmp_path, "server-0")
-    with pytest.raises(RuntimeError, match=r"cannot start server-0: /no/such/python \(rollout.python\): No such file"):
+    with pytest.raises(EngineError, match=r"cannot start server-0: /no/such/python \(rollout.python\): No such file"):
         process.start()
 
 
@@ -168,7 +169,7 @@ def test_a_server_that_dies_at_every_request_is_given_up(build):
     killer = threading.Thread(target=kill)
     killer.start()
     try:
-        with pytest.raises(RolloutError, match="given up after 2 recoveries|failed 20 times"):
+        with pytest.raises(EngineError, match="given up after 2 recoveries|failed 20 times"):
             engine.generate(PROMPTS * 200, PARAMS)
     finally:
         stop.set()

@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from real_megatron.rollout.engine import WeightSyncError
 from real_megatron.rollout.remote.buckets import bucketed
-from real_megatron.rollout.remote.errors import WeightSyncError
 from real_megatron.rollout.remote.spool import CheckpointSpool
 from tests.support.rollout_models import tiny_qwen3
 

@@ -2,6 +2,7 @@
 
 import pytest
 
+from real_megatron.errors import EngineError
 from real_megatron.rollout.engine import Response, SamplingParams
 from real_megatron.rollout.sampling import sample_trajectories
 from tests.support.rollout_fakes import DecodingScale, ScriptedEngine
@@ -114,7 +115,7 @@ def test_anchor_inside_a_token_is_no_anchor():
     ],
 )
 def test_incomplete_answers_are_errors(responses, message):
-    with pytest.raises(RuntimeError, match=message):
+    with pytest.raises(EngineError, match=message):
         sample_trajectories(ScriptedEngine(responses), TOKENIZER, SCALE, PROMPTS, PARAMS)
 
 

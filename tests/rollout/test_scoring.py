@@ -4,10 +4,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from real_megatron.rollout.engine import SamplingParams
+from real_megatron.errors import EngineError, PromptRefused
+from real_megatron.rollout.embedded.engine import TransformersEngine
+from real_megatron.rollout.engine import Response, SamplingParams
 from real_megatron.rollout.scoring import sample_scored
-from real_megatron.rollout.transformers_engine import TransformersEngine
 from real_megatron.scores import ScoreScale
+from tests.support.rollout_fakes import ScriptedEngine
 from tests.support.rollout_models import byte_level, tiny_qwen3
 
 TOKENIZER = byte_level()
@@ -92,3 +94,29 @@ def test_generation_stops_behind_the_score(engine):
                 if response.finish_reason == "stop":
                     assert len(response.token_ids) == cut + 1
     assert sampled > 0
+
+
+def test_a_prompt_that_is_refused_with_its_critique_is_named_by_its_own_index(engine):
+    """The second pass asks for other sequences than the first: some prompts have none, some have several."""
+    limit = engine.model.config.max_position_embeddings
+    answered, open_end = TOKENIZER.encode("good [RESULT] 4"), TOKENIZER.encode("no")
+    scripted = [
+        [Response(answered, [-1.0] * len(answered), "stop", 0, [[-1.0] * 3] * len(answered))] * 2,
+        [Response(open_end, [-1.0] * len(open_end), "length", 0, [[-1.0] * 3] * len(open_end))] * 2,
+        [Response(open_end, [-1.0] * len(open_end), "length", 0, [[-1.0] * 3] * len(open_end))] * 2,
+    ]
+
+    class Generated(ScriptedEngine):
+        next_token_logprobs = staticmethod(engine.next_token_logprobs)
+
+    prompts = [PROMPTS[0], PROMPTS[1], [5] * (limit - len(open_end))]
+    with pytest.raises(PromptRefused, match=f"exceeds the model's {limit} positions") as refused:
+        sample_scored(Generated(scripted), TOKENIZER, SCALE, prompts, SamplingParams(n=2), "force")
+    assert refused.value.index == 2
+
+
+def test_an_engine_that_leaves_out_the_scores_is_an_error():
+    ids = TOKENIZER.encode("good [RESULT] 4")
+    silent = ScriptedEngine([[Response(ids, [-1.0] * len(ids), "stop", 0)]])
+    with pytest.raises(EngineError, match="no score log-probabilities for prompt 0"):
+        sample_scored(silent, TOKENIZER, SCALE, PROMPTS[:1], SamplingParams())

@@ -1,12 +1,19 @@
-"""Command lines of local servers."""
+"""Local servers: their command lines, ports and GPUs."""
 
 from pathlib import Path
 
 import torch
 
 from real_megatron.config import RolloutConfig
-from real_megatron.rollout.sglang.command import local_servers, server_command
-from real_megatron.rollout.vllm import engine as vllm
+from real_megatron.rollout.engine import EngineSpec
+from real_megatron.rollout.remote.servers import configured_servers
+from real_megatron.rollout.sglang.command import server_command
+from real_megatron.rollout.vllm import command as vllm
+from tests.support.rollout_specs import engine_spec
+
+
+def spec(config: RolloutConfig, device: str = "cpu", dtype: torch.dtype = torch.float32) -> EngineSpec:
+    return engine_spec(config, Path("/m"), Path("/w"), device=torch.device(device), dtype=dtype)
 
 
 def value(command: list[str], option: str) -> str:
@@ -15,31 +22,41 @@ def value(command: list[str], option: str) -> str:
 
 def test_a_gpu_server_takes_its_own_gpus_and_the_users_arguments_win():
     config = RolloutConfig(tensor=2, first_gpu=4, python="/venv/python", server_args=["--dtype", "half"], colocate=True)
-    command = server_command(config, Path("/m"), 3, 5000, "cuda", torch.bfloat16, 3072)
+    server = server_command(spec(config, "cuda", torch.bfloat16), 3, 5000, 3072)
+    command = server.arguments
     assert command[0] == "/venv/python" and command[2] == "sglang.launch_server"
     assert value(command, "--base-gpu-id") == "10" and value(command, "--tp") == "2"
     assert value(command, "--host") == "127.0.0.1" and value(command, "--port") == "5000"
     assert value(command, "--dtype") == "bfloat16" and command[-2:] == ["--dtype", "half"]
     assert value(command, "--context-length") == "3074"
     assert "--enable-memory-saver" in command and "cpu" not in command
+    assert value(command, "--model-path") == "/m"
+    assert server.environment == {"SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK": "0"}
 
 
 def test_a_cpu_server_uses_the_torch_native_path():
-    command = server_command(RolloutConfig(), Path("/m"), 0, 5000, "cpu", torch.float32, 128)
+    server = server_command(spec(RolloutConfig()), 0, 5000, 128)
+    command = server.arguments
     assert value(command, "--device") == "cpu" and value(command, "--attention-backend") == "torch_native"
-    assert int(value(command, "--max-total-tokens")) >= 8192
+    assert int(value(command, "--max-total-tokens")) >= 8192 and not server.environment
+
+
+def servers(config: RolloutConfig, log_dir: Path, command=server_command):
+    return configured_servers(config, "server", log_dir, lambda index, port: command(spec(config), index, port, 128))
 
 
 def test_every_local_server_has_a_port_of_its_own(tmp_path):
-    replicas = local_servers(RolloutConfig(replicas=3), tmp_path, tmp_path, "cpu", torch.float32, 128)
+    replicas = servers(RolloutConfig(replicas=3), tmp_path)
+    commands = [r.process.command for r in replicas]
+    assert [f"http://127.0.0.1:{value(command, '--port')}" for command in commands] == [r.url for r in replicas]
     assert len({r.url for r in replicas}) == 3 and all(r.url.startswith("http://127.0.0.1:") for r in replicas)
-    fixed = local_servers(RolloutConfig(replicas=2, port=6000), tmp_path, tmp_path, "cpu", torch.float32, 128)
+    fixed = servers(RolloutConfig(replicas=2, port=6000), tmp_path)
     assert [r.url for r in fixed] == ["http://127.0.0.1:6000", "http://127.0.0.1:6001"]
 
 
 def test_attached_servers_are_not_started(tmp_path):
     config = RolloutConfig(servers=["http://a:1/", "http://b:2"])
-    replicas = local_servers(config, tmp_path, tmp_path, "cpu", torch.float32, 128)
+    replicas = servers(config, tmp_path)
     assert [(r.url, r.process) for r in replicas] == [("http://a:1", None), ("http://b:2", None)]
 
 
@@ -49,7 +66,7 @@ def test_a_vllm_servers_gpus_are_counted_among_those_that_the_trainer_sees(tmp_p
         if visible:
             monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
         config = RolloutConfig(engine="vllm", first_gpu=1, replicas=2, tensor=2)
-        replicas = vllm._replicas(config, tmp_path, tmp_path, torch.bfloat16, 100)
+        replicas = servers(config, tmp_path, vllm.server_command)
         return [r.process._environment["CUDA_VISIBLE_DEVICES"] for r in replicas]
 
     assert gpus(None) == ["1,2", "3,4"]
@@ -58,7 +75,9 @@ def test_a_vllm_servers_gpus_are_counted_among_those_that_the_trainer_sees(tmp_p
 
 def test_vllm_command():
     config = RolloutConfig(engine="vllm", tensor=4, server_args=["--seed", "1"])
-    command = vllm.server_command(config, Path("/m"), 7000, torch.bfloat16, 100)
+    server = vllm.server_command(spec(config, "cuda", torch.bfloat16), 0, 7000, 100)
+    command = server.arguments
     assert command[2] == "vllm.entrypoints.openai.api_server" and value(command, "--served-model-name") == "policy"
     assert value(command, "--max-model-len") == "101" and value(command, "--tensor-parallel-size") == "4"
+    assert value(command, "--dtype") == "bfloat16" and server.environment["VLLM_SERVER_DEV_MODE"] == "1"
     assert command[-2:] == ["--seed", "1"]

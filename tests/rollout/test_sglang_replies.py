@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from real_megatron.errors import EngineError
 from real_megatron.rollout.engine import SamplingParams
-from real_megatron.rollout.remote.errors import Retryable, RolloutError, StaleReply
+from real_megatron.rollout.remote.errors import Retryable, StaleReply
 from real_megatron.rollout.sglang.replies import generation_body, parse_generation, parse_scoring
 
 RECORDED = json.loads((Path(__file__).parent / "recorded_sglang.json").read_text(encoding="utf-8"))
@@ -46,7 +47,7 @@ def test_recorded_end_of_sequence():
 
 def test_a_response_that_the_server_cut_short_is_an_error():
     """Not a length that the request asked for: the server's context ended."""
-    with pytest.raises(RolloutError, match="after 8 of 9 tokens: its --context-length"):
+    with pytest.raises(EngineError, match="after 8 of 9 tokens: its --context-length"):
         longer = replace(PARAMS, max_new_tokens=9)
         parse_generation([recorded("generate")[0]] * 2, longer, {LABEL}, 0)
 

@@ -14,9 +14,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from real_megatron.config import RolloutConfig
-from real_megatron.rollout.engine import SamplingParams
+from real_megatron.errors import EngineError
+from real_megatron.rollout.engine import SamplingParams, WeightSyncError
 from real_megatron.rollout.remote.buckets import bucketed
-from real_megatron.rollout.remote.errors import RolloutError, WeightSyncError
 from real_megatron.rollout.remote.http import Reply
 from real_megatron.rollout.scoring import sample_scored
 from real_megatron.rollout.sglang.engine import SGLangEngine
@@ -25,6 +25,7 @@ from real_megatron.scores import ScoreScale
 from tests.support import rollout_ranks
 from tests.support.ranks import run_ranks
 from tests.support.rollout_models import byte_level, tiny_qwen3
+from tests.support.rollout_specs import engine_spec
 
 pytestmark = pytest.mark.sglang
 
@@ -42,8 +43,13 @@ def policy(seed: int):
 
 
 def settings(**changes) -> RolloutConfig:
-    fields = {"engine": "sglang", "max_prompt_tokens": 64, "max_new_tokens": 64, "n": 4, "bucket_mib": 1}
+    fields = {"engine": "sglang", "n": 4, "bucket_mib": 1}
     return RolloutConfig(**(fields | changes))
+
+
+def build(config: RolloutConfig, model_dir: Path, work_dir: Path, **fields) -> SGLangEngine:
+    fields = {"tokenizer": TOKENIZER, "max_prompt_tokens": 64, "max_response_tokens": 64} | fields
+    return SGLangEngine(engine_spec(config, model_dir, work_dir, **fields))
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +64,7 @@ def model_dir(tmp_path_factory):
 def engine(model_dir, sglang_python, tmp_path_factory):
     # So few requests at a time that a batch of 40 prompts is not answered at once.
     config = settings(python=sglang_python, concurrency=8)
-    engine = SGLangEngine(config, CONFIG, model_dir, tmp_path_factory.mktemp("work"))
+    engine = build(config, model_dir, tmp_path_factory.mktemp("work"))
     yield engine
     engine.close()
 
@@ -67,9 +73,10 @@ def engine(model_dir, sglang_python, tmp_path_factory):
 def attach(engine, model_dir, tmp_path):
     engines = []
 
-    def make(serve_loaded=False, **changes):
+    def make(serve_loaded=False, max_prompt_tokens=64, **changes):
         config = settings(servers=[url(engine)], **changes)
-        engines.append(SGLangEngine(config, CONFIG, model_dir, tmp_path, serve_loaded=serve_loaded))
+        fields = {"serve_loaded": serve_loaded, "max_prompt_tokens": max_prompt_tokens}
+        engines.append(build(config, model_dir, tmp_path, **fields))
         return engines[-1]
 
     yield make
@@ -105,7 +112,7 @@ def worst_difference(groups, model, temperature=PARAMS.temperature, prompts=PROM
 
 def test_nothing_is_generated_before_the_first_weights(engine):
     if engine.version is None:
-        with pytest.raises(RolloutError, match="waiting for the next weight update"):
+        with pytest.raises(EngineError, match="waiting for the next weight update"):
             engine.generate(PROMPTS, PARAMS)
 
 
@@ -251,7 +258,7 @@ def test_a_half_failed_sync_without_kept_weights_serves_nothing_until_the_next(a
     engine._config = engine._config.model_copy(update={"bucket_mib": 0})
     with pytest.raises(WeightSyncError, match="no rollout server holds the new weights"):
         engine.update_weights(stream(), 1)
-    with pytest.raises(RolloutError):
+    with pytest.raises(EngineError, match="no rollout server can serve"):
         engine.generate(PROMPTS, PARAMS)
     # The mixture is marked on the server itself, for whoever comes next.
     assert engine._loop.run(engine._control.weight_version(engine._pool.replicas[0])).endswith("-incomplete")
@@ -283,7 +290,7 @@ def test_a_loaded_checkpoint_is_served_as_version_zero(engine, attach, model_dir
 
 def test_refusals_of_the_server_are_errors_at_once(attach):
     engine = attach(serve_loaded=True, max_prompt_tokens=1000)
-    with pytest.raises(RolloutError, match="refused .*context length"):
+    with pytest.raises(EngineError, match="refused .*context length"):
         engine.generate([[5] * 200], PARAMS)
 
 

@@ -15,10 +15,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from real_megatron.config import RunConfig
-from real_megatron.rollout.remote.errors import RolloutError
+from real_megatron.errors import EngineError
+from real_megatron.rollout.engine import EngineSpec
 from real_megatron.rollout.remote.process import LAUNCHER
 from real_megatron.rollout.sglang.engine import SGLangEngine
 from real_megatron.training.commands import evaluate_checkpoint, judge_file
@@ -185,19 +186,22 @@ def test_judging_through_a_server_streams_and_resumes(
     out."""
     config, _ = run
     model, source = config.output / "hf", task / "test_ood.jsonl"
-    server = SGLangEngine(config.rollout, AutoConfig.from_pretrained(model), model, tmp_path, serve_loaded=True)
+    lengths = {name: getattr(config.data, name) for name in ("max_prompt_tokens", "max_response_tokens")}
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    server = SGLangEngine(EngineSpec(config.rollout, model, tokenizer, tmp_path, **lengths, serve_loaded=True))
     try:
-        served = changed(config, servers=server.urls, batch_size=2)
+        evaluation = config.evaluation.model_copy(update={"batch_size": 2})
+        served = changed(config, servers=server.urls).model_copy(update={"evaluation": evaluation})
         generate, calls = SGLangEngine.generate, []
 
         def failing(engine: SGLangEngine, *args):
             calls.append(engine)
             if len(calls) == 3:
-                raise RolloutError("no rollout server can serve")
+                raise EngineError("no rollout server can serve")
             return generate(engine, *args)
 
         monkeypatch.setattr(SGLangEngine, "generate", failing)
-        with pytest.raises(RolloutError):
+        with pytest.raises(EngineError, match="no rollout server can serve"):
             judge_file(served, model, source, tmp_path / "served.jsonl")
         assert len((tmp_path / "served.jsonl").read_text().splitlines()) == 4
         summary = judge_file(served, model, source, tmp_path / "served.jsonl")

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-# 131 is no multiple of anything, so the vocabulary is padded; 2 groups under TP 4 are cut inside a group.
+# 131 is no multiple of anything, so the vocabulary is padded; with 2 groups, TP 4 shards inside a group.
 SHARED = dict(
     vocab_size=131,
     hidden_size=64,
@@ -134,7 +134,8 @@ def check_layouts(cases: list[Case]) -> list[Findings]:
 
     from real_megatron import bridge
     from real_megatron.config import ModelConfig, ParallelConfig
-    from real_megatron.policy import cpu, runtime
+    from real_megatron.hf.side_files import read_config
+    from real_megatron.policy import cpu, parallel_groups
     from real_megatron.policy.model import build_model
     from real_megatron.policy.verify import load_weights, model_logits
 
@@ -144,9 +145,9 @@ def check_layouts(cases: list[Case]) -> list[Findings]:
         parallel = ParallelConfig(**case.sizes)
         # Forming process groups takes longer than all the rest of a case.
         if parallel != formed:
-            runtime.initialize(parallel)
+            parallel_groups.initialize(parallel)
             formed = parallel
-        description = bridge.describe(bridge.read_config(Path(case.hf)))
+        description = bridge.describe(read_config(Path(case.hf)))
         chunks = build_model(description, parallel, ModelConfig(dtype="float32", vocab_multiple=16))
 
         def difference(chunks=chunks, expected=case.logits) -> float | None:
@@ -176,8 +177,9 @@ def check_layouts(cases: list[Case]) -> list[Findings]:
 def export_faults(chunks: list, description: Any, hf_dir: str, bucket_bytes: int) -> list[str]:
     """What is wrong with the export on this rank, compared with the files: names, order, shapes, bits."""
     from real_megatron import bridge
+    from real_megatron.hf.checkpoint import HFCheckpoint
 
-    original = bridge.HFCheckpoint(hf_dir)
+    original = HFCheckpoint(hf_dir)
     order = [name for parameter in bridge.parameters(description) for name in parameter.hf]
     names, faults = [], []
     for name, tensor in bridge.export_hf(chunks, description, bucket_bytes=bucket_bytes):
@@ -214,10 +216,11 @@ def transformer_engine_spec(hf_dir: str, layer_names: dict[int, list[str]]) -> l
     from real_megatron import bridge
     from real_megatron.bridge.live import shard_of
     from real_megatron.config import ParallelConfig
-    from real_megatron.policy import runtime
+    from real_megatron.hf.side_files import read_config
+    from real_megatron.policy import parallel_groups
 
-    runtime.initialize(ParallelConfig(expert=2))
-    description = bridge.describe(bridge.read_config(Path(hf_dir)))
+    parallel_groups.initialize(ParallelConfig(expert=2))
+    description = bridge.describe(read_config(Path(hf_dir)))
     table = {name: p for p in bridge.parameters(description, vocab_rows=160) for name in (p.name, p.te_name)}
     first = parallel_state.get_expert_model_parallel_rank() * description.num_experts // 2
     model = torch.nn.Module()

@@ -10,7 +10,7 @@ from real_megatron.head import GatherRows, gathered_log_softmax, linear_gathered
 
 
 def shard_of(full: Tensor, dim: int = -1) -> Tensor:
-    """This rank's equal part of `full` along `dim`."""
+    """This rank's shard of `full` along `dim`."""
     return full.chunk(dist.get_world_size(), dim)[dist.get_rank()].clone()
 
 
@@ -19,7 +19,7 @@ def logits_case(
     lists: list[list[int]],
     grad: Tensor,
     vocab_size: int,
-    form: str,
+    kernels: str,
     inplace: bool,
     values: Tensor | None = None,
     grad_expectation: Tensor | None = None,
@@ -27,7 +27,7 @@ def logits_case(
     """Forward and backward on this rank's shard of padded `logits`."""
     local = shard_of(logits).requires_grad_()
     rows = GatherRows.from_lists(lists)
-    arguments: dict[str, Any] = dict(vocab_size=vocab_size, group=dist.group.WORLD, form=form, values=values)
+    arguments: dict[str, Any] = dict(vocab_size=vocab_size, group=dist.group.WORLD, kernels=kernels, values=values)
     out = gathered_log_softmax(local * 1, rows, inplace_backward=inplace, **arguments)
     log_probs, expectation = out if values is not None else (out, None)
     outputs = [log_probs] if expectation is None else [log_probs, expectation]

@@ -1,16 +1,19 @@
 """Policies for tests: a tiny checkpoint, fixed groups, and functions that run on spawned ranks."""
 
 import random
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from transformers import AutoModelForCausalLM, PretrainedConfig, Qwen3Config
 
 from real_megatron.batch.types import Group, Trajectory
 from real_megatron.config import RunConfig
 from real_megatron.objective import build_objective
+from real_megatron.policy import cpu
 from real_megatron.policy.optimizer import sharded_torch_adams
 from real_megatron.policy.policy import Policy
 from tests.support.ranks import forget_policies
@@ -73,7 +76,7 @@ def make_config(checkpoint: Path, **sections: Any) -> RunConfig:
         "model": {"path": str(checkpoint), "vocab_multiple": 4},
         "batch": {"max_tokens": 64},
         "optimizer": {"lr": 1e-3, "schedule": "linear", "warmup_steps": 1},
-        "rollout": {"max_prompt_tokens": 20, "max_new_tokens": 20},
+        "data": {"max_prompt_tokens": 20, "max_response_tokens": 20},
     }
     for name, section in sections.items():
         base[name] = {**base.get(name, {}), **section}
@@ -81,7 +84,7 @@ def make_config(checkpoint: Path, **sections: Any) -> RunConfig:
 
 
 def make_policy(config: RunConfig) -> Policy:
-    return Policy(config, SCORE_IDS, SCORE_VALUES, updates=10)
+    return Policy(config, SCORE_IDS, SCORE_VALUES, total_updates=10)
 
 
 def train(config: RunConfig, steps: int = 3) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
@@ -99,7 +102,7 @@ def train_with_moments_allocated(config: RunConfig) -> tuple[list[dict[str, floa
     def step(policy: Policy, *args) -> dict[str, float]:
         policy.allocate_optimizer_state()
         moments = [
-            len(state) for part in sharded_torch_adams(policy.optimizer) for state in part.optimizer.state.values()
+            len(state) for adam in sharded_torch_adams(policy.optimizer) for state in adam.optimizer.state.values()
         ]
         assert moments and set(moments) == {3}
         return real_step(policy, *args)
@@ -126,23 +129,42 @@ def logprobs(config: RunConfig) -> list[list[tuple[list[float], list[float] | No
     return [[(t.tokens, t.scores) for t in group] for group in make_policy(config).logprobs(make_groups())]
 
 
-def save_and_continue(config: RunConfig, directory: Path) -> tuple[list[float], list[float]]:
-    """Two steps, save, one more step: the last step's loss and gradient norm, and the random state after saving."""
+@dataclass
+class Continued:
+    """What the step after saving or loading a checkpoint gives."""
+
+    metrics: list[float]
+    """Loss, gradient norm and learning rate."""
+    random_states: list[list[int]]
+    """The CPU's and those of Megatron's tracker, before the step."""
+    weights: dict[str, torch.Tensor]
+    """Exported after the step. Adam's moments take part in them, and in nothing else."""
+
+
+def save_and_continue(config: RunConfig, directory: Path) -> Continued:
+    """Two steps, save, one more step."""
     policy = make_policy(config)
     objective = build_objective(config.objective)
     for step in range(2):
         policy.train_step(make_groups(seed=step), objective)
     policy.save(directory, {"step": 2})
-    random_state = torch.get_rng_state().tolist()
-    metrics = policy.train_step(make_groups(seed=2), objective)
-    return [metrics["loss"], metrics["grad_norm"], metrics["lr"]], random_state
+    return _continue(policy)
 
 
-def load_and_continue(config: RunConfig, directory: Path) -> tuple[dict[str, Any], list[float], list[float]]:
-    """Load into a fresh policy and take the step that `save_and_continue` took last."""
+def load_and_continue(config: RunConfig, directory: Path) -> tuple[dict[str, Any], Continued]:
+    """Load into a fresh policy and take the step that `save_and_continue` took last; the state that was saved."""
     policy = make_policy(config)
     torch.rand(7)
-    state = policy.load(directory)
-    random_state = torch.get_rng_state().tolist()
-    metrics = policy.train_step(make_groups(seed=2), build_objective(config.objective))
-    return state, [metrics["loss"], metrics["grad_norm"], metrics["lr"]], random_state
+    with cpu.device_mode(), get_cuda_rng_tracker().fork():
+        torch.rand(7)
+    return policy.load(directory), _continue(policy)
+
+
+def _continue(policy: Policy) -> Continued:
+    states = [torch.get_rng_state(), *get_cuda_rng_tracker().get_states().values()]
+    metrics = policy.train_step(make_groups(seed=2), build_objective(policy.config.objective))
+    return Continued(
+        [metrics["loss"], metrics["grad_norm"], metrics["lr"]],
+        [state.tolist() for state in states],
+        {name: tensor.clone() for name, tensor in policy.export()},
+    )

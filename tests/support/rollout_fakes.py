@@ -5,14 +5,14 @@ from dataclasses import dataclass, field
 import torch
 
 from real_megatron.rollout.engine import Response
+from real_megatron.scores import ScoreScale
 
 
-@dataclass
-class DecodingScale:
-    """A score anchor found by decoding every prefix."""
+class DecodingScale(ScoreScale):
+    """A score anchor found by decoding every prefix; no scores."""
 
-    anchor_text: str
-    anchor_ids: list[int]
+    def __init__(self, anchor_text: str, anchor_ids: list[int]) -> None:
+        super().__init__([], [], [], anchor_ids, anchor_text)
 
     def cut(self, tokenizer, ids):
         for t in range(1, len(ids) + 1):

@@ -7,12 +7,14 @@ import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 
 from real_megatron.config import RolloutConfig
+from real_megatron.errors import EngineError, PromptRefused
 from real_megatron.rollout.distributed import DistributedRollout, FollowerEngine
+from real_megatron.rollout.embedded.engine import TransformersEngine
 from real_megatron.rollout.engine import Response, SamplingParams
 from real_megatron.rollout.factory import build_engine
-from real_megatron.rollout.transformers_engine import TransformersEngine
 from tests.support.rollout_fakes import ScriptedEngine
 from tests.support.rollout_models import byte_level, tiny_qwen3
+from tests.support.rollout_specs import engine_spec
 
 PARAMS = SamplingParams(n=2, max_new_tokens=12, stop=("e",))
 PROMPTS = [[5 + i, 6, 7][: 1 + i % 3] * (1 + i % 4) for i in range(7)]
@@ -43,6 +45,31 @@ def embedded():
     return [[(r.token_ids, r.logprobs, r.weight_version) for r in g] for g in groups], scores.tolist()
 
 
+def refused(long: tuple[int, ...], asleep: tuple[int, ...] = ()):
+    """Every rank has an engine; the prompts `long` are too long. The ranks `asleep` fail for another reason.
+
+    Returns the error (its kind, text and index, if any) of generating and of scoring, and what is generated without
+    those prompts.
+    """
+    rank = dist.get_rank()
+    own = TransformersEngine(tiny_qwen3(320), byte_level(), batch_size=4)
+    engine = DistributedRollout(own)
+    engine.update_weights(model().named_parameters(), 5)
+    prompts = [[5] * 300 if i in long else prompt for i, prompt in enumerate(PROMPTS)]
+    if rank in asleep:
+        own.sleep()
+    errors = []
+    for ask in (lambda: engine.generate(prompts, PARAMS, SEEDS), lambda: engine.next_token_logprobs(prompts, [5])):
+        try:
+            ask()
+        except (PromptRefused, EngineError) as error:
+            errors.append((type(error).__name__, str(error), getattr(error, "index", None)))
+    own.wake()
+    kept = [i for i in range(len(prompts)) if i not in long]
+    groups = engine.generate([prompts[i] for i in kept], PARAMS, [SEEDS[i] for i in kept])
+    return errors, [[r.token_ids for r in group] for group in groups]
+
+
 class Owner(ScriptedEngine):
     """Stands for servers: echoes the prompts, and may fail."""
 
@@ -52,7 +79,7 @@ class Owner(ScriptedEngine):
 
     def generate(self, prompts, params, seeds=None):
         if self.fail == "generate":
-            raise RuntimeError("no server left")
+            raise EngineError("no server left")
         return [
             [Response([*p, s], [0.0] * (len(p) + 1), "stop", self.version)] for p, s in zip(prompts, seeds, strict=True)
         ]
@@ -60,7 +87,7 @@ class Owner(ScriptedEngine):
     def update_weights(self, tensors, version):
         for i, _ in enumerate(tensors):
             if self.fail == "update" and i == 1:
-                raise RuntimeError("server refused")
+                raise EngineError("server refused")
         self.version = version
 
 
@@ -76,7 +103,7 @@ def owned(fail: str = ""):
         engine.wake()
         engine.health()
         result = [[(r.token_ids, r.weight_version) for r in g] for g in groups], scores
-    except RuntimeError as error:
+    except EngineError as error:
         result = str(error)
     # The ranks are still in step.
     total = torch.ones(1)
@@ -101,8 +128,9 @@ def model_of(model_dir: str):
 
 def attached(url: str, model_dir: str, work_dir: str, prompts: list[list[int]]):
     """Every rank builds the engine that a configuration asks for, syncs from a collective export and generates."""
-    config = RolloutConfig(engine="sglang", servers=[url], max_prompt_tokens=64, max_new_tokens=64)
-    engine = build_engine(config, Path(model_dir), byte_level(), Path(work_dir))
+    config = RolloutConfig(engine="sglang", servers=[url])
+    lengths = {"max_prompt_tokens": 64, "max_response_tokens": 64}
+    engine = build_engine(engine_spec(config, Path(model_dir), Path(work_dir), tokenizer=byte_level(), **lengths))
     try:
         engine.update_weights(collective_export(model_of(model_dir), []), 1)
         groups = engine.generate(prompts, SamplingParams(n=1, max_new_tokens=12))

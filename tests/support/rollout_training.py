@@ -22,6 +22,7 @@ import torch
 
 from real_megatron.batch.types import Group
 from real_megatron.config import RunConfig
+from real_megatron.objective import ReinforceObjective
 from real_megatron.policy.policy import Policy
 from real_megatron.rollout.engine import SamplingParams
 from real_megatron.rollout.sampling import sample_trajectories
@@ -49,7 +50,7 @@ class Watch:
 
     def run(self, config: RunConfig) -> None:
         """Train, with this watch around the loop's own methods."""
-        publish, generate, train_step = Session.publish, rl.ReinforcementStep._generate, Policy.train_step
+        publish, generate, train_step = Session.publish, rl.generate, Policy.train_step
         parse = SGLangEngine._parse_generation
 
         def watched_publish(session: Session, step: int) -> None:
@@ -64,11 +65,10 @@ class Watch:
             if process.pid not in self.pids:
                 self.pids.append(process.pid)
 
-        def watched_generate(step: rl.ReinforcementStep, number: int):
-            session = step._session
+        def watched_generate(session: Session, objective: ReinforceObjective, number: int) -> rl.Batch:
             self.asked.append([session.groups[i].example_id for i in session.sampler.batch(number)])
             self._kill_after = REPLIES_BEFORE_KILL if number == self._killed_step else None
-            return generate(step, number)
+            return generate(session, objective, number)
 
         def watched_parse(engine: SGLangEngine, reply, replica, params):
             responses = parse(engine, reply, replica, params)
@@ -91,7 +91,7 @@ class Watch:
 
         with (
             mock.patch.object(Session, "publish", watched_publish),
-            mock.patch.object(rl.ReinforcementStep, "_generate", watched_generate),
+            mock.patch.object(rl, "generate", watched_generate),
             mock.patch.object(SGLangEngine, "_parse_generation", watched_parse),
             mock.patch.object(Policy, "train_step", watched_train_step),
         ):
@@ -102,7 +102,7 @@ def probe(session: Session) -> float:
     """Sample the same few prompts, which are therefore in the prefix cache, and compare with the policy: the sampled
     tokens' log-probs, and the score distribution behind each response."""
     prompts = [group.prompt_ids for group in session.groups[:4]]
-    params = SamplingParams(n=2, max_new_tokens=session.config.rollout.max_new_tokens)
+    params = SamplingParams(n=2, max_new_tokens=session.config.data.max_response_tokens)
     sampled = sample_trajectories(session.engine, session.tokenizer, session.scale, prompts, params, "force")
     groups = [Group(prompt, t, label=1.0) for prompt, t in zip(prompts, sampled.trajectories, strict=True)]
     worst = difference(session.policy, groups)

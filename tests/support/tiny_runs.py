@@ -16,12 +16,14 @@ from transformers import AutoModelForCausalLM
 from real_megatron.batch.types import Group
 from real_megatron.config import RunConfig
 from real_megatron.data.tiny_judge import build_config, build_tokenizer, write_task
-from real_megatron.evaluation.judge import JudgeSummary
+from real_megatron.errors import EngineError
+from real_megatron.judging import evaluate as judging
+from real_megatron.judging.critiques import write_critiques
+from real_megatron.judging.file import JudgeSummary, judge_file
+from real_megatron.judging.judge import Judge
 from real_megatron.objective import Objective
 from real_megatron.policy.policy import Policy
-from real_megatron.rollout.remote.errors import RolloutError
 from real_megatron.training import rl, sft
-from real_megatron.training.commands import evaluate_checkpoint, judge_file
 from real_megatron.training.session import Session
 from real_megatron.training.stop import Terminated
 
@@ -48,8 +50,12 @@ def tiny_config(task: Path, output: Path, **sections: Any) -> RunConfig:
         "batch": {"prompts": 4, "max_tokens": 256},
         "optimizer": {"lr": 1e-3},
         "objective": {"no_anchor": "force"},
-        "rollout": {"n": 4, "max_prompt_tokens": 32, "max_new_tokens": 8},
-        "data": {"train": [{"path": str(task / "train_rl.jsonl")}]},
+        "rollout": {"n": 4},
+        "data": {
+            "train": [{"path": str(task / "train_rl.jsonl")}],
+            "max_prompt_tokens": 32,
+            "max_response_tokens": 8,
+        },
         "checkpoint": {"save_hf": False},
         "metrics": {"tensorboard": False},
     }
@@ -97,17 +103,22 @@ def train_with_broken_evaluation(config: RunConfig, step: int) -> None:
 
     def evaluate(session: Session, done: int) -> dict[str, float]:
         if done == step:
-            raise RolloutError("no rollout server can serve")
+            raise EngineError("no rollout server can serve")
         return real_evaluate(session, done)
 
     Session.evaluate = evaluate
     try:
         train(config)
         raise AssertionError("the evaluation did not fail")
-    except RolloutError:
+    except EngineError:
         pass
     finally:
         Session.evaluate = real_evaluate
+
+
+def with_notes(error: BaseException) -> str:
+    """The error's message and the notes on where it happened."""
+    return " ".join([str(error), *getattr(error, "__notes__", ())])
 
 
 def weights(output: Path) -> dict[str, bytes]:
@@ -118,17 +129,23 @@ def weights(output: Path) -> dict[str, bytes]:
 def train_and_evaluate(config: RunConfig, output: Path) -> None:
     """A run, then its exported checkpoint evaluated on its own."""
     train(config)
-    evaluate_checkpoint(config, config.output / "hf", output)
+    judging.evaluate(config, output=output)
 
 
 def evaluate(config: RunConfig, output: Path) -> None:
     """The run's exported checkpoint, evaluated by all ranks."""
-    evaluate_checkpoint(config, config.output / "hf", output)
+    judging.evaluate(config, output=output)
+
+
+def critiques(config: RunConfig, model: Path, output: Path, samples: int) -> int:
+    """Critiques by `model` for the training prompts, written by all ranks."""
+    return write_critiques(config, model, output, samples)
 
 
 def judge(model: Path, source: Path, output: Path) -> JudgeSummary:
     """Judge a file with the configuration that the run left beside its checkpoint."""
-    return judge_file(RunConfig.from_yaml(model / "real_megatron.yaml"), model, source, output)
+    with Judge.from_pretrained(model) as loaded:
+        return judge_file(loaded, source, output)
 
 
 def failing(config: RunConfig) -> str:
@@ -142,7 +159,7 @@ def failing(config: RunConfig) -> str:
     try:
         train(config)
     except ValueError as error:
-        return str(error)
+        return with_notes(error)
     finally:
         Policy.train_step = real_update
     raise AssertionError("the run did not stop")
@@ -164,7 +181,7 @@ def poisoned(config: RunConfig, step: int) -> tuple[str, bool]:
     try:
         train(config)
     except (FloatingPointError, ValueError) as error:
-        return str(error), all(torch.equal(tensor, before[name]) for name, tensor in seen[-1].export())
+        return with_notes(error), all(torch.equal(tensor, before[name]) for name, tensor in seen[-1].export())
     finally:
         Policy.train_step = real_update
     raise AssertionError("the run did not stop")

@@ -11,7 +11,8 @@ from real_megatron.policy.policy import Policy
 from real_megatron.scores import ScoreScale
 from real_megatron.training.export import save_hf
 from real_megatron.training.reference import ReferenceWeights
-from real_megatron.training.rl import update, with_policy_logprobs
+from real_megatron.training.rollouts import with_policy_logprobs
+from real_megatron.training.update import update
 from tests.support.policy_ranks import make_groups, make_policy
 
 
@@ -33,10 +34,10 @@ def reference_after_steps(config: RunConfig) -> tuple[list, list, bool]:
 
 
 def two_updates(config: RunConfig) -> tuple[dict[str, float], list[dict[str, float]]]:
-    """One rollout batch in two updates, and the same groups given to the policy part by part."""
+    """One rollout batch in two updates, and the same groups given to the policy mini-batch by mini-batch."""
     groups = make_groups(count=5)
     objective = build_objective(config.objective)
-    whole = update(make_policy(config), groups, objective, updates=2)
+    whole = update(make_policy(config), groups, objective, count=2)
     policy = make_policy(config)
     return whole, [policy.train_step(part, objective) for part in (groups[:2], groups[2:])]
 
@@ -46,7 +47,7 @@ def export_after_steps(config: RunConfig, output: Path) -> dict[str, torch.Tenso
     policy = make_policy(config)
     for step in range(2):
         policy.train_step(make_groups(seed=step), build_objective(config.objective))
-    save_hf(policy, output, shard_bytes=20_000)
+    save_hf(policy, output, max_file_bytes=20_000)
     return {name: tensor.clone() for name, tensor in policy.export()}
 
 
@@ -54,5 +55,5 @@ def scored_by_the_policy(
     config: RunConfig, groups: list[Group], scale: ScoreScale
 ) -> list[tuple[list[float], list[float] | None]]:
     """Log-probs of the loss-carrying tokens and of the scores, for every trajectory."""
-    policy = Policy(config, scale.score_ids, scale.values, updates=10)
+    policy = Policy(config, scale.score_ids, scale.values, total_updates=10)
     return [(t.tokens, t.scores) for group in policy.logprobs(groups) for t in group]

@@ -2,9 +2,10 @@ from pathlib import Path
 
 import pytest
 
+from real_megatron.errors import DataError
+from real_megatron.hf.directory import load_tokenizer
 from real_megatron.scores import ScoreScale
 from real_megatron.training.examples import target_groups
-from real_megatron.training.serving import load_tokenizer
 from tests.support.tiny_runs import tiny_config, write_tiny_task
 
 
@@ -23,5 +24,5 @@ def test_without_cots_the_target_is_anchor_and_score_alone(tmp_path: Path) -> No
             assert tokenizer.decode(target.response_ids) == f"[RESULT] {group.label:g} <eos>"
             assert target.answer_index == len(scale.anchor_ids) - 1
     given = tiny_config(task, tmp_path, objective={"name": "raft"}, data=data)
-    with pytest.raises(ValueError, match="has no critique"):
+    with pytest.raises(DataError, match="has no critique"):
         target_groups(given, tokenizer, scale)

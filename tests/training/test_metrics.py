@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import pytest
 
 from real_megatron.config import MetricsConfig
-from real_megatron.sections import ConfigError
-from real_megatron.training.metrics import JsonlSink, Metrics, check_sinks, distinct_n
+from real_megatron.errors import ConfigError
+from real_megatron.training.metrics import JsonlSink, MetricSinks, check_sinks, distinct_n
 
 
 def rows(path: Path) -> list[dict]:
@@ -44,7 +44,7 @@ def test_a_run_from_the_start_begins_an_empty_file(tmp_path: Path) -> None:
 
 
 def test_only_rank_0_writes(tmp_path: Path) -> None:
-    with Metrics.open(MetricsConfig(), tmp_path / "out", rank=1, run_config={}) as metrics:
+    with MetricSinks.open(MetricsConfig(), tmp_path / "out", rank=1, run_config={}) as metrics:
         metrics.write(1, {"loss": 1.0})
     assert not (tmp_path / "out").exists()
 
@@ -52,7 +52,7 @@ def test_only_rank_0_writes(tmp_path: Path) -> None:
 def test_tensorboard_holds_the_same_numbers(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    with Metrics.open(MetricsConfig(), tmp_path, rank=0, run_config={}) as metrics:
+    with MetricSinks.open(MetricsConfig(), tmp_path, rank=0, run_config={}) as metrics:
         metrics.write(1, {"train/loss": 0.25})
         metrics.write(2, {"train/loss": 0.5})
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
@@ -63,12 +63,12 @@ def test_tensorboard_does_not_show_what_a_resumed_or_restarted_run_writes_again(
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     for resume_step, steps, value in ((0, (0, 1, 2, 3), 1.0), (2, (3, 4), 2.0)):
-        with Metrics.open(MetricsConfig(), tmp_path, 0, {}, resume_step) as metrics:
+        with MetricSinks.open(MetricsConfig(), tmp_path, 0, {}, resume_step) as metrics:
             for step in steps:
                 metrics.write(step, {"loss": value})
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("loss")
     assert [(e.step, e.value) for e in events] == [(0, 1), (1, 1), (2, 1), (3, 2), (4, 2)]
-    with Metrics.open(MetricsConfig(), tmp_path, 0, {}) as metrics:
+    with MetricSinks.open(MetricsConfig(), tmp_path, 0, {}) as metrics:
         metrics.write(1, {"loss": 3.0})
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("loss")
     assert [(e.step, e.value) for e in events] == [(1, 3)]
@@ -95,7 +95,7 @@ def test_wandb_continues_a_resumed_run_and_begins_another_from_the_start(
 
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
     for resume_step in (0, 2, 0):
-        with Metrics.open(MetricsConfig(wandb_project="p"), tmp_path, 0, {}, resume_step) as metrics:
+        with MetricSinks.open(MetricsConfig(wandb_project="p"), tmp_path, 0, {}, resume_step) as metrics:
             metrics.write(resume_step + 1, {"loss": 1.0})
     assert asked == [None, "run1", None] and [step for step, _ in logged] == [1, 3, 1]
 

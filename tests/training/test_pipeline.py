@@ -9,9 +9,18 @@ from transformers import AutoModelForCausalLM
 
 from real_megatron.config import RunConfig
 from real_megatron.evaluation.report import read_stage, write_report
-from real_megatron.evaluation.runner import Evaluation
+from real_megatron.evaluation.result import Evaluation
 from tests.support.ranks import run_ranks
-from tests.support.tiny_runs import evaluate, judge, rows, tiny_config, train, train_and_evaluate, write_tiny_task
+from tests.support.tiny_runs import (
+    critiques,
+    evaluate,
+    judge,
+    rows,
+    tiny_config,
+    train,
+    train_and_evaluate,
+    write_tiny_task,
+)
 
 VICUNA = Path(__file__).parents[3] / "shared/data/vicuna_eval.json"
 
@@ -26,10 +35,9 @@ def pipeline(task: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """SFT, then REAL from its checkpoint, each evaluated on one set."""
     runs = tmp_path_factory.mktemp("runs")
     shared = {
-        "data": {"eval": {"dev": {"path": str(task / "test_ood.jsonl")}}},
+        "data": {"eval": {"dev": {"path": str(task / "test_ood.jsonl")}}, "max_response_tokens": 16},
         "evaluation": {"bootstrap": 20, "every": 2},
         "checkpoint": {"save_hf": True},
-        "rollout": {"max_new_tokens": 16},
     }
     sft = {
         **shared,
@@ -110,32 +118,37 @@ def test_judging_survives_bad_rows_and_resumes(pipeline: Path, tmp_path: Path) -
     assert [row["id"] for row in judged] == ["0", "1", "2"]
     assert all(set(row["distribution"]) == set("12345") and 0 <= row["score"] <= 5 for row in judged)
     errors = [json.loads(line) for line in (tmp_path / "out.jsonl.errors.jsonl").read_text().splitlines()]
-    assert [e["line"] for e in errors] == [2, 3, 4] and "rollout.max_prompt_tokens" in errors[2]["error"]
+    assert [e["line"] for e in errors] == [2, 3, 4] and "data.max_prompt_tokens" in errors[2]["error"]
     output.write_text("\n".join(output.read_text().splitlines()[:1]) + "\n")  # a job that was killed
     second = run_ranks(1, judge, pipeline / "real/hf", source, output)[0]
     assert (second.judged, second.skipped) == (2, 1)
     assert [json.loads(line) for line in output.read_text().splitlines()] == judged
 
 
-def test_tract_trains_on_its_own_cots_and_keeps_them_for_resume(pipeline: Path, task: Path, tmp_path: Path) -> None:
-    config = tiny_config(
-        task,
-        tmp_path,
-        steps=2,
-        objective={"name": "tract"},
-        data={"train": [{"path": str(task / "train_sft.jsonl"), "limit": 12}]},
-        sft={"cots": "generated", "cot_model": str(pipeline / "sft/hf"), "cots_per_example": 2},
-        rollout={"max_new_tokens": 16},
-    )
-    run_ranks(1, train, config)
-    generated = (tmp_path / "generated_cots.jsonl").read_text()
-    cots = [json.loads(line) for line in generated.splitlines()[1:]]
-    given = {json.loads(line)["cot"] for line in (task / "train_sft.jsonl").read_text().splitlines()[:12]}
-    assert 0 < len(cots) <= 24 and any(row["cot"] not in given for row in cots)
-    assert all("[RESULT]" not in row["cot"] for row in cots)
-    assert math.isfinite(rows(tmp_path)[1]["loss"])
-    run_ranks(1, train, config.model_copy(update={"steps": 3}))
-    assert (tmp_path / "generated_cots.jsonl").read_text() == generated and len(rows(tmp_path)) == 3
+def test_tract_trains_on_the_critiques_that_its_first_stage_writes(pipeline: Path, task: Path, tmp_path: Path) -> None:
+    data = {"train": [{"path": str(task / "train_sft.jsonl"), "limit": 12}], "max_response_tokens": 16}
+    tract = {"objective": {"name": "tract"}, "steps": 2}
+    config, cots = tiny_config(task, tmp_path, data=data, **tract), tmp_path / "cots.jsonl"
+    (count,) = run_ranks(1, critiques, config, pipeline / "sft/hf", cots, 2)
+    written = [json.loads(line) for line in cots.read_text().splitlines()]
+    given = [json.loads(line) for line in (task / "train_sft.jsonl").read_text().splitlines()[:12]]
+    assert 0 < count == len(written) <= 24 and any(row["cot"] not in {g["cot"] for g in given} for row in written)
+    prompts = {g["id"]: (g["prompt"], g["label"]) for g in given}
+    for row in written:
+        assert "[RESULT]" not in row["cot"]
+        assert (row["messages"][0]["content"], row["label"]) == prompts[row["id"].partition("#")[0]]
+    second = {"data": data | {"train": [{"path": str(cots)}]}, **tract}
+    run_ranks(1, train, tiny_config(task, tmp_path / "second", **second))
+    assert len(rows(tmp_path / "second")) == 2 and math.isfinite(rows(tmp_path / "second")[1]["loss"])
+
+
+def test_ranks_share_the_prompts_of_critiques(pipeline: Path, task: Path, tmp_path: Path) -> None:
+    data = {"train": [{"path": str(task / "train_sft.jsonl"), "limit": 5}], "max_response_tokens": 16}
+    config = tiny_config(task, tmp_path, data=data)
+    for world in (1, 2):
+        counts = run_ranks(world, critiques, config, pipeline / "sft/hf", tmp_path / f"{world}.jsonl", 1)
+        assert len(set(counts)) == 1
+    assert (tmp_path / "1.jsonl").read_text() == (tmp_path / "2.jsonl").read_text()
 
 
 @pytest.mark.skipif(not VICUNA.exists(), reason=f"{VICUNA} is not there")
@@ -146,21 +159,26 @@ def test_a_published_judge_file_runs_through(tmp_path: Path) -> None:
     make_byte_model(tmp_path / "model", num_hidden_layers=1, hidden_size=32, intermediate_size=64)
     source = {"format": "vicuna_bench", "path": str(VICUNA), "limit": 3}
     common = {"steps": 2, "batch": {"prompts": 2, "max_tokens": 16384}}
-    limits = {"max_prompt_tokens": 8192, "n": 2, "batch_size": 4}
+    rollout = {"n": 2, "batch_size": 4}
     sft = {
         **common,
         "objective": {"name": "raft"},
-        "data": {"train": [source]},
-        "rollout": {**limits, "max_new_tokens": 4096},
+        "data": {"train": [source], "max_prompt_tokens": 8192, "max_response_tokens": 4096},
+        "rollout": rollout,
         "checkpoint": {"save_hf": True},
     }
     run_ranks(1, train, tiny_config(tmp_path, tmp_path / "sft", **sft))
     real = {
         **common,
         "model": {"path": str(tmp_path / "sft/hf")},
-        "data": {"train": [source], "eval": {"vicuna": source}},
-        "rollout": {**limits, "max_new_tokens": 8},
-        "evaluation": {"bootstrap": 10},
+        "data": {
+            "train": [source],
+            "eval": {"vicuna": source},
+            "max_prompt_tokens": 8192,
+            "max_response_tokens": 8,
+        },
+        "rollout": rollout,
+        "evaluation": {"bootstrap": 10, "batch_size": 4},
     }
     run_ranks(1, train, tiny_config(tmp_path, tmp_path / "real", **real))
     for run in ("sft", "real"):

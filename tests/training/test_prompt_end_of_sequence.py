@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from real_megatron.batch.types import Group
 from real_megatron.data import JudgeExample, encode_prompt, encode_target
 from real_megatron.data.byte_model import make_byte_model
-from real_megatron.rollout.transformers_engine import TransformersEngine
+from real_megatron.rollout.embedded.engine import TransformersEngine
 from real_megatron.scores import ScoreScale
 from tests.support.policy_ranks import make_config
 from tests.support.ranks import run_ranks

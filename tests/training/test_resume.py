@@ -4,8 +4,9 @@ from typing import Any
 
 import pytest
 
-from real_megatron.config import RunConfig
-from real_megatron.sections import ConfigError
+from real_megatron.config import ObjectiveConfig, OptimizerConfig, RunConfig, ScaleConfig
+from real_megatron.errors import ConfigError
+from real_megatron.sections import known_keys
 from real_megatron.training.resume import FREE, check_same_run
 
 
@@ -53,3 +54,20 @@ def test_the_free_keys_exist() -> None:
         for part in key.split("."):
             assert part in node, key
             node = node[part]
+
+
+def test_every_other_key_decides_the_run() -> None:
+    """The exact list: a key that is added to the configuration must be put on one side or the other."""
+    sections = {key.partition(".")[0] for key in known_keys(RunConfig) if "." in key}
+    leaves = [key for key in known_keys(RunConfig) if key not in sections]
+    deciding = {k for k in leaves if not any(k == free or k.startswith(free + ".") for free in FREE)}
+    assert deciding == {
+        *("seed", "steps", "epochs", "model.path", "model.revision", "model.family"),
+        *(f"optimizer.{key}" for key in OptimizerConfig.model_fields),
+        *("batch.prompts", "batch.mini_batches", "batch.old_logprobs"),
+        *(f"scale.{key}" for key in ScaleConfig.model_fields),
+        *(f"objective.{key}" for key in ObjectiveConfig.model_fields),
+        *("rollout.n", "rollout.temperature", "rollout.top_p", "rollout.staleness"),
+        "sft.cots",
+        *("data.train", "data.template", "data.chat_template", "data.max_prompt_tokens", "data.max_response_tokens"),
+    }

@@ -6,7 +6,7 @@ import pytest
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from real_megatron.config import RunConfig
-from real_megatron.sections import ConfigError
+from real_megatron.errors import ConfigError
 from tests.support.ranks import run_ranks
 from tests.support.tiny_runs import (
     failing,
@@ -111,14 +111,18 @@ def test_sigterm_saves_and_leaves_the_evaluation_to_the_next_start(task: Path, t
     run_ranks(1, train, whole)
     run_ranks(1, train_until, cut, 2)
     assert [row["step"] for row in rows(cut.output)] == [0, 1]
+    assert [path.name for path in (cut.output / "checkpoints").iterdir()] == ["step-000002"]
+    before = (cut.output / "checkpoints/step-000002/.metadata").stat().st_mtime_ns
     run_ranks(1, train, cut)
+    # Only the missing step was done: the saved one has not been written again.
+    assert (cut.output / "checkpoints/step-000002/.metadata").stat().st_mtime_ns == before
     assert rows(cut.output) == rows(whole.output)
 
 
 def test_an_error_of_any_kind_names_the_step(task: Path, tmp_path: Path) -> None:
-    """Some kinds of ValueError cannot be made from a message alone."""
+    """Also one whose kind cannot be made from a message alone."""
     (message,) = run_ranks(1, failing, tiny_config(task, tmp_path))
-    assert message.startswith("step 1, rank 0: Expecting property name")
+    assert message.startswith("Expecting property name") and message.endswith(" at step 1, rank 0")
 
 
 def test_a_damaged_checkpoint_is_named_with_the_mend(task: Path, tmp_path: Path) -> None:

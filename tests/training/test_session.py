@@ -44,7 +44,7 @@ def test_the_policy_can_recompute_the_samplers_log_probs(task: Path, tmp_path: P
         task,
         tmp_path,
         steps=1,
-        batch={"updates": 2, "old_logprobs": "policy"},
+        batch={"mini_batches": 2, "old_logprobs": "policy"},
         objective={"ratio": "ppo"},
     )
     run_ranks(1, train, config)

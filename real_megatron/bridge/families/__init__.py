@@ -1,15 +1,36 @@
-"""Model families: one file each, with the mapping of the configuration and the table of parameters."""
+"""Model families by name: each holds the mapping of the configuration and the table of parameters."""
+
+from dataclasses import replace
+from typing import Protocol, runtime_checkable
 
 from transformers import PretrainedConfig
 
-from real_megatron.bridge.description import ModelDescription, UnsupportedModel
+from real_megatron.bridge.description import ModelDescription
 from real_megatron.bridge.families import llama, mistral, mixtral, qwen2, qwen3, qwen3_moe
+from real_megatron.bridge.table import Rule
+from real_megatron.errors import ConfigError, UnsupportedModel
+from real_megatron.registry import Registry
 
-FAMILIES = {module.MODEL_TYPE: module for module in (llama, mistral, mixtral, qwen2, qwen3, qwen3_moe)}
+
+@runtime_checkable
+class Family(Protocol):
+    """What the module of a family (or another object) has."""
+
+    TABLE: tuple[Rule, ...]
+    """Its parameters: which Hugging Face tensors make up which Megatron parameter."""
+
+    def describe(self, config: PretrainedConfig) -> ModelDescription:
+        """The configuration in Megatron-Core's terms. Raises UnsupportedModel for what cannot be expressed."""
+        ...
+
+
+FAMILIES: Registry[Family] = Registry("model family", "model.family")
+for _module in (llama, mistral, mixtral, qwen2, qwen3, qwen3_moe):
+    FAMILIES.register(_module.MODEL_TYPE, _module, _module.__name__)
 
 _SANDWICH = (
     "its layers normalise the outputs of attention and MLP once more before the residual addition, with weights stored "
-    "as w - 1, and its embeddings are scaled; Megatron-Core 0.16's TransformerLayer has no place for these"
+    "as w - 1, and its embeddings are scaled; Megatron-Core 0.16's TransformerLayer cannot express these"
 )
 REFUSED = {
     "gemma": "its norms hold w - 1 and its embeddings are scaled, which Megatron-Core's local layers cannot express",
@@ -19,17 +40,37 @@ REFUSED = {
 }
 
 
-def describe(hf_config: PretrainedConfig) -> ModelDescription:
+def register_family(name: str, family: Family) -> Family:
+    """Add a family under the `model_type` of its config.json, or under another name for `model.family`; returns it."""
+    # A class and its objects know their module's name; a module knows its own.
+    module = getattr(family, "__module__", None) or getattr(family, "__name__", None)
+    return FAMILIES.register(name, family, str(module))
+
+
+def describe(hf_config: PretrainedConfig, family: str = "auto") -> ModelDescription:
     """The Megatron-Core description of a Hugging Face causal language model.
 
-    Raises UnsupportedModel for an unknown architecture, or for a known one with a feature that has no counterpart.
+    family: a name of `model.family`: `auto` takes the family of the configuration's model_type; `module:name` is what
+    that module has registered as `name`, or else its attribute `name`.
+
+    Raises UnsupportedModel for an unknown architecture, or for a known one with a feature that has no counterpart, and
+    ConfigError if `family` names no family.
     """
-    family = hf_config.model_type
-    if family in REFUSED:
-        raise UnsupportedModel(f"model_type '{family}' is not supported: {REFUSED[family]}.")
-    if family not in FAMILIES:
+    if family == "auto":
+        family = _supported(hf_config.model_type)
+    found = FAMILIES.find(family)
+    if not isinstance(found, Family):
+        raise ConfigError(f"{FAMILIES.key}: {family!r} is no model family: it needs a TABLE and a function describe")
+    # Under this name `bridge.parameters` finds the table, in worker processes too.
+    return replace(found.describe(hf_config), family=family)
+
+
+def _supported(model_type: str) -> str:
+    if model_type in REFUSED:
+        raise UnsupportedModel(f"model_type '{model_type}' is not supported: {REFUSED[model_type]}.")
+    if model_type not in FAMILIES:
         raise UnsupportedModel(
-            f"model_type '{family}' is not supported. Supported: {', '.join(sorted(FAMILIES))}. "
-            "docs/adding_a_model_family.md tells how to add one."
+            f"model_type '{model_type}' is not supported. Supported: {', '.join(FAMILIES)}. Name a family of your own "
+            f"as {FAMILIES.key} (docs/extending.md)."
         )
-    return FAMILIES[family].describe(hf_config)
+    return model_type

@@ -6,7 +6,8 @@ from typing import Any
 import torch.nn.functional as F
 from transformers import PretrainedConfig
 
-from real_megatron.bridge.description import ModelDescription, UnsupportedModel
+from real_megatron.bridge.description import ModelDescription
+from real_megatron.errors import UnsupportedModel
 
 # "dynamic" and "longrope" change the frequencies with the length of the sequence.
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")

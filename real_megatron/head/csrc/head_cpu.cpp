@@ -1,4 +1,4 @@
-// CPU twin of head_cuda.cu: the same row arithmetic, vectorised over columns, threaded over rows.
+// CPU counterpart of head_cuda.cu: the same row arithmetic, vectorised over columns, threaded over rows.
 //
 // Plain C interface (no PyTorch headers), so one build serves every PyTorch. Each row is the work of one thread from
 // start to end: results do not depend on the number of threads.
@@ -77,7 +77,7 @@ void row_gradient(const T* row, T* out, int64_t columns, int64_t width, float ma
   if (width > columns) memset(static_cast<void*>(out + columns), 0, size_t(width - columns) * sizeof(T));
 }
 
-// Threads take rows a few at a time; a row's result does not depend on who computes it.
+// Threads take rows a few at a time; a row's result does not depend on the thread that computes it.
 template <typename Work>
 void for_each_row(int64_t rows, int64_t width, int threads, Work work) {
   const int64_t batch = 1 + 65536 / (width + 1);
@@ -90,7 +90,7 @@ void for_each_row(int64_t rows, int64_t width, int threads, Work work) {
   std::vector<std::thread> helpers;
   try {
     for (int64_t i = 1; i < threads && i < batches; ++i) helpers.emplace_back(run);
-  } catch (const std::system_error&) {  // the machine gives no more threads: those that there are do the work
+  } catch (const std::system_error&) {  // no more threads can be created: the existing ones do the work
   }
   run();
   for (auto& helper : helpers) helper.join();

@@ -1,10 +1,10 @@
 // Gathered log-softmax over a shard of logits, for NVIDIA GPUs. The arithmetic of a row is in row_math.h.
 //
-// Both kernels cut every row into tiles of kVectors 16-byte vectors a thread. A thread issues all its loads before it
+// Both kernels divide every row into tiles of kVectors 16-byte vectors a thread. A thread issues all its loads before it
 // uses the first, so an SM keeps over 100 KB in flight, and each logit costs one exponential: nothing is rescaled.
 //   stats    reads the shard once:              tile → (max, sum); then one warp a row merges the tiles in order and
 //            picks the logits that were asked for
-//   dlogits  reads once and writes once, in place or not; rows whose gradients sum to zero are written unread
+//   dlogits  reads once and writes once, in place or not; rows whose gradients sum to zero are written but not read
 // No atomics: the same input gives the same bits. All offsets are 64-bit.
 //
 // Plain C interface (no PyTorch headers), so one build serves every PyTorch. Launchers return a cudaError_t.
@@ -93,7 +93,7 @@ struct Word<fp16> {
   }
 };
 
-// 16 bytes of a row, moved past the caches' memory of what is read again.
+// 16 bytes of a row, loaded and stored without displacing other data from the caches.
 struct Vector {
   uint32_t word[4];
   static __device__ __forceinline__ Vector load(const void* from) {
@@ -126,7 +126,7 @@ struct Row {
     vectors = (columns - head) / kPerVector<T>;
   }
   __device__ int64_t tail() const { return head + vectors * kPerVector<T>; }
-  // Tile 0 has the head as well, and the tail is in the tile of the vector that it would have begun: a row with a head
+  // Tile 0 has the head as well; the tail belongs to the tile in which the next vector would begin. A row with a head
   // may end before the last tile begins.
   __device__ bool has_tail(int64_t tile) const { return tile == vectors / kTileVectors; }
   __device__ int64_t first_column(int64_t tile) const { return tile == 0 ? 0 : bound(tile); }

@@ -1,4 +1,4 @@
-// The arithmetic of one row, shared by the CUDA kernels (head_cuda.cu) and their CPU twin (head_cpu.cpp).
+// The arithmetic of one row, shared by the CUDA kernels (head_cuda.cu) and their CPU counterpart (head_cpu.cpp).
 //
 // A row's softmax is carried as (max, sum), sum = Σ exp(z - max): all differences are taken before any exponential, so
 // the error does not grow with the size of the logits.
@@ -55,7 +55,7 @@ HEAD_FN float exp2_of(float x) {
 #endif
 }
 
-// The larger one; drops NaN if it comes first.
+// The larger one. A NaN in the first argument is dropped.
 HEAD_FN float larger(float a, float b) {
 #ifdef __CUDA_ARCH__
   return fmaxf(a, b);
@@ -73,14 +73,14 @@ struct MaxSum {
   float sum;
 };
 
-// The (max, sum) of both parts. Neutral element: {-inf, 0}. NaN and +inf end as a NaN sum.
+// The (max, sum) of both together. Neutral element: {-inf, 0}. NaN and +inf end as a NaN sum.
 HEAD_FN MaxSum merge(MaxSum a, MaxSum b) {
   const float max = larger(a.max, b.max);
   const float base = base_of(max);
   return {max, a.sum * exp_below(a.max, base) + b.sum * exp_below(b.max, base)};
 }
 
-// max of kCount values get(0 … kCount - 1), kLanes at a time. Drops NaN, which the sum then reports.
+// max of kCount values get(0 … kCount - 1), kLanes at a time. Drops NaN; the sum is then NaN.
 template <int kLanes, int kCount, typename Get>
 HEAD_FN float max_of(Get get) {
   static_assert(kCount % kLanes == 0 && (kLanes & (kLanes - 1)) == 0, "2^n lanes share the values equally");
@@ -126,7 +126,7 @@ HEAD_FN float dense_gradient(float z, float max, float coefficient) {
 }
 
 // The whole gradient at the id that entry j of a row asks for: repeats of the id in the row share one sum, in order.
-// Returns false where an earlier entry already stands for it.
+// Returns false if an earlier entry of the row has the same id.
 HEAD_FN bool sparse_gradient(const int64_t* ids, const float* grad, const float* log_probs, int64_t begin, int64_t end,
                              int64_t j, float grad_sum, float* gradient) {
   for (int64_t k = begin; k < j; ++k)

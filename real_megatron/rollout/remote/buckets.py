@@ -1,4 +1,4 @@
-"""A stream of weights cut into flat buckets: bounded memory, few messages."""
+"""A stream of weights as flat buckets: bounded memory, few messages."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 @dataclass
-class Bucket:
+class WeightBucket:
     """Whole tensors, laid end to end as bytes. Owns its storage: the source tensors may be reused."""
 
     names: list[str]
@@ -26,14 +26,16 @@ class Bucket:
             start += size
         return views
 
-    def to_host(self) -> "Bucket":
-        return Bucket(self.names, self.dtypes, self.shapes, self.flat.cpu())
+    def to_host(self) -> "WeightBucket":
+        return WeightBucket(self.names, self.dtypes, self.shapes, self.flat.cpu())
 
-    def to(self, device: torch.device) -> "Bucket":
-        return Bucket(self.names, self.dtypes, self.shapes, self.flat.to(device))
+    def to(self, device: torch.device) -> "WeightBucket":
+        return WeightBucket(self.names, self.dtypes, self.shapes, self.flat.to(device))
 
 
-def bucketed(stream: Iterable[tuple[str, Tensor]], limit: int, dtype: torch.dtype | None = None) -> Iterator[Bucket]:
+def bucketed(
+    stream: Iterable[tuple[str, Tensor]], limit: int, dtype: torch.dtype | None = None
+) -> Iterator[WeightBucket]:
     """Buckets of at most `limit` bytes (one tensor may be larger); floating tensors are cast to `dtype` if given."""
     held: list[tuple[str, Tensor]] = []
     size = 0
@@ -49,7 +51,7 @@ def bucketed(stream: Iterable[tuple[str, Tensor]], limit: int, dtype: torch.dtyp
         yield _flatten(held)
 
 
-def _flatten(tensors: list[tuple[str, Tensor]]) -> Bucket:
+def _flatten(tensors: list[tuple[str, Tensor]]) -> WeightBucket:
     # Widest first: every tensor then begins at a multiple of its own item size, as a typed view of bytes requires.
     tensors = sorted(tensors, key=lambda pair: -pair[1].element_size())
     flat = torch.cat([tensor.reshape(-1).view(torch.uint8) for _, tensor in tensors])
@@ -57,4 +59,4 @@ def _flatten(tensors: list[tuple[str, Tensor]]) -> Bucket:
         # The bucket is read from other threads and processes, which do not see this stream's order.
         torch.cuda.current_stream(flat.device).synchronize()
     names = [name for name, _ in tensors]
-    return Bucket(names, [t.dtype for _, t in tensors], [list(t.shape) for _, t in tensors], flat)
+    return WeightBucket(names, [t.dtype for _, t in tensors], [list(t.shape) for _, t in tensors], flat)

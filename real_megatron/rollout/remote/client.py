@@ -6,7 +6,8 @@ import random
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
-from real_megatron.rollout.remote.errors import Retryable, RolloutError, StaleReply, Unreachable
+from real_megatron.errors import EngineError
+from real_megatron.rollout.remote.errors import Retryable, StaleReply, Unreachable
 from real_megatron.rollout.remote.http import Http
 from real_megatron.rollout.remote.replica import Replica, ReplicaPool
 
@@ -40,7 +41,7 @@ class RequestClient:
         """`parse(reply, replica)` of the first good reply.
 
         Connection loss, a missed deadline, 5xx, a reply that is no JSON, and a Retryable from `parse` are tried again
-        elsewhere, after a pause with jitter; any other status, and the last failure, is a RolloutError that names
+        elsewhere, after a pause with jitter; any other status, and the last failure, is an EngineError that names
         `what`. A reply counts whole or not at all.
         """
         failures: list[str] = []
@@ -63,20 +64,20 @@ class RequestClient:
                     self._suspect(replica, failures[-1])
             finally:
                 self._pool.release(replica)
-        raise RolloutError(f"{what} failed {self._attempts} times: " + "; ".join(failures))
+        raise EngineError(f"{what} failed {self._attempts} times: " + "; ".join(failures))
 
     async def _post(self, url: str, body: dict[str, Any]) -> Any:
         reply = await self._http.post(url, body, self._timeout_s)
         if reply.status >= 500:
             raise Retryable(f"status {reply.status}: {reply.text[:300]}")
         if reply.status != 200:
-            raise RolloutError(f"{url} refused the request with status {reply.status}: {reply.text[:500]}")
+            raise EngineError(f"{url} refused the request with status {reply.status}: {reply.text[:500]}")
         try:
             return reply.json()
         except ValueError as error:
             raise Retryable(f"the reply is not JSON ({error}): {reply.text[:100]!r}…") from error
 
     def _suspect(self, replica: Replica, reason: str) -> None:
-        # Behind a router nobody says which server it was.
+        # A router does not say which server answered.
         for suspect in self._pool.replicas if self._router else [replica]:
             self._pool.recover(suspect, reason)

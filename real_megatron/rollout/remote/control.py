@@ -1,6 +1,7 @@
 """Control requests: one server, one attempt, no routing."""
 
-from real_megatron.rollout.remote.errors import RolloutError, Unreachable
+from real_megatron.errors import EngineError
+from real_megatron.rollout.remote.errors import Unreachable
 from real_megatron.rollout.remote.http import Http
 from real_megatron.rollout.remote.replica import Replica
 
@@ -8,7 +9,7 @@ _LONGEST_STEP_S = 120
 
 
 class ControlClient:
-    """Requests to single servers; a refusal or a missed deadline is a RolloutError."""
+    """Requests to single servers; a refusal or a missed deadline is an EngineError."""
 
     def __init__(self, http: Http, timeout_s: float) -> None:
         """timeout_s: of requests that load whole checkpoints; `step_s`, of all others, is shorter, since the trainer's
@@ -21,9 +22,9 @@ class ControlClient:
         try:
             reply = await self._http.post(replica.url + path, body, timeout_s or self.step_s)
         except Unreachable as error:
-            raise RolloutError(f"{replica.url}{path}: {error}") from error
+            raise EngineError(f"{replica.url}{path}: {error}") from error
         if reply.status != 200:
-            raise RolloutError(f"{replica.url}{path}: status {reply.status}: {reply.text[:500]}")
+            raise EngineError(f"{replica.url}{path}: status {reply.status}: {reply.text[:500]}")
         try:
             return reply.json()
         except ValueError:
@@ -32,8 +33,11 @@ class ControlClient:
     async def get(self, replica: Replica, path: str) -> dict:
         try:
             reply = await self._http.get(replica.url + path, self.step_s)
-            if reply.status != 200:
-                raise ValueError(f"status {reply.status}: {reply.text[:500]}")
+        except Unreachable as error:
+            raise EngineError(f"{replica.url}{path}: {error}") from error
+        if reply.status != 200:
+            raise EngineError(f"{replica.url}{path}: status {reply.status}: {reply.text[:500]}")
+        try:
             return reply.json()
-        except (Unreachable, ValueError) as error:
-            raise RolloutError(f"{replica.url}{path}: {error}") from error
+        except ValueError as error:
+            raise EngineError(f"{replica.url}{path}: the reply is not JSON: {error}") from error

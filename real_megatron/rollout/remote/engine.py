@@ -2,39 +2,64 @@
 
 import asyncio
 import queue
+import sys
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from real_megatron.config import RolloutConfig
-from real_megatron.rollout.engine import Response, SamplingParams
+from real_megatron.errors import EngineError, PromptRefused
+from real_megatron.rollout.engine import EngineSpec, Response, SamplingParams, WeightSyncError
 from real_megatron.rollout.remote.client import RequestClient
-from real_megatron.rollout.remote.errors import RolloutError
+from real_megatron.rollout.remote.errors import Retryable
 from real_megatron.rollout.remote.http import Http
+from real_megatron.rollout.remote.labels import Labels
 from real_megatron.rollout.remote.loop import LoopThread
 from real_megatron.rollout.remote.replica import Replica, ReplicaPool
+from real_megatron.rollout.remote.servers import ServerCommand, configured_servers
+
+T = TypeVar("T")
 
 
 class RemoteEngine(ABC):
     """RolloutEngine over one or more servers. Subclasses know the server's API and how weights reach it."""
 
+    _name: str
+    """Of log files."""
     _path: str
     """Where generation requests go."""
+    _reserved_tokens = 0
+    """Positions of the model that the server does not give to prompt and response."""
 
-    def __init__(self, config: RolloutConfig, replicas: list[Replica], vocab_size: int, max_tokens: int) -> None:
-        """
-        vocab_size: ids at or above it never leave this process (an out-of-range id can end a server)
-        max_tokens: longest prompt and response together
-        """
-        self._config = config
-        self._vocab_size = vocab_size
-        self._max_tokens = max_tokens
+    def __init__(self, spec: EngineSpec) -> None:
+        """Everything but what weight syncs need: a subclass adds that, then calls `_start`."""
+        hf_config = spec.hf_config()
+        positions = getattr(hf_config, "max_position_embeddings", None) or sys.maxsize
+        self._config = spec.config
+        self._model_dir = spec.model_dir
+        self._dtype = spec.dtype
+        self._serve_loaded = spec.serve_loaded
+        self._tied = bool(hf_config.tie_word_embeddings)
+        self._vocab_size: int = hf_config.vocab_size
+        """Ids at or above it never leave this process: an out-of-range id can end a server."""
+        self._max_tokens = min(spec.max_tokens, positions - self._reserved_tokens)
+        """Longest prompt and response together."""
+        self._labels = Labels()
+        self._label: str | None = None
+        """Label of the current weights; None when no complete set has been sent."""
+        self.version: int | None = 0 if spec.serve_loaded else None
+        """Version of the current weights; None before the first update and after a failed one."""
         self._asleep = False
         self._closing = threading.Lock()
+        replicas = configured_servers(
+            spec.config,
+            self._name,
+            spec.work_dir / "logs",
+            lambda index, port: self._command(spec, index, port, self._max_tokens),
+        )
         self._loop = LoopThread(type(self).__name__)
         self._loop.run(self._open(replicas))
 
@@ -51,10 +76,23 @@ class RemoteEngine(ABC):
         )
         self._client = RequestClient(http, self._pool, config.timeout_s, config.attempts, config.router, self._confirm)
 
+    def _start(self) -> None:
+        """Start the servers, or attach to them, and wait until all are up. An engine that cannot is closed."""
+        try:
+            self._loop.run(self._pool.start())
+        except BaseException:
+            self.close()
+            raise
+
     # --- what a subclass says ---------------------------------------------------------------------------------------
 
     @abstractmethod
-    def _generation_body(self, prompt: list[int], params: SamplingParams, seed: int | None) -> dict[str, Any]: ...
+    def _command(self, spec: EngineSpec, index: int, port: int, context: int) -> ServerCommand:
+        """How local server number `index` is started, for prompt and response of `context` tokens together."""
+
+    @abstractmethod
+    def _generation_body(self, prompt: list[int], params: SamplingParams, seed: int | None) -> dict[str, Any]:
+        """Raises ConfigError for parameters that the server does not take."""
 
     @abstractmethod
     def _parse_generation(self, reply: Any, replica: Replica, params: SamplingParams) -> list[Response]:
@@ -69,6 +107,20 @@ class RemoteEngine(ABC):
     @abstractmethod
     async def _restore(self, replica: Replica) -> None:
         """Bring a server that is up to the current weights (see ReplicaPool)."""
+
+    @abstractmethod
+    def update_weights(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Send a stream of (Hugging Face name, full tensor) to every server that is up, cast to `spec.dtype`.
+
+        The stream is always consumed to its end. Raises EngineError when it is not the checkpoint's set of tensors,
+        WeightSyncError when no server holds the new weights; then nothing is served until another call succeeds.
+        """
+
+    @abstractmethod
+    def sleep(self) -> None: ...
+
+    @abstractmethod
+    def wake(self) -> None: ...
 
     async def _confirm(self, replica: Replica) -> None:
         """Called after each good reply: raise StaleReply when it came from other weights without saying so."""
@@ -89,10 +141,8 @@ class RemoteEngine(ABC):
     def generate(
         self, prompts: Sequence[list[int]], params: SamplingParams, seeds: Sequence[int] | None = None
     ) -> list[list[Response]]:
-        groups: list[list[Response] | None] = [None] * len(prompts)
-        for index, group in self.generate_stream(prompts, params, seeds):
-            groups[index] = group
-        return groups
+        groups = dict(self.generate_stream(prompts, params, seeds))
+        return [groups[index] for index in range(len(prompts))]
 
     def generate_stream(
         self, prompts: Sequence[list[int]], params: SamplingParams, seeds: Sequence[int] | None = None
@@ -132,10 +182,9 @@ class RemoteEngine(ABC):
         return result
 
     def health(self) -> None:
-        if self._asleep:
-            raise RuntimeError("the engine sleeps: call wake() first")
+        self._check_awake()
         if not self._loop.run(self._pool.any_ready()):
-            raise RolloutError("no rollout server can serve: " + "; ".join(r.describe() for r in self._pool.replicas))
+            raise EngineError(f"no rollout server can serve: {self._pool.describe()}")
 
     @property
     def urls(self) -> list[str]:
@@ -149,25 +198,44 @@ class RemoteEngine(ABC):
                 self._loop.run(self._shutdown())
             self._loop.close()
 
+    # --- for subclasses ---------------------------------------------------------------------------------------------
+
+    def _served_version(self) -> int:
+        """The version of the current weights, for a reply. Raises Retryable while they are replaced."""
+        if self.version is None:
+            raise Retryable("the weights are being replaced")
+        return self.version
+
+    async def _require_weights(self) -> None:
+        """Wait until a server holds the weights just sent. Raises WeightSyncError when none will."""
+        if not await self._pool.any_ready():
+            self._label = self.version = None
+            raise WeightSyncError(f"no rollout server holds the new weights: {self._pool.describe()}")
+
     # --- inside -----------------------------------------------------------------------------------------------------
 
-    def _check(self, sequences: Sequence[list[int]], more: int) -> None:
+    def _check_awake(self) -> None:
         if self._asleep:
-            raise RuntimeError("the engine sleeps: call wake() first")
+            raise EngineError("the engine sleeps: call wake() first")
+
+    def _check(self, sequences: Sequence[list[int]], more: int) -> None:
+        self._check_awake()
         for i, sequence in enumerate(sequences):
             if not sequence:
-                raise ValueError(f"sequence {i} is empty")
+                raise PromptRefused(i, "the sequence is empty")
             if min(sequence) < 0 or max(sequence) >= self._vocab_size:
-                raise ValueError(f"sequence {i} has token ids outside the vocabulary of {self._vocab_size}")
+                raise PromptRefused(i, f"the sequence has token ids outside the vocabulary of {self._vocab_size}")
             if len(sequence) + more > self._max_tokens:
-                raise ValueError(
-                    f"sequence {i} has {len(sequence)} tokens; with {more} new ones it exceeds the {self._max_tokens} "
-                    "that the servers are sized for: rollout.max_prompt_tokens + rollout.max_new_tokens"
+                raise PromptRefused(
+                    i,
+                    f"the sequence has {len(sequence)} tokens; with {more} new ones it exceeds the {self._max_tokens} "
+                    "that the servers are sized for: data.max_prompt_tokens + data.max_response_tokens, or the model's "
+                    "own limit",
                 )
 
-    def _each(self, count: int, one) -> Iterator[tuple[int, Any]]:
+    def _each(self, count: int, one: Callable[[int], Coroutine[Any, Any, T]]) -> Iterator[tuple[int, T]]:
         """Run `one(0..count-1)` with as many at a time as the servers take; yield (index, result) as they finish."""
-        finished: queue.SimpleQueue = queue.SimpleQueue()
+        finished: queue.SimpleQueue[tuple[int, T] | BaseException] = queue.SimpleQueue()
         waiting = iter(range(count))
 
         async def worker() -> None:
@@ -185,7 +253,7 @@ class RemoteEngine(ABC):
 
         running = self._loop.submit(all_workers())
         # Behind all results, however it ends: read only when some are missing.
-        running.add_done_callback(lambda _: finished.put(RolloutError("the engine was closed during the request")))
+        running.add_done_callback(lambda _: finished.put(EngineError("the engine was closed during the request")))
         try:
             for _ in range(count):
                 item = finished.get()
@@ -194,9 +262,3 @@ class RemoteEngine(ABC):
                 yield item
         finally:
             running.cancel()
-
-
-def drain(stream: Iterable[Any]) -> None:
-    """Consume what is left of a stream. A collective export must be iterated to its end on every rank."""
-    for _ in stream:
-        pass

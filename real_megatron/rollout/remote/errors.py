@@ -1,12 +1,4 @@
-"""The faults of remote engines."""
-
-
-class RolloutError(RuntimeError):
-    """A request could not be fulfilled, or no server is left to fulfil it. The message says which and why."""
-
-
-class WeightSyncError(RolloutError):
-    """No server holds the new weights. Nothing is served until `update_weights` is called again and succeeds."""
+"""Faults of one attempt at a request, inside the remote engines. What is left in the end is an EngineError."""
 
 
 class Retryable(Exception):

@@ -4,13 +4,13 @@ import re
 import secrets
 from pathlib import Path
 
-from real_megatron.rollout.remote.errors import RolloutError
+from real_megatron.errors import EngineError
 
 _LABEL = re.compile(r"[0-9a-f]{8}-\d+(-incomplete)?")
 
 
 class Labels:
-    """`RUN-VERSION`, with a part of its own for every engine: labels of another run's weights never pass for ours."""
+    """`RUN-VERSION`; RUN is random for every engine, so that labels of another run's weights never pass for ours."""
 
     def __init__(self) -> None:
         self._run = secrets.token_hex(4)
@@ -25,11 +25,11 @@ def incomplete(label: str) -> str:
 
 
 def check_loaded(url: str, model_path: str, label: str, wanted: Path) -> None:
-    """Raise RolloutError unless a server that somebody else runs holds the checkpoint `wanted`, as it has loaded it.
+    """Raise EngineError unless an attached server holds the checkpoint `wanted`, as it has loaded it.
 
     model_path, label: what the server says of its weights
     """
     if _LABEL.fullmatch(label):
-        raise RolloutError(f"{url} holds weights of a training run ({label}): restart it with --model-path {wanted}")
+        raise EngineError(f"{url} holds weights of a training run ({label}): restart it with --model-path {wanted}")
     if Path(model_path).resolve() != wanted.resolve():
-        raise RolloutError(f"{url} serves {model_path}, asked for is {wanted}: start it with that path")
+        raise EngineError(f"{url} serves {model_path}, asked for is {wanted}: start it with that path")

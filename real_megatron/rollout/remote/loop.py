@@ -6,7 +6,7 @@ from collections.abc import Callable, Coroutine
 from concurrent.futures import Future, wait
 from typing import Any, TypeVar
 
-from real_megatron.rollout.remote.errors import RolloutError
+from real_megatron.errors import EngineError
 
 T = TypeVar("T")
 
@@ -22,22 +22,22 @@ class LoopThread:
         self._thread.start()
 
     def submit(self, coroutine: Coroutine[Any, Any, T]) -> "Future[T]":
-        """Start a coroutine. Raises RolloutError when the loop's thread has ended."""
+        """Start a coroutine. Raises EngineError when the loop's thread has ended."""
         if not self.alive:
             coroutine.close()
-            raise RolloutError("the engine is closed")
+            raise EngineError("the engine is closed")
         return asyncio.run_coroutine_threadsafe(coroutine, self.loop)
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """Run to completion; an interrupt of the caller cancels the coroutine.
 
-        Raises RolloutError when the loop's thread has ended: nobody would ever run the coroutine.
+        Raises EngineError when the loop's thread has ended: nothing would run the coroutine.
         """
         future = self.submit(coroutine)
         try:
             while not wait([future], timeout=_POLL_S).done:
                 if not self.alive:
-                    raise RolloutError("the engine was closed during the request")
+                    raise EngineError("the engine was closed during the request")
             return future.result()
         except BaseException:
             future.cancel()
@@ -76,7 +76,7 @@ async def in_daemon_thread(function: Callable[[], T]) -> T:
             if not done.done():
                 setter(value)
 
-        # After close() nobody waits for the result any more.
+        # After close() there is no one to wait for the result.
         if not loop.is_closed():
             loop.call_soon_threadsafe(set_unless_done)
 

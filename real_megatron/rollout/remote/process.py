@@ -12,16 +12,15 @@ from contextlib import suppress
 from itertools import count
 from pathlib import Path
 
-from real_megatron.rollout.remote.errors import RolloutError
+from real_megatron.errors import EngineError
 
 logger = logging.getLogger(__name__)
 _LOG_TAIL_BYTES = 2000
 _GRACE_S = 10
 
-
-# What torchrun tells its workers. A server would take it for its own world: with TORCHELASTIC_USE_AGENT_STORE it waits
-# for a store that nobody hosts.
-_TRAINERS_WORLD = re.compile(r"(LOCAL_)?(RANK|WORLD_SIZE)|MASTER_(ADDR|PORT)|(TORCHELASTIC|GROUP|ROLE)_.*")
+# Variables that torchrun sets for its workers. A server would read them as its own: with TORCHELASTIC_USE_AGENT_STORE
+# it waits for a store that does not exist.
+_TORCHRUN_VARIABLES = re.compile(r"(LOCAL_)?(RANK|WORLD_SIZE)|MASTER_(ADDR|PORT)|(TORCHELASTIC|GROUP|ROLE)_.*")
 
 LAUNCHER = Path(__file__).parent / "launcher" / "launch.py"
 """Runs a module in the server's environment and ends it with this process."""
@@ -37,14 +36,14 @@ class ServerProcess:
     def __init__(
         self, command: Sequence[str], log_dir: Path, name: str, environment: Mapping[str, str] | None = None
     ) -> None:
-        """environment: variables beside those of this process; what describes the trainer's world is left out"""
+        """environment: variables in addition to those of this process; those of torchrun are left out"""
         self.command = list(command)
         self._environment = dict(environment or {})
         self.log: Path | None = None
         self.starts = 0
         self._log_dir = log_dir
         self._name = name
-        self._process: subprocess.Popen | None = None
+        self._process: subprocess.Popen[bytes] | None = None
         self._changing = threading.Lock()
         self._closed = False
 
@@ -60,7 +59,7 @@ class ServerProcess:
         used = {path.name for path in self._log_dir.iterdir()}
         self.log = next(p for i in count() if (p := self._log_dir / f"{self._name}.{i}.log").name not in used)
         self.starts += 1
-        inherited = {k: v for k, v in os.environ.items() if not _TRAINERS_WORLD.fullmatch(k)}
+        inherited = {k: v for k, v in os.environ.items() if not _TORCHRUN_VARIABLES.fullmatch(k)}
         with self.log.open("wb") as log:
             try:
                 self._process = subprocess.Popen(
@@ -72,7 +71,7 @@ class ServerProcess:
                     env=inherited | self._environment,
                 )
             except OSError as error:
-                raise RolloutError(
+                raise EngineError(
                     f"cannot start {self._name}: {self.command[0]} (rollout.python): {error.strerror}"
                 ) from error
         logger.info("%s: process %d, log %s", self._name, self._process.pid, self.log)
@@ -101,31 +100,35 @@ class ServerProcess:
             self._stop(grace_s=0)
 
     def close(self) -> None:
-        """End the whole process group, politely at first, for good."""
+        """End the whole process group for good: SIGTERM, then SIGKILL."""
         with self._changing:
             self._closed = True
             self._stop(_GRACE_S)
 
     def _stop(self, grace_s: float) -> None:
-        if self._process is None:
+        process = self._process
+        if process is None:
             return
         if grace_s:
-            self._signal(signal.SIGTERM)
+            _signal_group(process.pid, signal.SIGTERM)
             with suppress(subprocess.TimeoutExpired):
-                self._process.wait(grace_s)
+                process.wait(grace_s)
         # The group outlives its leader while a worker hangs.
-        self._signal(signal.SIGKILL)
-        self._process.wait()
-        self._process.stdin.close()
+        _signal_group(process.pid, signal.SIGKILL)
+        process.wait()
+        if process.stdin is not None:
+            process.stdin.close()
         self._process = None
 
-    def _signal(self, number: int) -> None:
-        with suppress(ProcessLookupError):
-            os.killpg(self._process.pid, number)
+
+def _signal_group(group: int, number: int) -> None:
+    with suppress(ProcessLookupError):
+        os.killpg(group, number)
 
 
 def free_port() -> int:
-    """A port of 127.0.0.1 that nobody uses now."""
+    """A port of 127.0.0.1 that is free now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+        port: int = probe.getsockname()[1]
+        return port

@@ -6,7 +6,8 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Literal
 
-from real_megatron.rollout.remote.errors import RolloutError, Unreachable
+from real_megatron.errors import EngineError
+from real_megatron.rollout.remote.errors import Unreachable
 from real_megatron.rollout.remote.process import ServerProcess
 
 logger = logging.getLogger(__name__)
@@ -22,7 +23,7 @@ class Replica:
     def __init__(self, url: str, process: ServerProcess | None = None) -> None:
         self.url = url.rstrip("/")
         self.process = process
-        """None when somebody else runs the server."""
+        """None when the server was started by someone else."""
         self.state: State = "down"
         """down: not up (yet); stale: up, with weights that are not the current ones; dead: given up."""
         self.reason = "not started"
@@ -83,7 +84,7 @@ class ReplicaPool:
         while True:
             ready = [r for r in self.replicas if r.state == "ready"]
             if not ready and not self._recoveries:
-                raise RolloutError("no rollout server can serve: " + "; ".join(r.describe() for r in self.replicas))
+                raise EngineError(f"no rollout server can serve: {self.describe()}")
             free = [r for r in ready if r.in_flight < self._concurrency]
             if free:
                 chosen = min(free, key=lambda r: r.in_flight)
@@ -94,6 +95,10 @@ class ReplicaPool:
     def release(self, replica: Replica) -> None:
         replica.in_flight -= 1
         self._notify()
+
+    def describe(self) -> str:
+        """State of every replica, for an error message."""
+        return "; ".join(replica.describe() for replica in self.replicas)
 
     def set_state(self, replica: Replica, state: State, reason: str) -> None:
         if state != replica.state:
@@ -122,7 +127,7 @@ class ReplicaPool:
         await self.settled()
         dead = [r for r in self.replicas if r.state == "dead"]
         if dead:
-            raise RolloutError("; ".join(r.describe() for r in dead))
+            raise EngineError("; ".join(r.describe() for r in dead))
 
     async def settled(self) -> None:
         """Wait until no recovery is under way."""
@@ -136,7 +141,7 @@ class ReplicaPool:
         return any(r.state == "ready" for r in self.replicas)
 
     def recover(self, replica: Replica, reason: str) -> None:
-        """Take a replica out of service and bring it back in the background. Harmless when it is being recovered."""
+        """Take a replica out of service and bring it back in the background; does nothing while that is under way."""
         if replica in self._recoveries or replica.state == "dead":
             return
         if replica.state == "ready":
@@ -158,7 +163,7 @@ class ReplicaPool:
                 except NoCurrentWeights as error:
                     state, replica.reason = "stale", str(error)
                     return
-                except (RolloutError, Unreachable, OSError) as error:
+                except (EngineError, Unreachable, OSError) as error:
                     replica.reason = f"{type(error).__name__}: {error}"
                     logger.warning("rollout server %s: %s", replica.url, replica.reason)
                     self._count_failure(replica)
@@ -205,14 +210,14 @@ class ReplicaPool:
         deadline = time.monotonic() + self._start_timeout_s
         while True:
             if replica.process is not None and not replica.process.alive():
-                raise RolloutError("the server ended while starting: " + replica.process.describe_end())
+                raise EngineError("the server ended while starting: " + replica.process.describe_end())
             try:
                 await self._probe(replica, _PROBE_S)
                 return
             except Unreachable as error:
                 if time.monotonic() > deadline:
                     hint = replica.process.describe_end() if replica.process else "is it running?"
-                    raise RolloutError(
+                    raise EngineError(
                         f"{replica.url} was not healthy within {self._start_timeout_s:.0f} s ({error}): {hint}"
                     ) from error
             await asyncio.sleep(_POLL_S)

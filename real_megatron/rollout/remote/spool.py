@@ -10,14 +10,14 @@ from pathlib import Path
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from real_megatron.rollout.remote.buckets import Bucket
-from real_megatron.rollout.remote.errors import WeightSyncError
+from real_megatron.rollout.engine import WeightSyncError
+from real_megatron.rollout.remote.buckets import WeightBucket
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class CheckpointSpool:
-    """One complete checkpoint at a time in `directory/<label>`, and the one being written beside it.
+    """One complete checkpoint at a time in `directory/<label>`, and the one being written next to it.
 
     The old one is deleted only when `discard_others` is called, after the servers have loaded the new one. Every write
     error becomes one WeightSyncError about the disk and leaves no partial checkpoint behind.
@@ -43,7 +43,7 @@ class CheckpointSpool:
                 if source.is_file() and not weights:
                     shutil.copy(source, self._partial)
 
-    def add(self, bucket: Bucket) -> None:
+    def add(self, bucket: WeightBucket) -> None:
         name = f"model-{len(set(self._weight_map.values())):05d}.safetensors"
         tensors = dict(bucket.to_host().tensors())
         with self._disk_errors():

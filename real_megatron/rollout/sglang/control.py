@@ -1,7 +1,7 @@
 """SGLang's control endpoints, one coroutine each."""
 
+from real_megatron.errors import EngineError
 from real_megatron.rollout.remote.control import ControlClient
-from real_megatron.rollout.remote.errors import RolloutError
 from real_megatron.rollout.remote.labels import incomplete
 from real_megatron.rollout.remote.replica import Replica
 
@@ -43,7 +43,7 @@ class Control(ControlClient):
         """Open the bracket that distributed and tensor updates need, closing one that a failed sync left open."""
         try:
             await self.post(replica, "/begin_weight_update", {})
-        except RolloutError:
+        except EngineError:
             await self.post(replica, "/end_weight_update", {})
             await self.post(replica, "/begin_weight_update", {})
 

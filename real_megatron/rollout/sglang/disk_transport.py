@@ -3,11 +3,11 @@
 import asyncio
 from pathlib import Path
 
-from real_megatron.rollout.remote.buckets import Bucket
+from real_megatron.rollout.remote.buckets import WeightBucket
 from real_megatron.rollout.remote.replica import Replica
 from real_megatron.rollout.remote.spool import CheckpointSpool
 from real_megatron.rollout.sglang.control import Control
-from real_megatron.rollout.sglang.transport import Flight, Transport
+from real_megatron.rollout.sglang.transport import SyncTargets, Transport
 
 
 class DiskTransport(Transport):
@@ -18,15 +18,15 @@ class DiskTransport(Transport):
         super().__init__(control)
         self._spool = spool
 
-    async def open(self, flight: Flight, version: str) -> None:
+    async def open(self, targets: SyncTargets, version: str) -> None:
         self._spool.open(version)
 
-    async def send(self, flight: Flight, bucket: Bucket) -> None:
+    async def send(self, targets: SyncTargets, bucket: WeightBucket) -> None:
         await asyncio.to_thread(self._spool.add, bucket)
 
-    async def finish(self, flight: Flight, version: str) -> None:
+    async def finish(self, targets: SyncTargets, version: str) -> None:
         path = self._spool.finish(version)
-        await flight.each(lambda replica: self._load(replica, path, version))
+        await targets.each(lambda replica: self._load(replica, path, version))
         self._spool.discard_others()
 
     async def restore(self, replica: Replica, version: str) -> bool:

@@ -3,16 +3,18 @@
 import asyncio
 import secrets
 from contextlib import suppress
+from functools import partial
+from typing import Any
 
 import torch
 
-from real_megatron.rollout.remote.buckets import Bucket
-from real_megatron.rollout.remote.errors import RolloutError
+from real_megatron.errors import EngineError
+from real_megatron.rollout.remote.buckets import WeightBucket
 from real_megatron.rollout.remote.loop import in_daemon_thread
 from real_megatron.rollout.remote.replica import Replica
 from real_megatron.rollout.sglang.control import Control
 from real_megatron.rollout.sglang.group import SenderGroup
-from real_megatron.rollout.sglang.transport import Flight, Transport
+from real_megatron.rollout.sglang.transport import SyncTargets, Transport
 
 # How long the other servers may take to notice that a broadcast was given up.
 _GRACE_S = 15
@@ -33,31 +35,30 @@ class DistributedTransport(Transport):
         self._group: SenderGroup | None = None
         self._members: list[tuple[Replica, int]] = []
 
-    async def open(self, flight: Flight, version: str) -> None:
-        await flight.each(lambda replica: self.control.quiesce(replica, version))
-        await flight.each(self.control.begin)
-        await self._form(flight)
+    async def open(self, targets: SyncTargets, version: str) -> None:
+        await targets.each(lambda replica: self.control.quiesce(replica, version))
+        await targets.each(self.control.begin)
+        await self._form(targets)
 
-    async def send(self, flight: Flight, bucket: Bucket) -> None:
-        await self._form(flight)
-        if not flight.alive:
+    async def send(self, targets: SyncTargets, bucket: WeightBucket) -> None:
+        group = await self._form(targets)
+        if group is None:
             return
         body = {
             "names": bucket.names,
             "dtypes": [str(dtype).removeprefix("torch.") for dtype in bucket.dtypes],
             "shapes": bucket.shapes,
-            "group_name": self._group.name,
+            "group_name": group.name,
             "load_format": "flattened_bucket",
             "flush_cache": True,
         }
-        # The open bracket is the server's acceptance. What it still refuses shows as an early answer: then nobody
-        # waits for the broadcast, which would hang until its timeout.
+        # With its bracket open a server accepts the broadcast. If it refuses all the same, it answers early: then the
+        # broadcast, which would hang until its timeout, is not waited for.
         posts = {
             asyncio.create_task(self.control.post(replica, "/update_weights_from_distributed", body)): replica
-            for replica in flight.alive
+            for replica in targets.alive
         }
-        group = self._group
-        cast = asyncio.create_task(in_daemon_thread(lambda: group.broadcast(bucket.flat)))
+        cast = asyncio.create_task(in_daemon_thread(partial(group.broadcast, bucket.flat)))
         try:
             done, _ = await asyncio.wait(
                 {*posts, cast}, timeout=self.control.step_s, return_when=asyncio.FIRST_EXCEPTION
@@ -69,18 +70,18 @@ class DistributedTransport(Transport):
             reason = f"; broadcast: {cast.exception()}" if cast.done() and cast.exception() else ""
             for post, replica in posts.items():
                 if not post.done():
-                    flight.drop(replica, f"no answer to a broadcast that failed elsewhere{reason}")
+                    targets.drop(replica, f"no answer to a broadcast that failed elsewhere{reason}")
                 elif post.exception():
-                    flight.drop(replica, f"{post.exception()}{reason}")
+                    targets.drop(replica, f"{post.exception()}{reason}")
                 elif broken and self._backend == "nccl":
                     # It has answered when it had queued the receipt, which may never come.
-                    flight.drop(replica, f"took part in a broadcast that failed elsewhere{reason}")
+                    targets.drop(replica, f"took part in a broadcast that failed elsewhere{reason}")
         finally:
             for task in (*posts, cast):
                 task.cancel()
 
-    async def finish(self, flight: Flight, version: str) -> None:
-        await flight.each(self.control.end)
+    async def finish(self, targets: SyncTargets, version: str) -> None:
+        await targets.each(self.control.end)
 
     async def close(self) -> None:
         if self._group is None:
@@ -89,60 +90,70 @@ class DistributedTransport(Transport):
 
         async def leave(replica: Replica) -> None:
             # A server that is gone has left already.
-            with suppress(RolloutError):
+            with suppress(EngineError):
                 await self.control.post(replica, "/destroy_weights_update_group", {"group_name": name})
 
         await asyncio.gather(*(leave(replica) for replica, _ in self._members))
         self._discard()
 
-    async def _form(self, flight: Flight) -> None:
-        """Make sure that the group's members are exactly the flight's servers, as often started as they were."""
-        members = [r.incarnation for r in flight.alive]
-        if self._group is not None and members == self._members:
-            return
+    async def _form(self, targets: SyncTargets) -> SenderGroup | None:
+        """The group whose members are exactly the targets' servers, as often started as they were; None when no server
+        is left."""
+        if self._group is not None and [r.incarnation for r in targets.alive] == self._members:
+            return self._group if targets.alive else None
         await self.close()
-        while flight.alive:
+        while targets.alive:
             name = f"rollout-{secrets.token_hex(4)}"
             group = SenderGroup(name, self._backend, self._device, self._host, self.control.step_s)
             self._group = group
-            sizes: dict[Replica, int] = {}
-
-            async def size(replica: Replica, sizes: dict[Replica, int] = sizes) -> None:
-                sizes[replica] = await self.control.tensor_parallel(replica)
-
-            await flight.each(size)
-            world_size = 1 + sum(sizes[r] for r in flight.alive)
-            offset, calls = 1, {}
-            for replica in flight.alive:
-                body = {
-                    "master_address": self._host,
-                    "master_port": group.port,
-                    "rank_offset": offset,
-                    "world_size": world_size,
-                    "group_name": group.name,
-                    "backend": self._backend,
-                }
-                offset += sizes[replica]
-                call = self.control.post(replica, "/init_weights_update_group", body)
-                calls[asyncio.create_task(call)] = replica
-            join = asyncio.create_task(in_daemon_thread(lambda g=group, w=world_size: g.join(w)))
-            try:
-                done, _ = await asyncio.wait(
-                    {*calls, join}, timeout=self.control.step_s, return_when=asyncio.FIRST_EXCEPTION
-                )
-                failures = {r: c.exception() for c, r in calls.items() if c.done() and c.exception()}
-                if len(done) == len(calls) + 1 and not failures and not join.exception():
-                    self._members = [r.incarnation for r in flight.alive]
-                    return
-                if not failures:
-                    reason = join.exception() if join.done() else "timeout"
-                    failures = {r: reason for r in flight.alive}
-                for replica, reason in failures.items():
-                    flight.drop(replica, f"cannot join the process group: {reason}")
-            finally:
-                for task in (*calls, join):
-                    task.cancel()
+            if await self._join(group, targets):
+                return group
             self._discard()
+        return None
+
+    async def _join(self, group: SenderGroup, targets: SyncTargets) -> bool:
+        """Let all servers and this process join; False when a server, which then drops out, could not."""
+        sizes: dict[Replica, int] = {}
+
+        async def ask_size(replica: Replica) -> None:
+            sizes[replica] = await self.control.tensor_parallel(replica)
+
+        await targets.each(ask_size)
+        if not targets.alive:
+            return False
+        world_size = 1 + sum(sizes[r] for r in targets.alive)
+        offset = 1
+        calls: dict[asyncio.Task[Any], Replica] = {}
+        for replica in targets.alive:
+            body = {
+                "master_address": self._host,
+                "master_port": group.port,
+                "rank_offset": offset,
+                "world_size": world_size,
+                "group_name": group.name,
+                "backend": self._backend,
+            }
+            offset += sizes[replica]
+            call = self.control.post(replica, "/init_weights_update_group", body)
+            calls[asyncio.create_task(call)] = replica
+        join = asyncio.create_task(in_daemon_thread(partial(group.join, world_size)))
+        try:
+            done, _ = await asyncio.wait(
+                {*calls, join}, timeout=self.control.step_s, return_when=asyncio.FIRST_EXCEPTION
+            )
+            failures = {r: str(c.exception()) for c, r in calls.items() if c.done() and c.exception()}
+            if len(done) == len(calls) + 1 and not failures and not join.exception():
+                self._members = [r.incarnation for r in targets.alive]
+                return True
+            if not failures:
+                reason = str(join.exception()) if join.done() else "timeout"
+                failures = dict.fromkeys(targets.alive, reason)
+            for replica, reason in failures.items():
+                targets.drop(replica, f"cannot join the process group: {reason}")
+            return False
+        finally:
+            for task in (*calls, join):
+                task.cancel()
 
     def _discard(self) -> None:
         group, self._group, self._members = self._group, None, []

@@ -1,35 +1,29 @@
 """The SGLang engine: requests over HTTP, weights over a process group, shared memory or disk."""
 
-import logging
-import sys
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
-from transformers import PretrainedConfig
 
-from real_megatron.config import RolloutConfig
+from real_megatron.errors import EngineError
 from real_megatron.rollout.checkpoint_names import check_names
-from real_megatron.rollout.engine import Response, SamplingParams
-from real_megatron.rollout.remote.buckets import Bucket, bucketed
-from real_megatron.rollout.remote.engine import RemoteEngine, drain
-from real_megatron.rollout.remote.errors import RolloutError, WeightSyncError
-from real_megatron.rollout.remote.labels import Labels, check_loaded
+from real_megatron.rollout.engine import EngineSpec, Response, SamplingParams, drain, register_engine
+from real_megatron.rollout.remote.buckets import WeightBucket, bucketed
+from real_megatron.rollout.remote.engine import RemoteEngine
+from real_megatron.rollout.remote.labels import check_loaded
 from real_megatron.rollout.remote.replica import NoCurrentWeights, Replica
+from real_megatron.rollout.remote.servers import ServerCommand
 from real_megatron.rollout.remote.spool import CheckpointSpool
 from real_megatron.rollout.sglang import replies
-from real_megatron.rollout.sglang.command import local_servers
+from real_megatron.rollout.sglang.command import server_command
 from real_megatron.rollout.sglang.control import Control
 from real_megatron.rollout.sglang.disk_transport import DiskTransport
 from real_megatron.rollout.sglang.distributed_transport import DistributedTransport
 from real_megatron.rollout.sglang.tensor_transport import TensorTransport
-from real_megatron.rollout.sglang.transport import Flight, Transport
-
-logger = logging.getLogger(__name__)
+from real_megatron.rollout.sglang.transport import SyncTargets, Transport
 
 
+@register_engine("sglang")
 class SGLangEngine(RemoteEngine):
     """RolloutEngine on SGLang servers (0.5.21), started here or attached to.
 
@@ -37,53 +31,27 @@ class SGLangEngine(RemoteEngine):
     returned. Sampling is not seeded: SGLang gives all K samples of a request one seed.
     """
 
+    _name = "sglang"
     _path = "/generate"
+    _reserved_tokens = replies.RESERVED_TOKENS
 
-    def __init__(
-        self,
-        config: RolloutConfig,
-        hf_config: PretrainedConfig,
-        model_dir: Path,
-        work_dir: Path,
-        *,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
-        serve_loaded: bool = False,
-    ) -> None:
+    def __init__(self, spec: EngineSpec) -> None:
         """
-        model_dir: the checkpoint that servers start from; its tensor names are what a sync must deliver
-        work_dir: logs, and the checkpoints of a sync by disk
-        dtype: of the served weights; floating tensors are cast to it on the way
-        serve_loaded: the weights that the servers have loaded are right as they are, as version 0 (to judge or
-            evaluate a checkpoint), which attached servers are asked; else nothing is generated before the first
-            `update_weights`
+        With `spec.serve_loaded`, attached servers are asked whether they hold the checkpoint. The checkpoint's tensor
+        names are what a sync must deliver. Raises EngineError when a server cannot be started or reached.
         """
-        self._labels = Labels()
-        self._model_dir = model_dir
-        self._dtype = dtype
-        self._serve_loaded = serve_loaded
-        self._tied = bool(hf_config.tie_word_embeddings)
-        self._label: str | None = None
-        """Label of the current weights; None when no complete set has been sent."""
-        self.version: int | None = 0 if serve_loaded else None
-        self._kept: list[Bucket] | None = None
+        super().__init__(spec)
+        self._kept: list[WeightBucket] | None = None
+        """The current weights on the host, for servers that come back later."""
         self._released: dict[tuple[Replica, int], list[str]] = {}
         """What each server process has released; one that was started anew since has not."""
-        positions = getattr(hf_config, "max_position_embeddings", None) or sys.maxsize
-        context = min(config.max_prompt_tokens + config.max_new_tokens, positions - replies.RESERVED_TOKENS)
-        replicas = local_servers(config, model_dir, work_dir / "logs", torch.device(device).type, dtype, context)
-        super().__init__(config, replicas, hf_config.vocab_size, context)
-        try:
-            self._loop.run(self._connect(config, work_dir / "weights", torch.device(device)))
-        except BaseException:
-            self.close()
-            raise
-
-    async def _connect(self, config: RolloutConfig, weights_dir: Path, device: torch.device) -> None:
-        self._control = Control(self._http, config.sync_timeout_s)
-        self._new_transport = _transport_factory(config, self._control, weights_dir, self._model_dir, device)
+        self._control = Control(self._http, spec.config.sync_timeout_s)
+        self._new_transport = _transport_factory(spec, self._control)
         self._transport = self._new_transport()
-        await self._pool.start()
+        self._start()
+
+    def _command(self, spec: EngineSpec, index: int, port: int, context: int) -> ServerCommand:
+        return server_command(spec, index, port, context)
 
     # --- requests ---------------------------------------------------------------------------------------------------
 
@@ -91,7 +59,7 @@ class SGLangEngine(RemoteEngine):
         return replies.generation_body(prompt, params)
 
     def _parse_generation(self, reply: Any, replica: Replica, params: SamplingParams) -> list[Response]:
-        return replies.parse_generation(reply, params, self._versions(replica), self.version)
+        return replies.parse_generation(reply, params, self._versions(replica), self._served_version())
 
     def _scoring_body(self, sequence: list[int], ids: Sequence[int]) -> dict[str, Any]:
         return replies.scoring_body(sequence, ids)
@@ -107,77 +75,68 @@ class SGLangEngine(RemoteEngine):
     # --- weights ----------------------------------------------------------------------------------------------------
 
     def update_weights(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Send a stream of (Hugging Face name, full tensor) to every server that is up.
-
-        A server that fails on the way drops out, is brought up to date in the background from the weights kept in
-        host memory (`rollout.keep_weights`), and takes no request before. The stream is always consumed to its end.
-
-        Raises ValueError when the stream is not the checkpoint's set of tensors, WeightSyncError when no server holds
-        the new weights; then nothing is served until another call succeeds.
-        """
+        """As RemoteEngine. A server that fails on the way drops out, is brought up to date in the background from the
+        weights kept in host memory (`rollout.keep_weights`), and takes no request before."""
         stream = iter(tensors)
         self._label, self.version, self._kept = None, None, None
         try:
             self._loop.run(self._pool.settled())
-            flight = self._send(stream, self._labels.of(version))
+            targets = self._send(stream, self._labels.of(version))
         finally:
             drain(stream)
         self._label, self.version = self._labels.of(version), version
-        self._loop.run(self._conclude(flight))
+        self._loop.run(self._conclude(targets))
 
-    def _send(self, stream: Iterator[tuple[str, Tensor]], label: str) -> Flight:
+    def _send(self, stream: Iterator[tuple[str, Tensor]], label: str) -> SyncTargets:
         if self._asleep:
             self._loop.run(self._resume(["weights"]))
-        flight = self._loop.run(self._open_sync(label))
+        targets = self._loop.run(self._open_sync(label))
         keep = self._config.keep_weights and not isinstance(self._transport, DiskTransport)
-        kept: list[Bucket] = []
+        kept: list[WeightBucket] = []
         shapes: dict[str, list[int]] = {}
         for bucket in bucketed(stream, self._config.bucket_mib * 2**20, self._dtype):
             shapes |= zip(bucket.names, bucket.shapes, strict=True)
             if keep:
                 kept.append(bucket.to_host())
-            if flight.alive:
-                self._loop.run(self._transport.send(flight, bucket))
+            if targets.alive:
+                self._loop.run(self._transport.send(targets, bucket))
         check_names(self._model_dir, shapes, self._tied)
-        self._loop.run(self._close_sync(self._transport, flight, label))
+        self._loop.run(self._close_sync(self._transport, targets, label))
         self._kept = kept if keep else None
-        return flight
+        return targets
 
-    async def _open_sync(self, label: str) -> Flight:
-        flight = Flight([r for r in self._pool.replicas if r.state in ("ready", "stale")])
-        for replica in flight.alive:
+    async def _open_sync(self, label: str) -> SyncTargets:
+        targets = SyncTargets([r for r in self._pool.replicas if r.state in ("ready", "stale")])
+        for replica in targets.alive:
             self._pool.set_state(replica, "stale", "weight sync")
-        await self._transport.open(flight, label)
-        return flight
+        await self._transport.open(targets, label)
+        return targets
 
-    async def _close_sync(self, transport: Transport, flight: Flight, label: str) -> None:
-        await transport.finish(flight, label)
-        await flight.each(lambda replica: self._control.admit(replica, label))
+    async def _close_sync(self, transport: Transport, targets: SyncTargets, label: str) -> None:
+        await transport.finish(targets, label)
+        await targets.each(lambda replica: self._control.admit(replica, label))
 
-    async def _conclude(self, flight: Flight) -> None:
-        for replica in flight.alive:
+    async def _conclude(self, targets: SyncTargets) -> None:
+        for replica in targets.alive:
             replica.version = self._label
             self._pool.set_state(replica, "ready", f"weights {self._label}")
-        for replica, reason in flight.failed.items():
+        for replica, reason in targets.failed.items():
             self._pool.recover(replica, f"weight sync failed: {reason}")
-        if not await self._pool.any_ready():
-            self._label = self.version = None
-            reasons = "; ".join(r.describe() for r in self._pool.replicas)
-            raise WeightSyncError(f"no rollout server holds the new weights: {reasons}")
+        await self._require_weights()
 
     async def _probe(self, replica: Replica, timeout_s: float) -> None:
-        # The health check generates a token, for which a server that a failed sync left paused would wait for ever.
-        # Its weights are marked as a mixture, and nobody sends it requests.
+        # The health check generates a token. A server that a failed sync left paused would never do so; it may go on,
+        # since its weights are labelled as incomplete and it gets no requests.
         url = replica.url + "/continue_generation"
         (await self._http.post(url, {}, timeout_s)).check(url)
         await super()._probe(replica, timeout_s)
 
     async def _restore(self, replica: Replica) -> None:
         if self._serve_loaded and self._label is None:
-            label = await self._control.weight_version(replica)
+            loaded = await self._control.weight_version(replica)
             if replica.process is None:
-                check_loaded(replica.url, await self._control.model_path(replica), label, self._model_dir)
-            replica.version = label
+                check_loaded(replica.url, await self._control.model_path(replica), loaded, self._model_dir)
+            replica.version = loaded
             return
         label, kept = self._label, self._kept
         if label is None:
@@ -189,16 +148,16 @@ class SGLangEngine(RemoteEngine):
             await self._control.admit(replica, label)
         elif kept is not None:
             transport = self._new_transport()
-            flight = Flight([replica])
+            targets = SyncTargets([replica])
             try:
-                await transport.open(flight, label)
+                await transport.open(targets, label)
                 for bucket in kept:
-                    await transport.send(flight, bucket)
-                await self._close_sync(transport, flight, label)
+                    await transport.send(targets, bucket)
+                await self._close_sync(transport, targets, label)
             finally:
                 await transport.close()
-            if flight.failed:
-                raise RolloutError(flight.failed[replica])
+            if targets.failed:
+                raise EngineError(targets.failed[replica])
         else:
             raise NoCurrentWeights("its weights are gone and rollout.keep_weights is off")
         replica.version = label
@@ -224,28 +183,28 @@ class SGLangEngine(RemoteEngine):
             self._asleep = False
             self._loop.run(self._refresh())
 
-    async def _release(self, parts: list[str]) -> None:
+    async def _release(self, tags: list[str]) -> None:
         self._released = {}
 
         async def one(replica: Replica) -> None:
             # A server that still computes would end itself here.
             await self._control.post(replica, "/pause_generation", {"mode": "abort"})
-            await self._control.post(replica, "/release_memory_occupation", {"tags": parts})
-            self._released[replica.incarnation] = parts
+            await self._control.post(replica, "/release_memory_occupation", {"tags": tags})
+            self._released[replica.incarnation] = tags
 
         await self._each_up(one)
-        if "weights" in parts:
+        if "weights" in tags:
             for replica in self._pool.replicas:
                 replica.version = None
 
-    async def _resume(self, parts: list[str]) -> None:
+    async def _resume(self, tags: list[str]) -> None:
         async def one(replica: Replica) -> None:
             # A server ends itself when asked for what it has not released.
             released = self._released.get(replica.incarnation, [])
-            wanted = [part for part in parts if part in released]
+            wanted = [tag for tag in tags if tag in released]
             if wanted:
                 await self._control.post(replica, "/resume_memory_occupation", {"tags": wanted})
-                self._released[replica.incarnation] = [part for part in released if part not in wanted]
+                self._released[replica.incarnation] = [tag for tag in released if tag not in wanted]
 
         await self._each_up(one)
 
@@ -258,26 +217,23 @@ class SGLangEngine(RemoteEngine):
 
     async def _each_up(self, step: Callable[[Replica], Awaitable[None]]) -> None:
         await self._pool.settled()
-        flight = Flight([r for r in self._pool.replicas if r.state in ("ready", "stale")])
-        await flight.each(step)
-        for replica, reason in flight.failed.items():
+        targets = SyncTargets([r for r in self._pool.replicas if r.state in ("ready", "stale")])
+        await targets.each(step)
+        for replica, reason in targets.failed.items():
             self._pool.recover(replica, reason)
 
     async def _shutdown(self) -> None:
-        if hasattr(self, "_transport"):
-            await self._transport.close()
+        await self._transport.close()
         await super()._shutdown()
 
 
-def _transport_factory(
-    config: RolloutConfig, control: Control, weights_dir: Path, model_dir: Path, device: torch.device
-) -> Callable[[], Transport]:
-    kind = config.weight_sync
+def _transport_factory(spec: EngineSpec, control: Control) -> Callable[[], Transport]:
+    kind = spec.config.weight_sync
     if kind == "auto":
-        kind = "tensor" if config.colocate else "distributed"
+        kind = "tensor" if spec.config.colocate else "distributed"
     if kind == "tensor":
         return lambda: TensorTransport(control)
     if kind == "disk":
-        spool = CheckpointSpool(weights_dir, model_dir)
+        spool = CheckpointSpool(spec.work_dir / "weights", spec.model_dir)
         return lambda: DiskTransport(control, spool)
-    return lambda: DistributedTransport(control, device, config.sync_host)
+    return lambda: DistributedTransport(control, spec.device, spec.config.sync_host)

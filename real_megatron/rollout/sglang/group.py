@@ -9,12 +9,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import distributed_c10d
+from torch.distributed.distributed_c10d import GroupName, PrefixStore
 
-from real_megatron.rollout.remote.errors import WeightSyncError
+from real_megatron.rollout.engine import WeightSyncError
 
 
 class SenderGroup:
-    """The trainer's end. Stands beside the trainer's own world and its groups, and needs neither.
+    """The trainer's end, independent of the trainer's own process group.
 
     A server joins through POST /init_weights_update_group and forms its end in the same way; store prefixes and
     names must agree with it.
@@ -27,7 +28,7 @@ class SenderGroup:
         self.name = name
         self._backend = backend
         self._device = device
-        # Of one operation. A broadcast that nobody takes cannot be cancelled, and keeps the process from ending.
+        # Of one operation. A broadcast that no server receives cannot be cancelled, and keeps the process from ending.
         self._timeout = datetime.timedelta(seconds=timeout_s)
         try:
             listener = socket.create_server((host, 0))
@@ -50,20 +51,20 @@ class SenderGroup:
 
     def join(self, world_size: int) -> None:
         """Blocks until every server has joined, or raises at the timeout."""
-        # The public new_group() makes groups of this world's ranks only; the servers are no part of it.
+        # The public new_group() makes groups of the trainer's own ranks only.
         self._group, _ = distributed_c10d._new_process_group_helper(
             world_size,
             0,
             [],
             dist.Backend(self._backend),
-            dist.PrefixStore(self.name, self._store),
-            group_name=self.name,
+            PrefixStore(self.name, self._store),
+            group_name=GroupName(self.name),
             timeout=self._timeout,
         )
         distributed_c10d._world.pg_group_ranks[self._group] = {i: i for i in range(world_size)}
 
     def broadcast(self, flat: Tensor) -> None:
-        """Send; blocks until every server has taken it, or raises."""
+        """Send; blocks until every server has received it, or raises."""
         options = dist.BroadcastOptions()
         options.rootRank = 0
         options.rootTensor = 0
@@ -71,7 +72,10 @@ class SenderGroup:
             torch.cuda.set_device(self._device)
             flat = flat.to(self._device)  # weights kept on the host come to a server that was started anew
         with self._lock:
-            group, self._sending = self._group, True
+            group = self._group
+            if group is None:
+                raise WeightSyncError(f"the process group {self.name} has been given up")
+            self._sending = True
         try:
             group.broadcast([flat], options).wait()
             if flat.is_cuda:

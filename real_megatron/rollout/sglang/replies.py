@@ -4,8 +4,9 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from real_megatron.errors import EngineError
 from real_megatron.rollout.engine import Response, SamplingParams
-from real_megatron.rollout.remote.errors import Retryable, RolloutError, StaleReply
+from real_megatron.rollout.remote.errors import Retryable, StaleReply
 
 RESERVED_TOKENS = 2
 """SGLang 0.5.21 ends a response this many tokens before its context length, whatever was asked for."""
@@ -51,7 +52,7 @@ def parse_generation(reply: Any, params: SamplingParams, versions: set[str], ver
     versions: what the servers' labels of the current weights may be
 
     Raises Retryable when the reply is not exactly `n` whole responses, StaleReply when other weights were used, and
-    RolloutError when the server's context is too small for what was asked.
+    EngineError when the server's context is too small for what was asked.
     """
     samples = reply if isinstance(reply, list) else [reply]
     if len(samples) != params.n:
@@ -71,7 +72,7 @@ def parse_scoring(reply: Any, ids: Sequence[int], versions: set[str]) -> list[fl
         raise Retryable(f"the reply has not the expected form: {error!r}") from error
 
 
-def _response(sample: dict, params: SamplingParams, versions: set[str], version: int) -> Response:
+def _response(sample: dict[str, Any], params: SamplingParams, versions: set[str], version: int) -> Response:
     meta = sample["meta_info"]
     finish = meta["finish_reason"]
     if finish["type"] not in ("stop", "length"):
@@ -93,7 +94,7 @@ def _response(sample: dict, params: SamplingParams, versions: set[str], version:
     if finish["type"] == "length":
         reason = "length"
         if len(ids) < params.max_new_tokens:
-            raise RolloutError(
+            raise EngineError(
                 f"the server ended a response after {len(ids)} of {params.max_new_tokens} tokens: its --context-length "
                 f"must be {RESERVED_TOKENS} above the longest prompt and response together"
             )
@@ -103,13 +104,13 @@ def _response(sample: dict, params: SamplingParams, versions: set[str], version:
     return Response(ids, logprobs, reason, version, watched)
 
 
-def _values(entries: list, ids: Sequence[int]) -> list[float]:
+def _values(entries: list[list[Any]], ids: Sequence[int]) -> list[float]:
     by_id = {entry[1]: entry[0] for entry in entries}
     return [float(by_id[i]) for i in ids]
 
 
-def check_versions(meta: dict, versions: set[str]) -> None:
-    """A response that spans a weight update lists each part."""
+def check_versions(meta: dict[str, Any], versions: set[str]) -> None:
+    """Raise StaleReply unless every token is from `versions`; a response that spans an update lists several."""
     used = {span["version"] for span in meta.get("weight_versions") or []} | {meta["weight_version"]}
     if not used <= versions:
         raise StaleReply(f"sampled from weights {sorted(used)}, current are {sorted(versions)}")

@@ -6,39 +6,39 @@ from multiprocessing.reduction import ForkingPickler
 
 import torch
 
-from real_megatron.rollout.remote.buckets import Bucket
+from real_megatron.rollout.remote.buckets import WeightBucket
 from real_megatron.rollout.remote.replica import Replica
-from real_megatron.rollout.sglang.transport import Flight, Transport
+from real_megatron.rollout.sglang.transport import SyncTargets, Transport
 
 
 class TensorTransport(Transport):
     """`/update_weights_from_tensor`: the server maps the bucket's memory: CUDA IPC, or shared memory on a CPU.
 
-    Server and trainer share the host; the trainer's GPU has the same index in the server's process.
+    Server and trainer run on one host; the trainer's GPU has the same index in the server's process.
     """
 
-    async def open(self, flight: Flight, version: str) -> None:
+    async def open(self, targets: SyncTargets, version: str) -> None:
         async def one(replica: Replica) -> None:
             await self.control.quiesce(replica, version)
             await self.control.begin(replica)
 
-        await flight.each(one)
+        await targets.each(one)
 
-    async def send(self, flight: Flight, bucket: Bucket) -> None:
+    async def send(self, targets: SyncTargets, bucket: WeightBucket) -> None:
         async def one(replica: Replica) -> None:
-            # One entry per tensor-parallel rank; each takes its part of the whole tensor. A handle counts one reader,
+            # One entry per tensor-parallel rank; each takes its shard of the whole tensor. A handle counts one reader,
             # so every reader has its own.
             payloads = [_pickle_by_handle(bucket) for _ in range(await self.control.tensor_parallel(replica))]
             body = {"serialized_named_tensors": payloads, "flush_cache": True}
             await self.control.post(replica, "/update_weights_from_tensor", body)
 
-        await flight.each(one)
+        await targets.each(one)
 
-    async def finish(self, flight: Flight, version: str) -> None:
-        await flight.each(self.control.end)
+    async def finish(self, targets: SyncTargets, version: str) -> None:
+        await targets.each(self.control.end)
 
 
-def _pickle_by_handle(bucket: Bucket) -> str:
+def _pickle_by_handle(bucket: WeightBucket) -> str:
     """Base64 of the pickled [(name, tensor)], tensors as handles of shared memory: the format of SGLang's
     MultiprocessingSerializer."""
     buffer = io.BytesIO()

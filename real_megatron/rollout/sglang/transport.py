@@ -4,12 +4,12 @@ import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable
 
-from real_megatron.rollout.remote.buckets import Bucket
+from real_megatron.rollout.remote.buckets import WeightBucket
 from real_megatron.rollout.remote.replica import Replica
 from real_megatron.rollout.sglang.control import Control
 
 
-class Flight:
+class SyncTargets:
     """The servers that a sync still reaches, and why the others dropped out."""
 
     def __init__(self, replicas: list[Replica]) -> None:
@@ -32,20 +32,20 @@ class Flight:
 
 
 class Transport(ABC):
-    """Carries the buckets of one sync: open, send each, finish. A server's failure goes into the flight; only what
-    concerns every server (a full disk) is raised."""
+    """Carries the buckets of one sync: open, send each, finish. A server's failure is recorded in the targets; an error
+    that concerns every server (a full disk) is raised."""
 
     def __init__(self, control: Control) -> None:
         self.control = control
 
     @abstractmethod
-    async def open(self, flight: Flight, version: str) -> None: ...
+    async def open(self, targets: SyncTargets, version: str) -> None: ...
 
     @abstractmethod
-    async def send(self, flight: Flight, bucket: Bucket) -> None: ...
+    async def send(self, targets: SyncTargets, bucket: WeightBucket) -> None: ...
 
     @abstractmethod
-    async def finish(self, flight: Flight, version: str) -> None: ...
+    async def finish(self, targets: SyncTargets, version: str) -> None: ...
 
     async def restore(self, replica: Replica, version: str) -> bool:
         """Load the last finished sync into one server, without the buckets; False when this transport keeps none."""

@@ -4,32 +4,27 @@ Written against vLLM 0.30's documented endpoints and tested against a local serv
 behind it yet.
 """
 
-import os
-import sys
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
-from transformers import PretrainedConfig
 
-from real_megatron.config import RolloutConfig
+from real_megatron.errors import ConfigError, EngineError
 from real_megatron.rollout.checkpoint_names import check_names
-from real_megatron.rollout.engine import Response, SamplingParams
+from real_megatron.rollout.engine import EngineSpec, Response, SamplingParams, drain, register_engine
 from real_megatron.rollout.remote.buckets import bucketed
 from real_megatron.rollout.remote.control import ControlClient
-from real_megatron.rollout.remote.engine import RemoteEngine, drain
-from real_megatron.rollout.remote.errors import Retryable, RolloutError, StaleReply, WeightSyncError
-from real_megatron.rollout.remote.labels import Labels, check_loaded, incomplete
-from real_megatron.rollout.remote.process import LAUNCHER, ServerProcess, free_port
+from real_megatron.rollout.remote.engine import RemoteEngine
+from real_megatron.rollout.remote.errors import Retryable, StaleReply
+from real_megatron.rollout.remote.labels import check_loaded, incomplete
 from real_megatron.rollout.remote.replica import NoCurrentWeights, Replica
+from real_megatron.rollout.remote.servers import ServerCommand
 from real_megatron.rollout.remote.spool import CheckpointSpool
 from real_megatron.rollout.vllm import replies
+from real_megatron.rollout.vllm.command import SERVED_NAME, server_command
 
-_SERVED_NAME = "policy"
 
-
+@register_engine("vllm")
 class VLLMEngine(RemoteEngine):
     """RolloutEngine on vLLM servers, started here or attached to.
 
@@ -38,69 +33,52 @@ class VLLMEngine(RemoteEngine):
     log-probabilities at temperature 1, so only temperatures 1 and 0 are taken.
     """
 
+    _name = "vllm"
     _path = "/v1/completions"
 
-    def __init__(
-        self,
-        config: RolloutConfig,
-        hf_config: PretrainedConfig,
-        model_dir: Path,
-        work_dir: Path,
-        *,
-        device: torch.device | str = "cuda",
-        dtype: torch.dtype = torch.bfloat16,
-        serve_loaded: bool = False,
-    ) -> None:
-        """Arguments as of SGLangEngine."""
-        if config.weight_sync not in ("auto", "disk"):
-            raise ValueError(f"rollout.weight_sync {config.weight_sync}: the vLLM engine syncs by disk: auto or disk")
-        self._labels = Labels()
-        self._model_dir = model_dir
-        self._dtype = dtype
-        self._serve_loaded = serve_loaded
-        self._tied = bool(hf_config.tie_word_embeddings)
-        self._label: str | None = None
-        self.version: int | None = 0 if serve_loaded else None
-        self._spool = CheckpointSpool(work_dir / "weights", model_dir)
-        positions = getattr(hf_config, "max_position_embeddings", None) or sys.maxsize
-        context = min(config.max_prompt_tokens + config.max_new_tokens, positions)
-        replicas = _replicas(config, model_dir, work_dir / "logs", dtype, context)
-        super().__init__(config, replicas, hf_config.vocab_size, context)
-        self._control = ControlClient(self._http, config.sync_timeout_s)
-        try:
-            self._loop.run(self._pool.start())
-        except BaseException:
-            self.close()
-            raise
+    def __init__(self, spec: EngineSpec) -> None:
+        """As SGLangEngine. Raises ConfigError for a `rollout.weight_sync` other than auto and disk."""
+        if spec.config.weight_sync not in ("auto", "disk"):
+            raise ConfigError(
+                f"rollout.weight_sync {spec.config.weight_sync}: the vLLM engine syncs by disk: set auto or disk"
+            )
+        super().__init__(spec)
+        self._spool = CheckpointSpool(spec.work_dir / "weights", spec.model_dir)
+        self._control = ControlClient(self._http, spec.config.sync_timeout_s)
+        self._start()
+
+    def _command(self, spec: EngineSpec, index: int, port: int, context: int) -> ServerCommand:
+        return server_command(spec, index, port, context)
 
     # --- requests ---------------------------------------------------------------------------------------------------
 
     def _generation_body(self, prompt: list[int], params: SamplingParams, seed: int | None) -> dict[str, Any]:
         if params.temperature not in (0, 1):
-            raise ValueError(
-                f"temperature {params.temperature}: vLLM reports log-probabilities at temperature 1 only; use "
-                "temperature 1 (or 0), or another engine"
+            raise ConfigError(
+                f"temperature {params.temperature}: vLLM reports log-probabilities at temperature 1 only; set "
+                "rollout.temperature or evaluation.temperature to 1 (evaluation also takes 0), or choose another "
+                "rollout.engine"
             )
-        return replies.generation_body(_SERVED_NAME, prompt, params, seed)
+        return replies.generation_body(SERVED_NAME, prompt, params, seed)
 
     def _parse_generation(self, reply: Any, replica: Replica, params: SamplingParams) -> list[Response]:
-        return replies.parse_generation(reply, params, self.version)
+        return replies.parse_generation(reply, params, self._served_version())
 
     def _scoring_body(self, sequence: list[int], ids: Sequence[int]) -> dict[str, Any]:
         params = SamplingParams(max_new_tokens=1, watch_ids=tuple(ids))
-        return replies.generation_body(_SERVED_NAME, sequence, params, None)
+        return replies.generation_body(SERVED_NAME, sequence, params, None)
 
     def _parse_scoring(self, reply: Any, replica: Replica, ids: Sequence[int]) -> list[float]:
         return replies.parse_scoring(reply, ids)
 
     async def _confirm(self, replica: Replica) -> None:
-        # vLLM's replies do not name their weights, but a server that was started anew by somebody else has lost its
-        # label. Behind a router nobody says which server it was.
+        # vLLM's replies do not name their weights, but an attached server that was started anew has lost its label. A
+        # router does not say which server answered.
         if self._label is None or self._config.router:
             return
         try:
             served = (await self._control.get(replica, "/weight_info"))["weight_version"]
-        except RolloutError as error:
+        except EngineError as error:
             raise Retryable(str(error)) from error
         if served != self._label:
             raise StaleReply(f"sampled from weights {served}, current are {self._label}")
@@ -108,7 +86,7 @@ class VLLMEngine(RemoteEngine):
     # --- weights ----------------------------------------------------------------------------------------------------
 
     def update_weights(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Write the stream as a checkpoint and have every server load it. Errors as of SGLangEngine."""
+        """As RemoteEngine: write the stream as a checkpoint and have every server load it."""
         stream = iter(tensors)
         label = self._labels.of(version)
         self._label, self.version = None, None
@@ -132,17 +110,14 @@ class VLLMEngine(RemoteEngine):
             replica.version = None
             self._pool.recover(replica, "weight sync")
         await self._pool.settled()
-        if not await self._pool.any_ready():
-            self._label = self.version = None
-            reasons = "; ".join(r.describe() for r in self._pool.replicas)
-            raise WeightSyncError(f"no rollout server holds the new weights: {reasons}")
+        await self._require_weights()
 
     async def _restore(self, replica: Replica) -> None:
         if self._serve_loaded and self._label is None:
             if replica.process is None:
                 label = str((await self._control.get(replica, "/weight_info"))["weight_version"])
                 cards = (await self._control.get(replica, "/v1/models"))["data"]
-                roots = [str(card["root"]) for card in cards if card["id"] == _SERVED_NAME]
+                roots = [str(card["root"]) for card in cards if card["id"] == SERVED_NAME]
                 check_loaded(replica.url, (roots or ["no model named policy"])[0], label, self._model_dir)
             return
         if self._label is None:
@@ -192,36 +167,5 @@ class VLLMEngine(RemoteEngine):
             try:
                 for path in paths:
                     await self._control.post(replica, path, {}, self._control.timeout_s)
-            except RolloutError as error:
+            except EngineError as error:
                 self._pool.recover(replica, str(error))
-
-
-def _replicas(config: RolloutConfig, model_dir: Path, log_dir: Path, dtype: torch.dtype, context: int) -> list[Replica]:
-    """The servers to attach to (`rollout.servers`), or processes to start, not started yet."""
-    if config.servers:
-        return [Replica(url) for url in config.servers]
-    replicas = []
-    for index in range(config.replicas):
-        port = config.port + index if config.port else free_port()
-        command = server_command(config, model_dir, port, dtype, context)
-        first = config.first_gpu + index * config.tensor
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES")  # rollout.first_gpu counts what this process sees
-        names = visible.split(",") if visible else [str(gpu) for gpu in range(first + config.tensor)]
-        gpus = ",".join(names[first : first + config.tensor])
-        environment = {"VLLM_SERVER_DEV_MODE": "1", "CUDA_VISIBLE_DEVICES": gpus}
-        replicas.append(
-            Replica(f"http://127.0.0.1:{port}", ServerProcess(command, log_dir, f"vllm-{index}", environment))
-        )
-    return replicas
-
-
-def server_command(config: RolloutConfig, model_dir: Path, port: int, dtype: torch.dtype, context: int) -> list[str]:
-    """Arguments of one local server; `rollout.server_args` come last and win."""
-    command = [config.python or sys.executable, str(LAUNCHER), "vllm.entrypoints.openai.api_server"]
-    command += ["--model", str(model_dir), "--served-model-name", _SERVED_NAME, "--host", "127.0.0.1"]
-    command += ["--port", str(port), "--dtype", str(dtype).removeprefix("torch.")]
-    # One more than the longest sequence: scoring generates a token that nobody reads.
-    command += ["--max-model-len", str(context + 1), "--tensor-parallel-size", str(config.tensor)]
-    if config.colocate:
-        command += ["--enable-sleep-mode"]
-    return command + config.server_args

@@ -1,0 +1,222 @@
+"""One REAL training step beside what peers run, on the lengths of a real judge benchmark, in one run.
+
+    python -m benchmarks.step [--k 4 8 16] [--output benchmarks/results/step_cpu.md]
+
+Contenders, all on the same random model, the same groups and the same objective:
+
+    ours       shared prompts, one forward pass, response-only linear head (this package's step)
+    (b)        Megatron per-sequence packing: this package's step with share_prompt off
+    (a)        transformers as peers run it: the K responses of a prompt as K padded sequences; a scoring pass (rewards,
+               old log-probs), then the update; full logits and log_softmax; torch's AdamW
+    binary     ours with a binary-reward RLOO objective: what the reward costs
+
+Each contender runs in a process of its own, so that peak memory is its own, and takes turns with the others. Before the
+clock starts, the gradients of ours and (b) are compared with those of (a). The reward costs little beside a step's
+noise: ours and binary alternate for `--pairs` more steps each, and the median of their ratios is given.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from benchmarks import report
+from benchmarks.measure import MIB, peak_bytes, synchronize
+from benchmarks.step_contenders import CONTENDERS, DEVICE, TOKENS_PER_WORD, build, make_groups, model_config
+from real_megatron.batch.packing import rows_of, tokens_of, tree_of
+from real_megatron.bridge import describe
+from real_megatron.policy import flops
+
+
+def work(args: argparse.Namespace) -> None:
+    """A contender's process: one JSON line in (`step`, `gradients FILE`, `quit`), one out."""
+    groups = make_groups(args.k[0], args.prompts, args.vocab)
+    contender = build(args.contender, Path(args.checkpoint), args)
+    before = peak_bytes(DEVICE)
+    print(json.dumps({"ready": True}), flush=True)
+    for line in sys.stdin:
+        command, _, target = line.strip().partition(" ")
+        if command == "gradients":
+            torch.save(contender.gradients(groups), target)
+            print(json.dumps({"done": True}), flush=True)
+        elif command == "step":
+            synchronize(DEVICE)
+            started = time.perf_counter()
+            metrics = contender.step(groups)
+            synchronize(DEVICE)
+            seconds = time.perf_counter() - started
+            peak = peak_bytes(DEVICE) - before
+            print(json.dumps({"seconds": seconds, "peak": peak, "loss": metrics["loss"]}), flush=True)
+        else:
+            return
+
+
+class Contender:
+    """A contender's process, seen from the benchmark."""
+
+    def __init__(self, name: str, checkpoint: Path, k: int, argv: list[str]) -> None:
+        command = [sys.executable, "-W", "ignore", "-m", "benchmarks.step", *argv]
+        command += ["--contender", name, "--checkpoint", str(checkpoint), "--k", str(k)]
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        self.read()
+
+    def read(self) -> dict[str, float]:
+        for line in self.process.stdout:
+            if line.startswith("{"):
+                return json.loads(line)
+        raise RuntimeError(self.process.stderr.read())
+
+    def ask(self, command: str) -> dict[str, float]:
+        self.process.stdin.write(command + "\n")
+        self.process.stdin.flush()
+        return self.read()
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def largest_difference(found: Path, expected: Path) -> float:
+    """Largest ‖Δ‖ / ‖g‖ over the tensors of two gradient files."""
+    ours, theirs = (torch.load(path, weights_only=True) for path in (found, expected))
+    assert ours.keys() == theirs.keys()
+    return max(float((ours[n].double() - theirs[n].double()).norm() / theirs[n].double().norm()) for n in theirs)
+
+
+def reward_cost(ours: Contender, binary: Contender, pairs: int) -> float:
+    """Median ratio of the seconds of a REAL step and of a binary-reward step right before or after it."""
+    ratios = []
+    for turn in range(pairs):
+        first, second = (ours, binary) if turn % 2 == 0 else (binary, ours)
+        seconds = {id(contender): contender.ask("step")["seconds"] for contender in (first, second)}
+        ratios.append(seconds[id(ours)] / seconds[id(binary)])
+    return statistics.median(ratios)
+
+
+def measure(k: int, checkpoint: Path, args: argparse.Namespace, argv: list[str]) -> dict[str, dict[str, float]]:
+    """Interleaved steps of all contenders at one K: fastest time, peak memory of a step, gradient difference of
+    (b) and ours, and for ours the reward's cost."""
+    results: dict[str, dict[str, float]] = {name: {"seconds": float("inf")} for name in CONTENDERS}
+    with tempfile.TemporaryDirectory() as scratch:
+        for name in ("a", "b", "ours"):
+            contender = Contender(name, checkpoint, k, argv)
+            contender.ask(f"gradients {scratch}/{name}")
+            contender.close()
+        for name in ("b", "ours"):
+            results[name]["difference"] = largest_difference(Path(scratch, name), Path(scratch, "a"))
+    contenders = {name: Contender(name, checkpoint, k, argv) for name in CONTENDERS}
+    for _ in range(args.repeats):
+        for name, contender in contenders.items():
+            answer = contender.ask("step")
+            results[name]["seconds"] = min(results[name]["seconds"], answer["seconds"])
+            results[name]["peak"] = answer["peak"]
+    results["ours"]["reward_cost"] = reward_cost(contenders["ours"], contenders["binary"], args.pairs)
+    for contender in contenders.values():
+        contender.close()
+    return results
+
+
+def table(results: dict[int, dict[str, dict[str, float]]], args: argparse.Namespace) -> list[str]:
+    """The steps at each K, and the reward's cost."""
+    description = describe(model_config(args))
+    header = ["K", "step", "seconds", "ours is faster by", "peak memory of a step, MiB", "ours needs"]
+    header += ["gradients, rel. difference to (a)", "tokens through the model", "model TFLOP"]
+    lines: list[list[object]] = []
+    for k, rows in results.items():
+        groups = make_groups(k, args.prompts, args.vocab)
+        shared = sum(tokens_of(g) for g in groups)
+        separate = sum(tokens_of(g, share_prompt=False) for g in groups)
+        work = sum(flops.training_flops(description, tree_of(g), rows_of(g)) for g in groups)
+        tokens = {"a": 2 * separate, "b": separate, "ours": shared, "binary": shared}
+        labels = {
+            "a": "(a) transformers, scoring pass + update",
+            "b": "(b) Megatron, prompts not shared",
+            "ours": "**ours**",
+            "binary": "ours, binary-reward RLOO",
+        }
+        ours = rows["ours"]
+        for name in CONTENDERS:
+            row = rows[name]
+            difference = f"{row['difference']:.1e}" if "difference" in row else "–"
+            cells = [f"{row['seconds']:.3f}", f"{row['seconds'] / ours['seconds']:.2f}×"]
+            cells += [f"{row['peak'] / MIB:.0f}", f"{ours['peak'] / row['peak']:.2f}×"]
+            lines.append([k, labels[name], *cells, difference, f"{tokens[name]:,}", f"{work / 1e12:.3f}"])
+    costs = ", ".join(f"{rows['ours']['reward_cost']:.3f} at K = {k}" for k, rows in results.items())
+    return [
+        *report.table(header, lines, left=2),
+        "",
+        f"A REAL step takes, of a binary-reward RLOO step of the same batch (median of {args.pairs} pairs): {costs}.",
+    ]
+
+
+def page(
+    results: dict[int, dict[str, dict[str, float]]], size: int, args: argparse.Namespace, preamble: list[str]
+) -> list[str]:
+    """The lines of the result page; `size` is the model's number of parameters."""
+    return [
+        *preamble,
+        f"- Model: random Qwen3, {size / 1e6:.1f}M parameters (hidden {args.hidden}, {args.layers} layers, vocabulary "
+        f"{args.vocab}), {'bfloat16' if DEVICE == 'cuda' else 'float32'}; {args.prompts} prompts a step",
+        "- Lengths: Vicuna Bench in Prometheus format (benchmarks/lengths/vicuna_bench.json), "
+        f"{TOKENS_PER_WORD} tokens a word",
+        "",
+        *table(results, args),
+        "",
+        f"Fastest of {args.repeats} interleaved steps; memory beyond the idle process, at its peak.",
+    ]
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--k", type=int, nargs="+", default=[4, 8, 16], help="responses per prompt")
+    parser.add_argument("--prompts", type=int, default=1, help="prompts per step")
+    parser.add_argument("--hidden", type=int, default=512)
+    parser.add_argument("--ffn", type=int, default=1536)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--vocab", type=int, default=8192)
+    parser.add_argument("--max-tokens", type=int, default=16384, help="token budget of a micro-batch")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--pairs", type=int, default=10, help="pairs of steps that the reward's cost comes from")
+    parser.add_argument("--output", type=Path, help="write the result here as well")
+    parser.add_argument("--contender", choices=CONTENDERS, help=argparse.SUPPRESS)
+    parser.add_argument("--checkpoint", help=argparse.SUPPRESS)
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    args = parse()
+    if args.contender:
+        work(args)
+        return
+    preamble = report.preamble(
+        "One REAL training step beside peers' way",
+        report.hardware(DEVICE),
+        report.software("megatron-core", "transformers"),
+        report.command("step"),
+    )
+    argv = []
+    for name in ("prompts", "hidden", "ffn", "layers", "vocab", "max_tokens"):
+        argv += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
+    with tempfile.TemporaryDirectory() as scratch:
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(model_config(args), dtype=torch.float32)
+        model.save_pretrained(scratch)
+        size = sum(p.numel() for p in model.parameters())
+        del model
+        results = {k: measure(k, Path(scratch), args, argv) for k in args.k}
+    report.publish(page(results, size, args, preamble), args.output)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    main()

@@ -1,0 +1,64 @@
+"""A checkpoint by its directory or by its name on the hub, and its tokenizer."""
+
+import re
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from real_megatron.errors import CheckpointError
+from real_megatron.hf.side_files import PATTERNS
+
+_HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+# Never code or pickles.
+_SIDE_FILES = [*PATTERNS, "real_megatron.yaml"]
+_WEIGHTS = ["*.safetensors", "*.safetensors.index.json"]
+
+
+def checkpoint_directory(path: str | Path, revision: str | None = None, weights: bool = True) -> Path:
+    """The directory of a Hugging Face checkpoint: `path` itself, or that of its download from the hub.
+
+    path: a directory, or a name on the hub (`owner/name`) if there is no directory of that name. revision: branch, tag
+    or commit on the hub; None: its main branch. weights: false downloads only configuration and tokenizer. Downloads
+    are kept in huggingface_hub's cache, from which they are read without a network.
+
+    Raises CheckpointError if there is neither, if config.json is missing, or for a revision of a local directory.
+    """
+    directory = Path(path)
+    if not directory.is_dir():
+        if not _HUB_NAME.fullmatch(str(path)):
+            raise CheckpointError(f"{path}: no such directory; name the directory of a Hugging Face checkpoint")
+        directory = _download(str(path), revision, weights)
+    elif revision is not None:
+        raise CheckpointError(f"{path} is a directory here, which has no revision {revision!r}: leave the revision out")
+    if not (directory / "config.json").is_file():
+        raise CheckpointError(f"{path}: no config.json there; name the directory of a Hugging Face checkpoint")
+    return directory
+
+
+def load_tokenizer(directory: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a Hugging Face checkpoint; remote code is never run. Raises CheckpointError without one."""
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+    except Exception as error:  # the tokenizers library raises plain Exception for a damaged file
+        raise CheckpointError(f"{directory}: its tokenizer cannot be loaded: {error}") from error
+    return tokenizer
+
+
+def _download(name: str, revision: str | None, weights: bool) -> Path:
+    at = f" at revision {revision!r}" if revision else ""
+    wanted = [*_SIDE_FILES, *_WEIGHTS] if weights else _SIDE_FILES
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
+    except (RepositoryNotFoundError, RevisionNotFoundError):
+        raise CheckpointError(
+            f"{name}: no directory here, and the hub has no such model{at} (or it is private or gated: log in with "
+            "`hf auth login`); correct the name or the revision"
+        ) from None
+    except Exception as error:  # besides OSError: errors of its HTTP client, which differ between its versions
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise CheckpointError(
+            f"{name}: no directory here, and it cannot be downloaded from the hub{at} ({reason}); without a network, "
+            "download it elsewhere (`hf download`) and name its directory"
+        ) from None

@@ -1,0 +1,71 @@
+"""The small files of a Hugging Face checkpoint: configuration, tokenizer, generation settings, licence."""
+
+import json
+import logging
+import shutil
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, PretrainedConfig
+
+from real_megatron.errors import CheckpointError
+
+log = logging.getLogger(__name__)
+
+# Subfolder of a converted Megatron checkpoint that holds them, so that it can be converted back without its source.
+FOLDER = "hf"
+PATTERNS = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*",
+    "merges.txt",
+    "*.model",
+    "*.tiktoken",
+    "chat_template*",
+    "LICENSE*",
+    "NOTICE*",
+)
+
+
+def carry(source: Path, target: Path, dtype: torch.dtype | None = None) -> list[str]:
+    """Copy the side files of a checkpoint; `dtype`, if given, is written to config.json. Returns their names.
+
+    Other files (weights in other formats, code) are not copied, but logged.
+    """
+    target.mkdir(parents=True, exist_ok=True)
+    files = sorted(path.name for path in source.iterdir() if path.is_file())
+    names = [name for name in files if any(fnmatch(name, pattern) for pattern in PATTERNS)]
+    others = [name for name in files if name not in names and "safetensors" not in name]
+    if others:
+        log.info("%s: not carried over: %s", source, ", ".join(others))
+    for name in names:
+        shutil.copyfile(source / name, target / name)
+    if dtype is not None:
+        _set_dtype(target / "config.json", dtype)
+    return names
+
+
+def read_config(directory: Path) -> PretrainedConfig:
+    """The configuration in `config.json`; remote code is never run. Raises CheckpointError if it cannot be used."""
+    file = directory / "config.json"
+    if not file.is_file():
+        raise CheckpointError(f"{file} is missing")
+    try:
+        return AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    except (ValueError, KeyError, OSError) as error:
+        raise CheckpointError(f"{file} cannot be used: {error}") from error
+
+
+def _set_dtype(file: Path, dtype: torch.dtype) -> None:
+    config: dict[str, Any] = json.loads(file.read_text())
+    name = str(dtype).removeprefix("torch.")
+    # transformers 4 writes "torch_dtype", 5 writes "dtype"; older readers know only the former.
+    key = "dtype" if "dtype" in config else "torch_dtype"
+    if config.get(key) != name:
+        config[key] = name
+        file.write_text(json.dumps(config, indent=2) + "\n")

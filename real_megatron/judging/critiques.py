@@ -1,0 +1,159 @@
+"""Critiques that a model writes for labelled examples, as a data set: TRACT's second stage trains on its own first
+stage's critiques."""
+
+import json
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from real_megatron.config import RunConfig
+from real_megatron.data import JudgeExample, encode_prompts, load_examples
+from real_megatron.errors import ConfigError
+from real_megatron.judging.job import keep_settings
+from real_megatron.judging.judge import Judge
+from real_megatron.judging.reading import example_seed
+from real_megatron.rollout.engine import SamplingParams
+from real_megatron.rollout.sampling import sample_trajectories
+from real_megatron.runtime import barrier, from_rank_0, rank, start_process_group, world_size
+
+logger = logging.getLogger(__name__)
+
+CHUNK = 1024
+"""Prompts sampled between two writes."""
+_CHUNK_END = '{"prompts": '
+"""How the line behind a chunk begins in the unfinished file; it says how many prompts are done."""
+
+Row = dict[str, Any]
+
+
+def write_critiques(config: RunConfig, model: str | Path, output: Path, samples: int = 1) -> int:
+    """Let `model` write `samples` critiques for every example of `data.train`, into a plain JSONL file that SFT reads:
+    `id`, `messages` (the prompt), `label`, `cot`, and the example's further columns. Returns the number of critiques.
+
+    Sampled with `rollout.temperature` and `rollout.top_p`, at most `data.max_response_tokens` long. A critique without
+    an anchor is dropped and counted, as are prompts that are too long. Written in chunks: the same call goes on behind
+    the last whole chunk of a job that was killed, and does nothing when the file is complete. Collective under
+    torchrun: ranks with an embedded engine share the prompts.
+
+    Raises ConfigError when the output was begun with other settings, or when no critique has an anchor.
+    """
+    if not config.data.train:
+        raise ConfigError("data.train is empty: name at least one data set whose prompts are to get critiques")
+    if world_size() > 1 and not dist.is_initialized():
+        start_process_group(config.parallel.timeout_minutes)
+    partial = output.with_name(output.name + ".partial")
+    from_rank_0(lambda: _begin(output, partial, _settings(config, str(model), samples)))
+    if from_rank_0(output.exists):
+        logger.info("%s is complete", output)
+        return len(_lines(output))
+    with Judge.from_pretrained(model, config=config, work_dir=output.parent / "rollout") as judge:
+        _sample(judge, samples, partial)
+    found = from_rank_0(lambda: _finish(partial, output))
+    barrier()
+    if not found:
+        raise ConfigError(
+            f"{model} wrote no critique with the anchor {judge.scale.anchor_text!r}: train it further, or raise "
+            "data.max_response_tokens"
+        )
+    return found
+
+
+def _settings(config: RunConfig, model: str, samples: int) -> dict[str, Any]:
+    """What decides the critiques."""
+    tree = config.model_dump(mode="json")
+    data, rollout = tree["data"], tree["rollout"]
+    return {
+        "model": model,
+        "samples": samples,
+        "seed": config.seed,
+        "scale": tree["scale"],
+        **{
+            f"data.{key}": data[key]
+            for key in ("train", "template", "chat_template", "max_prompt_tokens", "max_response_tokens")
+        },
+        **{f"rollout.{key}": rollout[key] for key in ("temperature", "top_p")},
+    }
+
+
+def _begin(output: Path, partial: Path, settings: dict[str, Any]) -> None:
+    output.parent.mkdir(parents=True, exist_ok=True)
+    keep_settings(output, settings, begun=output.exists() or partial.exists())
+
+
+def _sample(judge: Judge, samples: int, partial: Path) -> None:
+    config, tokenizer, scale = judge.config, judge.tokenizer, judge.scale
+    data, rollout = config.data, config.rollout
+    sources = [load_examples(source, data.template, scale.values) for source in data.train]
+    # Ids may repeat in other data sets.
+    examples = [(f"{number}/{e.id}" if len(sources) > 1 else e.id, e) for number, s in enumerate(sources) for e in s]
+    ids = {id(example): name for name, example in examples}
+    kept = encode_prompts(tokenizer, [e for _, e in examples], data.max_prompt_tokens, data.chat_template)
+    params = SamplingParams(samples, rollout.temperature, rollout.top_p, data.max_response_tokens)
+    done, dropped = from_rank_0(lambda: _go_on(partial)), 0
+    for begin in range(done, len(kept), CHUNK):
+        chunk = kept[begin : begin + CHUNK]
+        names = [ids[id(example)] for example, _ in chunk]
+        seeds = [example_seed(config.seed, "written critique", name) for name in names]
+        prompts = [prompt_ids for _, prompt_ids in chunk]
+        sampled = sample_trajectories(judge.engine, tokenizer, scale, prompts, params, "drop", seeds)
+        rows: list[Row] = []
+        for name, (example, _), trajectories in zip(names, chunk, sampled.trajectories, strict=True):
+            dropped += samples - len(trajectories)
+            for k, trajectory in enumerate(trajectories):
+                text = tokenizer.decode(
+                    trajectory.response_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
+                )
+                rows.append(_row(f"{name}#{k}", example, text.removesuffix(scale.anchor_text).strip()))
+        rows.append({"prompts": begin + len(chunk)})
+        from_rank_0(lambda rows=rows: _append(partial, rows))  # type: ignore[misc]  # mypy cannot infer such a lambda
+        if rank() == 0:
+            logger.info("critiques of %d of %d prompts are sampled", begin + len(chunk), len(kept))
+    if dropped and rank() == 0:
+        logger.warning("%d critiques had no anchor and were dropped", dropped)
+
+
+def _row(name: str, example: JudgeExample, cot: str) -> Row:
+    return {**example.meta, "id": name, "messages": example.messages, "label": example.label, "cot": cot}
+
+
+def _go_on(partial: Path) -> int:
+    """Prepare the file for further chunks, without what stands behind its last whole one; returns the prompts done."""
+    lines = _lines(partial) if partial.exists() else []
+    ends = [i for i, line in enumerate(lines) if line.startswith(_CHUNK_END) and line.endswith("\n")]
+    whole = max(ends, default=-1)
+    _replace(partial, lines[: whole + 1])
+    if whole < 0:
+        return 0
+    done: int = json.loads(lines[whole])["prompts"]
+    logger.info("%s: goes on behind %d prompts", partial, done)
+    return done
+
+
+def _append(partial: Path, rows: Sequence[Row]) -> None:
+    with partial.open("a", encoding="utf-8", newline="\n") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def _finish(partial: Path, output: Path) -> int:
+    """Give the file its final form and name, unless it holds no critique; returns their number."""
+    lines = [line for line in _lines(partial) if not line.startswith(_CHUNK_END)]
+    if lines:
+        _replace(output, lines)
+    partial.unlink()
+    return len(lines)
+
+
+def _replace(file: Path, lines: Sequence[str]) -> None:
+    fresh = file.with_name(file.name + ".tmp")
+    fresh.write_text("".join(lines), encoding="utf-8", newline="\n")
+    os.replace(fresh, file)
+
+
+def _lines(file: Path) -> list[str]:
+    # Not splitlines(): critiques may hold other line separators, such as U+2028.
+    with file.open(encoding="utf-8", newline="\n") as lines:
+        return list(lines)

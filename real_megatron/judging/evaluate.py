@@ -1,0 +1,198 @@
+"""A judge on labelled test sets: each example is judged, and the scores are compared with the labels."""
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch.distributed as dist
+from transformers import PreTrainedTokenizerBase
+
+from real_megatron.config import RunConfig
+from real_megatron.data import encode_prompts, load_examples
+from real_megatron.errors import ConfigError, DataError
+from real_megatron.evaluation.metrics import NAMES, Estimate, agreement
+from real_megatron.evaluation.report import evaluation_path
+from real_megatron.evaluation.result import DECODINGS, Evaluation, Prediction
+from real_megatron.judging.judge import Judge
+from real_megatron.judging.reading import Reading, answers_of, mean_answer
+from real_megatron.runtime import rank, start_process_group, world_size
+from real_megatron.scores import ScoreScale
+
+
+@dataclass(frozen=True)
+class EvaluationPrompt:
+    """A labelled prompt as tokens."""
+
+    id: str
+    label: float
+    prompt_ids: list[int]
+
+
+def evaluate(config: RunConfig, model: str | Path | None = None, output: Path | None = None) -> dict[str, Evaluation]:
+    """Evaluate a checkpoint on the sets of `data.eval`; saves `output/evaluation/NAME.json`, returns the results.
+
+    model: a directory or a name on the hub; default: the run's own, `config.output/hf`. output: default
+    `config.output`. Under torchrun the ranks share the examples, and every rank gets the results.
+
+    Raises ConfigError when there is no test set, CheckpointError when there is no checkpoint.
+    """
+    model, output = model or config.output / "hf", output or config.output
+    if not config.data.eval:
+        raise ConfigError("data.eval is empty: name at least one test set, for example data.eval.dev.path=dev.jsonl")
+    if world_size() > 1 and not dist.is_initialized():
+        start_process_group(config.parallel.timeout_minutes)
+    with Judge.from_pretrained(model, config=config, work_dir=output / "rollout") as judge:
+        sets = load_evaluation_sets(config, judge.tokenizer, judge.scale)
+        return evaluate_sets(judge, sets, output, about={"model": str(model)})
+
+
+def load_evaluation_sets(
+    config: RunConfig, tokenizer: PreTrainedTokenizerBase, scale: ScoreScale
+) -> dict[str, list[EvaluationPrompt]]:
+    """Every set of `data.eval`; too long prompts are dropped and counted. Raises ConfigError when none is left."""
+    data = config.data
+    sets = {}
+    for name, source in data.eval.items():
+        examples = load_examples(source, data.template, scale.values)
+        kept = encode_prompts(tokenizer, examples, data.max_prompt_tokens, data.chat_template)
+        if not kept:
+            raise ConfigError(
+                f"data.eval.{name}: no prompt of {source.path} is short enough: raise data.max_prompt_tokens"
+            )
+        sets[name] = [EvaluationPrompt(example.id, example.label, ids) for example, ids in kept]
+    return sets
+
+
+def evaluate_sets(
+    judge: Judge,
+    sets: Mapping[str, Sequence[EvaluationPrompt]],
+    directory: Path,
+    *,
+    step: int | None = None,
+    about: Mapping[str, Any] | None = None,
+) -> dict[str, Evaluation]:
+    """Judge every set; rank 0 saves each result in `directory` (see `evaluation_path`). Collective.
+
+    about: what else the numbers depend on, such as the model's path; kept with the results.
+    """
+    results = {}
+    for name, examples in sets.items():
+        results[name] = evaluate_set(judge, examples, name, step=step, about=about)
+        if rank() == 0:
+            results[name].save(evaluation_path(directory, name, step))
+    return results
+
+
+def evaluate_set(
+    judge: Judge,
+    examples: Sequence[EvaluationPrompt],
+    name: str,
+    *,
+    step: int | None = None,
+    about: Mapping[str, Any] | None = None,
+    on_progress: Callable[[int], None] | None = None,
+) -> Evaluation:
+    """Judge every example with `evaluation.samples` critiques and compare with the labels.
+
+    RAIL and sampled decoding read the same critiques. A critique without an anchor gets one appended
+    (`evaluation.no_anchor: force`, the default: every example is judged) or is left out (`drop`: an example that loses
+    all of them is counted as `unanswered`, and no metric covers it; where none is answered, every metric is NaN, with a
+    note). `about` is kept with the result; `on_progress` is called with the number of examples done. Every rank of a
+    distributed engine must call it; all get the same result.
+
+    Raises DataError when there is no example, or an id occurs twice.
+    """
+    if not examples:
+        raise DataError(f"test set {name}: no examples to evaluate on")
+    ids = [example.id for example in examples]
+    if len(set(ids)) < len(ids):
+        repeated = next(id for i, id in enumerate(ids) if id in ids[:i])
+        raise DataError(f"test set {name}: the id {repeated!r} occurs twice; give every example its own")
+    settings = judge.config.evaluation
+    rows: list[list[Reading]] = []
+    for start in range(0, len(examples), settings.batch_size):
+        chunk = examples[start : start + settings.batch_size]
+        rows += judge.read([example.prompt_ids for example in chunk], [example.id for example in chunk])
+        if on_progress is not None:
+            on_progress(len(rows))
+    predictions = [_prediction(example, row) for example, row in zip(examples, rows, strict=True)]
+    answered = [p for p in predictions if p.rail is not None]
+    readings = [reading for row in rows for reading in row]
+    return Evaluation(
+        name=name,
+        metrics={decoding: _agreement(judge, answered, decoding) for decoding in DECODINGS},
+        counts=_counts(readings, len(examples), len(examples) - len(answered)),
+        means=_means(readings),
+        config=dict(about or {}) | {**judge_settings(judge), "bootstrap": settings.bootstrap},
+        step=step,
+        predictions=predictions,
+    )
+
+
+def judge_settings(judge: Judge) -> dict[str, Any]:
+    """What a judge's numbers depend on beside the model, as plain data to keep with them."""
+    config, params, scale = judge.config, judge.params(), judge.scale
+    return {
+        "samples": params.n,
+        "temperature": params.temperature,
+        "top_p": params.top_p,
+        "max_new_tokens": params.max_new_tokens,
+        "seed": config.seed,
+        "no_anchor_rule": config.evaluation.no_anchor,
+        "probabilities": config.scale.probabilities,
+        "scale": {"scores": scale.texts, "values": scale.values, "anchor": scale.anchor_text},
+    }
+
+
+def forget_evaluations(directory: Path, step: int) -> None:
+    """Remove the saved evaluations of later steps than `step`: a run that starts there will make them again, perhaps at
+    other steps, and a report would take the old ones for its newest."""
+    for path in (directory / "evaluation").glob("*-step-*.json*"):
+        found = re.search(r"-step-(\d+)(\.json|\.predictions\.jsonl)$", path.name)
+        if found and int(found[1]) > step:
+            path.unlink()
+
+
+def _agreement(judge: Judge, answered: Sequence[Prediction], decoding: str) -> dict[str, Estimate]:
+    if not answered:
+        note = f"no response has the anchor {judge.scale.anchor_text!r}"
+        return {name: Estimate(math.nan, math.nan, math.nan, note) for name in NAMES}
+    values = [getattr(p, decoding) for p in answered]
+    labels = [p.label for p in answered]
+    return agreement(values, labels, judge.scale.values, judge.config.evaluation.bootstrap, judge.config.seed)
+
+
+def _prediction(example: EvaluationPrompt, readings: Sequence[Reading]) -> Prediction:
+    answer, critiques = mean_answer(answers_of(readings)), [reading.critique for reading in readings]
+    if answer is None:
+        return Prediction(example.id, example.label, None, None, None, critiques)
+    return Prediction(example.id, example.label, answer.expected, answer.sampled, answer.probabilities, critiques)
+
+
+def _counts(readings: Sequence[Reading], examples: int, unanswered: int) -> dict[str, int]:
+    return {
+        "examples": examples,
+        "unanswered": unanswered,
+        "responses": len(readings),
+        "no_anchor": sum(r.no_anchor for r in readings),
+        "truncated": sum(r.truncated for r in readings),
+        "forced": sum(r.no_anchor and r.answer is not None for r in readings),
+    }
+
+
+def _means(readings: Sequence[Reading]) -> dict[str, float]:
+    distributions = [answer.probabilities for answer in answers_of(readings)]
+    return {
+        "response_tokens": fmean(r.tokens for r in readings),
+        "score_mass": fmean(map(sum, distributions)) if distributions else math.nan,
+        "score_entropy": fmean(map(_entropy, distributions)) if distributions else math.nan,
+    }
+
+
+def _entropy(probabilities: Sequence[float]) -> float:
+    mass = sum(probabilities)
+    return -sum(p / mass * math.log(p / mass) for p in probabilities if p) if mass else math.nan

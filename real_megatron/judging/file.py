@@ -1,0 +1,232 @@
+"""Score a JSONL file of any length with a judge: streaming, resumable, and not stopped by bad rows."""
+
+import codecs
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from real_megatron.data import load_template
+from real_megatron.errors import ConfigError, DataError, PromptRefused
+from real_megatron.judging.evaluate import judge_settings
+from real_megatron.judging.job import keep_settings
+from real_megatron.judging.judge import Judge
+from real_megatron.judging.reading import Reading
+
+logger = logging.getLogger(__name__)
+
+Report = Callable[[int, str | None, str], None]
+"""(line of the input, id, what is wrong) of a bad row."""
+
+
+@dataclass
+class JudgeSummary:
+    """What happened to the rows of the input."""
+
+    judged: int = 0
+    skipped: int = 0
+    """In the output already, from an earlier run."""
+    bad: int = 0
+    """Reported in the errors file."""
+    no_anchor: int = 0
+    """Critiques that did not come to the anchor."""
+
+
+@dataclass(frozen=True)
+class _Row:
+    number: int
+    """Line of the input, from 1."""
+    id: str
+    digest: str
+    """Of the line, so that a changed row is not taken for one that is judged."""
+    prompt_ids: list[int]
+
+
+def errors_path(output: Path) -> Path:
+    """Where the bad rows of the job that writes `output` are reported."""
+    return output.with_name(output.name + ".errors.jsonl")
+
+
+def judge_file(
+    judge: Judge, source: Path, output: Path, on_progress: Callable[[JudgeSummary], None] | None = None
+) -> JudgeSummary:
+    """Judge each row of `source` (JSONL) and append a row to `output`: `id`, `score` (RAIL), `distribution` (score text
+    → probability), `sampled_score`, `critique`, `no_anchor`; with several critiques the first three are means,
+    `critique` and `no_anchor` are the first one's, and `samples` lists all. `row` is a digest of the input's line.
+
+    A row's id is its `id` field, else `line N`. Rows whose id is in the output are skipped, so a job that was killed is
+    resumed by the same call; a line cut short by the kill is removed and judged again. Each batch of
+    `evaluation.batch_size` rows is on disk before the next begins. Bad rows (no JSON object, no prompt, too long, an id
+    seen before, judged when it read differently) go to `errors_path(output)` with line and reason; each run writes that
+    file anew, since it tries those rows again. The judge's settings and the input's path are kept beside the output.
+
+    Raises ConfigError when `output` was begun with other settings or is damaged, OSError when a file cannot be read or
+    written, EngineError when the engine fails or the model cannot score. What is finished then stays on disk.
+    """
+    output.parent.mkdir(parents=True, exist_ok=True)
+    begun = output.exists() and output.stat().st_size > 0
+    keep_settings(output, {**_about(judge), "input": str(source.resolve())}, begun)
+    done = _finished(output)
+    summary = JudgeSummary()
+    errors_path(output).unlink(missing_ok=True)
+    with source.open("rb") as lines, output.open("ab") as out, errors_path(output).open("wb") as errors:
+
+        def report(number: int, id: str | None, error: str) -> None:
+            summary.bad += 1
+            _write(errors, {"line": number, "id": id, "error": error})
+
+        def flush(rows: list[_Row]) -> None:
+            for row, readings in _judged(judge, rows, report):
+                _write(out, {"id": row.id, **_result(judge, readings), "row": row.digest})
+                summary.judged += 1
+                summary.no_anchor += sum(r.no_anchor for r in readings)
+            _sync(out)
+            _sync(errors)
+            if on_progress is not None:
+                on_progress(summary)
+
+        seen: set[str] = set()
+        waiting: list[_Row] = []
+        for number, line in _numbered(lines):
+            id, digest = None, hashlib.blake2b(line, digest_size=8).hexdigest()
+            try:
+                record = _parse(line)
+                id = str(record["id"]) if record.get("id") is not None else f"line {number}"
+                if id in seen:
+                    raise DataError(f"the id {id!r} occurs in an earlier row; give every row its own")
+                seen.add(id)
+                if id in done:
+                    if done[id] != digest:
+                        raise DataError(
+                            f"the row {id!r} read differently when it was judged; remove its line from {output} to "
+                            "have it judged anew, or choose another output"
+                        )
+                    summary.skipped += 1
+                    continue
+                waiting.append(_Row(number, id, digest, judge.encode(record, "row")))
+            except DataError as error:
+                report(number, id, str(error))
+            if len(waiting) == judge.config.evaluation.batch_size:
+                flush(waiting)
+                waiting = []
+        if waiting:
+            flush(waiting)
+    if not summary.bad:
+        errors_path(output).unlink()
+    else:
+        logger.warning("%s: %d bad rows, see %s", source, summary.bad, errors_path(output))
+    return summary
+
+
+def count_rows(source: Path) -> int:
+    """Rows of a JSONL file. Raises OSError when it cannot be read."""
+    with source.open("rb") as lines:
+        return sum(1 for line in lines if line.strip())
+
+
+def _numbered(lines: BinaryIO) -> Iterator[tuple[int, bytes]]:
+    """The lines that are not blank, counted from 1."""
+    for number, line in enumerate(lines, start=1):
+        if number == 1:
+            line = line.removeprefix(codecs.BOM_UTF8)
+        if line.strip():
+            yield number, line.strip()
+
+
+def _judged(judge: Judge, rows: list[_Row], report: Report) -> Iterator[tuple[_Row, list[Reading]]]:
+    """Each row with its readings. A row whose prompt the engine refuses is reported, and the others are asked again."""
+    while rows:
+        try:
+            readings = judge.read([row.prompt_ids for row in rows], [row.id for row in rows])
+        except PromptRefused as refusal:
+            refused = rows[refusal.index]
+            report(refused.number, refused.id, str(refusal))
+            rows = [row for row in rows if row is not refused]
+        else:
+            yield from zip(rows, readings, strict=True)
+            return
+
+
+def _parse(line: bytes) -> dict[str, Any]:
+    try:
+        text = line.decode("utf-8")
+        record = json.loads(text)
+        json.dumps(record, ensure_ascii=False).encode("utf-8")
+    except json.JSONDecodeError as error:
+        raise DataError(f"not JSON: {error}") from None
+    except RecursionError:
+        raise DataError("not JSON that can be read: nested too deeply") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"not UTF-8: {error}") from None
+    except UnicodeEncodeError as error:  # a lone surrogate, written as an escape
+        raise DataError(f"text that is not Unicode: {error.reason}") from None
+    if not isinstance(record, dict):
+        raise DataError(f"not a JSON object but {type(record).__name__}")
+    return record
+
+
+def _result(judge: Judge, readings: list[Reading]) -> dict[str, Any]:
+    row = asdict(judge.summary(readings))
+    samples = row.pop("samples")
+    for sample in samples:
+        del sample["samples"]
+    order = ("score", "distribution", "sampled_score", "critique", "no_anchor")
+    return {key: row[key] for key in order} | ({"samples": samples} if samples else {})
+
+
+def _about(judge: Judge) -> dict[str, Any]:
+    """What decides the output, as plain data."""
+    data, settings = judge.config.data, judge_settings(judge)
+    template = load_template(data.template)
+    return {
+        "model": judge.name,
+        "weights_written": None if judge.directory is None else _written(judge.directory),
+        "template": data.template,
+        "template_digest": hashlib.blake2b(template.text.encode(), digest_size=8).hexdigest(),
+        "chat_template": data.chat_template,
+        **settings.pop("scale"),
+        **settings,
+    }
+
+
+def _written(model: Path) -> str | None:
+    """When the newest weights of a checkpoint were written: those of a later training in the same directory differ."""
+    newest = max((path.stat().st_mtime for path in model.glob("*.safetensors")), default=None)
+    return None if newest is None else datetime.fromtimestamp(newest, UTC).isoformat()
+
+
+def _finished(output: Path) -> dict[str, str]:
+    """Ids in the output, with the digests of their rows; a last line that was cut short is removed from the file."""
+    done: dict[str, str] = {}
+    if not output.exists():
+        return done
+    whole = 0
+    with output.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.endswith(b"\n"):
+                break
+            try:
+                row = json.loads(line)
+                done[row["id"]] = row["row"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise ConfigError(f"{output}, line {number}: not a row of this job; choose another output") from error
+            whole += len(line)
+    if whole < output.stat().st_size:
+        logger.warning("%s: removed a last line that was cut short", output)
+        os.truncate(output, whole)
+    return done
+
+
+def _write(file: BinaryIO, row: dict[str, Any]) -> None:
+    # A lone surrogate in an id has no UTF-8 form; `backslashreplace` writes it as the JSON escape that it came from.
+    file.write((json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace"))
+
+
+def _sync(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())

@@ -1,0 +1,31 @@
+"""A job that writes a file and can be interrupted: its settings are kept beside the output, to go on with the same."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from real_megatron.errors import ConfigError
+
+
+def job_path(output: Path) -> Path:
+    """Where the settings of the job that writes `output` are kept."""
+    return output.with_name(output.name + ".job.json")
+
+
+def keep_settings(output: Path, settings: dict[str, Any], begun: bool) -> None:
+    """Keep the settings of a new job; where one has begun, refuse to go on with other settings.
+
+    Raises ConfigError, naming each setting that differs, or when the settings of a job that has begun are gone.
+    """
+    settings = json.loads(json.dumps(settings))
+    path = job_path(output)
+    if not begun:
+        path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        return
+    if not path.exists():
+        raise ConfigError(f"{output} exists, but {path.name} does not, so it cannot be resumed: choose another output")
+    before = json.loads(path.read_text(encoding="utf-8"))
+    changed = [key for key in {**before, **settings} if before.get(key) != settings.get(key)]
+    if changed:
+        what = ", ".join(f"{key} was {before.get(key)!r}, is {settings.get(key)!r}" for key in changed)
+        raise ConfigError(f"{output} was begun with other settings ({what}): choose another output, or use the same")

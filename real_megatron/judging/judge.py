@@ -1,0 +1,230 @@
+"""A judge: a checkpoint behind an engine, with the scale, prompts and sampling of its configuration."""
+
+import hashlib
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from transformers import PreTrainedTokenizerBase
+
+from real_megatron.config import RunConfig
+from real_megatron.data import Template, encode_prompt, example_from_record, load_template
+from real_megatron.errors import DataError
+from real_megatron.hf.directory import checkpoint_directory, load_tokenizer
+from real_megatron.judging.reading import Reading, answers_of, example_seed, mean_answer, read_response
+from real_megatron.judging.settings import judge_config
+from real_megatron.rollout.embedded.seeded import uniforms
+from real_megatron.rollout.engine import EngineSpec, RolloutEngine, SamplingParams
+from real_megatron.rollout.factory import build_engine, check_servers
+from real_megatron.rollout.scoring import sample_scored
+from real_megatron.runtime import default_device, default_dtype, host_group
+from real_megatron.scores import ScoreScale
+
+Prompt = str | Sequence[Mapping[str, str]] | Mapping[str, Any]
+"""A text; chat messages, each with `role` and `content`; or a record with the fields of the judge's template."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """A judge's answer to one prompt. With several critiques the first three are means over those that have a score."""
+
+    score: float | None
+    """Expected score (RAIL); None where no critique came to its score."""
+    distribution: dict[str, float] | None
+    """Score text → probability over the whole vocabulary."""
+    sampled_score: float | None
+    """A score drawn from the distribution."""
+    critique: str
+    """The first critique, up to the score's anchor."""
+    no_anchor: bool
+    """The first critique did not come to the anchor by itself."""
+    samples: list["Score"] = field(default_factory=list)
+    """Each critique with its own score, where there are several."""
+
+
+class Judge:
+    """A checkpoint that can be asked. Close it, or use it as a context manager, to end its servers.
+
+    engine: serves the model. tokenizer, scale: of the model. config: its `scale`, `data` (template and lengths),
+    `evaluation` (sampling) and `seed` decide what is asked. name: what results call the model.
+    Under several ranks with an engine of all ranks, every method is collective.
+    """
+
+    def __init__(
+        self,
+        engine: RolloutEngine,
+        tokenizer: PreTrainedTokenizerBase,
+        scale: ScoreScale,
+        config: RunConfig,
+        name: str = "",
+    ) -> None:
+        self.engine = engine
+        self.tokenizer = tokenizer
+        self.scale = scale
+        self.config = config
+        self.name = name
+        self.directory: Path | None = None
+        """Of the checkpoint, where the judge was loaded from one."""
+        self._template: Template | None = None
+        self._scratch: tempfile.TemporaryDirectory[str] | None = None
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | Path,
+        *,
+        engine: str | None = None,
+        revision: str | None = None,
+        config: RunConfig | None = None,
+        overrides: Sequence[str] = (),
+        work_dir: Path | None = None,
+    ) -> Self:
+        """A judge from a Hugging Face checkpoint.
+
+        model: a directory, or a name on the hub (with `revision`: a branch, tag or commit).
+        engine: `transformers` (in this process, the default), `sglang` or `vllm` (starts servers), or `module:name`.
+        config: a whole configuration; default: what training left beside the weights of scale, prompts and sampling
+            (see `judge_config`).
+        overrides: `key=value` as on the command line, for example `rollout.python=…`, `scale.scores=[A, B, C]`.
+        work_dir: for logs of servers; default: a temporary directory.
+
+        Raises CheckpointError, ConfigError or EngineError, each saying what is wrong.
+        """
+        directory = checkpoint_directory(model, revision)
+        chosen = [f"rollout.engine={engine}"] if engine is not None else []
+        if config is None:
+            config = judge_config(directory, [*chosen, *overrides])
+        elif chosen or overrides:
+            config = config.with_overrides([*chosen, *overrides])
+        check_servers(config.rollout, trainer=False)
+        tokenizer = load_tokenizer(directory)
+        scale = ScoreScale.resolve(tokenizer, config.scale.scores, config.scale.values, config.scale.anchor)
+        scratch = None
+        if work_dir is None:
+            scratch = tempfile.TemporaryDirectory(prefix="judge-")
+            work_dir = Path(scratch.name)
+        spec = EngineSpec(
+            config=config.rollout,
+            model_dir=directory,
+            tokenizer=tokenizer,
+            work_dir=work_dir,
+            max_prompt_tokens=config.data.max_prompt_tokens,
+            max_response_tokens=config.data.max_response_tokens,
+            device=default_device(),
+            dtype=default_dtype(config.model.dtype),
+            serve_loaded=True,
+        )
+        judge = cls(
+            build_engine(spec, host_group(config.parallel.timeout_minutes)), tokenizer, scale, config, str(model)
+        )
+        judge.directory, judge._scratch = directory, scratch
+        return judge
+
+    def score(self, prompts: Sequence[Prompt], critiques: int = 1) -> list[Score]:
+        """Judge each prompt with `critiques` sampled critiques.
+
+        A prompt is a text, a list of chat messages, or a record with the fields of the template. The same prompt gets
+        the same critiques wherever it stands in the list (engines that seed their sampling: transformers).
+
+        Raises DataError, naming the prompt's number from 0, for one that is empty or too long.
+        """
+        if isinstance(prompts, (str, bytes, Mapping)):
+            raise TypeError("score() takes a list of prompts: put this one into a list")
+        encoded = [self.encode(_record(prompt), f"prompt {i}") for i, prompt in enumerate(prompts)]
+        ids = [hashlib.blake2b(repr(prompt).encode(), digest_size=8).hexdigest() for prompt in encoded]
+        return [self.summary(readings) for readings in self.read(encoded, ids, critiques)]
+
+    def encode(self, record: Mapping[str, Any], where: str) -> list[int]:
+        """Token ids of a record's prompt (`prompt`, `messages` or the template's fields).
+
+        Raises DataError that begins with `where` for a record without a prompt, or with too long a one.
+        """
+        if self._template is None:
+            self._template = load_template(self.config.data.template)
+        example = example_from_record(record, self._template, where, where)
+        ids = encode_prompt(self.tokenizer, example, self.config.data.chat_template)
+        limit = self.config.data.max_prompt_tokens
+        if len(ids) > limit:
+            raise DataError(f"{where}: the prompt has {len(ids)} tokens, more than data.max_prompt_tokens = {limit}")
+        return ids
+
+    def params(self, critiques: int | None = None) -> SamplingParams:
+        """How critiques are sampled: `evaluation.samples` of them a prompt, unless told otherwise."""
+        config = self.config
+        return SamplingParams(
+            n=config.evaluation.samples if critiques is None else critiques,
+            temperature=config.evaluation.temperature,
+            max_new_tokens=config.data.max_response_tokens,
+        )
+
+    def read(
+        self, prompts: Sequence[list[int]], ids: Sequence[str], critiques: int | None = None
+    ) -> list[list[Reading]]:
+        """Sampled critiques of each prompt (token ids), with the scores behind them.
+
+        Critiques and drawn scores depend on the seed, the prompt's id and the weights, not on the other prompts. A
+        critique without an anchor gets one appended, or stays without a score (`evaluation.no_anchor`).
+
+        Raises PromptRefused for a prompt that the engine cannot take, EngineError for a model that cannot score.
+        """
+        seed, rule = self.config.seed, self.config.evaluation.no_anchor
+        groups = sample_scored(
+            self.engine,
+            self.tokenizer,
+            self.scale,
+            prompts,
+            self.params(critiques),
+            "force" if rule == "force" else "penalize",
+            [example_seed(seed, "critique", id) for id in ids],
+        )
+        renormalized = self.config.scale.probabilities == "renormalized"
+        rows = []
+        for id, group in zip(ids, groups, strict=True):
+            draws = [uniforms(example_seed(seed, "score", id), k, 1)[0] for k in range(len(group))]
+            rows.append(
+                [
+                    read_response(self.tokenizer, self.scale, response, draw, renormalized)
+                    for response, draw in zip(group, draws, strict=True)
+                ]
+            )
+        return rows
+
+    def summary(self, readings: Sequence[Reading]) -> Score:
+        """The readings of one prompt as one score."""
+        samples = [self._score([reading]) for reading in readings]
+        return self._score(readings, samples) if len(samples) > 1 else samples[0]
+
+    def _score(self, readings: Sequence[Reading], samples: Sequence[Score] = ()) -> Score:
+        answer = mean_answer(answers_of(readings))
+        first = readings[0]
+        return Score(
+            None if answer is None else answer.expected,
+            None if answer is None else dict(zip(self.scale.texts, answer.probabilities, strict=True)),
+            None if answer is None else answer.sampled,
+            first.critique,
+            first.no_anchor,
+            list(samples),
+        )
+
+    def close(self) -> None:
+        """End the engine and the servers that it started."""
+        self.engine.close()
+        if self._scratch is not None:
+            self._scratch.cleanup()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _record(prompt: Prompt) -> Mapping[str, Any]:
+    if isinstance(prompt, str):
+        return {"prompt": prompt}
+    return prompt if isinstance(prompt, Mapping) else {"messages": [dict(message) for message in prompt]}

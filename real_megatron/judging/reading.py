@@ -1,0 +1,99 @@
+"""What a judge says about a prompt: critiques, and their score distributions read as numbers."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from real_megatron.errors import EngineError
+from real_megatron.rollout.scoring import ScoredResponse
+from real_megatron.scores import ScoreScale
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The score behind a critique."""
+
+    expected: float
+    """RAIL: Σ_k v_k π(k)."""
+    sampled: float
+    """The value of one score drawn from π, renormalised over the scale."""
+    probabilities: list[float]
+    """π(k) over the whole vocabulary, in the scale's order."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One critique and the score behind it."""
+
+    critique: str
+    """The response's text before the anchor."""
+    answer: Answer | None
+    """None for a critique without an anchor to which none was appended."""
+    no_anchor: bool
+    """The critique did not come to the anchor by itself."""
+    truncated: bool
+    """Ended by the length limit before an anchor."""
+    tokens: int
+    """Length of the response, up to and including the anchor."""
+
+
+def example_seed(seed: int, purpose: str, id: str) -> int:
+    """A 63-bit seed for one example and purpose, independent of the example's place in the data."""
+    digest = hashlib.blake2b(f"{seed}/{purpose}/{id}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def read_response(
+    tokenizer: PreTrainedTokenizerBase,
+    scale: ScoreScale,
+    response: ScoredResponse,
+    uniform: float,
+    renormalized: bool,
+) -> Reading:
+    """A response as numbers. `uniform` in [0, 1) draws the sampled score; `renormalized` takes the expectation over the
+    score tokens only.
+
+    Raises EngineError for log-probs that are not numbers: such a model can score no prompt.
+    """
+    text = tokenizer.decode(response.response_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    answer = None
+    if response.score_logprobs is not None:
+        text = text.removesuffix(scale.anchor_text)
+        answer = _answer(scale, response.score_logprobs, uniform, renormalized)
+    found = answer is not None and not response.forced_anchor
+    truncated = not found and response.finish_reason == "length"
+    return Reading(text, answer, not found, truncated, len(response.response_ids))
+
+
+def mean_answer(answers: Sequence[Answer]) -> Answer | None:
+    """The means over several critiques of one prompt; None of none."""
+    if not answers:
+        return None
+    columns = zip(*(answer.probabilities for answer in answers), strict=True)
+    return Answer(
+        fmean(answer.expected for answer in answers),
+        fmean(answer.sampled for answer in answers),
+        [fmean(column) for column in columns],
+    )
+
+
+def answers_of(readings: Sequence[Reading]) -> list[Answer]:
+    """The scores behind those critiques that have one."""
+    return [reading.answer for reading in readings if reading.answer is not None]
+
+
+def _answer(scale: ScoreScale, score_logprobs: list[float], uniform: float, renormalized: bool) -> Answer:
+    logp = np.asarray(score_logprobs, dtype=np.float64)
+    if np.isnan(logp).any():
+        raise EngineError("the model's score log-probs are NaN: its weights are damaged, or overflow in this dtype")
+    p = np.exp(logp)
+    # The largest is taken out first, so that a distribution whose mass underflows can still be normalised.
+    q = np.exp(logp - logp.max())
+    q /= q.sum()
+    drawn = min(int(np.searchsorted(q.cumsum(), uniform, side="right")), len(q) - 1)
+    expected = float((q if renormalized else p) @ np.asarray(scale.values))
+    return Answer(expected, scale.values[drawn], p.tolist())

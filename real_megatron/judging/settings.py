@@ -1,0 +1,35 @@
+"""What a checkpoint says of how it is asked: the part of its training configuration that is safe to follow."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from real_megatron.config import RunConfig
+from real_megatron.sections import read_tree
+
+RUN_FILE = "real_megatron.yaml"
+"""The run's resolved configuration, which training writes beside the weights."""
+
+# What describes the model. The rest, such as programs to start and servers to use, is no business of a checkpoint that
+# may have been downloaded.
+FOLLOWED = {
+    "scale": ("scores", "values", "anchor", "probabilities"),
+    "data": ("template", "chat_template", "max_prompt_tokens", "max_response_tokens"),
+    "evaluation": ("samples", "temperature", "no_anchor"),
+}
+
+
+def judge_config(directory: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """The configuration to ask the checkpoint in `directory` with: scale, template, lengths and sampling as training
+    left them there (`FOLLOWED`), everything else by default, then `key=value` overrides.
+
+    Raises ConfigError for overrides that do not fit.
+    """
+    file = directory / RUN_FILE
+    saved = read_tree(file) if file.is_file() else {}
+    tree: dict[str, dict[str, Any]] = {}
+    for section, keys in FOLLOWED.items():
+        given = saved.get(section)
+        if isinstance(given, dict):
+            tree[section] = {key: given[key] for key in keys if key in given}
+    return RunConfig.from_tree(tree, overrides, source=file)

@@ -1,0 +1,90 @@
+"""Megatron's process groups: how the ranks of a run are arranged in tensor, pipeline, context and data parallelism."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+
+from real_megatron.config import ParallelConfig
+from real_megatron.errors import ConfigError
+from real_megatron.policy import cpu
+from real_megatron.runtime import default_device, start_process_group
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """This process's place among the ranks. Context-parallel ranks of a micro-batch have one data-parallel rank."""
+
+    device: torch.device
+    rank: int
+    world_size: int
+    data_rank: int
+    data_size: int
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this rank is in the last pipeline stage, which has the output head."""
+        return bool(parallel_state.is_pipeline_last_stage(ignore_virtual=True))
+
+
+def initialize(parallel: ParallelConfig, seed: int = 0) -> Runtime:
+    """Join (or start) the process group and form Megatron's groups; those of an earlier call end.
+
+    Under torchrun the world comes from its environment; a single process starts a world of one. Raises ConfigError when
+    the parallel sizes do not divide the world.
+    """
+    cpu.install()
+    if not dist.is_initialized():
+        start_process_group(parallel.timeout_minutes)
+    world_size = dist.get_world_size()
+    model_size = parallel.tensor * parallel.pipeline * parallel.context
+    if world_size % model_size:
+        raise ConfigError(
+            f"parallel.tensor × parallel.pipeline × parallel.context = {model_size} does not divide the {world_size} "
+            f"ranks of this run; start a multiple of {model_size} ranks."
+        )
+    expert_size = parallel.tensor * parallel.pipeline * parallel.expert
+    if world_size % expert_size:
+        raise ConfigError(
+            f"parallel.tensor × parallel.pipeline × parallel.expert = {expert_size} does not divide the {world_size} "
+            f"ranks of this run; start a multiple of {expert_size} ranks."
+        )
+    _end_model_groups()
+    with cpu.device_mode():
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=parallel.tensor,
+            pipeline_model_parallel_size=parallel.pipeline,
+            virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,
+            context_parallel_size=parallel.context,
+            expert_model_parallel_size=parallel.expert,
+            distributed_timeout_minutes=parallel.timeout_minutes,
+        )
+        tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+    return Runtime(
+        device=default_device(),
+        rank=dist.get_rank(),
+        world_size=world_size,
+        data_rank=parallel_state.get_data_parallel_rank(),
+        data_size=parallel_state.get_data_parallel_world_size(),
+    )
+
+
+def _end_model_groups() -> None:
+    """End Megatron's groups. Megatron itself only forgets them: torch keeps each one, and with gloo a thread that polls
+    a hundred times a second."""
+    for group in parallel_state._global_process_group_list or ():
+        if group is not None:  # None stands for the world
+            dist.destroy_process_group(group)
+    parallel_state.destroy_model_parallel()
+
+
+def has_transformer_engine() -> bool:
+    """Whether Transformer Engine can be used: installed, and with a GPU."""
+    if not torch.cuda.is_available():
+        return False
+    try:
+        import transformer_engine.pytorch  # noqa: F401
+    except ImportError:
+        return False
+    return True

@@ -1,0 +1,65 @@
+"""Extension points: objects by name, some built in, others from a module that the configuration names.
+
+A name of the form `module:name` imports the module first. It then is what the module has registered as `name`, or, if
+it has registered nothing of that name, the module's attribute `name`.
+"""
+
+import importlib
+from collections.abc import Iterator
+from typing import Generic, TypeVar
+
+from real_megatron.errors import ConfigError
+
+T = TypeVar("T")
+
+
+class Registry(Generic[T]):
+    """The known objects of one kind. `key`: the configuration key that names one, for error messages."""
+
+    def __init__(self, kind: str, key: str) -> None:
+        self.kind = kind
+        self.key = key
+        self._known: dict[str, T] = {}
+        self._module_of: dict[str, str] = {}
+        self._importing: str | None = None
+
+    def register(self, name: str, item: T, module: str) -> T:
+        """Add an object that `module` defines; returns it. Raises ConfigError for a name that another module has."""
+        module = self._importing or module
+        before = self._module_of.get(name, module)
+        if before != module:
+            raise ConfigError(f"{self.kind} {name!r} of {module}: {before} has registered this name; choose another")
+        self._known[name], self._module_of[name] = item, module
+        return item
+
+    def find(self, name: str) -> T:
+        """The object of a plain name or of `module:name`. Raises ConfigError for an unknown one."""
+        module_name, _, short = name.rpartition(":")
+        if not module_name:
+            if short not in self._known:
+                raise ConfigError(
+                    f"{self.key}: unknown {self.kind} {name!r}; known: {', '.join(self)}, or module:name for one of "
+                    "your own (docs/extending.md)"
+                )
+            return self._known[short]
+        outer, self._importing = self._importing, module_name
+        try:
+            module = importlib.import_module(module_name)
+        except ImportError as error:
+            raise ConfigError(
+                f"{self.key}: {name!r}: module {module_name} cannot be imported ({error}); is it on PYTHONPATH?"
+            ) from error
+        finally:
+            self._importing = outer
+        if f"{self._module_of.get(short)}.".startswith(f"{module_name}."):
+            return self._known[short]
+        if not hasattr(module, short):
+            raise ConfigError(f"{self.key}: {name!r}: module {module_name} neither registers nor defines {short!r}")
+        item: T = getattr(module, short)
+        return item
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted(self._known))
+
+    def __getitem__(self, name: str) -> T:
+        return self._known[name]

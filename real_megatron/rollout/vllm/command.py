@@ -1,0 +1,32 @@
+"""Command lines of local vLLM servers."""
+
+import os
+import sys
+
+from real_megatron.rollout.engine import EngineSpec
+from real_megatron.rollout.remote.process import LAUNCHER
+from real_megatron.rollout.remote.servers import ServerCommand
+
+SERVED_NAME = "policy"
+"""The model's name in requests."""
+
+
+def server_command(spec: EngineSpec, index: int, port: int, context: int) -> ServerCommand:
+    """Local server number `index`; `rollout.server_args` come last and win.
+
+    context: longest prompt and response together, in tokens
+    """
+    config = spec.config
+    arguments = [config.python or sys.executable, str(LAUNCHER), "vllm.entrypoints.openai.api_server"]
+    arguments += ["--model", str(spec.model_dir), "--served-model-name", SERVED_NAME, "--host", "127.0.0.1"]
+    arguments += ["--port", str(port), "--dtype", str(spec.dtype).removeprefix("torch.")]
+    # One more than the longest sequence: scoring generates a token that is not read.
+    arguments += ["--max-model-len", str(context + 1), "--tensor-parallel-size", str(config.tensor)]
+    if config.colocate:
+        arguments += ["--enable-sleep-mode"]
+    first = config.first_gpu + index * config.tensor
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")  # rollout.first_gpu counts what this process sees
+    names = visible.split(",") if visible else [str(gpu) for gpu in range(first + config.tensor)]
+    gpus = ",".join(names[first : first + config.tensor])
+    environment = {"VLLM_SERVER_DEV_MODE": "1", "CUDA_VISIBLE_DEVICES": gpus}
+    return ServerCommand(arguments + config.server_args, environment)

@@ -1,0 +1,75 @@
+"""A step's rollouts before they are trained on: which groups are kept, their log-probs, how varied they are."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from real_megatron.batch.types import Group
+from real_megatron.errors import UserError
+from real_megatron.objective import mismatch_metrics, summarize
+from real_megatron.policy.policy import Policy
+from real_megatron.training.metrics import distinct_n
+from real_megatron.training.reference import spread
+
+
+class NothingToTrain(UserError):
+    """No group of a step's rollouts can be trained on."""
+
+
+def trainable(groups: Sequence[Group], smallest: int) -> list[Group]:
+    """The groups with at least `smallest` responses. Raises NothingToTrain when none is left."""
+    kept = [group for group in groups if len(group.trajectories) >= smallest]
+    if not kept:
+        raise NothingToTrain(
+            f"none of the {len(groups)} prompts kept {smallest} responses with a score anchor: warm the model up with "
+            "`real-megatron sft`, raise data.max_response_tokens, or set objective.no_anchor to penalize or force"
+        )
+    return kept
+
+
+def with_texts(tokenizer: PreTrainedTokenizerBase, groups: Sequence[Group]) -> list[Group]:
+    """The groups with the decoded text of every response, for rewards that read it."""
+
+    def text(ids: list[int]) -> str:
+        decoded: str = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return decoded
+
+    return [
+        replace(group, trajectories=[replace(t, text=text(t.response_ids)) for t in group.trajectories])
+        for group in groups
+    ]
+
+
+def with_policy_logprobs(policy: Policy, groups: Sequence[Group]) -> tuple[list[Group], dict[str, float]]:
+    """The groups with the policy's own log-probs as `old_logprobs`, and the `mismatch_metrics` of the engine's."""
+    scored = policy.logprobs(groups)
+    annotated = [
+        replace(
+            group,
+            trajectories=[
+                replace(t, old_logprobs=spread(t, s.tokens)) for t, s in zip(group.trajectories, row, strict=True)
+            ],
+        )
+        for group, row in zip(groups, scored, strict=True)
+    ]
+    engine = [
+        logprob
+        for group in groups
+        for t in group.trajectories
+        for logprob, sampled in zip(t.old_logprobs or (), t.loss_mask, strict=True)
+        if sampled
+    ]
+    own = [logprob for row in scored for s in row for logprob in s.tokens]
+    return annotated, summarize(mismatch_metrics(torch.tensor(own), torch.tensor(engine)))
+
+
+def cot_metrics(groups: Sequence[Group]) -> dict[str, float]:
+    """How varied the CoTs of a batch are: distinct-n over all of them, and the share of exact copies within groups."""
+    responses = [t.response_ids for group in groups for t in group.trajectories]
+    copies = sum(len(group.trajectories) - len({tuple(t.response_ids) for t in group.trajectories}) for group in groups)
+    metrics = {f"cot/distinct_{n}": distinct_n(responses, n) for n in (1, 2, 3)}
+    metrics["cot/copies"] = copies / len(responses) if responses else math.nan
+    return metrics

@@ -1,0 +1,252 @@
+"""The streaming judge: output rows, bad rows, kills at any byte, other settings."""
+
+import json
+import math
+
+import pytest
+
+from real_megatron.errors import ConfigError, EngineError
+from real_megatron.judging.evaluate import EvaluationPrompt, evaluate_set
+from real_megatron.judging.file import errors_path, judge_file
+from real_megatron.judging.job import job_path
+from real_megatron.rollout.engine import SamplingParams
+from tests.support.judges import make_judge
+
+PARAMS = SamplingParams(n=1, max_new_tokens=12)
+
+
+@pytest.fixture
+def source(tmp_path):
+    path = tmp_path / "in.jsonl"
+    rows = [{"id": f"r{i}", "prompt": f"{1 + i % 3} {'a ' * (i + 1)}b"} for i in range(7)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def run(engine, tokenizer, scale, source, tmp_path):
+    def call(output=tmp_path / "out.jsonl", engine=engine, params=PARAMS, on_progress=None, **options):
+        judge = make_judge(engine, tokenizer, scale, params, **{"batch": 3} | options)
+        return judge_file(judge, source, output, on_progress)
+
+    return call
+
+
+def read_rows(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_rows_say_what_evaluation_says(run, engine, tokenizer, scale, source, tmp_path) -> None:
+    seen = []
+    output = tmp_path / "out.jsonl"
+    summary = run(seed=4, on_progress=lambda s: seen.append((s.judged, len(read_rows(output)))))
+    assert (summary.judged, summary.skipped, summary.bad) == (7, 0, 0)
+    assert seen == [(3, 3), (6, 6), (7, 7)]  # what is reported as judged is in the file
+    rows = read_rows(tmp_path / "out.jsonl")
+    examples = [
+        EvaluationPrompt(id=r["id"], label=3.0, prompt_ids=tokenizer.encode(r["prompt"])) for r in read_rows(source)
+    ]
+    judge = make_judge(engine, tokenizer, scale, PARAMS, seed=4, bootstrap=1)
+    expected = evaluate_set(judge, examples, "x").predictions
+    for row, prediction in zip(rows, expected, strict=True):
+        assert list(row) == ["id", "score", "distribution", "sampled_score", "critique", "no_anchor", "row"]
+        assert row["id"] == prediction.id and row["critique"] == prediction.critiques[0]
+        assert row["sampled_score"] == prediction.sampled
+        assert list(row["distribution"]) == scale.texts
+        # Batches of other sizes: float32 logits differ in the last bits.
+        assert list(row["distribution"].values()) == pytest.approx(prediction.probabilities, rel=1e-4)
+        assert row["score"] == pytest.approx(
+            sum(row["distribution"][t] * v for t, v in zip(scale.texts, scale.values, strict=True))
+        )
+    assert summary.no_anchor == sum(row["no_anchor"] for row in rows)
+    assert not errors_path(tmp_path / "out.jsonl").exists()
+
+
+def test_several_critiques_are_listed_and_averaged(run, tmp_path) -> None:
+    run(params=SamplingParams(n=3, max_new_tokens=12))
+    for row in read_rows(tmp_path / "out.jsonl"):
+        assert len(row["samples"]) == 3 and row["critique"] == row["samples"][0]["critique"]
+        assert row["score"] == pytest.approx(sum(s["score"] for s in row["samples"]) / 3)
+
+
+def test_bad_rows_are_reported_and_tried_again(run, source, tmp_path) -> None:
+    output = tmp_path / "out.jsonl"
+    good = source.read_text()
+    bad = [
+        "{not json",
+        "[1, 2]",
+        '{"id": "no prompt"}',
+        '{"id": "list", "prompt": ["start"]}',
+        '{"id": "r0", "prompt": "start"}',
+        json.dumps({"id": "long", "prompt": "a " * 300}),
+        '{"prompt": "start 1 critique:"}',
+        '{"id": "\\ud800", "prompt": "start"}',
+        "[" * 100_000,
+    ]
+    source.write_bytes((good + "\n".join(bad) + "\n").encode() + b'{"id": "latin", "prompt": "\xe9"}\n')
+    summary = run()
+    errors = {row["line"]: row["error"] for row in read_rows(errors_path(output))}
+    assert sorted(errors) == [8, 9, 10, 11, 12, 13, 15, 16, 17]
+    for line, text in {
+        8: "not JSON",
+        9: "not a JSON object but list",
+        10: "needs 'prompt'",
+        11: "needs 'prompt', the record has the text fields: id",
+        12: "'r0' occurs in an earlier row",
+        13: "exceeds the model's 256 positions",
+        15: "surrogates not allowed",
+        16: "nested too deeply",
+        17: "not UTF-8",
+    }.items():
+        assert text in errors[line], line
+    assert [row["id"] for row in read_rows(output)] == [*(f"r{i}" for i in range(7)), "line 14"]
+    assert (summary.judged, summary.bad) == (8, 9)
+    source.write_text(good + json.dumps({"id": "long", "prompt": "note"}) + "\n")
+    mended = run()
+    assert (mended.judged, mended.skipped, mended.bad) == (1, 7, 0) and not errors_path(output).exists()
+
+
+def test_a_job_killed_at_any_byte_ends_with_the_same_rows(run, tmp_path) -> None:
+    output = tmp_path / "out.jsonl"
+    run(output)
+    whole = output.read_bytes()
+    ends = [i + 1 for i, byte in enumerate(whole) if byte == 10]
+    for size in (0, 1, ends[0] - 1, ends[0], ends[2] + 5, len(whole) - 1):
+        output.write_bytes(whole[:size])
+        summary = run(output)
+        complete = sum(end <= size for end in ends)
+        assert (summary.skipped, summary.judged) == (complete, 7 - complete)
+        rows, expected = read_rows(output), [json.loads(line) for line in whole.splitlines()]
+        assert [r["id"] for r in rows] == [r["id"] for r in expected]
+        assert [r["critique"] for r in rows] == [r["critique"] for r in expected]
+        # Resumed batches hold other rows: float32 logits differ in the last bits.
+        assert [r["score"] for r in rows] == pytest.approx([r["score"] for r in expected], rel=1e-4)
+
+
+def test_what_was_judged_before_the_engine_failed_is_kept(run, engine, tmp_path) -> None:
+    class Failing:
+        calls = 0
+
+        def generate(self, *args):
+            self.calls += 1
+            if self.calls == 3:
+                raise RuntimeError("the server is gone")
+            return engine.generate(*args)
+
+        def next_token_logprobs(self, *args):
+            return engine.next_token_logprobs(*args)
+
+    with pytest.raises(RuntimeError, match="the server is gone"):
+        run(engine=Failing())
+    assert len(read_rows(tmp_path / "out.jsonl")) == 6
+    assert (run().judged, len(read_rows(tmp_path / "out.jsonl"))) == (1, 7)
+
+
+class WithoutNumbers:
+    """An engine whose model is damaged: every score log-prob is NaN, or only those of the prompt `damaged`."""
+
+    def __init__(self, engine, damaged=None):
+        self.engine, self.damaged, self.calls = engine, damaged, 0
+
+    def generate(self, prompts, params, seeds):
+        self.calls += 1
+        groups = self.engine.generate(prompts, params, seeds)
+        for prompt, group in zip(prompts, groups, strict=True):
+            for response in group if self.damaged in (None, prompt) else []:
+                response.watched = [[math.nan] * len(row) for row in response.watched]
+        return groups
+
+    def next_token_logprobs(self, sequences, ids):
+        found = self.engine.next_token_logprobs(sequences, ids)
+        found[[self.damaged in (None, ids[: len(self.damaged or [])]) for ids in sequences]] = math.nan
+        return found
+
+
+def test_a_model_that_cannot_score_stops_the_job_at_once(run, engine, source, tmp_path) -> None:
+    source.write_text("".join(json.dumps({"prompt": f"{i % 3 + 1} {'a ' * (i % 9)}b"}) + "\n" for i in range(64)))
+    broken = WithoutNumbers(engine)
+    with pytest.raises(EngineError, match="score log-probs are NaN: its weights are damaged, or overflow"):
+        run(engine=broken, batch=64)
+    assert broken.calls == 1 and (tmp_path / "out.jsonl").read_bytes() == b""
+
+
+def test_one_prompt_that_has_no_scores_stops_the_job_and_keeps_what_was_judged(run, engine, tokenizer, tmp_path):
+    """JSON has no NaN, and no score is no score."""
+    with pytest.raises(EngineError, match="score log-probs are NaN"):
+        run(engine=WithoutNumbers(engine, tokenizer.encode("2 a a a a a b")))
+    assert [row["id"] for row in read_rows(tmp_path / "out.jsonl")] == ["r0", "r1", "r2"]
+    assert "NaN" not in (tmp_path / "out.jsonl").read_text()
+
+
+def test_bugs_are_not_taken_for_bad_rows(run, engine) -> None:
+    class Buggy(WithoutNumbers):
+        def generate(self, prompts, params, seeds):
+            return json.loads("{broken")
+
+    with pytest.raises(json.JSONDecodeError):
+        run(engine=Buggy(engine))
+
+
+def test_a_refused_prompt_is_one_bad_row_and_the_others_are_asked_once_more(run, engine, source, tmp_path) -> None:
+    asked = []
+
+    class Refusing(WithoutNumbers):
+        def generate(self, prompts, params, seeds):
+            asked.append(len(prompts))
+            return self.engine.generate(prompts, params, seeds)
+
+        next_token_logprobs = property(lambda self: self.engine.next_token_logprobs)
+
+    rows = [{"id": f"r{i}", "prompt": "a " * (300 if i in (1, 5) else i + 1)} for i in range(7)]
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    summary = run(engine=Refusing(engine), batch=7)
+    assert (summary.judged, summary.bad, asked) == (5, 2, [7, 6, 5])
+    errors = read_rows(errors_path(tmp_path / "out.jsonl"))
+    assert [(e["line"], e["id"]) for e in errors] == [(2, "r1"), (6, "r5")]
+    assert all("exceeds the model's 256 positions" in e["error"] for e in errors)
+
+
+def test_a_job_is_not_resumed_with_other_settings(run, tmp_path) -> None:
+    output = tmp_path / "out.jsonl"
+    run(name="a")
+    before = output.read_bytes()
+    with pytest.raises(ConfigError, match="model was 'a', is 'b'"):
+        run(name="b")
+    with pytest.raises(ConfigError, match="seed was 0, is 1"):
+        run(name="a", seed=1)
+    job_path(output).unlink()
+    with pytest.raises(ConfigError, match="cannot be resumed"):
+        run(name="a")
+    assert output.read_bytes() == before
+
+
+def test_rows_of_another_input_are_not_taken_for_judged(run, source, tmp_path) -> None:
+    """Rows without an id are known by their line, which says nothing about another file or an edited one."""
+    output, prompts = tmp_path / "out.jsonl", ["start", "start a", "start b"]
+    source.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in prompts))
+    run()
+    before = output.read_bytes()
+    source.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in ["new", *prompts]))
+    summary = run()
+    assert (summary.judged, summary.skipped, summary.bad) == (1, 0, 3) and output.read_bytes().startswith(before)
+    assert "read differently when it was judged" in read_rows(errors_path(output))[0]["error"]
+    source.rename(tmp_path / "other.jsonl")
+    source.symlink_to(tmp_path / "other.jsonl")
+    with pytest.raises(ConfigError, match=r"input was '.*in\.jsonl', is '.*other\.jsonl'"):
+        run()
+
+
+def test_windows_files_and_empty_ones(run, source, tmp_path) -> None:
+    source.write_bytes(b'\xef\xbb\xbf{"prompt": "start"}\r\n\r\n{"prompt": "start a"}\r\n')
+    assert (run().judged, [row["id"] for row in read_rows(tmp_path / "out.jsonl")]) == (2, ["line 1", "line 3"])
+    source.write_bytes(b"")
+    summary = run(tmp_path / "empty.jsonl")
+    assert (summary.judged, summary.bad, (tmp_path / "empty.jsonl").read_bytes()) == (0, 0, b"")
+
+
+def test_an_output_of_something_else_is_refused(run, tmp_path) -> None:
+    output = tmp_path / "out.jsonl"
+    run()
+    output.write_text('{"score": 1}\n')
+    with pytest.raises(ConfigError, match="line 1: not a row of this job"):
+        run()

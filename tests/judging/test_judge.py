@@ -1,0 +1,154 @@
+"""A judge as a library: loaded from a directory or by name, asked with texts, messages and records."""
+
+import asyncio
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+import real_megatron
+from real_megatron import Judge, RunConfig
+from real_megatron.data.byte_model import make_byte_model
+from real_megatron.errors import CheckpointError, ConfigError, DataError
+from real_megatron.judging.judge import Score
+from real_megatron.judging.settings import judge_config
+
+PROMPTS = ["Is it good?", "Is it bad?", "Is it?"]
+SHORT = ["data.max_response_tokens=6", "data.max_prompt_tokens=40"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_byte_model(tmp_path_factory.mktemp("model"), initializer_range=0.2)
+
+
+@pytest.fixture(scope="module")
+def judge(model: Path):
+    with Judge.from_pretrained(model, overrides=SHORT) as judge:
+        yield judge
+
+
+def test_each_prompt_gets_a_score_a_distribution_and_a_critique(judge: Judge) -> None:
+    scores = judge.score(PROMPTS)
+    assert len(scores) == 3
+    for score in scores:
+        assert isinstance(score, Score) and list(score.distribution) == list("12345") and score.samples == []
+        expected = sum(int(text) * p for text, p in score.distribution.items())
+        assert score.score == pytest.approx(expected) and score.sampled_score in (1, 2, 3, 4, 5)
+        assert isinstance(score.critique, str)
+
+
+def test_a_prompt_is_judged_alike_wherever_it_stands(judge: Judge) -> None:
+    assert judge.score(PROMPTS[::-1])[::-1] == judge.score(PROMPTS)
+
+
+def test_texts_messages_and_records_are_prompts(judge: Judge) -> None:
+    as_text, as_messages, as_record = judge.score(
+        ["Is it good?", [{"role": "user", "content": "Is it good?"}], {"prompt": "Is it good?", "more": 1}]
+    )
+    assert as_text == as_messages == as_record
+
+
+def test_several_critiques_are_listed_and_averaged(judge: Judge) -> None:
+    (score,) = judge.score(PROMPTS[:1], critiques=3)
+    assert len(score.samples) == 3 and score.critique == score.samples[0].critique
+    assert len({sample.critique for sample in score.samples}) > 1
+    assert score.score == pytest.approx(sum(sample.score for sample in score.samples) / 3)
+
+
+def test_what_cannot_be_judged_is_named(judge: Judge) -> None:
+    with pytest.raises(DataError, match=r"prompt 1: the prompt has 100 tokens, more than data\.max_prompt_tokens = 40"):
+        judge.score(["a", "b" * 100])
+    with pytest.raises(DataError, match="prompt 0: the prompt is empty"):
+        judge.score([" "])
+    with pytest.raises(DataError, match="prompt 0: template 'plain' needs 'prompt'"):
+        judge.score([{"question": "a"}])
+    with pytest.raises(TypeError, match="takes a list of prompts"):
+        judge.score("one text")
+
+
+def test_it_works_inside_a_running_event_loop(model: Path) -> None:
+    """As in a notebook."""
+
+    async def cell() -> list[Score]:
+        with Judge.from_pretrained(model, overrides=SHORT) as judge:
+            return judge.score(PROMPTS)
+
+    assert len(asyncio.run(cell())) == 3
+
+
+def test_a_missing_checkpoint_is_named(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="nowhere: no such directory"):
+        Judge.from_pretrained(tmp_path / "nowhere")
+    with pytest.raises(CheckpointError, match=r"no config\.json there"):
+        Judge.from_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="unknown engine 'best'; known: transformers, sglang, vllm"):
+        Judge.from_pretrained(make_byte_model(tmp_path / "model"), engine="best")
+
+
+def test_a_checkpoint_says_how_it_is_asked_and_nothing_else(tmp_path: Path) -> None:
+    """A downloaded one must not choose the programs that run here."""
+    saved = RunConfig.from_yaml(
+        None,
+        [
+            "scale.scores=[A, B]",
+            "scale.probabilities=renormalized",
+            "data.template=prometheus",
+            "data.max_prompt_tokens=77",
+            "evaluation.samples=3",
+            "evaluation.batch_size=5",
+            "rollout.python=/tmp/evil",
+            "rollout.server_args=[--trust-remote-code]",
+            "rollout.servers=[http://elsewhere]",
+            "data.train.0.path=secret.jsonl",
+            "seed=9",
+        ],
+    )
+    (tmp_path / "real_megatron.yaml").write_text(saved.to_yaml())
+    config = judge_config(tmp_path, ["rollout.engine=sglang"])
+    assert config.scale == saved.scale and config.data.template == "prometheus"
+    assert (config.data.max_prompt_tokens, config.evaluation.samples) == (77, 3)
+    rest = config.model_copy(update={"scale": RunConfig().scale, "data": RunConfig().data})
+    rest.evaluation.samples, rest.rollout.engine = 1, "transformers"
+    assert rest == RunConfig()
+
+
+def test_judging_needs_no_megatron(model: Path, tmp_path: Path) -> None:
+    """The package scores, evaluates and judges a file where Megatron-Core is not installed."""
+    rows = [{"id": str(i), "prompt": text, "label": 1 + i} for i, text in enumerate(PROMPTS)]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    code = f"""
+import sys
+sys.modules["megatron"] = None
+from pathlib import Path
+from real_megatron import Judge, RunConfig, evaluate, judge_file, write_critiques
+directory = Path({str(tmp_path)!r})
+with Judge.from_pretrained({str(model)!r}, overrides={SHORT!r}) as judge:
+    assert len(judge.score(["a", "b"])) == 2
+    assert judge_file(judge, directory / "in.jsonl", directory / "out.jsonl").judged == 3
+config = RunConfig.from_yaml(None, [*{SHORT!r}, f"data.eval.dev.path={{directory}}/in.jsonl",
+    f"output={{directory}}/run", "evaluation.bootstrap=5"])
+assert evaluate(config, {str(model)!r})["dev"].counts["examples"] == 3
+import real_megatron.cli
+assert "megatron.core" not in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_library_is_loaded_lazily() -> None:
+    code = "import sys, real_megatron; real_megatron.UserError; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0
+    for name in real_megatron.__all__:
+        assert getattr(real_megatron, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'jugde'"):
+        real_megatron.jugde  # noqa: B018
+
+
+def test_a_saved_configuration_that_is_damaged_is_named(tmp_path: Path) -> None:
+    (tmp_path / "real_megatron.yaml").write_text(yaml.safe_dump({"scale": {"scores": "no list"}}))
+    with pytest.raises(ConfigError, match=r"real_megatron\.yaml: `scale\.scores`: Input should be a valid list"):
+        judge_config(tmp_path)

@@ -1,0 +1,58 @@
+"""Objects by name: built in, registered by a module of the user's, or its attributes; never another's of that name."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from real_megatron.errors import ConfigError
+from real_megatron.registry import Registry
+
+
+@pytest.fixture
+def registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Registry[str]:
+    """One with `plain` built in, and modules of a user's on the path, which reach it as `probe.registry`."""
+    registry: Registry[str] = Registry("sort", "some.key")
+    registry.register("plain", "built in", "real_megatron.somewhere")
+    (tmp_path / "probe.py").write_text("registry = None\n")
+    (tmp_path / "user_one.py").write_text(
+        "import probe\nprobe.registry.register('own', 'one', 'elsewhere')\nattribute = 'an attribute'\n"
+    )
+    (tmp_path / "user_two.py").write_text("import probe\nprobe.registry.register('own', 'two', __name__)\n")
+    (tmp_path / "user_three.py").write_text("import no_such_module\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    import probe  # type: ignore[import-not-found]
+
+    probe.registry = registry
+    yield registry
+    for name in ("probe", "user_one", "user_two", "user_three"):
+        sys.modules.pop(name, None)
+
+
+def test_names_and_modules(registry: Registry[str]) -> None:
+    assert registry.find("plain") == "built in"
+    assert registry.find("user_one:own") == "one" == registry.find("own") == registry.find("user_one:own")
+    assert registry.find("user_one:attribute") == "an attribute"
+    assert list(registry) == ["own", "plain"]
+
+
+def test_a_modules_name_is_never_anothers(registry: Registry[str]) -> None:
+    with pytest.raises(ConfigError, match="module user_one neither registers nor defines 'plain'"):
+        registry.find("user_one:plain")
+    registry.find("user_one:own")
+    with pytest.raises(ConfigError, match="sort 'own' of user_two: user_one has registered this name; choose another"):
+        registry.find("user_two:own")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("nope", r"some\.key: unknown sort 'nope'; known: plain, or module:name"),
+        ("no_such:x", "'no_such:x': module no_such cannot be imported"),
+        ("user_three:x", "module user_three cannot be imported .*no_such_module"),
+        ("user_one:nope", "module user_one neither registers nor defines 'nope'"),
+    ],
+)
+def test_what_is_not_there_is_named(registry: Registry[str], name: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        registry.find(name)
