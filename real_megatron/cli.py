@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from real_megatron.errors import ConfigError, DataError, EngineError, UserError
+from real_megatron.errors import ConfigError, EngineError, UserError
 from real_megatron.version import VERSION
 
 EXIT_ERROR = 1
@@ -60,6 +60,7 @@ Overrides = Annotated[
 
 
 MODEL = "Hugging Face checkpoint: a directory, or a name on the hub"
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a model on the hub.")]
 
 
 @app.callback()
@@ -125,6 +126,7 @@ def critiques(
     output: Annotated[Path, typer.Option(help="JSONL file to write; SFT reads it as it is.")],
     overrides: Overrides = None,
     samples: Annotated[int, typer.Option(min=1, help="Critiques per prompt.")] = 1,
+    revision: Revision = None,
 ) -> None:
     """Let a checkpoint write critiques for the prompts of data.train: the data of TRACT's second stage.
 
@@ -142,7 +144,7 @@ def critiques(
         from real_megatron.config import RunConfig
         from real_megatron.judging.critiques import write_critiques
 
-        count = write_critiques(RunConfig.from_yaml(config, overrides or []), model, output, samples)
+        count = write_critiques(RunConfig.from_yaml(config, overrides or []), model, output, samples, revision=revision)
         if os.environ.get("RANK", "0") == "0":
             typer.echo(f"{output}: {count} critiques")
 
@@ -155,6 +157,7 @@ def evaluate(
     output: Annotated[
         Path | None, typer.Option(help="Directory for evaluation/NAME.json; default: the run's output directory.")
     ] = None,
+    revision: Revision = None,
 ) -> None:
     """Evaluate a checkpoint on the configuration's test sets (data.eval).
 
@@ -174,7 +177,7 @@ def evaluate(
         from real_megatron.evaluation.report import console_table
         from real_megatron.judging.evaluate import evaluate as run
 
-        results = run(RunConfig.from_yaml(config, overrides or []), model, output)
+        results = run(RunConfig.from_yaml(config, overrides or []), model, output, revision=revision)
         if os.environ.get("RANK", "0") == "0":
             CONSOLE_OUT.print(console_table(results))
 
@@ -192,7 +195,7 @@ def judge(
             help="YAML of a run; default: scale, template, lengths and sampling as training left them with the model."
         ),
     ] = None,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a model on the hub.")] = None,
+    revision: Revision = None,
     overrides: Overrides = None,
 ) -> None:
     """Score every row of a JSONL file: critique, expected score and score distribution.
@@ -287,7 +290,7 @@ def to_megatron(
     ] = 64,
     workers: Workers = None,
     family: Family = "auto",
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a model on the hub.")] = None,
+    revision: Revision = None,
     verify: Verify = False,
     dry_run: DryRun = False,
 ) -> None:
@@ -327,6 +330,7 @@ def to_hf(
     max_file_gb: Annotated[float, typer.Option(help="Largest safetensors file, in GB.")] = 5.0,
     workers: Workers = None,
     family: Family = "auto",
+    revision: Revision = None,
     verify: Verify = False,
     dry_run: DryRun = False,
 ) -> None:
@@ -342,7 +346,9 @@ def to_hf(
         from real_megatron import bridge
 
         if dry_run:
-            CONSOLE_OUT.print(bridge.dry_run(hf or source / "hf", dtype=torch_dtype(dtype), family=family))
+            CONSOLE_OUT.print(
+                bridge.dry_run(hf or source / "hf", dtype=torch_dtype(dtype), family=family, revision=revision)
+            )
             return
         if output is None:
             raise ConfigError("convert to-hf: name the OUTPUT directory, or add --dry-run")
@@ -354,6 +360,7 @@ def to_hf(
             max_file_bytes=int(max_file_gb * 10**9),
             workers=workers,
             family=family,
+            revision=revision,
         )
         typer.echo(f"{done.output}: {done.parameters:,} parameters in {done.files} files, {done.seconds:.1f} s")
         if verify:
@@ -416,9 +423,9 @@ def reported() -> Iterator[None]:
 
 
 def show_error(error: Exception) -> None:
-    """The message of an error, with the notes on where it happened. What every rank finds alike, rank 0 says."""
+    """The message of an error, with the notes on where it happened; from one rank of a node where all find the same."""
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    if rank and isinstance(error, (ConfigError, DataError)):
+    if int(os.environ.get("LOCAL_RANK", str(rank))) and getattr(error, "on_every_rank", False):
         return
     notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
     _print_red(f"error{f' on rank {rank}' if world > 1 else ''}: {error}{notes}")

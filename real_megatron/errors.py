@@ -11,21 +11,36 @@ Everything else that escapes, ValueError and AssertionError included, is a bug o
 class UserError(Exception):
     """Something that the user can fix. The message names the file, key or row, and the fix."""
 
+    on_every_rank = False
+    """All ranks of a node raise it alike, so that one of them says it."""
+
 
 class ConfigError(UserError):
     """A configuration that cannot be used: a key, a combination of keys, or one that does not fit the machine."""
 
+    on_every_rank = True
+
 
 class DataError(UserError):
     """A data file or record that cannot be used. The message begins with the file and its line or row."""
+
+    on_every_rank = True
 
 
 class CheckpointError(UserError):
     """A checkpoint that is missing, partial, damaged or of another model. The message names the file or tensor."""
 
 
+class MissingCheckpoint(CheckpointError):
+    """There is no checkpoint of that name, or its config.json or tokenizer cannot be used."""
+
+    on_every_rank = True
+
+
 class UnsupportedModel(UserError):
     """The model, or a feature that its configuration switches on, cannot be expressed in Megatron-Core here."""
+
+    on_every_rank = True
 
 
 class EngineError(Exception):

@@ -5,6 +5,7 @@ it has registered nothing of that name, the module's attribute `name`.
 """
 
 import importlib
+import sys
 from collections.abc import Iterator
 from typing import Generic, TypeVar
 
@@ -21,11 +22,9 @@ class Registry(Generic[T]):
         self.key = key
         self._known: dict[str, T] = {}
         self._module_of: dict[str, str] = {}
-        self._importing: str | None = None
 
     def register(self, name: str, item: T, module: str) -> T:
-        """Add an object that `module` defines; returns it. Raises ConfigError for a name that another module has."""
-        module = self._importing or module
+        """Add an object on behalf of `module`; returns it. Raises ConfigError for a name that another module has."""
         before = self._module_of.get(name, module)
         if before != module:
             raise ConfigError(f"{self.kind} {name!r} of {module}: {before} has registered this name; choose another")
@@ -42,15 +41,12 @@ class Registry(Generic[T]):
                     "your own (docs/extending.md)"
                 )
             return self._known[short]
-        outer, self._importing = self._importing, module_name
         try:
             module = importlib.import_module(module_name)
         except ImportError as error:
             raise ConfigError(
                 f"{self.key}: {name!r}: module {module_name} cannot be imported ({error}); is it on PYTHONPATH?"
             ) from error
-        finally:
-            self._importing = outer
         if f"{self._module_of.get(short)}.".startswith(f"{module_name}."):
             return self._known[short]
         if not hasattr(module, short):
@@ -63,3 +59,8 @@ class Registry(Generic[T]):
 
     def __getitem__(self, name: str) -> T:
         return self._known[name]
+
+
+def calling_module() -> str:
+    """Name of the module that has called the function which calls this one: the owner of what it registers."""
+    return str(sys._getframe(2).f_globals["__name__"])

@@ -1,6 +1,7 @@
 """The terminal: one console that log lines and progress bars share, so that they do not overwrite each other."""
 
 import logging
+import os
 import warnings
 
 from rich.console import Console
@@ -15,7 +16,7 @@ def set_up_logging(rank: int, verbose: bool = False) -> None:
     """Log to the terminal: from INFO on rank 0, from WARNING on the others, which say their rank.
 
     Of other packages errors are shown, and with `verbose` everything: their log, and Python's warnings, whose place is
-    then named.
+    then named. The bars of Hugging Face's libraries are for terminals; call this before they are imported.
     """
     text = "%(message)s" if rank == 0 else f"rank {rank}: %(message)s"
     if CONSOLE.is_terminal:
@@ -23,6 +24,7 @@ def set_up_logging(rank: int, verbose: bool = False) -> None:
     else:  # a file or pipe: one line per record, not wrapped to a terminal's width
         handler = logging.StreamHandler()
         text = "%(asctime)s " + text
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     handler.addFilter(lambda record: verbose or _is_ours(record) or record.levelno >= logging.ERROR)
     level = logging.DEBUG if verbose else logging.INFO if rank == 0 else logging.WARNING
     logging.basicConfig(level=level, format=text, datefmt="%X", handlers=[handler], force=True)

@@ -1,4 +1,4 @@
-"""The command line: help that teaches, errors that say what to mend."""
+"""The command line: help that teaches, errors that say what to fix."""
 
 import json
 import math
@@ -9,8 +9,16 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-from real_megatron.cli import app
-from real_megatron.errors import EngineError, UserError
+from real_megatron.cli import app, show_error
+from real_megatron.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    EngineError,
+    MissingCheckpoint,
+    UnsupportedModel,
+    UserError,
+)
 
 COMMANDS = ["train", "sft", "critiques", "evaluate", "judge", "report", "convert"]
 
@@ -43,7 +51,7 @@ def test_help_imports_neither_torch_nor_megatron() -> None:
         (["train", "RUN", "model.path="], "model.path is not set"),
         (["train", "RUN", "batch.mini_batches=2"], "set objective.ratio to ppo or truncated_is"),
         (["train", "RUN", "rollout.staleness=1"], "rollout.staleness is 1"),
-        (["train", "RUN", "objective.reward=nope"], "unknown reward 'nope'; known: answer_logprob, binary"),
+        (["train", "RUN", "objective.reward=nope"], "unknown reward 'nope'; known: "),
         (["evaluate", "RUN"], "data.eval is empty"),
         (["evaluate", "RUN", "data.eval.dev.path=x.jsonl", "--model", "nowhere"], "nowhere: no such directory"),
         (["judge", "--model", "nowhere", "--input", "RUN", "--output", "o.jsonl"], "nowhere: no such directory"),
@@ -98,6 +106,31 @@ def test_an_error_that_explains_itself_is_one_message_with_its_step(
     result = run("sft", str(tmp_path / "run.yaml"))
     assert result.exit_code == 1
     assert capfd.readouterr().err + result.output == "error: what and why (at step 3, rank 0)\n"
+
+
+@pytest.mark.parametrize(
+    ("kind", "says"),
+    [
+        (ConfigError, "first of a node"),
+        (DataError, "first of a node"),
+        (UnsupportedModel, "first of a node"),
+        (MissingCheckpoint, "first of a node"),
+        (CheckpointError, "each"),
+        (EngineError, "each"),
+        (FloatingPointError, "each"),
+    ],
+)
+def test_what_all_ranks_find_is_said_once_a_node(
+    kind: type[Exception], says: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    spoke = []
+    for rank, local in ((0, 0), (1, 1), (2, 0), (3, 1)):
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("LOCAL_RANK", str(local))
+        show_error(kind("what and why"))
+        spoke.append(f"error on rank {rank}: what and why" in capfd.readouterr().err)
+    assert spoke == ([True, False, True, False] if says == "first of a node" else [True] * 4)
 
 
 def test_a_model_that_cannot_score_ends_the_job_with_one_error(

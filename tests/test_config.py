@@ -25,6 +25,7 @@ def test_the_default_is_valid_and_survives_a_file(tmp_path: Path) -> None:
         (["scale.values=[1, 2]"], "scale: values has 2 numbers for 5 scores"),
         (["scale.scores=[1, 1]"], "scale: scores must be two or more different texts"),
         (["rollout.colocate=true", "rollout.staleness=1"], "servers sleep while the policy trains"),
+        (["rollout.staleness=2"], "`rollout.staleness`: Input should be 0 or 1"),
         (["objective.name=raft", "batch.mini_batches=2", "objective.ratio=ppo"], "raft has no rollouts to reuse"),
         (["objective.name=sft", "objective.kl=0.1"], "sft has no KL term"),
         (["batch.prompts=2", "batch.mini_batches=3", "objective.ratio=ppo"], "an update needs at least one prompt"),

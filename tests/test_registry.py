@@ -16,7 +16,7 @@ def registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Registry[str]:
     registry.register("plain", "built in", "real_megatron.somewhere")
     (tmp_path / "probe.py").write_text("registry = None\n")
     (tmp_path / "user_one.py").write_text(
-        "import probe\nprobe.registry.register('own', 'one', 'elsewhere')\nattribute = 'an attribute'\n"
+        "import probe\nprobe.registry.register('own', 'one', __name__)\nattribute = 'an attribute'\n"
     )
     (tmp_path / "user_two.py").write_text("import probe\nprobe.registry.register('own', 'two', __name__)\n")
     (tmp_path / "user_three.py").write_text("import no_such_module\n")
@@ -25,7 +25,7 @@ def registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Registry[str]:
 
     probe.registry = registry
     yield registry
-    for name in ("probe", "user_one", "user_two", "user_three"):
+    for name in ("probe", "user_one", "user_two", "user_three", "user_four"):
         sys.modules.pop(name, None)
 
 
@@ -34,6 +34,16 @@ def test_names_and_modules(registry: Registry[str]) -> None:
     assert registry.find("user_one:own") == "one" == registry.find("own") == registry.find("user_one:own")
     assert registry.find("user_one:attribute") == "an attribute"
     assert list(registry) == ["own", "plain"]
+
+
+def test_a_module_keeps_its_names_when_another_imports_it_first(registry: Registry[str], tmp_path: Path) -> None:
+    """As an engine of a user's that builds on a registered one."""
+    (tmp_path / "user_four.py").write_text(
+        "import probe, user_one\nprobe.registry.register('more', 'four', __name__)\n"
+    )
+    assert registry.find("user_four:more") == "four" and registry.find("user_one:own") == "one"
+    with pytest.raises(ConfigError, match="user_four neither registers nor defines 'own'"):
+        registry.find("user_four:own")
 
 
 def test_a_modules_name_is_never_anothers(registry: Registry[str]) -> None:

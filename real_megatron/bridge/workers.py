@@ -21,9 +21,8 @@ def run(
 
     `work` and tasks must be picklable. One worker runs in this process. An exception in any task ends the run.
     """
-    with tqdm(
-        total=total_bytes, desc=title, unit="B", unit_scale=True, unit_divisor=1024, disable=not show_progress
-    ) as bar:
+    disable = None if show_progress else True  # None: no bar in a file or pipe
+    with tqdm(total=total_bytes, desc=title, unit="B", unit_scale=True, unit_divisor=1024, disable=disable) as bar:
 
         def advance(count: int) -> None:
             bar.update(count)

@@ -55,11 +55,14 @@ def _lines(path: Path, lines: Iterator[str]) -> Iterator[tuple[str, Any]]:
             continue
         where = f"{path}, line {number}"
         try:
-            yield where, json.loads(line)
+            record = json.loads(line)
         except json.JSONDecodeError as error:
             raise DataError(
                 f"{where}: not valid JSON ({error.msg}, column {error.colno}); write one object a line, or one list"
             ) from None
+        except ValueError as error:  # an integer of more digits than Python reads
+            raise DataError(f"{where}: {error}") from None
+        yield where, record
 
 
 def _list(path: Path, text: str) -> list[Any]:
@@ -69,6 +72,8 @@ def _list(path: Path, text: str) -> list[Any]:
         raise DataError(
             f"{path}, line {error.lineno}, column {error.colno}: not valid JSON ({error.msg}); is the file complete?"
         ) from None
+    except ValueError as error:
+        raise DataError(f"{path}: {error}") from None
     return records
 
 

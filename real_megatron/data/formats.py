@@ -23,7 +23,7 @@ from statistics import fmean
 from typing import Any, TypeVar
 
 from real_megatron.errors import DataError
-from real_megatron.registry import Registry
+from real_megatron.registry import Registry, calling_module
 
 RESULT = "[RESULT]"
 HEADINGS = {
@@ -154,9 +154,10 @@ for _name, _read in (
 
 def register_format(name: str) -> Callable[[R], R]:
     """A decorator that adds a reader (see the module's docstring) as the format `name`."""
+    module = calling_module()
 
     def register(read: R) -> R:
-        FORMATS.register(name, read, getattr(read, "__module__", "?"))
+        FORMATS.register(name, read, module)
         return read
 
     return register
@@ -214,7 +215,7 @@ def _number(value: Any, key: str) -> float:
     if isinstance(value, (int, float, str)) and not isinstance(value, bool):
         try:
             number = float(value)
-        except ValueError:
+        except (ValueError, OverflowError):
             number = math.nan
         if math.isfinite(number):
             return number

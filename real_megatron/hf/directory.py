@@ -7,7 +7,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from real_megatron.errors import CheckpointError
+from real_megatron.errors import MissingCheckpoint
 from real_megatron.hf.side_files import PATTERNS
 
 _HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
@@ -19,30 +19,30 @@ _WEIGHTS = ["*.safetensors", "*.safetensors.index.json"]
 def checkpoint_directory(path: str | Path, revision: str | None = None, weights: bool = True) -> Path:
     """The directory of a Hugging Face checkpoint: `path` itself, or that of its download from the hub.
 
-    path: a directory, or a name on the hub (`owner/name`) if there is no directory of that name. revision: branch, tag
-    or commit on the hub; None: its main branch. weights: false downloads only configuration and tokenizer. Downloads
-    are kept in huggingface_hub's cache, from which they are read without a network.
+    path: a directory, or a name on the hub (`owner/name`) if it is a string and there is no directory of that name.
+    revision: branch, tag or commit on the hub; None: its main branch. weights: false downloads only configuration and
+    tokenizer. Downloads are kept in huggingface_hub's cache, from which they are read without a network.
 
-    Raises CheckpointError if there is neither, if config.json is missing, or for a revision of a local directory.
+    Raises MissingCheckpoint if there is neither, if config.json is missing, or for a revision of a local directory.
     """
     directory = Path(path)
     if not directory.is_dir():
-        if not _HUB_NAME.fullmatch(str(path)):
-            raise CheckpointError(f"{path}: no such directory; name the directory of a Hugging Face checkpoint")
+        if isinstance(path, Path) or not _HUB_NAME.fullmatch(path):
+            raise MissingCheckpoint(f"{path}: no such directory; name the directory of a Hugging Face checkpoint")
         directory = _download(str(path), revision, weights)
     elif revision is not None:
-        raise CheckpointError(f"{path} is a directory here, which has no revision {revision!r}: leave the revision out")
+        raise MissingCheckpoint(f"{path} is a directory here, without a revision {revision!r}: leave the revision out")
     if not (directory / "config.json").is_file():
-        raise CheckpointError(f"{path}: no config.json there; name the directory of a Hugging Face checkpoint")
+        raise MissingCheckpoint(f"{path}: no config.json there; name the directory of a Hugging Face checkpoint")
     return directory
 
 
 def load_tokenizer(directory: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a Hugging Face checkpoint; remote code is never run. Raises CheckpointError without one."""
+    """The tokenizer of a Hugging Face checkpoint; remote code is never run. Raises MissingCheckpoint without one."""
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises plain Exception for a damaged file
-        raise CheckpointError(f"{directory}: its tokenizer cannot be loaded: {error}") from error
+        raise MissingCheckpoint(f"{directory}: its tokenizer cannot be loaded: {error}") from error
     return tokenizer
 
 
@@ -52,13 +52,13 @@ def _download(name: str, revision: str | None, weights: bool) -> Path:
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
     except (RepositoryNotFoundError, RevisionNotFoundError):
-        raise CheckpointError(
+        raise MissingCheckpoint(
             f"{name}: no directory here, and the hub has no such model{at} (or it is private or gated: log in with "
             "`hf auth login`); correct the name or the revision"
         ) from None
     except Exception as error:  # besides OSError: errors of its HTTP client, which differ between its versions
         reason = f"{type(error).__name__}: {error}".partition("\n")[0]
-        raise CheckpointError(
+        raise MissingCheckpoint(
             f"{name}: no directory here, and it cannot be downloaded from the hub{at} ({reason}); without a network, "
             "download it elsewhere (`hf download`) and name its directory"
         ) from None

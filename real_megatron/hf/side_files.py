@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, PretrainedConfig
 
-from real_megatron.errors import CheckpointError
+from real_megatron.errors import MissingCheckpoint
 
 log = logging.getLogger(__name__)
 
@@ -51,14 +51,14 @@ def carry(source: Path, target: Path, dtype: torch.dtype | None = None) -> list[
 
 
 def read_config(directory: Path) -> PretrainedConfig:
-    """The configuration in `config.json`; remote code is never run. Raises CheckpointError if it cannot be used."""
+    """The configuration in `config.json`; remote code is never run. Raises MissingCheckpoint if it cannot be used."""
     file = directory / "config.json"
     if not file.is_file():
-        raise CheckpointError(f"{file} is missing")
+        raise MissingCheckpoint(f"{file} is missing")
     try:
         return AutoConfig.from_pretrained(directory, trust_remote_code=False)
     except (ValueError, KeyError, OSError) as error:
-        raise CheckpointError(f"{file} cannot be used: {error}") from error
+        raise MissingCheckpoint(f"{file} cannot be used: {error}") from error
 
 
 def _set_dtype(file: Path, dtype: torch.dtype) -> None:

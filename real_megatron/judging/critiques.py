@@ -13,10 +13,10 @@ import torch.distributed as dist
 from real_megatron.config import RunConfig
 from real_megatron.data import JudgeExample, encode_prompts, load_examples
 from real_megatron.errors import ConfigError
-from real_megatron.judging.job import keep_settings
+from real_megatron.judging.job import keep_settings, template_digest, weights_written
 from real_megatron.judging.judge import Judge
 from real_megatron.judging.reading import example_seed
-from real_megatron.rollout.engine import SamplingParams
+from real_megatron.rollout.engine import SamplingParams, naming_prompts
 from real_megatron.rollout.sampling import sample_trajectories
 from real_megatron.runtime import barrier, from_rank_0, rank, start_process_group, world_size
 
@@ -30,10 +30,13 @@ _CHUNK_END = '{"prompts": '
 Row = dict[str, Any]
 
 
-def write_critiques(config: RunConfig, model: str | Path, output: Path, samples: int = 1) -> int:
+def write_critiques(
+    config: RunConfig, model: str | Path, output: Path, samples: int = 1, *, revision: str | None = None
+) -> int:
     """Let `model` write `samples` critiques for every example of `data.train`, into a plain JSONL file that SFT reads:
     `id`, `messages` (the prompt), `label`, `cot`, and the example's further columns. Returns the number of critiques.
 
+    model: a directory, or a name on the hub (with `revision`: a branch, tag or commit).
     Sampled with `rollout.temperature` and `rollout.top_p`, at most `data.max_response_tokens` long. A critique without
     an anchor is dropped and counted, as are prompts that are too long. Written in chunks: the same call goes on behind
     the last whole chunk of a job that was killed, and does nothing when the file is complete. Collective under
@@ -46,11 +49,12 @@ def write_critiques(config: RunConfig, model: str | Path, output: Path, samples:
     if world_size() > 1 and not dist.is_initialized():
         start_process_group(config.parallel.timeout_minutes)
     partial = output.with_name(output.name + ".partial")
-    from_rank_0(lambda: _begin(output, partial, _settings(config, str(model), samples)))
+    about = {"model": str(model), "revision": revision, "weights_written": weights_written(Path(model))}
+    from_rank_0(lambda: _begin(output, partial, {**about, **_settings(config, samples)}))
     if from_rank_0(output.exists):
         logger.info("%s is complete", output)
         return len(_lines(output))
-    with Judge.from_pretrained(model, config=config, work_dir=output.parent / "rollout") as judge:
+    with Judge.from_pretrained(model, revision=revision, config=config, work_dir=output.parent / "rollout") as judge:
         _sample(judge, samples, partial)
     found = from_rank_0(lambda: _finish(partial, output))
     barrier()
@@ -62,15 +66,15 @@ def write_critiques(config: RunConfig, model: str | Path, output: Path, samples:
     return found
 
 
-def _settings(config: RunConfig, model: str, samples: int) -> dict[str, Any]:
-    """What decides the critiques."""
+def _settings(config: RunConfig, samples: int) -> dict[str, Any]:
+    """What decides the critiques besides the model."""
     tree = config.model_dump(mode="json")
     data, rollout = tree["data"], tree["rollout"]
     return {
-        "model": model,
         "samples": samples,
         "seed": config.seed,
         "scale": tree["scale"],
+        "template_digest": template_digest(data["template"]),
         **{
             f"data.{key}": data[key]
             for key in ("train", "template", "chat_template", "max_prompt_tokens", "max_response_tokens")
@@ -99,7 +103,8 @@ def _sample(judge: Judge, samples: int, partial: Path) -> None:
         names = [ids[id(example)] for example, _ in chunk]
         seeds = [example_seed(config.seed, "written critique", name) for name in names]
         prompts = [prompt_ids for _, prompt_ids in chunk]
-        sampled = sample_trajectories(judge.engine, tokenizer, scale, prompts, params, "drop", seeds)
+        with naming_prompts([f"data.train: {name}" for name in names]):
+            sampled = sample_trajectories(judge.engine, tokenizer, scale, prompts, params, "drop", seeds)
         rows: list[Row] = []
         for name, (example, _), trajectories in zip(names, chunk, sampled.trajectories, strict=True):
             dropped += samples - len(trajectories)

@@ -19,6 +19,7 @@ from real_megatron.evaluation.report import evaluation_path
 from real_megatron.evaluation.result import DECODINGS, Evaluation, Prediction
 from real_megatron.judging.judge import Judge
 from real_megatron.judging.reading import Reading, answers_of, mean_answer
+from real_megatron.rollout.engine import naming_prompts
 from real_megatron.runtime import rank, start_process_group, world_size
 from real_megatron.scores import ScoreScale
 
@@ -32,11 +33,18 @@ class EvaluationPrompt:
     prompt_ids: list[int]
 
 
-def evaluate(config: RunConfig, model: str | Path | None = None, output: Path | None = None) -> dict[str, Evaluation]:
+def evaluate(
+    config: RunConfig,
+    model: str | Path | None = None,
+    output: Path | None = None,
+    *,
+    revision: str | None = None,
+) -> dict[str, Evaluation]:
     """Evaluate a checkpoint on the sets of `data.eval`; saves `output/evaluation/NAME.json`, returns the results.
 
-    model: a directory or a name on the hub; default: the run's own, `config.output/hf`. output: default
-    `config.output`. Under torchrun the ranks share the examples, and every rank gets the results.
+    model: a directory, or a name on the hub (with `revision`: a branch, tag or commit); default: the run's own,
+    `config.output/hf`. output: default `config.output`. Under torchrun the ranks share the examples, and every rank
+    gets the results.
 
     Raises ConfigError when there is no test set, CheckpointError when there is no checkpoint.
     """
@@ -45,9 +53,9 @@ def evaluate(config: RunConfig, model: str | Path | None = None, output: Path | 
         raise ConfigError("data.eval is empty: name at least one test set, for example data.eval.dev.path=dev.jsonl")
     if world_size() > 1 and not dist.is_initialized():
         start_process_group(config.parallel.timeout_minutes)
-    with Judge.from_pretrained(model, config=config, work_dir=output / "rollout") as judge:
+    with Judge.from_pretrained(model, revision=revision, config=config, work_dir=output / "rollout") as judge:
         sets = load_evaluation_sets(config, judge.tokenizer, judge.scale)
-        return evaluate_sets(judge, sets, output, about={"model": str(model)})
+        return evaluate_sets(judge, sets, output, about={"model": judge.name})
 
 
 def load_evaluation_sets(
@@ -104,7 +112,7 @@ def evaluate_set(
     note). `about` is kept with the result; `on_progress` is called with the number of examples done. Every rank of a
     distributed engine must call it; all get the same result.
 
-    Raises DataError when there is no example, or an id occurs twice.
+    Raises DataError when there is no example, an id occurs twice, or the engine cannot take a prompt.
     """
     if not examples:
         raise DataError(f"test set {name}: no examples to evaluate on")
@@ -116,7 +124,8 @@ def evaluate_set(
     rows: list[list[Reading]] = []
     for start in range(0, len(examples), settings.batch_size):
         chunk = examples[start : start + settings.batch_size]
-        rows += judge.read([example.prompt_ids for example in chunk], [example.id for example in chunk])
+        with naming_prompts([f"test set {name}: {example.id}" for example in chunk]):
+            rows += judge.read([example.prompt_ids for example in chunk], [example.id for example in chunk])
         if on_progress is not None:
             on_progress(len(rows))
     predictions = [_prediction(example, row) for example, row in zip(examples, rows, strict=True)]

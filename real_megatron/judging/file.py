@@ -7,14 +7,12 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from real_megatron.data import load_template
 from real_megatron.errors import ConfigError, DataError, PromptRefused
 from real_megatron.judging.evaluate import judge_settings
-from real_megatron.judging.job import keep_settings
+from real_megatron.judging.job import keep_settings, template_digest, weights_written
 from real_megatron.judging.judge import Judge
 from real_megatron.judging.reading import Reading
 
@@ -165,6 +163,8 @@ def _parse(line: bytes) -> dict[str, Any]:
         raise DataError(f"not UTF-8: {error}") from None
     except UnicodeEncodeError as error:  # a lone surrogate, written as an escape
         raise DataError(f"text that is not Unicode: {error.reason}") from None
+    except ValueError as error:  # an integer of more digits than Python reads
+        raise DataError(f"not JSON that can be read: {error}") from None
     if not isinstance(record, dict):
         raise DataError(f"not a JSON object but {type(record).__name__}")
     return record
@@ -182,22 +182,15 @@ def _result(judge: Judge, readings: list[Reading]) -> dict[str, Any]:
 def _about(judge: Judge) -> dict[str, Any]:
     """What decides the output, as plain data."""
     data, settings = judge.config.data, judge_settings(judge)
-    template = load_template(data.template)
     return {
         "model": judge.name,
-        "weights_written": None if judge.directory is None else _written(judge.directory),
+        "weights_written": None if judge.directory is None else weights_written(judge.directory),
         "template": data.template,
-        "template_digest": hashlib.blake2b(template.text.encode(), digest_size=8).hexdigest(),
+        "template_digest": template_digest(data.template),
         "chat_template": data.chat_template,
         **settings.pop("scale"),
         **settings,
     }
-
-
-def _written(model: Path) -> str | None:
-    """When the newest weights of a checkpoint were written: those of a later training in the same directory differ."""
-    newest = max((path.stat().st_mtime for path in model.glob("*.safetensors")), default=None)
-    return None if newest is None else datetime.fromtimestamp(newest, UTC).isoformat()
 
 
 def _finished(output: Path) -> dict[str, str]:

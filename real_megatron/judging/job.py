@@ -1,9 +1,12 @@
 """A job that writes a file and can be interrupted: its settings are kept beside the output, to go on with the same."""
 
+import hashlib
 import json
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from real_megatron.data import load_template
 from real_megatron.errors import ConfigError
 
 
@@ -29,3 +32,14 @@ def keep_settings(output: Path, settings: dict[str, Any], begun: bool) -> None:
     if changed:
         what = ", ".join(f"{key} was {before.get(key)!r}, is {settings.get(key)!r}" for key in changed)
         raise ConfigError(f"{output} was begun with other settings ({what}): choose another output, or use the same")
+
+
+def weights_written(checkpoint: Path) -> str | None:
+    """When the newest weights in a directory were written, since a later training may replace them."""
+    newest = max((path.stat().st_mtime for path in checkpoint.glob("*.safetensors")), default=None)
+    return None if newest is None else datetime.fromtimestamp(newest, UTC).isoformat()
+
+
+def template_digest(template: str) -> str:
+    """A digest of a template's text (`data.template`), which may change while its name stays."""
+    return hashlib.blake2b(load_template(template).text.encode(), digest_size=8).hexdigest()

@@ -1,6 +1,7 @@
 """A judge: a checkpoint behind an engine, with the scale, prompts and sampling of its configuration."""
 
 import hashlib
+import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from real_megatron.hf.directory import checkpoint_directory, load_tokenizer
 from real_megatron.judging.reading import Reading, answers_of, example_seed, mean_answer, read_response
 from real_megatron.judging.settings import judge_config
 from real_megatron.rollout.embedded.seeded import uniforms
-from real_megatron.rollout.engine import EngineSpec, RolloutEngine, SamplingParams
+from real_megatron.rollout.engine import EngineSpec, RolloutEngine, SamplingParams, naming_prompts
 from real_megatron.rollout.factory import build_engine, check_servers
 from real_megatron.rollout.scoring import sample_scored
 from real_megatron.runtime import default_device, default_dtype, host_group
@@ -69,7 +70,7 @@ class Judge:
         self.directory: Path | None = None
         """Of the checkpoint, where the judge was loaded from one."""
         self._template: Template | None = None
-        self._scratch: tempfile.TemporaryDirectory[str] | None = None
+        self._scratch: Path | None = None
 
     @classmethod
     def from_pretrained(
@@ -103,9 +104,8 @@ class Judge:
         tokenizer = load_tokenizer(directory)
         scale = ScoreScale.resolve(tokenizer, config.scale.scores, config.scale.values, config.scale.anchor)
         scratch = None
-        if work_dir is None:
-            scratch = tempfile.TemporaryDirectory(prefix="judge-")
-            work_dir = Path(scratch.name)
+        if work_dir is None:  # removed by close(); left there if the engine fails, since its logs say why
+            work_dir = scratch = Path(tempfile.mkdtemp(prefix="judge-"))
         spec = EngineSpec(
             config=config.rollout,
             model_dir=directory,
@@ -118,7 +118,11 @@ class Judge:
             serve_loaded=True,
         )
         judge = cls(
-            build_engine(spec, host_group(config.parallel.timeout_minutes)), tokenizer, scale, config, str(model)
+            build_engine(spec, host_group(config.parallel.timeout_minutes)),
+            tokenizer,
+            scale,
+            config,
+            str(model) if revision is None else f"{model}@{revision}",
         )
         judge.directory, judge._scratch = directory, scratch
         return judge
@@ -135,7 +139,8 @@ class Judge:
             raise TypeError("score() takes a list of prompts: put this one into a list")
         encoded = [self.encode(_record(prompt), f"prompt {i}") for i, prompt in enumerate(prompts)]
         ids = [hashlib.blake2b(repr(prompt).encode(), digest_size=8).hexdigest() for prompt in encoded]
-        return [self.summary(readings) for readings in self.read(encoded, ids, critiques)]
+        with naming_prompts([f"prompt {i}" for i in range(len(encoded))]):
+            return [self.summary(readings) for readings in self.read(encoded, ids, critiques)]
 
     def encode(self, record: Mapping[str, Any], where: str) -> list[int]:
         """Token ids of a record's prompt (`prompt`, `messages` or the template's fields).
@@ -213,7 +218,7 @@ class Judge:
         """End the engine and the servers that it started."""
         self.engine.close()
         if self._scratch is not None:
-            self._scratch.cleanup()
+            shutil.rmtree(self._scratch, ignore_errors=True)
 
     def __enter__(self) -> Self:
         return self

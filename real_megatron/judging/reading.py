@@ -88,8 +88,9 @@ def answers_of(readings: Sequence[Reading]) -> list[Answer]:
 
 def _answer(scale: ScoreScale, score_logprobs: list[float], uniform: float, renormalized: bool) -> Answer:
     logp = np.asarray(score_logprobs, dtype=np.float64)
-    if np.isnan(logp).any():
-        raise EngineError("the model's score log-probs are NaN: its weights are damaged, or overflow in this dtype")
+    if not np.isfinite(logp.max()):  # the maximum of any NaN is NaN
+        what = "NaN" if np.isnan(logp.max()) else "infinite"
+        raise EngineError(f"the model's score log-probs are {what}: its weights are damaged, or overflow in this dtype")
     p = np.exp(logp)
     # The largest is taken out first, so that a distribution whose mass underflows can still be normalised.
     q = np.exp(logp - logp.max())

@@ -16,7 +16,7 @@ from torch import Tensor
 from real_megatron.errors import ConfigError
 from real_megatron.objective.rail import Probabilities, expected_score, label_index, label_logprob
 from real_megatron.objective.types import ResponseView
-from real_megatron.registry import Registry
+from real_megatron.registry import Registry, calling_module
 
 LOGPROB_FLOOR = math.log(1e-3)
 """log π(y*) has no lowest value: a response without an answer counts as log π(y*) = log 0.001."""
@@ -69,10 +69,11 @@ def register_reward(name: str, floor: float | FloorFunction, *, reads_responses:
     floor: reward of a response without an answer: a number, or a function of (values [S], options).
     reads_responses: the function has a fifth argument, `responses`, one `ResponseView` per response, [N].
     """
+    module = calling_module()
     floor_function: FloorFunction = floor if callable(floor) else lambda values, options: float(floor)
 
     def add(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        REWARDS.register(name, Reward(function, floor_function, reads_responses), function.__module__)
+        REWARDS.register(name, Reward(function, floor_function, reads_responses), module)
         return function
 
     return add

@@ -11,11 +11,12 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 
 from real_megatron import bridge
 from real_megatron.batch.segments import Segment, SegmentTree
 from real_megatron.config import ModelConfig, ParallelConfig
+from real_megatron.hf.directory import checkpoint_directory
+from real_megatron.hf.model import load_model
 from real_megatron.hf.side_files import read_config
 from real_megatron.policy import cpu, parallel_groups
 from real_megatron.policy.attention import PackedParams
@@ -48,13 +49,14 @@ def verify(
 ) -> Verification:
     """Compare float32 logits of a Hugging Face checkpoint and of its Megatron counterpart on random tokens.
 
-    megatron_path: a converted checkpoint; without one the weights come straight from `hf_path`. parallel: layout of
-    the Megatron model; default: one rank. family: as `model.family`. Collective. Each rank holds the Hugging Face model
-    and then its shard of the Megatron model, one after the other.
+    hf_path: a directory, or a name on the hub. megatron_path: a converted checkpoint; without one the weights come
+    straight from `hf_path`. parallel: layout of the Megatron model; default: one rank. family: as `model.family`.
+    Collective. Each rank holds the Hugging Face model and then its shard of the Megatron model, one after the other.
     """
     parallel = parallel or ParallelConfig()
     parallel_groups.initialize(parallel, seed)
-    description = bridge.describe(read_config(Path(hf_path)), family)
+    hf_path = checkpoint_directory(hf_path)
+    description = bridge.describe(read_config(hf_path), family)
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(description.vocab_size, (sequences, length), generator=generator)
     expected = hf_logits(hf_path, tokens)
@@ -78,7 +80,8 @@ def verify(
 
 def hf_logits(hf_path: str | Path, tokens: Tensor) -> Tensor:
     """transformers' logits for `tokens` `[B, T]`: float32 `[B, T, V]`."""
-    model = AutoModelForCausalLM.from_pretrained(hf_path, dtype=torch.float32, attn_implementation="eager").eval()
+    model = load_model(hf_path, torch.float32).eval()
+    model.set_attn_implementation("eager")
     with torch.no_grad():
         logits: Tensor = model(tokens).logits
     return logits

@@ -1,18 +1,20 @@
 """The protocol that every rollout engine fulfils, its errors, and how engines are found. Knows neither Megatron nor
 training."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from real_megatron.config import RolloutConfig
-from real_megatron.errors import EngineError
-from real_megatron.registry import Registry
+from real_megatron.errors import DataError, EngineError, PromptRefused
+from real_megatron.hf.side_files import read_config
+from real_megatron.registry import Registry, calling_module
 
 
 @dataclass(frozen=True)
@@ -123,8 +125,8 @@ class EngineSpec:
         return self.max_prompt_tokens + self.max_response_tokens
 
     def hf_config(self) -> PretrainedConfig:
-        """The model's configuration; remote code is never run."""
-        return AutoConfig.from_pretrained(self.model_dir, trust_remote_code=False)
+        """The model's configuration; remote code is never run. Raises CheckpointError."""
+        return read_config(self.model_dir)
 
 
 @dataclass(frozen=True)
@@ -145,9 +147,10 @@ Builder = TypeVar("Builder", bound=Callable[[EngineSpec], RolloutEngine])
 
 def register_engine(name: str, *, on_every_rank: bool = False) -> Callable[[Builder], Builder]:
     """Decorator for a class or function that builds a `RolloutEngine` from an `EngineSpec`. See docs/extending.md."""
+    module = calling_module()
 
     def add(build: Builder) -> Builder:
-        ENGINES.register(name, EngineKind(build, on_every_rank), build.__module__)
+        ENGINES.register(name, EngineKind(build, on_every_rank), module)
         return build
 
     return add
@@ -157,3 +160,12 @@ def drain(stream: Iterable[Any]) -> None:
     """Consume what is left of a stream. A collective export must be iterated to its end on every rank."""
     for _ in stream:
         pass
+
+
+@contextmanager
+def naming_prompts(names: Sequence[str]) -> Iterator[None]:
+    """Turn PromptRefused into a DataError with the prompt's name: for callers that do not go on without it."""
+    try:
+        yield
+    except PromptRefused as refusal:
+        raise DataError(f"{names[refusal.index]}: {refusal}") from None

@@ -37,7 +37,7 @@ def sample_trajectories(
     """Sample `params.n` responses per prompt, stopped at the score anchor, as trajectories.
 
     A response that has no anchor at a token boundary: `penalize` keeps it whole, without an answer position; `force`
-    appends the anchor, without token loss (a final end-of-sequence token gives way to it); `drop` leaves it out.
+    appends the anchor, without token loss (see `with_anchor`); `drop` leaves it out.
 
     Raises EngineError when the engine does not return exactly what was asked for, PromptRefused for a prompt that it
     cannot take.
@@ -60,7 +60,8 @@ def sample_trajectories(
                     counts["dropped"] += 1
                     continue
                 counts["forced"] += rule == "force"
-            kept.append(_trajectory(response, cut, scale.anchor_ids if rule == "force" else None))
+            forced = with_anchor(response, scale, params.max_new_tokens) if cut is None and rule == "force" else None
+            kept.append(_trajectory(response, cut, forced))
         trajectories.append(kept)
     total = max(1, len(prompts) * params.n)
     lengths = [len(response.token_ids) for group in groups for response in group]
@@ -86,26 +87,34 @@ def check_complete(groups: list[list[Response]], prompts: int, n: int) -> None:
                 )
 
 
-def _trajectory(response: Response, cut: int | None, anchor: list[int] | None) -> Trajectory:
+def with_anchor(response: Response, scale: ScoreScale, longest: int) -> tuple[list[int], int]:
+    """A response without an anchor, with the anchor appended; and how many of its own tokens are left.
+
+    A final end-of-sequence token gives way to the anchor, and so do the last tokens of a response that would be longer
+    than `longest` with it: engines, and the model's positions, have room for no more.
+    """
+    own = len(response.token_ids) - (response.finish_reason == "eos")
+    own = max(0, min(own, longest - len(scale.anchor_ids)))
+    return response.token_ids[:own] + scale.anchor_ids, own
+
+
+def _trajectory(response: Response, cut: int | None, forced: tuple[list[int], int] | None) -> Trajectory:
     ids, logprobs = response.token_ids, response.logprobs
-    forced = False
-    if cut is None and anchor is not None:
-        forced = True
-        sampled = len(ids) - (response.finish_reason == "eos")
-        ids = ids[:sampled] + anchor
+    if forced is not None:
+        ids, own = forced
         # Positions without token loss: the value is never read.
-        logprobs = logprobs[:sampled] + [0.0] * len(anchor)
-        mask = [True] * sampled + [False] * len(anchor)
+        logprobs = logprobs[:own] + [0.0] * (len(ids) - own)
+        mask = [True] * own + [False] * (len(ids) - own)
     else:
         ids, logprobs = ids[:cut], logprobs[:cut]
         mask = [True] * len(ids)
     reason = "stop" if cut is not None else "length" if response.finish_reason == "length" else "eos"
     return Trajectory(
         response_ids=ids,
-        answer_index=None if cut is None and not forced else len(ids) - 1,
+        answer_index=None if cut is None and forced is None else len(ids) - 1,
         loss_mask=mask,
         old_logprobs=logprobs,
         finish_reason=reason,
-        forced_anchor=forced,
+        forced_anchor=forced is not None,
         weight_version=response.weight_version,
     )

@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from real_megatron.errors import EngineError, PromptRefused
 from real_megatron.rollout.engine import RolloutEngine, SamplingParams
-from real_megatron.rollout.sampling import check_complete
+from real_megatron.rollout.sampling import check_complete, with_anchor
 from real_megatron.scores import ScoreScale
 
 
@@ -62,8 +62,7 @@ def sample_scored(
             if cut is None:
                 scored.finish_reason = "length" if response.finish_reason == "length" else "eos"
                 if rule == "force":
-                    whole = len(ids) - (response.finish_reason == "eos")
-                    scored.response_ids = ids[:whole] + scale.anchor_ids
+                    scored.response_ids, _ = with_anchor(response, scale, params.max_new_tokens)
                     scored.forced_anchor = True
                     unread.append((scored, index))
             elif one_pass and cut < len(ids):

@@ -19,7 +19,8 @@ class OneStepOff(Generic[T]):
 
     `publish` is called in the caller's thread, and never while a generation runs. An error of `generate` is raised by
     the `take` of its step. A batch that has been generated but not taken is lost when the run stops: after a resume it
-    is generated again. Leaving the context waits for a generation that is under way.
+    is generated again. Leaving the context because of an error does not wait for a generation that is under way:
+    closing the engine ends it.
     """
 
     def __init__(self, generate: Callable[[int], T], publish: Callable[[int], None], steps: range) -> None:
@@ -50,4 +51,4 @@ class OneStepOff(Generic[T]):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._thread.shutdown(wait=True)
+        self._thread.shutdown(wait=error is None, cancel_futures=True)

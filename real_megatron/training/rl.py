@@ -7,7 +7,7 @@ from real_megatron.batch.types import Group
 from real_megatron.config import RunConfig
 from real_megatron.errors import ConfigError
 from real_megatron.objective import ReinforceObjective, build_objective, check, minimum_group_size
-from real_megatron.rollout.engine import SamplingParams
+from real_megatron.rollout.engine import SamplingParams, naming_prompts
 from real_megatron.rollout.sampling import sample_trajectories
 from real_megatron.training.examples import prompt_groups
 from real_megatron.training.one_step_off import OneStepOff
@@ -37,7 +37,8 @@ def train(config: RunConfig) -> None:
         run.resume()
         if run.finished():
             return
-        run.start_engine()
+        if run.start < run.steps:
+            run.start_engine()
 
         def publish(done: int) -> None:
             with timer.phase("sync"):
@@ -110,7 +111,7 @@ def generate(run: Session, objective: ReinforceObjective, step: int) -> Batch:
         max_new_tokens=config.data.max_response_tokens,
     )
     seeds = [rollout_seed(config.seed, step, i) for i in range(len(prompts))]
-    with run.engine_in_use:
+    with run.engine_in_use, naming_prompts([f"data.train: {group.example_id}" for group in prompts]):
         sampled = sample_trajectories(
             run.engine,
             run.tokenizer,

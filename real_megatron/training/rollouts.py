@@ -18,6 +18,8 @@ from real_megatron.training.reference import spread
 class NothingToTrain(UserError):
     """No group of a step's rollouts can be trained on."""
 
+    on_every_rank = True
+
 
 def trainable(groups: Sequence[Group], smallest: int) -> list[Group]:
     """The groups with at least `smallest` responses. Raises NothingToTrain when none is left."""

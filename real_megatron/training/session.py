@@ -43,8 +43,8 @@ class Session:
     """A run: its data, policy, engine and checkpoints. Every rank holds one; its methods are collective.
 
     Built in order: what fails fast comes first. `load` makes the training groups. The rollout engine is started by
-    `start_engine`, not before. Raises ConfigError, DataError or CheckpointError when data, scale, layout and model do
-    not fit together.
+    `start_engine`, at the latest by the first evaluation. Raises ConfigError, DataError or CheckpointError when data,
+    scale, layout and model do not fit together.
     """
 
     def __init__(self, config: RunConfig, load: Load) -> None:
@@ -82,6 +82,7 @@ class Session:
         config = self.config
         if config.rollout.colocate:  # the servers will take what is free
             self.policy.allocate_optimizer_state()
+            self._free_cached_memory()
         spec = EngineSpec(
             config=config.rollout,
             model_dir=self.model_dir,
@@ -102,17 +103,21 @@ class Session:
 
     def publish(self, step: int) -> None:
         """Give the engine the policy's weights after `step` steps, unless an evaluation has just done so."""
-        if self.config.rollout.colocate:  # the servers need the memory that this process's allocator only keeps
-            torch.cuda.empty_cache()
-            dist.barrier()
+        if self.config.rollout.colocate:
+            self._free_cached_memory()
         if self._published != step:
             self.engine.update_weights(self.policy.export(), version=step)
             self._published = step
         if self.config.rollout.colocate:  # it sleeps while the trainer uses its GPUs; the update woke its weights alone
             self.engine.wake()
 
+    def _free_cached_memory(self) -> None:
+        """Colocated servers need the memory that the trainers' allocators only keep."""
+        torch.cuda.empty_cache()
+        dist.barrier()
+
     def close(self) -> None:
-        """End the engine's servers. Not collective."""
+        """End the engine's servers, and requests that are under way. Not collective."""
         if self._engine is not None:
             self._engine.close()
 
@@ -189,9 +194,15 @@ class Session:
         return bool(self.evaluation_sets) and (done == self.steps or _due(done, self.config.evaluation.every))
 
     def evaluate(self, done: int) -> dict[str, float]:
-        """Evaluate the policy as it is after `done` steps on every evaluation set; returns `eval/NAME/METRIC`."""
+        """Evaluate the policy as it is after `done` steps on every evaluation set; returns `eval/NAME/METRIC`.
+
+        Starts the engine where the steps need none (SFT): before the first evaluation, not before the first step, since
+        servers or a second model would take memory that the steps can use.
+        """
         if not self.evaluation_sets:
             return {}
+        if self._engine is None:
+            self.start_engine()
         config = self.config
         with self.engine_in_use:
             self.publish(done)

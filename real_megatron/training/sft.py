@@ -19,8 +19,6 @@ def train(config: RunConfig) -> None:
         run.resume()
         if run.finished():
             return
-        if run.evaluation_sets:  # which alone need an engine
-            run.start_engine()
         with run.recording() as record:
             for step in range(run.start, run.steps):
                 with naming_step(step, rank), timer.phase("update"):

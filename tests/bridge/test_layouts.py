@@ -38,7 +38,9 @@ SAVED = "tp2 pp2"
 
 
 def test_every_family_has_a_variant() -> None:
-    assert {fields["model_type"] for fields in VARIANTS.values()} == set(FAMILIES)
+    # Other tests register families of their own.
+    built_in = {name for name in FAMILIES if getattr(FAMILIES[name], "__name__", "").startswith("real_megatron.")}
+    assert {fields["model_type"] for fields in VARIANTS.values()} == built_in
 
 
 @pytest.fixture(scope="module")

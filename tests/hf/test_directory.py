@@ -89,10 +89,15 @@ def test_a_missing_directory_that_is_no_hub_name(name: str, downloads: list[dict
     assert downloads == []
 
 
+def test_a_path_is_never_a_hub_name(downloads: list[dict[str, Any]]) -> None:
+    """Such as `output/hf` of a run that has not finished."""
+    with pytest.raises(CheckpointError, match="^runs/hf: no such directory"):
+        checkpoint_directory(Path("runs/hf"))
+    assert downloads == []
+
+
 def test_a_directory_has_no_revision(model: Path) -> None:
-    with pytest.raises(
-        CheckpointError, match=r"is a directory here, which has no revision 'v1': leave the revision out"
-    ):
+    with pytest.raises(CheckpointError, match=r"is a directory here, without a revision 'v1': leave the revision out"):
         checkpoint_directory(model, "v1")
 
 

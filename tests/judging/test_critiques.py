@@ -1,6 +1,7 @@
 """Written critiques belong to their examples and settings, survive every character, and are data that SFT reads."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -106,6 +107,16 @@ def test_a_job_of_other_settings_is_refused_by_name(
         with pytest.raises(ConfigError, match="begun with other settings") as error:
             write(config_of(tmp_path, override), [], model)
         assert message in str(error.value)
+
+
+def test_a_model_that_was_trained_anew_is_another(write, tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    weights = tmp_path / "model/model.safetensors"
+    weights.touch()
+    write(config_of(tmp_path), ["x[RESULT] "] * 2, str(weights.parent))
+    os.utime(weights, (1e9, 1e9))
+    with pytest.raises(ConfigError, match="weights_written was"):
+        write(config_of(tmp_path), [], str(weights.parent))
 
 
 def test_a_model_that_never_writes_the_anchor_is_named_and_leaves_nothing(write, tmp_path: Path) -> None:

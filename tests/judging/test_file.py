@@ -82,11 +82,12 @@ def test_bad_rows_are_reported_and_tried_again(run, source, tmp_path) -> None:
         '{"prompt": "start 1 critique:"}',
         '{"id": "\\ud800", "prompt": "start"}',
         "[" * 100_000,
+        '{"prompt": "start", "n": ' + "1" * 5000 + "}",
     ]
     source.write_bytes((good + "\n".join(bad) + "\n").encode() + b'{"id": "latin", "prompt": "\xe9"}\n')
     summary = run()
     errors = {row["line"]: row["error"] for row in read_rows(errors_path(output))}
-    assert sorted(errors) == [8, 9, 10, 11, 12, 13, 15, 16, 17]
+    assert sorted(errors) == [8, 9, 10, 11, 12, 13, 15, 16, 17, 18]
     for line, text in {
         8: "not JSON",
         9: "not a JSON object but list",
@@ -96,14 +97,15 @@ def test_bad_rows_are_reported_and_tried_again(run, source, tmp_path) -> None:
         13: "exceeds the model's 256 positions",
         15: "surrogates not allowed",
         16: "nested too deeply",
-        17: "not UTF-8",
+        17: "integer string conversion",
+        18: "not UTF-8",
     }.items():
         assert text in errors[line], line
     assert [row["id"] for row in read_rows(output)] == [*(f"r{i}" for i in range(7)), "line 14"]
-    assert (summary.judged, summary.bad) == (8, 9)
+    assert (summary.judged, summary.bad) == (8, 10)
     source.write_text(good + json.dumps({"id": "long", "prompt": "note"}) + "\n")
-    mended = run()
-    assert (mended.judged, mended.skipped, mended.bad) == (1, 7, 0) and not errors_path(output).exists()
+    fixed = run()
+    assert (fixed.judged, fixed.skipped, fixed.bad) == (1, 7, 0) and not errors_path(output).exists()
 
 
 def test_a_job_killed_at_any_byte_ends_with_the_same_rows(run, tmp_path) -> None:

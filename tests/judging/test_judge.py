@@ -2,22 +2,25 @@
 
 import asyncio
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
+from safetensors.torch import load_file, save_file
 
 import real_megatron
 from real_megatron import Judge, RunConfig
 from real_megatron.data.byte_model import make_byte_model
-from real_megatron.errors import CheckpointError, ConfigError, DataError
+from real_megatron.errors import CheckpointError, ConfigError, DataError, EngineError, PromptRefused
 from real_megatron.judging.judge import Score
+from real_megatron.judging.reading import _answer
 from real_megatron.judging.settings import judge_config
 
 PROMPTS = ["Is it good?", "Is it bad?", "Is it?"]
-SHORT = ["data.max_response_tokens=6", "data.max_prompt_tokens=40"]
+SHORT = ["data.max_response_tokens=16", "data.max_prompt_tokens=40"]
 
 
 @pytest.fixture(scope="module")
@@ -152,3 +155,45 @@ def test_a_saved_configuration_that_is_damaged_is_named(tmp_path: Path) -> None:
     (tmp_path / "real_megatron.yaml").write_text(yaml.safe_dump({"scale": {"scores": "no list"}}))
     with pytest.raises(ConfigError, match=r"real_megatron\.yaml: `scale\.scores`: Input should be a valid list"):
         judge_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ("missing", r"tensor 'model.layers.0.mlp.down_proj.weight' is missing \(and 1 others\)"),
+        ("shape", r"tensor 'model.layers.0.mlp.down_proj.weight' has another shape than config.json says"),
+        ("cut", "its weights cannot be loaded"),
+        ("type", "config.json cannot be used: .*`weird`"),
+    ],
+)
+def test_a_checkpoint_that_is_not_whole_is_refused(damage: str, message: str, model: Path, tmp_path: Path) -> None:
+    """transformers alone fills what is missing with random numbers."""
+    shutil.copytree(model, tmp_path / "model")
+    weights, config = tmp_path / "model/model.safetensors", tmp_path / "model/config.json"
+    tensors = load_file(weights)
+    names = [f"model.layers.{i}.mlp.down_proj.weight" for i in (0, 1)]
+    if damage == "missing":
+        save_file({name: tensor for name, tensor in tensors.items() if name not in names}, weights, {"format": "pt"})
+    elif damage == "shape":
+        save_file({**tensors, names[0]: tensors[names[0]][:-1].clone()}, weights, {"format": "pt"})
+    elif damage == "cut":
+        weights.write_bytes(weights.read_bytes()[:1000])
+    else:
+        config.write_text(config.read_text().replace('"qwen3"', '"weird"'))
+    with pytest.raises(CheckpointError, match=message):
+        Judge.from_pretrained(tmp_path / "model")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_scores_that_are_no_numbers_end_the_job(value: float, judge: Judge) -> None:
+    with pytest.raises(EngineError, match="score log-probs are (NaN|infinite): its weights are damaged"):
+        _answer(judge.scale, [value] * 5, 0.5, renormalized=True)
+
+
+def test_a_prompt_that_the_engine_refuses_is_named(judge: Judge, monkeypatch: pytest.MonkeyPatch) -> None:
+    def generate(*_: object) -> None:
+        raise PromptRefused(1, "the sequence is too long")
+
+    monkeypatch.setattr(judge.engine, "generate", generate)
+    with pytest.raises(DataError, match="^prompt 1: the sequence is too long"):
+        judge.score(PROMPTS)

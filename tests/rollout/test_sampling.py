@@ -88,6 +88,20 @@ def test_force_appends_the_anchor_without_loss():
     assert sampled.metrics["forced"] == 4 / 6
 
 
+@pytest.mark.parametrize(("more", "own"), [(25, 5), (4, 4), (0, 0), (-1, 0)])
+def test_a_response_with_a_forced_anchor_is_no_longer_than_any_other(more, own):
+    """Engines have room for a prompt and `max_new_tokens`, and the second pass reads the score behind the anchor."""
+    ended, anchor = Response([7, 7, 7, 7, 7, EOS], [-1.0] * 6, "eos", 0), SCALE.anchor_ids
+    longest = len(anchor) + more
+    for source in (ended, Response([7] * 5, [-1.0] * 5, "length", 0)):
+        params = SamplingParams(n=1, max_new_tokens=longest)
+        sampled = sample_trajectories(ScriptedEngine([[source]]), TOKENIZER, SCALE, [[1]], params, "force")
+        trajectory = sampled.trajectories[0][0]
+        assert trajectory.response_ids == [7] * own + anchor
+        assert trajectory.loss_mask == [True] * own + [False] * len(anchor)
+        assert len(trajectory.old_logprobs) == own + len(anchor)
+
+
 def test_drop_counts_what_it_leaves_out():
     _, sampled = sample("drop")
     assert [len(g) for g in sampled.trajectories] == [1, 1, 0]

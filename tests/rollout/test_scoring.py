@@ -115,6 +115,19 @@ def test_a_prompt_that_is_refused_with_its_critique_is_named_by_its_own_index(en
     assert refused.value.index == 2
 
 
+@pytest.mark.parametrize("spare", [0, 1])
+def test_a_prompt_of_full_length_can_be_judged_whatever_the_critique_is(engine, spare):
+    """Prompt and response together fill the model's positions; an appended anchor must not go beyond them."""
+    params = SamplingParams(n=8, max_new_tokens=12)
+    prompt = (PROMPTS[0] * 200)[: engine.model.config.max_position_embeddings - 12 - spare]
+    (group,) = sample_scored(engine, TOKENIZER, SCALE, [prompt], params, "force", [1])
+    forced = [scored for scored in group if scored.forced_anchor]
+    assert forced and all(len(scored.response_ids) <= 12 for scored in group)
+    torch.testing.assert_close(
+        torch.tensor(forced[0].score_logprobs), second_pass(engine, prompt, forced[0]), atol=2e-5, rtol=0
+    )
+
+
 def test_an_engine_that_leaves_out_the_scores_is_an_error():
     ids = TOKENIZER.encode("good [RESULT] 4")
     silent = ScriptedEngine([[Response(ids, [-1.0] * len(ids), "stop", 0)]])

@@ -19,10 +19,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from real_megatron.config import RunConfig
 from real_megatron.errors import EngineError
+from real_megatron.judging.evaluate import evaluate
+from real_megatron.judging.file import JudgeSummary, judge_file
+from real_megatron.judging.judge import Judge
 from real_megatron.rollout.engine import EngineSpec
 from real_megatron.rollout.remote.process import LAUNCHER
 from real_megatron.rollout.sglang.engine import SGLangEngine
-from real_megatron.training.commands import evaluate_checkpoint, judge_file
 from tests.support.tiny_runs import rows, tiny_config, write_tiny_task
 
 pytestmark = pytest.mark.sglang
@@ -171,10 +173,15 @@ def changed(config: RunConfig, **rollout) -> RunConfig:
     return config.model_copy(update={"rollout": config.rollout.model_copy(update=rollout)})
 
 
+def judged(config: RunConfig, model: Path, source: Path, output: Path) -> JudgeSummary:
+    with Judge.from_pretrained(model, config=config) as judge:
+        return judge_file(judge, source, output)
+
+
 def test_evaluation_through_the_server_is_that_of_the_checkpoint(run: tuple[RunConfig, dict], tmp_path: Path) -> None:
     """Greedy critiques from the server in the run's last step, and from transformers on the exported weights."""
     config, _ = run
-    evaluate_checkpoint(changed(config, engine="transformers"), config.output / "hf", tmp_path)
+    evaluate(changed(config, engine="transformers"), config.output / "hf", tmp_path)
     exact = json.loads((tmp_path / "evaluation/dev.json").read_text())["metrics"]["rail"]["mse"]["value"]
     assert rows(config.output)[-1]["eval/dev/rail/mse"] == pytest.approx(exact, rel=1e-3)
 
@@ -202,13 +209,13 @@ def test_judging_through_a_server_streams_and_resumes(
 
         monkeypatch.setattr(SGLangEngine, "generate", failing)
         with pytest.raises(EngineError, match="no rollout server can serve"):
-            judge_file(served, model, source, tmp_path / "served.jsonl")
+            judged(served, model, source, tmp_path / "served.jsonl")
         assert len((tmp_path / "served.jsonl").read_text().splitlines()) == 4
-        summary = judge_file(served, model, source, tmp_path / "served.jsonl")
+        summary = judged(served, model, source, tmp_path / "served.jsonl")
         assert (summary.judged, summary.skipped, summary.bad) == (4, 4, 0)
     finally:
         server.close()
-    judge_file(changed(config, engine="transformers"), model, source, tmp_path / "embedded.jsonl")
+    judged(changed(config, engine="transformers"), model, source, tmp_path / "embedded.jsonl")
     both = [
         [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
         for name in ("served", "embedded")

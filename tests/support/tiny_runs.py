@@ -4,10 +4,12 @@ import json
 import math
 import os
 import signal
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
@@ -23,6 +25,7 @@ from real_megatron.judging.file import JudgeSummary, judge_file
 from real_megatron.judging.judge import Judge
 from real_megatron.objective import Objective
 from real_megatron.policy.policy import Policy
+from real_megatron.rollout.embedded.engine import TransformersEngine
 from real_megatron.training import rl, sft
 from real_megatron.training.session import Session
 from real_megatron.training.stop import Terminated
@@ -95,6 +98,31 @@ def train_until(config: RunConfig, step: int) -> None:
         pass
     finally:
         Session.publish = real_publish
+
+
+def order_of_work(config: RunConfig) -> list[str]:
+    """What a run does, in order: `start`s its engine, hands it the weights `after N` steps, `generate`s responses with
+    those, makes an optimizer `update`, `evaluate`s after N steps."""
+    log: list[str] = []
+
+    def spied(real: Callable[..., Any], say: Callable[..., str]) -> Callable[..., Any]:
+        def spy(*args: Any, **options: Any) -> Any:
+            log.append(say(*args, **options))
+            return real(*args, **options)
+
+        return spy
+
+    with pytest.MonkeyPatch.context() as patch:
+        for holder, name, say in (
+            (Session, "start_engine", lambda _: "start"),
+            (TransformersEngine, "update_weights", lambda _, __, version: f"after {version}"),
+            (TransformersEngine, "generate", lambda engine, *_: f"generate {engine.version}"),
+            (Policy, "train_step", lambda *_: "update"),
+            (Session, "evaluate", lambda _, done: f"evaluate {done}"),
+        ):
+            patch.setattr(holder, name, spied(getattr(holder, name), say))
+        train(config)
+    return log
 
 
 def train_with_broken_evaluation(config: RunConfig, step: int) -> None:

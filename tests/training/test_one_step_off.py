@@ -71,6 +71,25 @@ def test_an_error_appears_at_its_step() -> None:
     assert seen == [0, 1]
 
 
+def test_an_error_does_not_wait_for_a_generation_under_way() -> None:
+    """A server that hangs must not keep a failed rank from ending; the engine is closed behind the context."""
+    started, closed, ended = threading.Event(), threading.Event(), threading.Event()
+
+    def generate(step: int) -> int:
+        if step:
+            started.set()
+            assert closed.wait(60)
+            ended.set()
+        return step
+
+    with pytest.raises(FloatingPointError), OneStepOff(generate, lambda done: None, range(5)) as ahead:
+        assert ahead.take(0) == 0 and started.wait(60)
+        raise FloatingPointError
+    assert not ended.is_set()
+    closed.set()
+    assert ended.wait(60)
+
+
 def test_stopping_early_leaves_no_thread() -> None:
     run = Run()
     with OneStepOff(run.generate, run.publish, range(5)) as ahead:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.ranks import run_ranks
-from tests.support.tiny_runs import poisoned, rows, tiny_config, train, write_tiny_task
+from tests.support.tiny_runs import order_of_work, poisoned, rows, tiny_config, train, write_tiny_task
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +37,27 @@ def test_the_next_batch_can_be_sampled_while_this_one_trains(task: Path, tmp_pat
     # The first batch comes from the start weights either way; after it, the stale run's sampler is one update behind.
     assert stale[1]["loss"] == pytest.approx(fresh[1]["loss"], rel=1e-5)
     assert fresh[2]["ratio"] == pytest.approx(1.0, abs=1e-4) and abs(stale[2]["ratio"] - 1.0) > 1e-4
+
+
+def test_each_batch_is_generated_with_the_newest_weights(task: Path, tmp_path: Path) -> None:
+    """And a run whose steps are all done starts no engine."""
+    config = tiny_config(task, tmp_path, steps=2)
+    work = ["start"]
+    for step in range(2):
+        work += [f"after {step}", f"generate {step}", "update"]
+    assert run_ranks(1, order_of_work, config) == [work]
+    assert run_ranks(1, order_of_work, config) == [[]]
+
+
+def test_sft_starts_its_engine_for_the_first_evaluation(task: Path, tmp_path: Path) -> None:
+    """Before it, servers or a second model would only take memory."""
+    sections = {"objective": {"name": "raft"}, "evaluation": {"bootstrap": 5}, "steps": 2}
+    data = {
+        "train": [{"path": str(task / "train_sft.jsonl")}],
+        "eval": {"dev": {"path": str(task / "test_ood.jsonl")}},
+    }
+    config = tiny_config(task, tmp_path, data=data, **sections)
+    assert run_ranks(1, order_of_work, config) == [["update", "update", "evaluate 2", "start", "after 2", "generate 2"]]
 
 
 def test_the_policy_can_recompute_the_samplers_log_probs(task: Path, tmp_path: Path) -> None:

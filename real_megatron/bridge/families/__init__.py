@@ -9,7 +9,7 @@ from real_megatron.bridge.description import ModelDescription
 from real_megatron.bridge.families import llama, mistral, mixtral, qwen2, qwen3, qwen3_moe
 from real_megatron.bridge.table import Rule
 from real_megatron.errors import ConfigError, UnsupportedModel
-from real_megatron.registry import Registry
+from real_megatron.registry import Registry, calling_module
 
 
 @runtime_checkable
@@ -42,9 +42,7 @@ REFUSED = {
 
 def register_family(name: str, family: Family) -> Family:
     """Add a family under the `model_type` of its config.json, or under another name for `model.family`; returns it."""
-    # A class and its objects know their module's name; a module knows its own.
-    module = getattr(family, "__module__", None) or getattr(family, "__name__", None)
-    return FAMILIES.register(name, family, str(module))
+    return FAMILIES.register(name, family, calling_module())
 
 
 def describe(hf_config: PretrainedConfig, family: str = "auto") -> ModelDescription:

@@ -21,6 +21,7 @@ from transformers import (
 from transformers.generation import LogitsProcessorList, StoppingCriteriaList
 
 from real_megatron.errors import EngineError, PromptRefused
+from real_megatron.hf.model import load_model
 from real_megatron.rollout.embedded.seeded import SeededSampler, uniforms
 from real_megatron.rollout.embedded.stop import StopAutomaton, StopTexts
 from real_megatron.rollout.embedded.weights import copy_weights
@@ -62,7 +63,7 @@ class TransformersEngine:
     ) -> "TransformersEngine":
         """An engine that serves a checkpoint directory as weight version 0."""
         engine = cls.__new__(cls)
-        model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, use_safetensors=True)
+        model = load_model(directory, dtype)
         engine._init(model.to(device), tokenizer, batch_size)
         engine.version = 0
         return engine

@@ -1,0 +1,62 @@
+"""What a run shows on the terminal: its own lines, and with --verbose those of other packages too."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from real_megatron.data.byte_model import make_byte_model
+
+SPEAK = """
+import logging, sys, warnings
+from real_megatron.terminal import set_up_logging
+set_up_logging(int(sys.argv[1]), verbose=sys.argv[2] == "verbose")
+warnings.warn("a-future-warning", FutureWarning)
+for owner in ("real_megatron.training", "real_megatronic"):
+    for level in ("debug", "info", "warning", "error"):
+        getattr(logging.getLogger(owner), level)(f"{owner}:{level}")
+"""
+
+
+def shown(rank: int, how: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", SPEAK, str(rank), how], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert not done.stdout
+    return done.stderr
+
+
+def words(text: str) -> list[str]:
+    return [line.split()[-1] for line in text.splitlines()]
+
+
+def test_a_run_shows_its_own_lines_and_errors_of_others() -> None:
+    ours = [f"real_megatron.training:{level}" for level in ("info", "warning", "error")]
+    assert words(shown(0, "quiet")) == [*ours, "real_megatronic:error"]
+    text = shown(3, "quiet")
+    assert words(text) == [*ours[1:], "real_megatronic:error"] and text.count("rank 3: ") == 3
+
+
+def test_verbose_shows_everything() -> None:
+    text = shown(0, "verbose")
+    assert "FutureWarning: a-future-warning" in text
+    for owner in ("real_megatron.training", "real_megatronic"):
+        assert all(f"{owner}:{level}" in text for level in ("debug", "info", "warning", "error"))
+
+
+def test_a_conversion_there_and_back_prints_its_result_alone(tmp_path: Path) -> None:
+    """By `tools/` and by the command, which are the same; the weights are those of before, bit for bit."""
+    source = make_byte_model(tmp_path / "source", num_hidden_layers=2)
+    root = Path(__file__).parents[1]
+    there = [root / "tools/convert_hf_to_megatron.py", source, tmp_path / "megatron", "--pipeline=2", "--workers=2"]
+    back = ["-m", "real_megatron", "convert", "to-hf", tmp_path / "megatron", tmp_path / "hf", "--verify"]
+    for arguments, lines in ((there, 1), (back, 2)):
+        done = subprocess.run(
+            [sys.executable, *map(str, arguments)], capture_output=True, text=True, timeout=300, cwd=root
+        )
+        assert (done.returncode, done.stderr) == (0, "")
+        assert len(done.stdout.splitlines()) == lines
+    before, after = load_file(source / "model.safetensors"), load_file(tmp_path / "hf/model.safetensors")
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
