@@ -100,7 +100,8 @@ def page(
         "Memory is the sum of the resident sizes of all processes of a run, the waiting parent included, sampled every "
         "20 ms; it counts Python and torch once per process, and the mapped pages of the files being read. Seconds are "
         "those of the whole command, imports included. Every run, `cp` too, ends with the data flushed to disk; the "
-        "source is in the page cache where it fits. `cp` shows what the same disk does in the same minutes.",
+        "source is in the page cache where it fits. `cp` is the baseline: it shows what the same disk does in the same "
+        "minutes.",
     ]
 
 

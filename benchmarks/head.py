@@ -5,10 +5,10 @@
     python -m benchmarks.head --tables logits head --dtype float32 --repeats 3 --output FILE
 
 The last one takes minutes on two idle cores. A report begins with what the head has to show on a CPU: the speed of the
-C++ kernels and the memory of the linear form, each beside its bar. Each shape gives three tables: kernels over logits
-that exist; the whole head from hidden states; chunk sizes of the linear form. Contenders take turns, and the median and
-the fastest of their repeats are shown. Peak memory is what forward and backward need beyond their inputs, gradients
-included: on a GPU from its allocator, on a CPU the largest resident set of a process that runs nothing else.
+C++ counterpart and the memory of the linear form, each beside its bar. Each shape gives three tables: kernels over
+logits that exist; the whole head from hidden states; chunk sizes of the linear form. Contenders take turns, and the
+median and the fastest of their repeats are shown. Peak memory is what forward and backward need beyond their inputs,
+gradients included: on a GPU from its allocator, on a CPU the largest resident set of a process that runs nothing else.
 Megatron-Core, Liger-Kernel and cut-cross-entropy are measured where they are installed and run on the device. Every row
 asks for one id: cross-entropies know no more.
 """
@@ -45,11 +45,12 @@ def logits_table(shape: Shape, repeats: int, only: str, bars: list[Bar]) -> list
         cells = [f"{forward:.1f}", f"{backward:.1f}", f"{total:.1f}", f"{best:.1f}", f"{reference / total:.2f}×"]
         rows.append([name, *cells, f"{speed / 1e9:.1f}", f"{speed / copy:.0%}", f"{peak:.0f}"])
         if name == "ours, fused" and shape.device == "cpu":
-            what = f"C++ kernels' speed, forward + backward, over naive torch's ({shape})"
+            what = f"C++ counterpart's speed, forward + backward, over naive torch's ({shape})"
             bars.append(Bar(what, reference / total, 2, True))
-    header = ["form", "forward ms", "backward ms", "both ms", "fastest ms", "speed-up", "GB/s", "of copy", "peak MiB"]
+    header = ["contender", "forward ms", "backward ms", "both ms", "fastest ms"]
+    header += ["speed-up", "GB/s", "of copy", "peak MiB"]
     return [
-        "Over existing logits. GB/s counts the bytes that a perfect form moves (one read; one read and one write); "
+        "Over existing logits. GB/s counts the bytes that have to move (one read; one read and one write); "
         f"a copy moves {copy / 1e9:.1f} GB/s here.",
         "",
         *report.table(header, rows),
@@ -77,7 +78,7 @@ def head_table(shape: Shape, repeats: int, only: str, bars: list[Bar]) -> list[s
             bars.append(Bar(f"linear form's peak memory over naive torch's ({shape})", peak / naive_peak, 1 / 8, False))
     gradients = (shape.rows + shape.vocab_size) * shape.hidden_size * shape.dtype.itemsize
     header = [
-        "form",
+        "contender",
         "forward ms",
         "backward ms",
         "both ms",
@@ -88,7 +89,7 @@ def head_table(shape: Shape, repeats: int, only: str, bars: list[Bar]) -> list[s
         "of naive",
     ]
     return [
-        "From hidden states. TFLOP/s counts the three GEMMs that every form needs (the linear form does four); "
+        "From hidden states. TFLOP/s counts the three GEMMs that every contender needs (the linear form does four); "
         f"one GEMM runs at {gemm / 1e12:.3f} TFLOP/s here. Peak includes the gradients of hidden states and weight, "
         f"{gradients / MIB:.0f} MiB.",
         "",

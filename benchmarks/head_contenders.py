@@ -140,7 +140,7 @@ def contenders(
     """Those over logits, and those from hidden states, that can run here."""
     over_logits: dict[str, Callable[[Tensor, Inputs], Tensor]] = {
         "naive torch (log_softmax + gather)": naive,
-        "ours, torch form": ours("torch", False),
+        "ours, plain torch": ours("torch", False),
         "ours, fused": ours("fused", False),
         "ours, fused, in place": ours("fused", True),
     }

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from real_megatron.version import VERSION as __version__
 
 if TYPE_CHECKING:
+    from real_megatron.bridge.convert import Conversion as Conversion
     from real_megatron.bridge.convert import convert_hf_to_megatron as convert_hf_to_megatron
     from real_megatron.bridge.convert import convert_megatron_to_hf as convert_megatron_to_hf
     from real_megatron.bridge.families import register_family as register_family
@@ -22,12 +23,18 @@ if TYPE_CHECKING:
     from real_megatron.errors import PromptRefused as PromptRefused
     from real_megatron.errors import UnsupportedModel as UnsupportedModel
     from real_megatron.errors import UserError as UserError
+    from real_megatron.evaluation.result import Evaluation as Evaluation
     from real_megatron.judging.critiques import write_critiques as write_critiques
     from real_megatron.judging.evaluate import evaluate as evaluate
+    from real_megatron.judging.file import JudgeSummary as JudgeSummary
     from real_megatron.judging.file import judge_file as judge_file
     from real_megatron.judging.judge import Judge as Judge
     from real_megatron.judging.judge import Score as Score
+    from real_megatron.judging.reading import Reading as Reading
+    from real_megatron.objective.rewards import RewardOptions as RewardOptions
     from real_megatron.objective.rewards import register_reward as register_reward
+    from real_megatron.objective.types import ResponseView as ResponseView
+    from real_megatron.policy.verify import Verification as Verification
     from real_megatron.policy.verify import verify as verify
     from real_megatron.rollout.engine import register_engine as register_engine
     from real_megatron.training.rl import train as train
@@ -38,6 +45,13 @@ _PLACES = {
     "Judge": "judging.judge",
     "Score": "judging.judge",
     "RunConfig": "config",
+    "JudgeSummary": "judging.file",
+    "Reading": "judging.reading",
+    "Evaluation": "evaluation.result",
+    "Conversion": "bridge.convert",
+    "Verification": "policy.verify",
+    "RewardOptions": "objective.rewards",
+    "ResponseView": "objective.types",
     "train": "training.rl",
     "sft": "training.sft:train",
     "evaluate": "judging.evaluate",

@@ -252,10 +252,10 @@ def report(
       real-megatron report runs/sft runs/real --output runs/comparison
     """
     with reported():
-        from real_megatron.evaluation.report import read_stage, stage_names, write_report
+        from real_megatron.evaluation.report import read_run, run_names, write_report
 
-        stages = [read_stage(name, run) for name, run in zip(stage_names(runs), runs, strict=True)]
-        typer.echo(write_report(output or runs[-1], stages, command=["real-megatron", *sys.argv[1:]], title=title))
+        results = [read_run(name, run) for name, run in zip(run_names(runs), runs, strict=True)]
+        typer.echo(write_report(output or runs[-1], results, command=["real-megatron", *sys.argv[1:]], title=title))
 
 
 convert = typer.Typer(
@@ -432,7 +432,7 @@ def show_error(error: Exception) -> None:
 
 
 def show_bug(error: Exception) -> None:
-    """The traceback of an error that nobody foresaw, and what to do with it."""
+    """The traceback of an unexpected error, and what to do with it."""
     text = "".join(traceback.format_exception(error))
     _print_red(
         f"{text}real_megatron {VERSION} (Python {platform.python_version()}) did not expect this error. Unless the "

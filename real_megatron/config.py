@@ -12,6 +12,17 @@ from pydantic import Field, model_validator
 
 from real_megatron.sections import Section, describe_keys
 
+# Choices that code elsewhere takes as arguments: their values are listed here alone.
+Probabilities = Literal["full", "renormalized"]
+Baseline = Literal["rloo", "group_mean", "none"]
+Ratio = Literal["none", "ppo", "truncated_is"]
+RatioLevel = Literal["sequence", "token"]
+NoAnchorRule = Literal["penalize", "force", "drop"]
+JudgedNoAnchorRule = Literal["force", "drop"]
+
+SUPERVISED = ("raft", "tract", "sft")
+"""Values of `objective.name` that train on given responses; the others sample them."""
+
 
 class ModelConfig(Section):
     """The model that is trained."""
@@ -122,7 +133,7 @@ class ScaleConfig(Section):
         None, description="Numeric value of each score; default: the number itself, or 1, 2, … for letters."
     )
     anchor: str = Field("[RESULT] ", min_length=1, description="Text that precedes the score in a response.")
-    probabilities: Literal["full", "renormalized"] = Field(
+    probabilities: Probabilities = Field(
         "full",
         description="Expected score over the whole vocabulary's probabilities, or renormalised over the score tokens; "
         "in training, evaluation and judging alike.",
@@ -135,6 +146,13 @@ class ScaleConfig(Section):
         if self.values is not None and len(self.values) != len(self.scores):
             raise ValueError(f"values has {len(self.values)} numbers for {len(self.scores)} scores: give one a score")
         return self
+
+
+_OBJECTIVE_DEFAULTS: dict[str, dict[str, Any]] = {
+    "rloo": {"reward": "binary"},
+    "grpo": {"reward": "binary", "baseline": "group_mean", "std_normalize": True, "ratio": "ppo"},
+    "jepo": {"reward": "answer_logprob"},
+}
 
 
 class ObjectiveConfig(Section):
@@ -157,9 +175,7 @@ class ObjectiveConfig(Section):
         1.0, ge=0, description="λ, weight of log π(y*) in the reward; raft, tract: weight of the next-token loss."
     )
     term1: bool = Field(True, description="Include Term 1 (policy gradient on the CoT).")
-    baseline: Literal["rloo", "group_mean", "none"] = Field(
-        "rloo", description="Baseline of the advantage; default of grpo: group_mean."
-    )
+    baseline: Baseline = Field("rloo", description="Baseline of the advantage; default of grpo: group_mean.")
     std_normalize: bool = Field(
         False, description="Divide advantages by the group's standard deviation; default of grpo: true."
     )
@@ -168,17 +184,17 @@ class ObjectiveConfig(Section):
         False, description="Average Term 1 over the batch's tokens instead of summing within a response."
     )
     kl: float = Field(0.0, ge=0, description="Weight of the KL term to the reference policy.")
-    ratio: Literal["none", "ppo", "truncated_is"] = Field(
+    ratio: Ratio = Field(
         "none",
         description="Importance ratio to the sampling policy: none, PPO clipping (default of grpo), truncated weights.",
     )
     clip: float = Field(0.2, gt=0, description="PPO clip range ε.")
     is_cap: float = Field(2.0, gt=0, description="Cap of truncated importance weights.")
-    is_level: Literal["sequence", "token"] = Field(
+    is_level: RatioLevel = Field(
         "sequence",
         description="Truncated weights of whole responses (unbiased below the cap) or of tokens (less variance).",
     )
-    no_anchor: Literal["penalize", "force", "drop"] = Field(
+    no_anchor: NoAnchorRule = Field(
         "penalize", description="Response without an anchor: lowest reward and no Term 2; anchor appended; dropped."
     )
     no_anchor_reward: float | None = Field(
@@ -187,17 +203,13 @@ class ObjectiveConfig(Section):
         "for real -(max - min)^2 of the scale plus lam * log(0.001).",
     )
 
-    @model_validator(mode="before")
-    @classmethod
-    def _defaults_of_name(cls, data: Any) -> Any:
-        defaults: dict[str, dict[str, Any]] = {
-            "rloo": {"reward": "binary"},
-            "grpo": {"reward": "binary", "baseline": "group_mean", "std_normalize": True, "ratio": "ppo"},
-            "jepo": {"reward": "answer_logprob"},
-        }
-        if not isinstance(data, dict) or not isinstance(data.get("name"), str):
-            return data
-        return {**defaults.get(data["name"], {}), **data}
+    @model_validator(mode="after")
+    def _defaults_of_name(self) -> Self:
+        own = _OBJECTIVE_DEFAULTS.get(self.name, {})
+        for key in {key for defaults in _OBJECTIVE_DEFAULTS.values() for key in defaults} - self.model_fields_set:
+            # Not an assignment: the field does not count as set, so that it follows a later change of the name.
+            self.__dict__[key] = own.get(key, type(self).model_fields[key].default)
+        return self
 
     @model_validator(mode="after")
     def _learns_something(self) -> Self:
@@ -342,7 +354,7 @@ class EvaluationConfig(Section):
     temperature: float = Field(1.0, ge=0, description="Sampling temperature of evaluation CoTs; 0: greedy.")
     batch_size: int = Field(256, ge=1, description="Examples judged at a time, here and by `judge`.")
     bootstrap: int = Field(1000, ge=1, description="Bootstrap resamples for the confidence intervals.")
-    no_anchor: Literal["force", "drop"] = Field(
+    no_anchor: JudgedNoAnchorRule = Field(
         "force", description="CoT without an anchor: it gets one appended, or is left out (and counted)."
     )
 
@@ -388,7 +400,7 @@ class RunConfig(Section):
     @property
     def is_rl(self) -> bool:
         """Whether the objective trains on sampled responses (real, rloo, grpo, jepo)."""
-        return self.objective.name not in ("raft", "tract", "sft")
+        return self.objective.name not in SUPERVISED
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ it has registered nothing of that name, the module's attribute `name`.
 
 import importlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Generic, TypeVar
 
 from real_megatron.errors import ConfigError
@@ -15,13 +15,18 @@ T = TypeVar("T")
 
 
 class Registry(Generic[T]):
-    """The known objects of one kind. `key`: the configuration key that names one, for error messages."""
+    """The known objects of one kind."""
 
-    def __init__(self, kind: str, key: str) -> None:
+    def __init__(self, kind: str, key: str, built_in: Mapping[str, str] | None = None) -> None:
+        """
+        kind, key: what the objects are and the configuration key that names one, for error messages
+        built_in: name → module that registers it, imported when the name is asked for
+        """
         self.kind = kind
         self.key = key
         self._known: dict[str, T] = {}
-        self._module_of: dict[str, str] = {}
+        self._built_in = dict(built_in or {})
+        self._module_of = dict(self._built_in)
 
     def register(self, name: str, item: T, module: str) -> T:
         """Add an object on behalf of `module`; returns it. Raises ConfigError for a name that another module has."""
@@ -35,12 +40,12 @@ class Registry(Generic[T]):
         """The object of a plain name or of `module:name`. Raises ConfigError for an unknown one."""
         module_name, _, short = name.rpartition(":")
         if not module_name:
-            if short not in self._known:
+            if short not in self:
                 raise ConfigError(
                     f"{self.key}: unknown {self.kind} {name!r}; known: {', '.join(self)}, or module:name for one of "
                     "your own (docs/extending.md)"
                 )
-            return self._known[short]
+            return self[short]
         try:
             module = importlib.import_module(module_name)
         except ImportError as error:
@@ -48,16 +53,18 @@ class Registry(Generic[T]):
                 f"{self.key}: {name!r}: module {module_name} cannot be imported ({error}); is it on PYTHONPATH?"
             ) from error
         if f"{self._module_of.get(short)}.".startswith(f"{module_name}."):
-            return self._known[short]
+            return self[short]
         if not hasattr(module, short):
             raise ConfigError(f"{self.key}: {name!r}: module {module_name} neither registers nor defines {short!r}")
         item: T = getattr(module, short)
         return item
 
     def __iter__(self) -> Iterator[str]:
-        return iter(sorted(self._known))
+        return iter(sorted({*self._known, *self._built_in}))
 
     def __getitem__(self, name: str) -> T:
+        if name not in self._known and name in self._built_in:
+            importlib.import_module(self._built_in[name])
         return self._known[name]
 
 

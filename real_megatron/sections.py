@@ -32,9 +32,8 @@ class Section(BaseModel):
     def from_yaml(cls, path: str | Path | None, overrides: Sequence[str] = ()) -> Self:
         """Read a YAML file (None: defaults only), apply overrides `a.b=value` (values are YAML) and validate.
 
-        Raises:
-            ConfigError: the file cannot be read, a key is unknown or repeated, a value does not fit. Every fault found
-                is listed, each with its file and line, or its override.
+        Raises ConfigError when the file cannot be read, a key is unknown or repeated, or a value does not fit. Every
+        fault found is listed, each with its file and line, or its override.
         """
         tree, lines = _read(path)
         return cls._validated(tree, overrides, path, lines)
@@ -45,8 +44,23 @@ class Section(BaseModel):
         return cls._validated(json.loads(json.dumps(tree)), overrides, source, {})
 
     def with_overrides(self, overrides: Sequence[str]) -> Self:
-        """A copy with `a.b=value` overrides applied. Raises ConfigError as `from_yaml` does."""
-        return self.from_tree(self.model_dump(mode="json"), overrides)
+        """A copy with `a.b=value` overrides applied. Raises ConfigError as `from_yaml` does.
+
+        Only what has been set counts as given: a default that depends on another key follows an override of that key.
+        """
+        return self.from_tree(self._given(), overrides)
+
+    def _given(self) -> dict[str, Any]:
+        """The values that were set, whether or not their section was. Lists and dictionaries are included always, since
+        they may have been changed in place."""
+        dumped, tree = self.model_dump(mode="json"), {}
+        for name in type(self).model_fields:
+            value = getattr(self, name)
+            if isinstance(value, Section):
+                tree[name] = value._given()
+            elif name in self.model_fields_set or isinstance(value, list | dict):
+                tree[name] = dumped[name]
+        return tree
 
     @classmethod
     def _validated(
@@ -207,7 +221,7 @@ def _explain(
 
 
 def _nearest(model: type[BaseModel], loc: tuple[str, ...]) -> str:
-    """Suggest the sibling that is spelt nearest, else the same name elsewhere, else list the siblings."""
+    """Suggest the sibling that is spelt nearest, else (nearly) the same name elsewhere, else list the siblings."""
     holder: Any = model
     for part in loc[:-1]:
         field = holder.model_fields.get(part) if holder else None
@@ -219,7 +233,7 @@ def _nearest(model: type[BaseModel], loc: tuple[str, ...]) -> str:
     if close:
         return f"; did you mean `{prefix}{close[0]}`?"
     everywhere = {key.rsplit(".", 1)[-1]: key for key in reversed(known_keys(model))}
-    close = difflib.get_close_matches(loc[-1], everywhere, n=1, cutoff=0.75)
+    close = difflib.get_close_matches(loc[-1], everywhere, n=1, cutoff=0.9)
     if close:
         return f"; did you mean `{everywhere[close[0]]}`?"
     return f"; known keys here: {', '.join(siblings)}"

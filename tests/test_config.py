@@ -36,7 +36,49 @@ def test_the_default_is_valid_and_survives_a_file(tmp_path: Path) -> None:
         (["scale.scores.0=A"], "override `scale.scores.0=A`: scale: scores must be two or more different texts"),
     ],
 )
-def test_contradictions_are_refused_with_the_mend(overrides: list[str], message: str) -> None:
+def test_contradictions_are_refused_with_the_fix(overrides: list[str], message: str) -> None:
     with pytest.raises(ConfigError) as error:
         RunConfig.from_yaml(None, overrides)
     assert message in str(error.value)
+
+
+def test_fields_that_are_not_given_follow_the_objectives_name(tmp_path: Path) -> None:
+    def of_name(config: RunConfig) -> tuple[str, str, bool, str]:
+        objective = config.objective
+        return objective.reward, objective.baseline, objective.std_normalize, objective.ratio
+
+    real, grpo = ("real", "rloo", False, "none"), ("binary", "group_mean", True, "ppo")
+    asked = RunConfig.from_yaml(None, ["objective.name=grpo"])
+    assert of_name(RunConfig()) == real and of_name(asked) == grpo
+    assert RunConfig().with_overrides(["objective.name=grpo"]) == asked
+    assert of_name(asked.with_overrides(["seed=1"])) == grpo
+    assert asked.with_overrides(["objective.name=real"]) == RunConfig()
+    given = RunConfig.from_yaml(None, ["objective.reward=answer_logprob"]).with_overrides(["objective.name=grpo"])
+    assert of_name(given) == ("answer_logprob", *grpo[1:])
+    config = RunConfig()
+    config.objective.ratio = "truncated_is"
+    config.objective.name = "grpo"
+    assert of_name(config) == (*grpo[:3], "truncated_is")
+    # A saved configuration gives every field.
+    (tmp_path / "config.yaml").write_text(RunConfig().to_yaml())
+    assert of_name(RunConfig.from_yaml(tmp_path / "config.yaml", ["objective.name=grpo"])) == real
+    saved = RunConfig.from_yaml(tmp_path / "config.yaml")
+    assert saved == RunConfig() and of_name(saved.with_overrides(["objective.name=grpo"])) == real
+
+
+def test_overrides_keep_what_was_changed_in_place() -> None:
+    config = RunConfig.from_yaml(None, ["data.eval.dev.path=x.jsonl"])
+    config.evaluation.samples = 3
+    config.rollout.servers.append("http://127.0.0.1:1")
+    config.optimizer = config.optimizer.model_copy(update={"lr": 0.5})
+    changed = config.with_overrides(["seed=4"])
+    assert changed == config.model_copy(update={"seed": 4}) and changed.evaluation.samples == 3
+
+
+def test_no_key_of_another_section_is_suggested_for_a_likeness() -> None:
+    with pytest.raises(ConfigError, match="unknown key `rollout.max_new_tokens`; known keys here: engine, n, "):
+        RunConfig.from_yaml(None, ["rollout.max_new_tokens=4"])
+    with pytest.raises(ConfigError, match="unknown key `rollout.max_tokens`; did you mean `batch.max_tokens`"):
+        RunConfig.from_yaml(None, ["rollout.max_tokens=4"])
+    with pytest.raises(ConfigError, match="`rollout.max_response_token`; did you mean `data.max_response_tokens`"):
+        RunConfig.from_yaml(None, ["rollout.max_response_token=4"])

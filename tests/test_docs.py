@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import json
+import re
 import sys
 from functools import cache
 from pathlib import Path
@@ -36,8 +37,23 @@ from tests.support.documents import (
     repository_texts,
     texts_of,
 )
+from tests.test_imports import ALLOWED
 
 EXAMPLES = ROOT / "examples/extending"
+
+
+# --- docs/architecture.md -----------------------------------------------------------------------------------------
+
+
+def test_the_table_of_folders_is_that_of_the_import_test() -> None:
+    text = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+    section = text.partition("## Folders, and what each may import")[2].partition("\n## ")[0]
+    rows = [line.strip("|").split(" | ") for line in section.splitlines() if line.startswith("| `")]
+    table = {row[0].strip(" `").removesuffix("/").removesuffix(".py"): re.findall(r"`(\w+)`", row[-1]) for row in rows}
+    assert {part: set(targets) for part, targets in table.items()} == ALLOWED
+    order = list(table)
+    for part, targets in table.items():
+        assert all(order.index(target) > order.index(part) for target in targets), f"{part} imports a row above it"
 
 
 # --- generated documents ------------------------------------------------------------------------------------------
@@ -101,8 +117,12 @@ class Judge(Base):
     hidden = 1
 
     def __init__(self, name: str, *, n: int = 1) -> None:
-        """name: of the judge
-        n, m: how many"""
+        """With
+        names: that are none.
+        name, n: of the judge. n: how
+        many. Note: no parameter.
+
+        name is repeated: here."""
 
     @classmethod
     def load(cls, path: str) -> "Judge":
@@ -142,7 +162,7 @@ def __getattr__(name: str) -> object:
     for wanted in (
         "Judge(name: str, *, n: int = 1)",
         "Asks.\n\nTwice.",
-        "- `name`: of the judge\n- `n, m`: how many",
+        "With\nnames: that are none.\n\n- `name, n`: of the judge.\n- `n`: how many. Note: no parameter.\n\nname is",
         "Judge.load(path: str) -> Judge",
         "From a file.",
         "`size`: int",

@@ -7,35 +7,35 @@ import pytest
 
 ROOT = Path(__file__).parents[1] / "real_megatron"
 
-# The base: what any other module of the package may import.
-BASE = {"errors", "registry", "sections", "config", "version"}
-# Folders (and single modules) of the package that each may import beside itself.
-ALLOWED = {
+# Folders (and single modules) of the package: what each imports beside itself, exactly. docs/architecture.md says the
+# same (tests/test_docs.py).
+ALLOWED: dict[str, set[str]] = {
     "version": set(),
     "errors": set(),
-    "registry": {"errors"},
-    "sections": {"errors"},
-    "config": {"sections", "errors"},
     "terminal": set(),
     "runtime": {"errors"},
-    "scores": BASE,
+    "registry": {"errors"},
+    "sections": {"errors"},
+    "config": {"sections"},
+    "scores": {"errors"},
     "head": set(),
-    "objective": BASE,
+    "objective": {"config", "registry", "errors"},
     "batch": set(),
-    "hf": BASE,
-    "bridge": BASE | {"hf"},
-    "policy": BASE | {"runtime", "scores", "objective", "head", "batch", "hf", "bridge"},
-    "rollout": BASE | {"runtime", "scores", "batch", "hf"},
-    "data": BASE | {"scores", "batch"},
-    "evaluation": BASE,
-    "judging": BASE | {"runtime", "scores", "hf", "data", "rollout", "evaluation"},
-    "training": BASE
-    | {"terminal", "runtime", "scores", "objective", "batch", "hf", "bridge", "policy"}
-    | {"rollout", "data", "judging"},
-    "cli": BASE | {"terminal", "runtime", "hf", "bridge", "policy", "evaluation", "judging", "training"},
-    "__main__": {"cli"},
+    "hf": {"errors"},
+    "bridge": {"hf", "registry", "errors"},
+    "policy": {"bridge", "hf", "head", "objective", "batch", "config", "runtime", "errors"},
+    "rollout": {"batch", "hf", "scores", "config", "registry", "errors"},
+    "data": {"batch", "scores", "config", "registry", "errors"},
+    "evaluation": {"errors"},
+    "judging": {"evaluation", "data", "rollout", "hf", "scores", "config", "sections", "runtime", "errors"},
+    "training": {"judging", "data", "rollout", "policy", "bridge", "hf", "objective", "batch"}
+    | {"scores", "config", "runtime", "terminal", "errors"},
     # Names of the library, imported on first use.
-    "__init__": BASE | {"objective", "data", "rollout", "bridge", "policy", "judging", "training"},
+    "__init__": {"training", "judging", "evaluation", "data", "rollout", "policy", "bridge", "objective"}
+    | {"config", "errors", "version"},
+    "cli": {"training", "judging", "evaluation", "policy", "bridge", "hf", "config"}
+    | {"runtime", "terminal", "errors", "version"},
+    "__main__": {"cli"},
 }
 # Third-party packages that a folder must never touch.
 FORBIDDEN = {
@@ -75,6 +75,12 @@ def part_of(path: Path) -> str:
     return path.relative_to(ROOT).parts[0].removesuffix(".py")
 
 
+def used_by(part: str) -> set[str]:
+    """What the files of a part import from other parts of the package."""
+    names = [name for path in ROOT.rglob("*.py") if part_of(path) == part for name in imports(path)]
+    return {name.split(".")[1] for name in names if name.startswith("real_megatron.")} - {part}
+
+
 def faults(path: Path, part: str) -> list[str]:
     """What is wrong with a file's imports."""
     found = []
@@ -99,6 +105,17 @@ def test_imports_point_downward(path: Path) -> None:
 
 def test_the_table_names_what_is_there() -> None:
     assert {part_of(path) for path in ROOT.rglob("*.py")} == set(ALLOWED)
+
+
+@pytest.mark.parametrize("part", ALLOWED)
+def test_no_permission_is_unused(part: str) -> None:
+    assert ALLOWED[part] <= used_by(part)
+
+
+def test_the_table_points_downward() -> None:
+    parts = list(ALLOWED)
+    for part, targets in ALLOWED.items():
+        assert all(parts.index(target) < parts.index(part) for target in targets), part
 
 
 @pytest.mark.parametrize(

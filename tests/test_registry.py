@@ -46,6 +46,19 @@ def test_a_module_keeps_its_names_when_another_imports_it_first(registry: Regist
         registry.find("user_four:own")
 
 
+def test_built_ins_are_imported_when_they_are_asked_for(registry: Registry[str]) -> None:
+    import probe
+
+    probe.registry = lazy = Registry[str]("sort", "some.key", built_in={"own": "user_one"})
+    assert list(lazy) == ["own"] and "user_one" not in sys.modules
+    with pytest.raises(ConfigError, match="sort 'own' of elsewhere: user_one has registered this name"):
+        lazy.register("own", "another", "elsewhere")
+    with pytest.raises(ConfigError, match="unknown sort 'nope'; known: own, or module:name"):
+        lazy.find("nope")
+    assert "user_one" not in sys.modules
+    assert lazy.find("own") == lazy["own"] == lazy.find("user_one:own") == "one" and list(lazy) == ["own"]
+
+
 def test_a_modules_name_is_never_anothers(registry: Registry[str]) -> None:
     with pytest.raises(ConfigError, match="module user_one neither registers nor defines 'plain'"):
         registry.find("user_one:plain")

@@ -112,7 +112,7 @@ def test_saved_yaml_reads_back_equal(tmp_path: Path) -> None:
         ("- 1", (), "run.yaml: the file must hold `key: value` lines, not a list"),
     ],
 )
-def test_each_fault_names_its_place_and_the_mend(
+def test_each_fault_names_its_place_and_the_fix(
     text: str, overrides: tuple[str, ...], expected: str, tmp_path: Path
 ) -> None:
     assert fault(text, tmp_path, *overrides) == expected

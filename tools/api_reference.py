@@ -167,16 +167,37 @@ def _default(value: Any) -> str:
 
 
 def _doc(item: Any) -> str:
-    """The docstring; a line `name: meaning` becomes an item of a list."""
+    """The docstring; what it says of the item's parameters (`name: meaning`) becomes a list."""
     text = (inspect.getdoc(item) or "").strip()
-    text = re.sub(r"^((?:[a-z_]+, )*[a-z_]+): ", r"- `\1`: ", text, flags=re.MULTILINE)
-    return re.sub(r"(?<=[^\n])\n(- `.*)", _list_item, text)
+    names = _parameter_names(item)
+    return "\n\n".join(_paragraph(paragraph, names) for paragraph in text.split("\n\n"))
 
 
-def _list_item(match: re.Match[str]) -> str:
-    """The item, after an empty line where a sentence comes before the list."""
-    paragraph = match.string[: match.start()].rpartition("\n\n")[2]
-    return ("\n" if "- `" in paragraph else "\n\n") + match[1]
+def _parameter_names(item: Any) -> list[str]:
+    if not callable(item) or inspect.isclass(item) and issubclass(item, BaseException):
+        return []
+    try:
+        return list(inspect.signature(item).parameters)
+    except (TypeError, ValueError):
+        return []
+
+
+def _paragraph(text: str, names: list[str]) -> str:
+    """A paragraph; from its first line that begins with a parameter's name and a colon on, as a list.
+
+    Further parameters begin at the start of a line, or behind a full stop.
+    """
+    name = "(?:" + "|".join(map(re.escape, names)) + ")"
+    label = rf"{name}(?:, {name})*(?=: )"
+    first = re.search(rf"^{label}", text, re.MULTILINE) if names else None
+    if first is None:
+        return text
+    starts = [found.start(1) for found in re.finditer(rf"(?:^|(?<=\. ))({label})", text, re.MULTILINE)]
+    starts = [start for start in starts if start >= first.start()]
+    items = [text[start:end].strip() for start, end in zip(starts, [*starts[1:], None], strict=True)]
+    lines = [f"- `{item.partition(': ')[0]}`: {_flat(item.partition(': ')[2])}" for item in items]
+    lead = text[: first.start()].rstrip()
+    return "\n".join([*([lead, ""] if lead else []), *lines])
 
 
 def _flat(text: str) -> str:

@@ -3,11 +3,11 @@
 # environment → data and model → SFT (RAFT) → REAL → evaluation on both test sets → report → the checkpoint loads.
 # Beside them, on the second core, `direct`, a baseline: the same model and prompts, trained to give the score without a
 # critique, with more updates than SFT and REAL have together.
-# Run it again after an interruption: finished stages are skipped, training goes on from its last checkpoint.
+# Run it again after an interruption: what is finished is skipped, training goes on from its last checkpoint.
 #   bash examples/tiny_judge/run.sh
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
-source examples/tiny_judge/stages.sh
+source examples/tiny_judge/common.sh
 bash tools/setup_env.sh requirements.txt
 
 make_task

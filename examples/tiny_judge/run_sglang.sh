@@ -6,7 +6,7 @@
 #   bash examples/tiny_judge/run_sglang.sh [PYTHON]
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
-source examples/tiny_judge/stages.sh
+source examples/tiny_judge/common.sh
 python=${1:-.venv-sglang/bin/python}
 if [ -z "${1:-}" ]; then
     bash tools/install_sglang_cpu.sh

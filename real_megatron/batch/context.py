@@ -22,9 +22,9 @@ class LocalBatch:
     """What one context-parallel rank runs of a micro-batch; all of it when the micro-batch is not distributed."""
 
     tokens: Tensor
-    """Token ids, int64 `[T / cp]`."""
+    """Token ids, int64 `[T / context]`."""
     positions: Tensor
-    """Position of each token in its sequence, int64 `[T / cp]`."""
+    """Position of each token in its sequence, int64 `[T / context]`."""
     row_positions: Tensor
     """Index into `tokens` of each of this rank's head rows, int64 `[R of this rank]`, in the micro-batch's order."""
     ids: Tensor

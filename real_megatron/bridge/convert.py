@@ -50,7 +50,9 @@ class Conversion:
 
     output: Path
     parameters: int
+    """Numbers in the Hugging Face checkpoint."""
     bytes: int
+    """Of the weights."""
     files: int
     seconds: float
 
@@ -71,12 +73,14 @@ def convert_hf_to_megatron(
 ) -> Conversion:
     """Write a Hugging Face checkpoint as a Megatron distributed checkpoint.
 
-    hf_path: a directory, or a name on the hub, there at `revision` (branch, tag or commit). family: see
-    `bridge.describe`. tensor, pipeline, expert: the parallel sizes decide how the result is divided into blocks and
-    files, so that ranks at that layout read little more than their own; it can be loaded at every layout. The
-    vocabulary is padded to a multiple of `vocab_multiple` × `tensor`. dtype: None keeps the stored one. workers:
-    number of processes; default: one per CPU core, at most 8. The configuration and tokenizer files go to the
-    subfolder `hf`. `output` appears only when it is complete.
+    hf_path: a directory, or a name on the hub, there at `revision` (branch, tag or commit)
+    output: appears only when it is complete; configuration and tokenizer files go to its subfolder `hf`
+    family: as `model.family`
+    tensor, pipeline, expert: parallel sizes, which decide how the result is divided into blocks and files, so that
+        ranks at that layout read little more than their own; it can be loaded at every layout
+    dtype: None keeps the stored one
+    vocab_multiple: the vocabulary is padded to a multiple of it times `tensor`
+    workers: number of processes; default: one per CPU core, at most 8
 
     Raises CheckpointError for a source that is missing, partial or damaged, UnsupportedModel, ConfigError for a layout
     that does not divide the model, FileExistsError for an output that exists.
@@ -116,9 +120,13 @@ def convert_megatron_to_hf(
     """Write the model of a Megatron `torch_dist` checkpoint, of any layout, as a Hugging Face checkpoint.
 
     hf_path: where config.json and the tokenizer are: a directory, or a name on the hub, there at `revision`; default:
-    the subfolder `hf` that `convert_hf_to_megatron` writes. family: see `bridge.describe`. dtype: None keeps the stored
-    one. max_file_bytes: size of a safetensors file that is exceeded only for a single parameter. workers: as in the
-    other direction. Optimizer state in the checkpoint is ignored. Raises what the other direction raises.
+        the subfolder `hf` that `convert_hf_to_megatron` writes
+    family: as `model.family`
+    dtype: None keeps the stored one
+    max_file_bytes: size of a safetensors file that is exceeded only for a single parameter
+    workers: as in the other direction
+
+    Optimizer state in the checkpoint is ignored. Raises what the other direction raises.
     """
     start = time.monotonic()
     megatron_path = Path(megatron_path)

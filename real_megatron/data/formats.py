@@ -3,8 +3,8 @@
 A format is a reader under a name of `data.*.format`, added with `register_format`, or named as `module:name`. A reader
 
 - gets one record, a mapping of column names to JSON values, exactly as it stands in the file;
-- returns a `Record`; one without scores has no label: `load_examples` leaves it out, counts and logs it (for `jsonl` it
-  is an error);
+- returns a `Record`; one without scores has no label: `load_examples` leaves it out, counts and logs it, or with
+  `needs_label` (as of `jsonl`) raises DataError;
 - raises `BadRecord` with a message that says what is wrong and how to fix it; the place is added by the caller. Any
   other exception is a bug of the reader and ends the run with its traceback.
 
@@ -15,15 +15,19 @@ several annotations in `gpt4_score` (FLASK also `human_score`). Their evaluation
 leaves out records without any, and strips surrounding white space and a stray `",` from `instruction`.
 """
 
+import logging
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from statistics import fmean
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, overload
 
-from real_megatron.errors import DataError
+from real_megatron.errors import ConfigError, DataError
 from real_megatron.registry import Registry, calling_module
+
+logger = logging.getLogger(__name__)
 
 RESULT = "[RESULT]"
 HEADINGS = {
@@ -139,28 +143,76 @@ def read_evaluation(record: Mapping[str, Any], score: str = "gpt4_score") -> Rec
 
 
 Reader = Callable[[Mapping[str, Any]], Record]
-R = TypeVar("R", bound=Reader)
-FORMATS: Registry[Reader] = Registry("record format", "data.*.format")
-for _name, _read in (
-    ("jsonl", read_jsonl),
-    ("feedback_collection", read_feedback),
-    ("feedback_bench", read_feedback),
-    ("flask", read_evaluation),
-    ("vicuna_bench", read_evaluation),
-    ("mt_bench", read_evaluation),
-):
-    FORMATS.register(_name, _read, __name__)
+ReaderChoice = Callable[[Sequence[Mapping[str, Any]]], Reader]
 
 
-def register_format(name: str) -> Callable[[R], R]:
-    """A decorator that adds a reader (see the module's docstring) as the format `name`."""
+@dataclass(frozen=True)
+class Format:
+    """A record format that `data.*.format` can name."""
+
+    choose: ReaderChoice
+    """The reader for the records of one data set."""
+    needs_label: bool = False
+    """A record without scores is an error; else it is left out and counted."""
+
+
+FORMATS: Registry[Format] = Registry("record format", "data.*.format")
+R = TypeVar("R", bound=Callable[..., Any])
+
+
+@overload
+def register_format(
+    name: str, *, needs_label: bool = False, by_data_set: Literal[False] = False
+) -> Callable[[Reader], Reader]: ...
+
+
+@overload
+def register_format(
+    name: str, *, needs_label: bool = False, by_data_set: Literal[True]
+) -> Callable[[ReaderChoice], ReaderChoice]: ...
+
+
+def register_format(name: str, *, needs_label: bool = False, by_data_set: bool = False) -> Callable[[R], R]:
+    """Decorator that adds a reader, a function of one record that returns a `Record`, as the format `name`.
+
+    needs_label: a record without scores is an error; else it is left out and counted
+    by_data_set: the function gets all records of a data set, which it must not change, and returns their reader
+    """
     module = calling_module()
 
     def register(read: R) -> R:
-        FORMATS.register(name, read, module)
+        FORMATS.register(name, Format(read if by_data_set else lambda records: read, needs_label), module)
         return read
 
     return register
+
+
+def find_format(name: str) -> Format:
+    """The format of a plain name, or of `module:name`: what that module registers, or its attribute, a reader.
+
+    Raises ConfigError for an unknown name or module.
+    """
+    found = FORMATS.find(name)
+    if isinstance(found, Format):
+        return found
+    if not callable(found):
+        raise ConfigError(f"{FORMATS.key}: {name!r} is a {type(found).__name__}, not a reader of records")
+    return Format(lambda records: found)
+
+
+register_format("jsonl", needs_label=True)(read_jsonl)
+for _name in ("feedback_collection", "feedback_bench"):
+    register_format(_name)(read_feedback)
+for _name in ("vicuna_bench", "mt_bench"):
+    register_format(_name)(read_evaluation)
+
+
+@register_format("flask", by_data_set=True)
+def choose_flask(records: Sequence[Mapping[str, Any]]) -> Reader:
+    """Labels are the humans' where the file has their scores, else GPT-4's, for all of its records alike."""
+    score = "human_score" if any(record.get("human_score") for record in records) else "gpt4_score"
+    logger.info("flask: labels are the mean of %s", score)
+    return partial(read_evaluation, score=score)
 
 
 def sections(prompt: str) -> dict[str, str]:

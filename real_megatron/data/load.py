@@ -2,14 +2,13 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from real_megatron.config import DataSource
 from real_megatron.data.example import JudgeExample
 from real_megatron.data.files import read_records
-from real_megatron.data.formats import FORMATS, BadRecord, Reader, read_evaluation, read_jsonl
+from real_megatron.data.formats import BadRecord, Reader, find_format, read_jsonl
 from real_megatron.data.template import PLAIN, Template, load_template
 from real_megatron.errors import DataError
 
@@ -23,27 +22,24 @@ def load_examples(
 
     Several annotations of one record are averaged, as Prometheus' and TRACT's evaluations do; FLASK's label is the
     humans' where the file has their scores, else GPT-4's. Records without any annotation are left out, counted and
-    logged, as in those evaluations; in plain JSONL they are an error. `values` are the scale's numeric values: a label
-    outside their range is an error.
+    logged, as in those evaluations; in a format that needs labels, such as plain JSONL, they are an error. `values` are
+    the scale's numeric values: a label outside their range is an error.
 
     Raises DataError, naming file, row and the fix, at the first record that does not fit, and ConfigError for an
     unknown format or template.
     """
     template = load_template(template)
-    read = FORMATS.find(source.format)
+    format = find_format(source.format)
     records = list(read_records(source))
-    if source.format == "flask":
-        score = "human_score" if any(record.get("human_score") for _, record in records) else "gpt4_score"
-        logger.info("%s: labels are the mean of %s", source.path, score)
-        read = partial(read_evaluation, score=score)
+    read = format.choose([record for _, record in records])
     examples: list[JudgeExample] = []
     places: dict[str, str] = {}
     unlabelled = 0
     for number, (where, record) in enumerate(records, 1):
         example = _example(record, read, template, where, f"{Path(source.path).stem}-{number}")
         if not example.has_label:
-            if source.format == "jsonl":
-                raise DataError(f"{where}: no 'label'; training and evaluation need one in every record")
+            if format.needs_label:
+                raise DataError(f"{where}: no label; training and evaluation need one in every record")
             unlabelled += 1
             continue
         if values is not None and not min(values) <= example.label <= max(values):

@@ -78,18 +78,18 @@ def learning_curves(path: Path, runs: Mapping[str, Sequence[Row]]) -> bool:
     return True
 
 
-def evaluation_curves(path: Path, stages: Mapping[str, Sequence[Evaluation]]) -> bool:
+def evaluation_curves(path: Path, runs: Mapping[str, Sequence[Evaluation]]) -> bool:
     """Plot Pearson correlation and squared error on the test sets over steps, RAIL, with 95 % intervals.
 
-    One colour a test set. A stage that was evaluated once is a level to compare with: a horizontal broken line.
-    False, and no file, when no test set was evaluated at two steps of one stage.
+    One colour a test set. A run that was evaluated once is a level to compare with: a horizontal broken line.
+    False, and no file, when no test set was evaluated at two steps of one run.
     """
     curves: dict[tuple[str, str], list[Evaluation]] = {}
     levels: dict[tuple[str, str], list[Evaluation]] = {}
-    for stage, evaluations in stages.items():
+    for run, evaluations in runs.items():
         for name in dict.fromkeys(e.name for e in evaluations):
             own = sorted((e for e in evaluations if e.name == name), key=_step_of)
-            (curves if len(own) > 1 else levels)[stage, name] = own
+            (curves if len(own) > 1 else levels)[run, name] = own
     if not curves:
         return False
     colours = {name: f"C{i}" for i, name in enumerate(dict.fromkeys(name for _, name in [*curves, *levels]))}
@@ -97,15 +97,15 @@ def evaluation_curves(path: Path, stages: Mapping[str, Sequence[Evaluation]]) ->
     dashes = _styles(levels, ("--", ":", "-."))
     figure, axes = _figure(2)
     for ax, metric, title in zip(axes, ("pearson", "mse"), ("Pearson correlation", "Squared error"), strict=True):
-        for (stage, name), own in curves.items():
+        for (run, name), own in curves.items():
             estimates = [e.metrics["rail"][metric] for e in own]
             steps, values = [_step_of(e) for e in own], [e.value for e in estimates]
-            ax.plot(steps, values, color=colours[name], marker=markers[stage], markersize=4, label=f"{stage}: {name}")
+            ax.plot(steps, values, color=colours[name], marker=markers[run], markersize=4, label=f"{run}: {name}")
             low, high = [e.low for e in estimates], [e.high for e in estimates]
             ax.fill_between(steps, low, high, color=colours[name], alpha=0.15)
-        for (stage, name), (only,) in levels.items():
+        for (run, name), (only,) in levels.items():
             level = only.metrics["rail"][metric].value
-            ax.axhline(level, color=colours[name], linestyle=dashes[stage], linewidth=1.2, label=f"{stage}: {name}")
+            ax.axhline(level, color=colours[name], linestyle=dashes[run], linewidth=1.2, label=f"{run}: {name}")
         _label(ax, f"{title} on the test sets (RAIL, 95 % interval)", title)
         if (legend := ax.get_legend()) is not None:
             legend.remove()  # one for both, below: it would lie upon the levels
@@ -120,8 +120,8 @@ def _step_of(evaluation: Evaluation) -> int:
 
 
 def _styles(lines: Mapping[tuple[str, str], object], styles: Sequence[str]) -> dict[str, str]:
-    """A style for each stage among the lines (stage, test set); they repeat when there are many stages."""
-    return {stage: styles[i % len(styles)] for i, stage in enumerate(dict.fromkeys(stage for stage, _ in lines))}
+    """A style for each run among the lines (run, test set); they repeat when there are many runs."""
+    return {run: styles[i % len(styles)] for i, run in enumerate(dict.fromkeys(run for run, _ in lines))}
 
 
 def _points(panel: Panel, rows: Sequence[Row]) -> tuple[np.ndarray, np.ndarray]:

@@ -1,4 +1,4 @@
-"""`report.md` with learning curves: several stages compared on several test sets, from the files that runs leave."""
+"""`report.md` with learning curves: several runs compared on several test sets, from the files that runs leave."""
 
 import json
 import math
@@ -26,7 +26,7 @@ DECODING_TITLES = {"rail": "RAIL", "sampled": "sampled score"}
 
 
 @dataclass(frozen=True)
-class Stage:
+class RunResults:
     """One line of the comparison: a run, or a checkpoint that was evaluated."""
 
     name: str
@@ -37,12 +37,12 @@ class Stage:
 
 def evaluation_path(directory: Path, name: str, step: int | None = None) -> Path:
     """Where the evaluation of test set `name` belongs in a run's (or a report's) directory: `evaluation/NAME.json`, or
-    `evaluation/NAME-step-000100.json` within training. `read_stage` looks there."""
+    `evaluation/NAME-step-000100.json` within training. `read_run` looks there."""
     suffix = "" if step is None else f"-step-{step:06d}"
     return directory / "evaluation" / f"{name}{suffix}.json"
 
 
-def stage_names(directories: Sequence[Path]) -> list[str]:
+def run_names(directories: Sequence[Path]) -> list[str]:
     """The directories' own names, with as many of the directories around them as tell them apart."""
     paths = [path.resolve() for path in directories]
     if len(set(paths)) < len(paths):
@@ -54,7 +54,7 @@ def stage_names(directories: Sequence[Path]) -> list[str]:
     return [str(path) for path in paths]
 
 
-def read_stage(name: str, directory: Path) -> Stage:
+def read_run(name: str, directory: Path) -> RunResults:
     """A run's metrics.jsonl and the evaluations in its `evaluation/`. Raises ConfigError when it has neither."""
     if not directory.is_dir():
         raise ConfigError(f"{directory}: no such directory; name the output directory of a run")
@@ -62,7 +62,7 @@ def read_stage(name: str, directory: Path) -> Stage:
     evaluations = [Evaluation.load(path) for path in sorted((directory / "evaluation").glob("*.json"))]
     if not metrics and not evaluations:
         raise ConfigError(f"{directory}: neither metrics.jsonl nor evaluation/*.json is there; nothing to report")
-    return Stage(name, metrics, evaluations)
+    return RunResults(name, metrics, evaluations)
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
@@ -89,31 +89,31 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
 
 
 def write_report(
-    output: Path, stages: Sequence[Stage], *, command: Sequence[str] = (), title: str = "Evaluation report"
+    output: Path, runs: Sequence[RunResults], *, command: Sequence[str] = (), title: str = "Evaluation report"
 ) -> Path:
     """Write `output`/report.md, curves.png (training) and evaluation.png (test sets over steps), whichever has data;
     returns the path of report.md.
 
-    Of each stage and test set the newest evaluation is compared (one without a step counts as newest). Differences are
-    to the first stage that evaluated the set, paired by example. `command` is what made the report.
+    Of each run and test set the newest evaluation is compared (one without a step counts as newest). Differences are
+    to the first run that evaluated the set, paired by example. `command` is what made the report.
 
-    Raises ConfigError when there is no stage, or two have the same name.
+    Raises ConfigError when there is no run, or two have the same name.
     """
-    names = [stage.name for stage in stages]
-    if not stages or len(set(names)) < len(names):
-        raise ConfigError(f"a report needs one or more stages with different names, not {names}")
+    names = [run.name for run in runs]
+    if not runs or len(set(names)) < len(names):
+        raise ConfigError(f"a report needs one or more runs with different names, not {names}")
     output.mkdir(parents=True, exist_ok=True)
     lines = [f"# {title}", ""]
     if command:
         lines += ["Made by", "", "    " + shlex.join(command), ""]
-    sets = list(dict.fromkeys(e.name for stage in stages for e in stage.evaluations))
+    sets = list(dict.fromkeys(e.name for run in runs for e in run.evaluations))
     for name in sets:
-        newest = {stage.name: _newest(stage, name) for stage in stages}
-        lines += _test_set(name, {stage: e for stage, e in newest.items() if e is not None})
-    curves = {stage.name: stage.metrics for stage in stages if stage.metrics}
+        newest = {run.name: _newest(run, name) for run in runs}
+        lines += _test_set(name, {run: e for run, e in newest.items() if e is not None})
+    curves = {run.name: run.metrics for run in runs if run.metrics}
     if curves and learning_curves(output / "curves.png", curves):
         lines += ["## Learning curves", "", "![Training metrics over steps](curves.png)", ""]
-    over_steps = {stage.name: [e for e in stage.evaluations if e.step is not None] for stage in stages}
+    over_steps = {run.name: [e for e in run.evaluations if e.step is not None] for run in runs}
     if evaluation_curves(output / "evaluation.png", over_steps):
         lines += ["## Test sets during training", "", "![Test metrics over steps](evaluation.png)", ""]
     path = output / "report.md"
@@ -121,8 +121,8 @@ def write_report(
     return path
 
 
-def _newest(stage: Stage, name: str) -> Evaluation | None:
-    own = [e for e in stage.evaluations if e.name == name]
+def _newest(run: RunResults, name: str) -> Evaluation | None:
+    own = [e for e in run.evaluations if e.name == name]
     return max(own, key=lambda e: math.inf if e.step is None else e.step, default=None)
 
 
@@ -130,16 +130,16 @@ def _test_set(name: str, evaluations: Mapping[str, Evaluation]) -> list[str]:
     first = next(iter(evaluations.values()))
     lines = [f"## {name}", "", f"{first.counts['examples']} examples; 95 % bootstrap intervals over the examples.", ""]
     lines += _table(
-        ["stage", "decoding", *(TITLES[m] + (" ↓" if m in LOWER_IS_BETTER else "") for m in NAMES)],
+        ["run", "decoding", *(TITLES[m] + (" ↓" if m in LOWER_IS_BETTER else "") for m in NAMES)],
         [
-            [stage, DECODING_TITLES[d], *(cell(e.metrics[d][m]) for m in NAMES)]
-            for stage, e in evaluations.items()
+            [run, DECODING_TITLES[d], *(cell(e.metrics[d][m]) for m in NAMES)]
+            for run, e in evaluations.items()
             for d in DECODINGS
         ],
     )
     notes = [
-        f"- {stage}, {DECODING_TITLES[d]}, {TITLES[m]}: {e.metrics[d][m].note}."
-        for stage, e in evaluations.items()
+        f"- {run}, {DECODING_TITLES[d]}, {TITLES[m]}: {e.metrics[d][m].note}."
+        for run, e in evaluations.items()
         for d in DECODINGS
         for m in NAMES
         if e.metrics[d][m].note
@@ -148,7 +148,7 @@ def _test_set(name: str, evaluations: Mapping[str, Evaluation]) -> list[str]:
     lines += _differences(evaluations)
     lines += _table(
         [
-            "stage",
+            "run",
             "step",
             "critiques",
             "without anchor",
@@ -160,24 +160,24 @@ def _test_set(name: str, evaluations: Mapping[str, Evaluation]) -> list[str]:
         ],
         [
             [
-                stage,
+                run,
                 "–" if e.step is None else str(e.step),
                 str(e.counts["responses"]),
                 *(str(e.counts[c]) for c in ("no_anchor", "truncated", "forced", "unanswered")),
                 f"{e.means['response_tokens']:.1f}",
                 f"{e.means['score_mass']:.3f}",
             ]
-            for stage, e in evaluations.items()
+            for run, e in evaluations.items()
         ],
     )
     return lines + _settings(evaluations)
 
 
 def _differences(evaluations: Mapping[str, Evaluation]) -> list[str]:
-    """A table of every later stage minus the first, on the examples that both answered."""
+    """A table of every later run minus the first, on the examples that both answered."""
     (base_name, base), *others = evaluations.items()
     rows = []
-    for stage, e in others:
+    for run, e in others:
         for decoding in DECODINGS:
             before = {p.id: p for p in base.predictions if p.rail is not None}
             pairs = [(p, before[p.id]) for p in e.predictions if p.rail is not None and p.id in before]
@@ -191,7 +191,7 @@ def _differences(evaluations: Mapping[str, Evaluation]) -> list[str]:
                 e.config["bootstrap"],
                 e.config["seed"],
             )
-            label = f"{stage} − {base_name} ({len(pairs)})"
+            label = f"{run} − {base_name} ({len(pairs)})"
             rows.append([label, DECODING_TITLES[decoding], *(cell(difference[m], signed=True) for m in NAMES)])
     if not rows:
         return []
@@ -201,11 +201,11 @@ def _differences(evaluations: Mapping[str, Evaluation]) -> list[str]:
 
 def _settings(evaluations: Mapping[str, Evaluation]) -> list[str]:
     lines = ["How the numbers were made:", ""]
-    for stage, e in evaluations.items():
+    for run, e in evaluations.items():
         c = e.config
         where = "".join(f"{key} `{c[key]}`, " for key in ("model", "run", "command") if c.get(key))
         lines.append(
-            f"- {stage}: {where}{c['samples']} critique{'s' if c['samples'] > 1 else ''} an example at temperature "
+            f"- {run}: {where}{c['samples']} critique{'s' if c['samples'] > 1 else ''} an example at temperature "
             f"{c['temperature']:g}, top-p {c['top_p']:g}, seed {c['seed']}; a critique without anchor: "
             f"{c['no_anchor_rule']}; {c['probabilities']} probabilities; {c['bootstrap']} resamples."
         )

@@ -44,7 +44,9 @@ class Evaluation:
     config: dict[str, Any]
     """Everything that the numbers depend on."""
     step: int | None = None
+    """Of the training, during which the judge was evaluated."""
     predictions: list[Prediction] = field(default_factory=list)
+    """One per example."""
 
     def summary(self) -> dict[str, float]:
         """Flat numbers for metric sinks: `rail/pearson`, `sampled/mse`, …, `no_anchor` (share), means."""

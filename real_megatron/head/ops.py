@@ -84,7 +84,7 @@ def head_stats(
 
 
 @head_stats.register_fake
-def _(logits, ids, offsets, row_index, values, first_id, columns, kernels):
+def _(logits: Tensor, ids: Tensor, offsets: Tensor, row_index: Tensor, values: Tensor | None, *_: int | str) -> Tensor:
     length = (2 if values is None else 3) * logits.shape[0] + ids.shape[0]
     return logits.new_empty(length, dtype=torch_kernels.accumulate_dtype(logits.dtype))
 
@@ -111,7 +111,7 @@ def head_dlogits(
 
 
 @head_dlogits.register_fake
-def _(logits, log_probs, maximum, total, grad, ids, offsets, row_index, first_id, columns, kernels):
+def _(logits: Tensor, *_: Tensor | int | str) -> Tensor:
     return torch.empty_like(logits)
 
 
@@ -135,7 +135,7 @@ def head_dlogits_(
 
 
 @head_dlogits_.register_fake
-def _(logits, log_probs, maximum, total, grad, ids, offsets, row_index, first_id, columns, kernels):
+def _(logits: Tensor, *_: Tensor | int | str) -> None:
     return None
 
 
@@ -159,7 +159,15 @@ def head_log_probs(
 
 
 @head_log_probs.register_fake
-def _(logits, gathered, ids, offsets, row_index, values, first_id, columns, inplace_backward, kernels):
+def _(
+    logits: Tensor,
+    gathered: Tensor,
+    ids: Tensor,
+    offsets: Tensor,
+    row_index: Tensor,
+    values: Tensor | None,
+    *_: int | bool | str,
+) -> tuple[Tensor, ...]:
     rows = logits.shape[0]
     sizes = (ids.shape[0], 0 if values is None else rows, rows, rows)
     return tuple(gathered.new_empty(size) for size in sizes)

@@ -36,7 +36,8 @@ def write_critiques(
     """Let `model` write `samples` critiques for every example of `data.train`, into a plain JSONL file that SFT reads:
     `id`, `messages` (the prompt), `label`, `cot`, and the example's further columns. Returns the number of critiques.
 
-    model: a directory, or a name on the hub (with `revision`: a branch, tag or commit).
+    model: a directory, or a name on the hub (with `revision`: a branch, tag or commit)
+
     Sampled with `rollout.temperature` and `rollout.top_p`, at most `data.max_response_tokens` long. A critique without
     an anchor is dropped and counted, as are prompts that are too long. Written in chunks: the same call goes on behind
     the last whole chunk of a job that was killed, and does nothing when the file is complete. Collective under

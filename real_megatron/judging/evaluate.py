@@ -43,8 +43,10 @@ def evaluate(
     """Evaluate a checkpoint on the sets of `data.eval`; saves `output/evaluation/NAME.json`, returns the results.
 
     model: a directory, or a name on the hub (with `revision`: a branch, tag or commit); default: the run's own,
-    `config.output/hf`. output: default `config.output`. Under torchrun the ranks share the examples, and every rank
-    gets the results.
+        `config.output/hf`
+    output: default: `config.output`
+
+    Under torchrun the ranks share the examples, and every rank gets the results.
 
     Raises ConfigError when there is no test set, CheckpointError when there is no checkpoint.
     """

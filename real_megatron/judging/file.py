@@ -27,6 +27,7 @@ class JudgeSummary:
     """What happened to the rows of the input."""
 
     judged: int = 0
+    """Written to the output, by this run."""
     skipped: int = 0
     """In the output already, from an earlier run."""
     bad: int = 0

@@ -49,8 +49,11 @@ class Score:
 class Judge:
     """A checkpoint that can be asked. Close it, or use it as a context manager, to end its servers.
 
-    engine: serves the model. tokenizer, scale: of the model. config: its `scale`, `data` (template and lengths),
-    `evaluation` (sampling) and `seed` decide what is asked. name: what results call the model.
+    engine: serves the model
+    tokenizer, scale: of the model
+    config: its `scale`, `data` (template and lengths), `evaluation` (sampling) and `seed` decide what is asked
+    name: what results call the model
+
     Under several ranks with an engine of all ranks, every method is collective.
     """
 
@@ -175,14 +178,14 @@ class Judge:
 
         Raises PromptRefused for a prompt that the engine cannot take, EngineError for a model that cannot score.
         """
-        seed, rule = self.config.seed, self.config.evaluation.no_anchor
+        seed = self.config.seed
         groups = sample_scored(
             self.engine,
             self.tokenizer,
             self.scale,
             prompts,
             self.params(critiques),
-            "force" if rule == "force" else "penalize",
+            self.config.evaluation.no_anchor,
             [example_seed(seed, "critique", id) for id in ids],
         )
         renormalized = self.config.scale.probabilities == "renormalized"

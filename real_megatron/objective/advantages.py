@@ -1,11 +1,9 @@
 """Advantages: rewards compared with the other responses to the same prompt. Plain numbers, never differentiated."""
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
-Baseline = Literal["rloo", "group_mean", "none"]
+from real_megatron.config import Baseline
 
 STD_EPS = 1e-6
 

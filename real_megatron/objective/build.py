@@ -1,22 +1,15 @@
 """From the configuration to an objective."""
 
-from typing import TYPE_CHECKING
-
+from real_megatron.config import SUPERVISED, ObjectiveConfig, Probabilities
 from real_megatron.errors import ConfigError
 from real_megatron.objective.advantages import minimum_group_size
-from real_megatron.objective.rail import Probabilities
 from real_megatron.objective.reinforce import ReinforceObjective
 from real_megatron.objective.rewards import RewardOptions, find_reward
 from real_megatron.objective.sft import SupervisedObjective
 
-if TYPE_CHECKING:
-    from real_megatron.config import ObjectiveConfig
-
-SUPERVISED = ("sft", "raft", "tract")
-
 
 def build_objective(
-    config: "ObjectiveConfig", probabilities: Probabilities = "full"
+    config: ObjectiveConfig, probabilities: Probabilities = "full"
 ) -> ReinforceObjective | SupervisedObjective:
     """The objective that `config.name` and its settings describe; `probabilities`: variant of ŷ (scale.probabilities).
 
@@ -44,7 +37,7 @@ def build_objective(
     )
 
 
-def check(config: "ObjectiveConfig", *, mini_batches: int, responses: int) -> None:
+def check(config: ObjectiveConfig, *, mini_batches: int, responses: int) -> None:
     """Raise ConfigError when the objective does not fit the batch: `mini_batches`, optimizer updates per rollout batch
     (batch.mini_batches), and `responses` per prompt (rollout.n)."""
     if config.name in SUPERVISED:

@@ -6,14 +6,8 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from real_megatron.objective.rail import (
-    Probabilities,
-    expected_score,
-    label_index,
-    label_logprob,
-    score_entropy,
-    score_mass,
-)
+from real_megatron.config import Probabilities
+from real_megatron.objective.rail import expected_score, label_index, label_logprob, score_entropy, score_mass
 from real_megatron.objective.types import MetricSums, ScoredBatch
 
 

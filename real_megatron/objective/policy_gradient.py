@@ -1,12 +1,11 @@
 """Term 1: the policy-gradient loss of sampled tokens, plain or with PPO clipping, and truncated importance weights."""
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-Ratio = Literal["none", "ppo", "truncated_is"]
-Level = Literal["sequence", "token"]
+from real_megatron.config import RatioLevel
 
 
 class TokenLoss(NamedTuple):
@@ -39,7 +38,12 @@ def ppo_loss(token_logprobs: Tensor, old_logprobs: Tensor, token_advantages: Ten
 
 
 def truncated_weights(
-    token_logprobs: Tensor, old_logprobs: Tensor, token_trajectory: Tensor, trajectories: int, level: Level, cap: float
+    token_logprobs: Tensor,
+    old_logprobs: Tensor,
+    token_trajectory: Tensor,
+    trajectories: int,
+    level: RatioLevel,
+    cap: float,
 ) -> Weights:
     """min(π/μ, cap) of policy π and sampler μ.
 

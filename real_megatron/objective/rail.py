@@ -4,12 +4,10 @@
 dtype. Source: arXiv 2603.17145; Lukasik et al., "Regression-aware inference with LLMs" (EMNLP 2024).
 """
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
-Probabilities = Literal["full", "renormalized"]
+from real_megatron.config import Probabilities
 
 
 def expected_score(score_logprobs: Tensor, values: Tensor, probabilities: Probabilities = "full") -> Tensor:

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from real_megatron.config import Baseline, Ratio, RatioLevel
 from real_megatron.objective import policy_gradient as pg
-from real_megatron.objective.advantages import Baseline, advantages, minimum_group_size
+from real_megatron.objective.advantages import advantages, minimum_group_size
 from real_megatron.objective.kl import k3
 from real_megatron.objective.metrics import loss_pair, pair, score_metrics
 from real_megatron.objective.mismatch import mismatch_metrics
@@ -39,10 +40,10 @@ class ReinforceObjective:
     clamp: float | None = None
     token_mean: bool = False
     kl: float = 0.0
-    ratio: pg.Ratio = "none"
+    ratio: Ratio = "none"
     clip: float = 0.2
     is_cap: float = 2.0
-    is_level: pg.Level = "sequence"
+    is_level: RatioLevel = "sequence"
     """`sequence`: a response's weight π(c)/μ(c) multiplies all its terms; `token`: each token's own, not Term 2."""
     floor: float | None = None
     """Reward of a response without an answer; None: the reward function's own floor."""

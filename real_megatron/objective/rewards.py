@@ -8,13 +8,14 @@ another with `@register_reward` and name it in `objective.reward` as `module:nam
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, overload
+from typing import Literal, TypeVar, overload
 
 import torch
 from torch import Tensor
 
+from real_megatron.config import Probabilities
 from real_megatron.errors import ConfigError
-from real_megatron.objective.rail import Probabilities, expected_score, label_index, label_logprob
+from real_megatron.objective.rail import expected_score, label_index, label_logprob
 from real_megatron.objective.types import ResponseView
 from real_megatron.registry import Registry, calling_module
 
@@ -49,6 +50,7 @@ class Reward:
 
 
 REWARDS: Registry[Reward] = Registry("reward", "objective.reward")
+R = TypeVar("R", bound=Callable[..., Tensor])
 
 
 @overload
@@ -63,7 +65,7 @@ def register_reward(
 ) -> Callable[[ResponseRewardFunction], ResponseRewardFunction]: ...
 
 
-def register_reward(name: str, floor: float | FloorFunction, *, reads_responses: bool = False) -> Any:
+def register_reward(name: str, floor: float | FloorFunction, *, reads_responses: bool = False) -> Callable[[R], R]:
     """Decorator that adds a reward to `REWARDS`.
 
     floor: reward of a response without an answer: a number, or a function of (values [S], options).
@@ -72,7 +74,7 @@ def register_reward(name: str, floor: float | FloorFunction, *, reads_responses:
     module = calling_module()
     floor_function: FloorFunction = floor if callable(floor) else lambda values, options: float(floor)
 
-    def add(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def add(function: R) -> R:
         REWARDS.register(name, Reward(function, floor_function, reads_responses), module)
         return function
 

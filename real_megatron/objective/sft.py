@@ -5,8 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from real_megatron.config import Probabilities
 from real_megatron.objective.metrics import loss_pair, pair, score_metrics
-from real_megatron.objective.rail import Probabilities, expected_score, label_logprob
+from real_megatron.objective.rail import expected_score, label_logprob
 from real_megatron.objective.types import MetricSums, ScoredBatch, Totals
 
 

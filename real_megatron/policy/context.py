@@ -18,7 +18,7 @@ from torch import Tensor
 
 
 def gather_keys_values(key: Tensor, value: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values of this rank's tokens, `[T / cp, …]` → of all tokens in packing order, `[T, …]`.
+    """Keys and values of this rank's tokens, `[T / context, …]` → of all tokens in packing order, `[T, …]`.
 
     slots: `Exchange.token_slots`. Each rank's queries give them a gradient: backward sums over the ranks (a
     reduce-scatter).

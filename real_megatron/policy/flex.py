@@ -1,4 +1,4 @@
-"""Attention under a `SegmentTree` through torch's flex_attention: the form for GPUs, with torch alone."""
+"""Attention under a `SegmentTree` through torch's flex_attention: the implementation for GPUs, with torch alone."""
 
 from collections.abc import Callable
 from functools import lru_cache

@@ -79,7 +79,7 @@ class JudgeModel(GPTModel):
         return self.gathered_log_softmax(hidden_states, packed_seq_params.head_rows)
 
     def gathered_log_softmax(self, hidden: Tensor, rows: HeadRows) -> Tensor:
-        """hidden `[T (or T/tp), 1, H]` → log-probs of the ids that `rows` ask for, float32 `[nnz]`.
+        """hidden `[T (or T / tensor), 1, H]` → log-probs of the ids that `rows` ask for, float32 `[nnz]`.
 
         Tokens and rows are those of this context-parallel rank. Only `rows.positions` of the hidden states reach the
         output layer. Each rank's gradient of them covers its own vocabulary shard, and is summed over tensor-parallel

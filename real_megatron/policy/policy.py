@@ -136,8 +136,8 @@ class Policy:
             grad_norm = float(self.optimizer.get_grad_norm())
             if not math.isfinite(loss) or not math.isfinite(grad_norm):
                 raise FloatingPointError(
-                    f"loss {loss}, gradient norm {grad_norm}: not finite. The weights are as before this step; resume "
-                    "from the last checkpoint with a lower optimizer.lr, or look at this batch's rows."
+                    f"loss {loss}, gradient norm {grad_norm}: not finite. The weights are as before this update; "
+                    "resume from the last checkpoint with a lower optimizer.lr, or look at this batch's rows."
                 )
             self.optimizer.step()
             self.scheduler.step(increment=1)

@@ -26,11 +26,14 @@ from real_megatron.runtime import default_device
 
 @dataclass(frozen=True)
 class Verification:
-    """Largest absolute difference of the logits, largest absolute logit, and how many tokens were compared."""
+    """How far the logits of two models are apart."""
 
     difference: float
+    """Largest absolute difference."""
     scale: float
+    """Largest absolute logit."""
     tokens: int
+    """How many were compared."""
 
     @property
     def passed(self) -> bool:
@@ -49,8 +52,12 @@ def verify(
 ) -> Verification:
     """Compare float32 logits of a Hugging Face checkpoint and of its Megatron counterpart on random tokens.
 
-    hf_path: a directory, or a name on the hub. megatron_path: a converted checkpoint; without one the weights come
-    straight from `hf_path`. parallel: layout of the Megatron model; default: one rank. family: as `model.family`.
+    hf_path: a directory, or a name on the hub
+    megatron_path: a converted checkpoint; without one the weights come straight from `hf_path`
+    parallel: layout of the Megatron model; default: one rank
+    sequences, length, seed: of the tokens
+    family: as `model.family`
+
     Collective. Each rank holds the Hugging Face model and then its shard of the Megatron model, one after the other.
     """
     parallel = parallel or ParallelConfig()

@@ -1,1 +1,1 @@
-"""Rollout engines: generation of responses, scoring of answers, weight updates."""
+"""Rollout engines: generation of responses, scoring of answers, weight syncs."""

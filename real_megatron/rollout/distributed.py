@@ -94,14 +94,14 @@ class DistributedRollout:
     def update_weights(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
         stream = iter(tensors)
 
-        def update() -> None:
+        def sync() -> None:
             try:
                 self._engine.update_weights(stream, version)
             finally:
                 # The other ranks are still in the collective export.
                 drain(stream)
 
-        self._agreed(update)
+        self._agreed(sync)
 
     def sleep(self) -> None:
         self._agreed(self._engine.sleep)

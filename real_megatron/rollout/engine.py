@@ -137,20 +137,39 @@ class EngineKind:
     on_every_rank: bool = False
     """Each rank of the run holds an engine of its own and serves some of the prompts. False: rank 0 holds the only one,
     in front of servers."""
+    server_package: str = ""
+    """The Python package that its servers run, where it attaches to `rollout.servers` or starts its own."""
+    broadcasts: bool = False
+    """Weights can reach its servers by a broadcast from this host, the default where they do not share its GPUs."""
 
 
-ENGINES: Registry[EngineKind] = Registry("engine", "rollout.engine")
+ENGINES: Registry[EngineKind] = Registry(
+    "engine",
+    "rollout.engine",
+    built_in={
+        "transformers": "real_megatron.rollout.embedded.engine",
+        "sglang": "real_megatron.rollout.sglang.engine",
+        "vllm": "real_megatron.rollout.vllm.engine",
+    },
+)
 
 
 Builder = TypeVar("Builder", bound=Callable[[EngineSpec], RolloutEngine])
 
 
-def register_engine(name: str, *, on_every_rank: bool = False) -> Callable[[Builder], Builder]:
-    """Decorator for a class or function that builds a `RolloutEngine` from an `EngineSpec`. See docs/extending.md."""
+def register_engine(
+    name: str, *, on_every_rank: bool = False, server_package: str = "", broadcasts: bool = False
+) -> Callable[[Builder], Builder]:
+    """Decorator for a class or function that builds a `RolloutEngine` from an `EngineSpec`. See docs/extending.md.
+
+    on_every_rank: each rank builds one and serves some of the prompts; else rank 0 builds the only one
+    server_package: the Python package that its servers run: `rollout.servers`, or those that it starts
+    broadcasts: weights can reach these servers by a broadcast from this host (`rollout.sync_host`)
+    """
     module = calling_module()
 
     def add(build: Builder) -> Builder:
-        ENGINES.register(name, EngineKind(build, on_every_rank), module)
+        ENGINES.register(name, EngineKind(build, on_every_rank, server_package, broadcasts), module)
         return build
 
     return add

@@ -1,6 +1,5 @@
 """The engine that a configuration asks for."""
 
-import importlib
 import importlib.util
 import os
 import shutil
@@ -16,24 +15,10 @@ from real_megatron.rollout.distributed import DistributedRollout, FollowerEngine
 from real_megatron.rollout.engine import ENGINES, EngineKind, EngineSpec, RolloutEngine
 
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
-# Imported when they are asked for: each registers itself.
-_BUILT_IN = {
-    "transformers": "real_megatron.rollout.embedded.engine",
-    "sglang": "real_megatron.rollout.sglang.engine",
-    "vllm": "real_megatron.rollout.vllm.engine",
-}
 
 
 def find_engine(name: str) -> EngineKind:
     """The engine of `rollout.engine`. Raises ConfigError for an unknown one, or one that is not registered."""
-    if name in _BUILT_IN:
-        importlib.import_module(_BUILT_IN[name])
-        return ENGINES[name]
-    if ":" not in name:
-        raise ConfigError(
-            f"rollout.engine: unknown engine {name!r}; known: {', '.join(_BUILT_IN)}, or module:name for one of your "
-            "own (docs/extending.md)"
-        )
     kind = ENGINES.find(name)
     if not isinstance(kind, EngineKind):
         raise ConfigError(f"rollout.engine: {name!r} is not registered as an engine: decorate it with register_engine")
@@ -46,11 +31,11 @@ def check_servers(config: RolloutConfig, *, trainer: bool) -> None:
 
     trainer: whether this process trains, so that it needs its GPU and sends weights
     """
-    find_engine(config.engine)
-    if config.engine not in ("sglang", "vllm"):
+    kind = find_engine(config.engine)
+    if not kind.server_package:
         return
     if config.servers:
-        sends = trainer and config.engine == "sglang" and config.weight_sync in ("auto", "distributed")
+        sends = trainer and kind.broadcasts and config.weight_sync in ("auto", "distributed")
         remote = [url for url in config.servers if urlsplit(url).hostname not in _LOOPBACK]
         if sends and not config.colocate and remote and config.sync_host in _LOOPBACK:
             raise ConfigError(
@@ -61,10 +46,11 @@ def check_servers(config: RolloutConfig, *, trainer: bool) -> None:
     python = config.python or sys.executable
     if shutil.which(python) is None:
         raise ConfigError(f"rollout.python: {python} is not there, or cannot be executed")
-    if not config.python and importlib.util.find_spec(config.engine) is None:
+    if not config.python and importlib.util.find_spec(kind.server_package) is None:
         raise ConfigError(
-            f"rollout.engine is {config.engine}, which is not installed beside the trainer: name the Python of the "
-            "environment that has it in rollout.python, or attach to running servers with rollout.servers"
+            f"rollout.engine is {config.engine}, but {kind.server_package} is not installed beside the trainer: name "
+            "the Python of the environment that has it in rollout.python, or attach to running servers with "
+            "rollout.servers"
         )
     if torch.cuda.is_available():
         _check_gpus(config, torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if trainer else 0)

@@ -2,16 +2,15 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import get_args
 
 from transformers import PreTrainedTokenizerBase
 
 from real_megatron.batch.types import Trajectory
+from real_megatron.config import NoAnchorRule
 from real_megatron.errors import EngineError
 from real_megatron.rollout.engine import Response, RolloutEngine, SamplingParams
 from real_megatron.scores import ScoreScale
-
-NoAnchorRule = Literal["penalize", "force", "drop"]
 
 
 @dataclass
@@ -42,8 +41,8 @@ def sample_trajectories(
     Raises EngineError when the engine does not return exactly what was asked for, PromptRefused for a prompt that it
     cannot take.
     """
-    if rule not in ("penalize", "force", "drop"):
-        raise ValueError(f"no-anchor rule {rule!r}: use penalize, force or drop")
+    if rule not in get_args(NoAnchorRule):
+        raise ValueError(f"no-anchor rule {rule!r}: use one of {', '.join(get_args(NoAnchorRule))}")
     groups = engine.generate(prompts, replace(params, stop=(scale.anchor_text,)), seeds)
     check_complete(groups, len(prompts), params.n)
     counts = dict.fromkeys(("no_anchor", "truncated", "split_anchor", "forced", "dropped"), 0)

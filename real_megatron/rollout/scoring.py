@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
 
+from real_megatron.config import JudgedNoAnchorRule
 from real_megatron.errors import EngineError, PromptRefused
 from real_megatron.rollout.engine import RolloutEngine, SamplingParams
 from real_megatron.rollout.sampling import check_complete, with_anchor
@@ -33,14 +33,15 @@ def sample_scored(
     scale: ScoreScale,
     prompts: Sequence[list[int]],
     params: SamplingParams,
-    rule: Literal["penalize", "force"] = "penalize",
+    rule: JudgedNoAnchorRule = "drop",
     seeds: Sequence[int] | None = None,
 ) -> list[list[ScoredResponse]]:
     """`params.n` critiques per prompt with their score distributions.
 
     At temperature 0 or 1 generation stops behind the score, and the distribution is read off the engine's own log-probs
     at that position. A second pass (next_token_logprobs) serves the rest: other temperatures, responses that end
-    at the anchor, and, under the rule `force`, responses without an anchor, which get it appended.
+    at the anchor, and, under the rule `force`, responses without an anchor, which get it appended. Under
+    `drop` these have no distribution; the caller leaves them out.
 
     Raises EngineError when the engine does not return exactly what was asked for, PromptRefused (index in `prompts`)
     for a prompt that it cannot take, alone or with a critique behind it. The log-probs are not checked: they may be

@@ -9,11 +9,11 @@ from real_megatron.errors import ConfigError
 from real_megatron.objective import ReinforceObjective, build_objective, check, minimum_group_size
 from real_megatron.rollout.engine import SamplingParams, naming_prompts
 from real_megatron.rollout.sampling import sample_trajectories
+from real_megatron.training.batch_order import rollout_seed
 from real_megatron.training.examples import prompt_groups
 from real_megatron.training.one_step_off import OneStepOff
 from real_megatron.training.reference import ReferenceWeights
 from real_megatron.training.rollouts import cot_metrics, trainable, with_policy_logprobs, with_texts
-from real_megatron.training.sampler import rollout_seed
 from real_megatron.training.session import Session, naming_step, open_session
 from real_megatron.training.update import update
 
@@ -28,7 +28,7 @@ def train(config: RunConfig) -> None:
     goes on from there makes up for the evaluation and the row of metrics.
 
     Raises ConfigError and other UserErrors for a run that cannot be done, FloatingPointError for log-probs, a loss or a
-    gradient that is not finite (the weights are as before that step), Terminated after SIGTERM.
+    gradient that is not finite (the weights are as before that update), Terminated after SIGTERM.
     """
     objective = reinforcement_objective(config)
     with open_session(config, prompt_groups) as run:
@@ -47,7 +47,7 @@ def train(config: RunConfig) -> None:
         ahead: OneStepOff[Batch] | None = None
         if config.rollout.staleness:
             ahead = OneStepOff(lambda step: generate(run, objective, step), publish, range(run.start, run.steps))
-        with ahead or nullcontext(), run.recording() as record:
+        with ahead or nullcontext(), run.recording() as log:
             for step in range(run.start, run.steps):
                 with naming_step(step, rank):
                     # Publish and generate. One step off, both are done for the next step while this one trains.
@@ -79,7 +79,7 @@ def train(config: RunConfig) -> None:
                         raise run.terminated(done)
                     with timer.phase("evaluate"):
                         metrics |= run.evaluate(done)
-                record.step(done, metrics, timer.finish())
+                log.step(done, metrics, timer.finish())
                 if stopping:
                     raise run.terminated(done)
         run.export()
@@ -103,7 +103,7 @@ def reinforcement_objective(config: RunConfig) -> ReinforceObjective:
 def generate(run: Session, objective: ReinforceObjective, step: int) -> Batch:
     """The groups of a step's prompts, from the weights that the engine has. One step off, in a thread of its own."""
     config = run.config
-    prompts = [run.groups[i] for i in run.sampler.batch(step)]
+    prompts = [run.groups[i] for i in run.order.batch(step)]
     params = SamplingParams(
         n=config.rollout.n,
         temperature=config.rollout.temperature,

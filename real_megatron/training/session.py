@@ -25,12 +25,12 @@ from real_megatron.rollout.engine import EngineSpec, RolloutEngine
 from real_megatron.rollout.factory import build_engine, check_servers
 from real_megatron.runtime import default_dtype, host_group
 from real_megatron.scores import ScoreScale
+from real_megatron.training.batch_order import BatchOrder
 from real_megatron.training.checkpoints import CheckpointStore, explain_checkpoint_errors
 from real_megatron.training.export import save_hf
 from real_megatron.training.metrics import check_sinks
-from real_megatron.training.record import Record
 from real_megatron.training.resume import check_same_run
-from real_megatron.training.sampler import EpochSampler
+from real_megatron.training.step_log import StepLog
 from real_megatron.training.stop import StopSignal, Terminated
 from real_megatron.training.timer import PhaseTimer
 
@@ -60,8 +60,8 @@ class Session:
         self.scale = ScoreScale.resolve(self.tokenizer, scale.scores, scale.values, scale.anchor)
         self.groups = load(config, self.tokenizer, self.scale)
         self.evaluation_sets = load_evaluation_sets(config, self.tokenizer, self.scale)
-        self.sampler = EpochSampler(len(self.groups), config.batch.prompts, config.seed)
-        self.steps = self.sampler.steps_of(config.epochs) if config.epochs is not None else config.steps
+        self.order = BatchOrder(len(self.groups), config.batch.prompts, config.seed)
+        self.steps = self.order.steps_of(config.epochs) if config.epochs is not None else config.steps
         self.start = 0
         """Steps done before: those of the checkpoint that was resumed."""
         self._metrics_of_start: dict[str, float] = {}
@@ -108,7 +108,7 @@ class Session:
         if self._published != step:
             self.engine.update_weights(self.policy.export(), version=step)
             self._published = step
-        if self.config.rollout.colocate:  # it sleeps while the trainer uses its GPUs; the update woke its weights alone
+        if self.config.rollout.colocate:  # it sleeps while the trainer uses its GPUs; the sync woke its weights alone
             self.engine.wake()
 
     def _free_cached_memory(self) -> None:
@@ -153,7 +153,7 @@ class Session:
         return True
 
     @contextmanager
-    def recording(self) -> Iterator[Record]:
+    def recording(self) -> Iterator[StepLog]:
         """Listen for SIGTERM and keep the metrics of the steps to come. Begins with the evaluation before the first
         step, or with the row and the evaluation that the start before this one has not come to."""
         config, rank = self.config, self.policy.runtime.rank
@@ -161,19 +161,19 @@ class Session:
             config.output.mkdir(parents=True, exist_ok=True)
             (config.output / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
             forget_evaluations(config.output, self.start)
-        with Record(config, self.policy.runtime, self.start, self.steps) as record, self.stop:
+        with StepLog(config, self.policy.runtime, self.start, self.steps) as log, self.stop:
             if self.start == 0 and config.evaluation.every:
-                record.row(0, self.evaluate(0))
-            elif self.start and record.last_step() != self.start:
+                log.row(0, self.evaluate(0))
+            elif self.start and log.last_step() != self.start:
                 evaluation = self.evaluate(self.start) if self.evaluation_due(self.start) else {}
-                record.row(self.start, self._metrics_of_start | evaluation)
+                log.row(self.start, self._metrics_of_start | evaluation)
             self.timer.finish()
-            yield record
+            yield log
 
     # --- after a step -----------------------------------------------------------------------------------------------
 
     def stopping(self, done: int) -> bool:
-        """Whether the run has to end after `done` steps, though not all are done: a rank has heard SIGTERM."""
+        """Whether the run has to end after `done` steps, though not all are done: a rank has received SIGTERM."""
         return self.stop.requested() and done < self.steps
 
     def terminated(self, done: int) -> Terminated:

@@ -19,10 +19,10 @@ def train(config: RunConfig) -> None:
         run.resume()
         if run.finished():
             return
-        with run.recording() as record:
+        with run.recording() as log:
             for step in range(run.start, run.steps):
                 with naming_step(step, rank), timer.phase("update"):
-                    groups = [run.groups[i] for i in run.sampler.batch(step)]
+                    groups = [run.groups[i] for i in run.order.batch(step)]
                     metrics = run.policy.train_step(groups, objective)
                 # What follows a step, as in rl.py.
                 done = step + 1
@@ -35,7 +35,7 @@ def train(config: RunConfig) -> None:
                         raise run.terminated(done)
                     with timer.phase("evaluate"):
                         metrics |= run.evaluate(done)
-                record.step(done, metrics, timer.finish())
+                log.step(done, metrics, timer.finish())
                 if stopping:
                     raise run.terminated(done)
         run.export()

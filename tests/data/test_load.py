@@ -44,7 +44,7 @@ def test_template_fields_are_columns(tmp_path: Path) -> None:
     [
         ({"prompt": "a", "label": 6}, r"line 2: label 6 is outside of the score scale \[1, 5\]"),
         ({"prompt": "a", "label": 0.99}, r"line 2: label 0\.99 is outside"),
-        ({"prompt": "a"}, "line 2: no 'label'"),
+        ({"prompt": "a"}, "line 2: no label; training and evaluation need one in every record"),
         ({"prompt": "a", "label": "x"}, "line 2: 'label' is 'x'"),
         ({"text": "a", "label": 1}, "line 2: template 'plain' needs 'prompt', the record has .*: label, text;"),
         ({"prompt": " \n", "label": 1}, "line 2: the prompt is empty"),
@@ -102,6 +102,21 @@ def test_a_format_of_a_module(
     rows.append({"text": "c"})
     with pytest.raises(DataError, match=r"^\S*rows\.jsonl, line 3: no 'question'; name the column"):
         load_examples(source(tmp_path, rows, name))
+
+
+def test_a_format_says_what_it_needs(tmp_path: Path, extension_format: str) -> None:
+    rows = [{"question": "a", "grades": [1, 2]}, {"question": "b", "grades": []}]
+    with pytest.raises(DataError, match=r"^\S*rows\.jsonl, line 2: no label; training and evaluation need one"):
+        load_examples(source(tmp_path, rows, f"{extension_format}:graded"))
+    # The reader is chosen by all records: the data set has fractions, so that grades are shares of ten.
+    rows = [{"question": "a", "grades": [1]}, {"question": "b", "grades": [0.5]}]
+    assert [e.label for e in load_examples(source(tmp_path, rows, f"{extension_format}:shares"))] == [10, 5]
+    assert [e.label for e in load_examples(source(tmp_path, rows[:1], f"{extension_format}:shares"))] == [1]
+
+
+def test_an_attribute_that_reads_nothing_is_named(tmp_path: Path, extension_format: str) -> None:
+    with pytest.raises(ConfigError, match="data.*format: '.*:NUMBER' is a int, not a reader of records"):
+        load_examples(source(tmp_path, [], f"{extension_format}:NUMBER"))
 
 
 def test_a_bug_of_a_reader_keeps_its_traceback(tmp_path: Path, extension_format: str) -> None:

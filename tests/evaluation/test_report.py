@@ -10,7 +10,7 @@ from matplotlib.image import imread
 from real_megatron.errors import ConfigError, DataError
 from real_megatron.evaluation import plots
 from real_megatron.evaluation.metrics import agreement
-from real_megatron.evaluation.report import evaluation_path, read_metrics, read_stage, stage_names, write_report
+from real_megatron.evaluation.report import evaluation_path, read_metrics, read_run, run_names, write_report
 from real_megatron.evaluation.result import Evaluation, Prediction
 
 SCALE = [1.0, 2.0, 3.0, 4.0, 5.0]
@@ -53,16 +53,16 @@ def runs(tmp_path):
 
 
 def test_the_table_compares_the_newest_evaluations(runs, tmp_path) -> None:
-    stages = [read_stage("SFT", runs / "sft"), read_stage("REAL", runs / "real")]
-    path = write_report(tmp_path / "report", stages, command=["real-megatron", "report", "a b"], title="T")
+    results = [read_run("SFT", runs / "sft"), read_run("REAL", runs / "real")]
+    path = write_report(tmp_path / "report", results, command=["real-megatron", "report", "a b"], title="T")
     text = path.read_text()
     assert text.startswith("# T\n") and "    real-megatron report 'a b'\n" in text
     for name in ("in_domain", "ood"):
         section = text.split(f"## {name}\n")[1].split("\n## ")[0]
         rows = [line for line in section.splitlines() if line.startswith("| ") and "---" not in line]
-        for stage, noise in (("SFT", 2.0), ("REAL", 0.5)):
+        for run, noise in (("SFT", 2.0), ("REAL", 0.5)):
             for decoding, title in (("rail", "RAIL"), ("sampled", "sampled score")):
-                (row,) = [line for line in rows if line.startswith(f"| {stage} | {title} |")]
+                (row,) = [line for line in rows if line.startswith(f"| {run} | {title} |")]
                 cells = [cell.strip() for cell in row.strip("|").split("|")][2:]
                 for cell, e in zip(cells, make(name, noise).metrics[decoding].values(), strict=True):
                     assert cell == f"{e.value:.3f} [{e.low:.3f}, {e.high:.3f}]"
@@ -80,7 +80,7 @@ def test_the_table_compares_the_newest_evaluations(runs, tmp_path) -> None:
 def test_panels_show_what_the_runs_recorded(runs, tmp_path, monkeypatch) -> None:
     figures = []
     monkeypatch.setattr(plots, "_save", lambda figure, path: figures.append(figure))
-    metrics = {name: read_stage(name, runs / name).metrics for name in ("sft", "real")}
+    metrics = {name: read_run(name, runs / name).metrics for name in ("sft", "real")}
     assert plots.learning_curves(tmp_path / "x.png", metrics)
     axes = {ax.get_title(): ax for ax in figures[0].axes}
     assert len(axes) == len(plots.PANELS)
@@ -95,7 +95,7 @@ def test_panels_show_what_the_runs_recorded(runs, tmp_path, monkeypatch) -> None
     assert axes["Gradient norm"].get_yscale() == "log" and axes["Loss"].get_yscale() == "linear"
 
 
-def test_a_stage_evaluated_once_is_a_level_to_compare_the_curves_with(tmp_path, monkeypatch) -> None:
+def test_a_run_evaluated_once_is_a_level_to_compare_the_curves_with(tmp_path, monkeypatch) -> None:
     figures = []
     monkeypatch.setattr(plots, "_save", lambda figure, path: figures.append(figure))
     level = {"direct": [make(name, 3.0, 40) for name in ("in_domain", "ood")]}
@@ -118,7 +118,7 @@ def test_undefined_numbers_are_said_to_be(tmp_path) -> None:
     constant = make("set", 0.0)
     constant.metrics["rail"] = agreement([2.0, 2.0], [1.0, 3.0], SCALE, 10)
     constant.save(evaluation_path(tmp_path / "run", "set"))
-    text = write_report(tmp_path / "report", [read_stage("A", tmp_path / "run")]).read_text()
+    text = write_report(tmp_path / "report", [read_run("A", tmp_path / "run")]).read_text()
     assert "| A | RAIL | undefined | undefined | undefined | 1.000 [1.000, 1.000] |" in text
     assert "- A, RAIL, Pearson: all predictions are equal." in text
     assert not (tmp_path / "report" / "curves.png").exists() and "png" not in text
@@ -130,7 +130,7 @@ def test_differences_are_between_the_same_examples_only(tmp_path) -> None:
     other.predictions = [Prediction(f"x{p.id}", *list(vars(p).values())[1:]) for p in other.predictions]
     for run, e in (("a", first), ("b", second), ("c", other)):
         e.save(evaluation_path(tmp_path / run, "set"))
-    text = write_report(tmp_path / "report", [read_stage(run, tmp_path / run) for run in "abc"]).read_text()
+    text = write_report(tmp_path / "report", [read_run(run, tmp_path / run) for run in "abc"]).read_text()
     assert "| b − a (30) | RAIL |" in text and "| c − a" not in text
 
 
@@ -146,24 +146,24 @@ def test_metrics_of_a_crashed_run_are_read(tmp_path) -> None:
 
 def test_what_cannot_be_reported_is_named(tmp_path) -> None:
     with pytest.raises(ConfigError, match="no such directory"):
-        read_stage("x", tmp_path / "absent")
+        read_run("x", tmp_path / "absent")
     with pytest.raises(ConfigError, match="neither metrics.jsonl nor"):
-        read_stage("x", tmp_path)
+        read_run("x", tmp_path)
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 1}\n')
-    stage = read_stage("x", tmp_path)
-    for stages in ([], [stage, stage]):
+    run = read_run("x", tmp_path)
+    for results in ([], [run, run]):
         with pytest.raises(ConfigError, match="different names"):
-            write_report(tmp_path / "report", stages)
+            write_report(tmp_path / "report", results)
 
 
 def test_runs_are_named_by_what_tells_them_apart(tmp_path, monkeypatch) -> None:
-    assert stage_names([tmp_path / "sft", tmp_path / "real"]) == ["sft", "real"]
-    assert stage_names([tmp_path / "a/real", tmp_path / "b/real", tmp_path / "c"]) == [
+    assert run_names([tmp_path / "sft", tmp_path / "real"]) == ["sft", "real"]
+    assert run_names([tmp_path / "a/real", tmp_path / "b/real", tmp_path / "c"]) == [
         "a/real",
         "b/real",
         f"{tmp_path.name}/c",
     ]
     monkeypatch.chdir(tmp_path)
-    assert stage_names([tmp_path / "."]) == [tmp_path.name]
+    assert run_names([tmp_path / "."]) == [tmp_path.name]
     with pytest.raises(ConfigError, match="not one with itself"):
-        stage_names([tmp_path / "a", tmp_path / "b/../a"])
+        run_names([tmp_path / "a", tmp_path / "b/../a"])

@@ -74,7 +74,7 @@ def test_rows_of_several_tiles(kernels: tuple[str, str], dtype: torch.dtype) -> 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_columns_just_past_a_tile(kernels: tuple[str, str], dtype: torch.dtype) -> None:
     # Eight rows of odd width start at every alignment, so the 16-byte vectors of some end before the second tile
-    # begins, which then has no column of its own. Ids at the seam and in the tail.
+    # begins, which then has no column of its own. Ids at the boundary and in the tail.
     tile = 8192 if dtype == torch.float32 else 16_384
     for extra in (1, 3, 7):
         columns = tile + extra

@@ -10,7 +10,7 @@ import torch
 
 from real_megatron.errors import DataError
 from real_megatron.evaluation.metrics import agreement
-from real_megatron.evaluation.report import read_stage, write_report
+from real_megatron.evaluation.report import read_run, write_report
 from real_megatron.evaluation.result import Evaluation, predictions_path
 from real_megatron.judging.evaluate import evaluate_set
 from real_megatron.rollout.engine import SamplingParams
@@ -79,11 +79,11 @@ def test_nothing_but_seed_and_example_decides(result, engine, tokenizer, scale, 
         assert own[prediction.id].rail == pytest.approx(prediction.rail, rel=1e-4)
     other = evaluate(engine, tokenizer, scale, examples, PARAMS, name="set", seed=6, bootstrap=5)
     assert [p.critiques for p in other.predictions] != [p.critiques for p in result.predictions]
-    twins = [replace(examples[0], id=f"twin {i}") for i in range(100)]
-    own = evaluate(engine, tokenizer, scale, twins, PARAMS, name="set", bootstrap=5).predictions
+    copies = [replace(examples[0], id=f"copy {i}") for i in range(100)]
+    own = evaluate(engine, tokenizer, scale, copies, PARAMS, name="set", bootstrap=5).predictions
     assert len({tuple(p.critiques) for p in own}) > 1
     greedy = SamplingParams(n=1, temperature=0.0, max_new_tokens=12)
-    own = evaluate(engine, tokenizer, scale, twins, greedy, name="set", bootstrap=5).predictions
+    own = evaluate(engine, tokenizer, scale, copies, greedy, name="set", bootstrap=5).predictions
     assert len({tuple(p.critiques) for p in own}) == 1 and len({p.sampled for p in own}) > 1
 
 
@@ -128,7 +128,7 @@ def test_a_judge_that_never_answers_has_no_numbers_and_says_why(engine, tokenize
         assert math.isnan(estimate.value) and estimate.note == "no response has the anchor '[RESULT]'"
     assert math.isnan(found.summary()["score_mass"]) and found.summary()["no_anchor"] == 1.0
     found.save(tmp_path / "evaluation/set.json")
-    text = write_report(tmp_path, [read_stage("silent", tmp_path)]).read_text()
+    text = write_report(tmp_path, [read_run("silent", tmp_path)]).read_text()
     assert "| silent | RAIL | undefined |" in text and "no response has the anchor" in text
 
 

@@ -1,4 +1,4 @@
-"""Packed attention, both forms, against dense masked attention in float64."""
+"""Packed attention, both implementations, against dense masked attention in float64."""
 
 import pytest
 import torch

@@ -13,7 +13,7 @@ from tests.support.ranks import run_ranks
 @pytest.mark.parametrize("window", [None, 3])
 @pytest.mark.parametrize("attend", [segment_attention, flex_segment_attention])
 def test_a_shard_gets_the_rows_of_its_tokens(attend, window):
-    """Both forms, forward: fp32, values of order 1."""
+    """Both implementations, forward: fp32, values of order 1."""
     torch.manual_seed(0)
     for tree in TREES.values():
         q, k, v = (torch.randn(tree.total, heads, 16) for heads in (4, 2, 2))

@@ -17,7 +17,7 @@ from tests.support.rollout_specs import engine_spec
     ("settings", "message"),
     [
         ({"python": "/no/such/python"}, "rollout.python: /no/such/python is not there"),
-        ({}, "sglang, which is not installed beside the trainer: name the Python .* in rollout.python"),
+        ({}, "sglang is not installed beside the trainer: name the Python .* in rollout.python"),
         (
             {"servers": ["http://127.0.0.1:1", "http://node4:30000"]},
             "rollout.sync_host is 127.0.0.1, by which the server http://node4:30000 does not reach this host",
@@ -70,7 +70,7 @@ def test_an_engine_of_a_users_own_module_is_found_and_built(tmp_path):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("sglan", "rollout.engine: unknown engine 'sglan'; known: transformers, sglang, vllm, or module:name"),
+        ("sglan", r"rollout.engine: unknown engine 'sglan'; known: (\w+, )*sglang, transformers, vllm, or module:name"),
         ("tests.support.rollout_own_engine:other", "neither registers nor defines 'other'"),
         ("tests.support.rollout_own_engine:unregistered", "is not registered as an engine: .* register_engine"),
         ("tests.no_such_module:engine", "module tests.no_such_module cannot be imported"),
@@ -79,6 +79,15 @@ def test_an_engine_of_a_users_own_module_is_found_and_built(tmp_path):
 def test_an_unknown_engine_is_named(ask, name, message):
     with pytest.raises(ConfigError, match=message):
         ask(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "on_every_rank", "package", "broadcasts"),
+    [("transformers", True, "", False), ("sglang", False, "sglang", True), ("vllm", False, "vllm", False)],
+)
+def test_what_is_built_in_says_what_it_is(name, on_every_rank, package, broadcasts):
+    kind = find_engine(name)
+    assert (kind.on_every_rank, kind.server_package, kind.broadcasts) == (on_every_rank, package, broadcasts)
 
 
 @pytest.mark.parametrize("serve_loaded", [False, True])

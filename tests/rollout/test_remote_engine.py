@@ -232,7 +232,7 @@ def test_an_attached_server_with_other_weights_than_asked_for_is_refused(make, s
 
 def test_nothing_is_generated_before_the_first_weights(make, flavour):
     engine, _ = make(1, flavour, serve_loaded=False)
-    with pytest.raises(EngineError, match="waiting for the next weight update"):
+    with pytest.raises(EngineError, match="waiting for the next sync"):
         engine.generate(PROMPTS, PARAMS)
 
 
@@ -307,7 +307,7 @@ def test_a_server_with_old_weights_is_noticed_and_brought_up_to_date(make, flavo
     assert fake.version == label and fake.loaded is not None
 
 
-def test_no_server_with_the_new_weights_is_an_error_until_the_next_update(make, flavour, model):
+def test_no_server_with_the_new_weights_is_an_error_until_the_next_sync(make, flavour, model):
     engine, (fake,) = make(1, flavour, serve_loaded=False, restarts=1)
     path = "/update_weights_from_disk" if flavour == "sglang" else "/collective_rpc"
     fake.control_faults = {path: [500] * 100}
@@ -336,7 +336,7 @@ def test_a_stream_of_the_wrong_tensors_is_refused_and_consumed(make, flavour, mo
     check(engine.generate(PROMPTS, PARAMS))
 
 
-def test_a_full_disk_is_an_error_until_the_next_update(make, flavour, model):
+def test_a_full_disk_is_an_error_until_the_next_sync(make, flavour, model):
     engine, (fake,) = make(1, flavour, serve_loaded=False)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -354,7 +354,7 @@ def test_a_full_disk_is_an_error_until_the_next_update(make, flavour, model):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         signal.signal(signal.SIGXFSZ, before)
-    # The other ranks are not left in the export, and the server has not heard of it.
+    # The other ranks are not left in the export, and the server knows nothing of it.
     assert len(consumed) == len(list(model.named_parameters())) and fake.loaded is None
     with pytest.raises(EngineError, match="no rollout server can serve: .*is stale"):
         engine.generate(PROMPTS, PARAMS)
@@ -391,7 +391,7 @@ def test_sleep_and_wake(make, flavour, model):
     engine.sleep()
     with pytest.raises(EngineError, match="wake"):
         engine.generate(PROMPTS, PARAMS)
-    # A memory saver leaves the weights undefined: waking without an update loads them again.
+    # A memory saver leaves the weights undefined: waking without a sync loads them again.
     for fake in fakes:
         fake.loaded = None
     engine.wake()

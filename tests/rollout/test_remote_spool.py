@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from real_megatron.rollout.engine import WeightSyncError
 from real_megatron.rollout.remote.buckets import bucketed
 from real_megatron.rollout.remote.spool import CheckpointSpool
-from tests.support.rollout_models import tiny_qwen3
+from tests.support.rollout_models import byte_level, tiny_qwen3
 
 
 def model(seed: int):
@@ -39,6 +39,21 @@ def test_transformers_loads_what_was_spooled(spool):
     loaded = AutoModelForCausalLM.from_pretrained(path)
     for (name, a), (_, b) in zip(source.named_parameters(), loaded.named_parameters(), strict=True):
         assert torch.equal(a, b), name
+
+
+def test_side_files_go_along_and_code_does_not(tmp_path, spool):
+    start = tmp_path / "start"
+    tokenizer = byte_level()
+    tokenizer.chat_template = "{{ messages }}"
+    tokenizer.save_pretrained(start)
+    weights = {"model.safetensors", "pytorch_model.bin", "model.safetensors.index.json"}
+    for name in ("modeling_own.py", "pytorch_model.bin", "vocab.json", "merges.txt", "tokenizer.model"):
+        (start / name).write_text("x")
+    path = write(spool, "run-1", model(1))
+    kept = {file.name for file in start.iterdir()} - weights - {"modeling_own.py"}
+    assert {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"} <= kept
+    copied = {file.name for file in path.iterdir() if not file.name.startswith("model")}
+    assert copied == kept and (path / "merges.txt").read_text() == "x"
 
 
 def test_older_checkpoints_go_only_when_told(spool):

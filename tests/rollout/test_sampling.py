@@ -134,5 +134,5 @@ def test_incomplete_answers_are_errors(responses, message):
 
 
 def test_unknown_rule():
-    with pytest.raises(ValueError, match="penalize, force or drop"):
+    with pytest.raises(ValueError, match="use one of penalize, force, drop"):
         sample("ignore")

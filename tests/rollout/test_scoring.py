@@ -44,7 +44,7 @@ def second_pass(engine, prompt, scored):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.0, 0.7])
-@pytest.mark.parametrize("rule", ["penalize", "force"])
+@pytest.mark.parametrize("rule", ["drop", "force"])
 def test_one_pass_equals_a_second_pass(engine, temperature, rule):
     params = SamplingParams(n=16, temperature=temperature, max_new_tokens=24)
     groups = sample_scored(engine, TOKENIZER, SCALE, PROMPTS, params, rule, SEEDS)
@@ -55,7 +55,7 @@ def test_one_pass_equals_a_second_pass(engine, temperature, rule):
             anchored = TOKENIZER.decode(scored.response_ids).endswith(SCALE.anchor_text)
             assert anchored == (scored.score_logprobs is not None) or rule == "force"
             if scored.score_logprobs is None:
-                assert rule == "penalize" and scored.finish_reason != "stop"
+                assert rule == "drop" and scored.finish_reason != "stop"
                 continue
             read += not scored.forced_anchor
             forced += scored.forced_anchor
@@ -82,7 +82,7 @@ def test_generation_stops_behind_the_score(engine):
         next_token_logprobs = engine.next_token_logprobs
 
     params = SamplingParams(n=16, max_new_tokens=24)
-    groups = sample_scored(Spy(), TOKENIZER, SCALE, PROMPTS, params, "penalize", SEEDS)
+    groups = sample_scored(Spy(), TOKENIZER, SCALE, PROMPTS, params, "drop", SEEDS)
     assert asked[0].stop == tuple(SCALE.anchor_text + text for text in (" 1", " 4", " 5"))
     sampled = 0
     for row, responses in zip(groups, asked[1], strict=True):

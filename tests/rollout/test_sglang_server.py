@@ -112,7 +112,7 @@ def worst_difference(groups, model, temperature=PARAMS.temperature, prompts=PROM
 
 def test_nothing_is_generated_before_the_first_weights(engine):
     if engine.version is None:
-        with pytest.raises(EngineError, match="waiting for the next weight update"):
+        with pytest.raises(EngineError, match="waiting for the next sync"):
             engine.generate(PROMPTS, PARAMS)
 
 
@@ -228,7 +228,7 @@ def test_a_cached_prompt_is_not_served_from_old_weights(engine, attach):
 
 @pytest.mark.parametrize("transport", ["distributed", "tensor"])
 def test_a_half_failed_sync_is_detected_and_repaired(attach, transport):
-    """The server closes its bracket between two buckets and refuses the rest."""
+    """The server ends the weight update between two buckets and refuses the rest."""
     engine = attach(weight_sync=transport)
     engine.update_weights(policy(6).named_parameters(), 1)
     model = policy(7)
@@ -261,7 +261,7 @@ def test_a_half_failed_sync_without_kept_weights_serves_nothing_until_the_next(a
     with pytest.raises(EngineError, match="no rollout server can serve"):
         engine.generate(PROMPTS, PARAMS)
     # The mixture is marked on the server itself, for whoever comes next.
-    assert engine._loop.run(engine._control.weight_version(engine._pool.replicas[0])).endswith("-incomplete")
+    assert engine._loop.run(engine._control.weight_label(engine._pool.replicas[0])).endswith("-incomplete")
     model = policy(9)
     engine.update_weights(model.named_parameters(), 2)
     assert worst_difference(engine.generate(PROMPTS, PARAMS), model) < 1e-4

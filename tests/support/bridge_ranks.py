@@ -96,11 +96,6 @@ def tiny_model(variant: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
     return model.eval()
 
 
-def save_tiny(variant: str, directory: Path, **changes: Any) -> None:
-    """Write a tiny model as a Hugging Face checkpoint."""
-    tiny_model(variant, **changes).save_pretrained(directory)
-
-
 TOKENS = torch.randint(131, (2, 24), generator=torch.Generator().manual_seed(1))
 
 

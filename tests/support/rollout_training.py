@@ -66,7 +66,7 @@ class Watch:
                 self.pids.append(process.pid)
 
         def watched_generate(session: Session, objective: ReinforceObjective, number: int) -> rl.Batch:
-            self.asked.append([session.groups[i].example_id for i in session.sampler.batch(number)])
+            self.asked.append([session.groups[i].example_id for i in session.order.batch(number)])
             self._kill_after = REPLIES_BEFORE_KILL if number == self._killed_step else None
             return generate(session, objective, number)
 

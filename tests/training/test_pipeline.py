@@ -8,7 +8,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from real_megatron.config import RunConfig
-from real_megatron.evaluation.report import read_stage, write_report
+from real_megatron.evaluation.report import read_run, write_report
 from real_megatron.evaluation.result import Evaluation
 from tests.support.ranks import run_ranks
 from tests.support.tiny_runs import (
@@ -52,7 +52,7 @@ def pipeline(task: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return runs
 
 
-def test_every_stage_leaves_its_metrics(pipeline: Path) -> None:
+def test_every_run_leaves_its_metrics(pipeline: Path) -> None:
     sft, real = rows(pipeline / "sft"), rows(pipeline / "real")
     assert [row["step"] for row in sft] == [
         0,
@@ -99,8 +99,8 @@ def test_ranks_share_the_examples_of_an_evaluation(pipeline: Path, tmp_path: Pat
 
 
 def test_the_report_compares_the_runs(pipeline: Path) -> None:
-    stages = [read_stage(name, pipeline / name) for name in ("sft", "real")]
-    text = write_report(pipeline, stages).read_text()
+    results = [read_run(name, pipeline / name) for name in ("sft", "real")]
+    text = write_report(pipeline, results).read_text()
     assert "## dev" in text and "real − sft" in text
     assert (pipeline / "curves.png").stat().st_size > 1000 and (pipeline / "evaluation.png").stat().st_size > 1000
 

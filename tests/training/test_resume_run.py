@@ -125,7 +125,7 @@ def test_an_error_of_any_kind_names_the_step(task: Path, tmp_path: Path) -> None
     assert message.startswith("Expecting property name") and message.endswith(" at step 1, rank 0")
 
 
-def test_a_damaged_checkpoint_is_named_with_the_mend(task: Path, tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_named_with_the_fix(task: Path, tmp_path: Path) -> None:
     config = tiny_config(task, tmp_path, steps=1)
     run_ranks(1, train, config)
     for file in (tmp_path / "checkpoints/step-000001").glob("*.distcp"):

@@ -1,4 +1,4 @@
-"""SIGTERM is heard once, however often it comes within the first seconds."""
+"""SIGTERM is received once, however often it comes within the first seconds."""
 
 import os
 import signal
@@ -43,7 +43,7 @@ def test_a_later_signal_takes_its_ordinary_course(monkeypatch: pytest.MonkeyPatc
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-def test_outside_it_nothing_is_heard() -> None:
+def test_outside_it_nothing_is_received() -> None:
     with StopSignal(CPU):
         pass
     with pytest.raises(Ended):

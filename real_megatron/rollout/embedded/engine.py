@@ -22,7 +22,7 @@ from transformers.generation import LogitsProcessorList, StoppingCriteriaList
 
 from real_megatron.errors import EngineError, PromptRefused
 from real_megatron.hf.model import load_model
-from real_megatron.rollout.embedded.seeded import SeededSampler, uniforms
+from real_megatron.rollout.embedded.seeded import SeededTokens, uniforms
 from real_megatron.rollout.embedded.stop import StopAutomaton, StopTexts
 from real_megatron.rollout.embedded.weights import copy_weights
 from real_megatron.rollout.engine import EngineSpec, Response, SamplingParams, register_engine
@@ -73,7 +73,7 @@ class TransformersEngine:
         self.tokenizer = tokenizer
         self.batch_size = batch_size
         self.version: int | None = None
-        """Version of the weights served; None before the first update and after a failed one."""
+        """Version of the weights served; None before the first sync and after a failed one."""
         self._device = model.device
         self._asleep = False
         self._automata: dict[tuple[str, ...], StopAutomaton] = {}
@@ -164,7 +164,7 @@ class TransformersEngine:
         """`len(samples)` responses per prompt, prompt-major."""
         draws = np.stack([uniforms(seed, k, params.max_new_tokens) for seed in seeds for k in samples])
         watch = torch.tensor(params.watch_ids, device=self._device) if params.watch_ids else None
-        sampler = SeededSampler(torch.from_numpy(draws).to(self._device), params.temperature, params.top_p, watch)
+        chooser = SeededTokens(torch.from_numpy(draws).to(self._device), params.temperature, params.top_p, watch)
         stop = StopTexts(self._automaton(params.stop), len(draws)) if params.stop else None
         tokens, mask = self._left_pad(prompts)
         cache = DynamicCache(config=self.model.config)
@@ -191,13 +191,13 @@ class TransformersEngine:
                 eos_token_id=self._eos or None,
                 pad_token_id=self._eos[0] if self._eos else 0,
             ),
-            logits_processor=LogitsProcessorList([sampler]),
+            logits_processor=LogitsProcessorList([chooser]),
             stopping_criteria=StoppingCriteriaList([stop] if stop else []),
         )
         generated = sequences[:, width:]
         ended = torch.isin(generated, eos)
         reached = stop.hits() if stop else torch.zeros_like(ended)
-        return _collect(generated, sampler, ended, reached, version)
+        return _collect(generated, chooser, ended, reached, version)
 
     def _automaton(self, stops: tuple[str, ...]) -> StopAutomaton:
         if stops not in self._automata:
@@ -236,7 +236,7 @@ def build(spec: EngineSpec) -> TransformersEngine:
     return TransformersEngine(spec.hf_config(), spec.tokenizer, **options)
 
 
-def _collect(generated: Tensor, sampler: SeededSampler, ended: Tensor, reached: Tensor, version: int) -> list[Response]:
+def _collect(generated: Tensor, chooser: SeededTokens, ended: Tensor, reached: Tensor, version: int) -> list[Response]:
     """End each row at its first end-of-sequence token or completed stop text.
 
     generated: ids [rows, steps]; ended, reached: bool [rows, steps], True from (reached) or at (ended) the event.
@@ -246,8 +246,8 @@ def _collect(generated: Tensor, sampler: SeededSampler, ended: Tensor, reached: 
     finished = over.any(1)
     last = torch.where(finished, over.int().argmax(1), steps - 1)
     stopped = reached.gather(1, last[:, None]).squeeze(1)
-    columns = (generated, sampler.logprobs(), last, finished, stopped)
-    watched = sampler.watched()
+    columns = (generated, chooser.logprobs(), last, finished, stopped)
+    watched = chooser.watched()
     return [
         Response(
             token_ids=ids[: end + 1],

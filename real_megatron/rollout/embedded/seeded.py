@@ -15,7 +15,7 @@ def uniforms(seed: int, sample: int, length: int) -> np.ndarray:
     return np.random.Generator(np.random.Philox(key=key)).random(length)
 
 
-class SeededSampler(LogitsProcessor):
+class SeededTokens(LogitsProcessor):
     """Picks each row's token by inverse CDF of the row's own uniforms and leaves it as the only finite logit.
 
     `generate` then runs greedily, and neither batch composition nor a global generator influences the choice. Records

@@ -51,7 +51,7 @@ class RemoteEngine(ABC):
         self._label: str | None = None
         """Label of the current weights; None when no complete set has been sent."""
         self.version: int | None = 0 if spec.serve_loaded else None
-        """Version of the current weights; None before the first update and after a failed one."""
+        """Version of the current weights; None before the first sync and after a failed one."""
         self._asleep = False
         self._closing = threading.Lock()
         replicas = configured_servers(

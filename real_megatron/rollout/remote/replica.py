@@ -30,8 +30,8 @@ class Replica:
         self.in_flight = 0
         self.failures_in_a_row = 0
         self.recoveries = 0
-        self.version: str | None = None
-        """The weight version that its replies must carry."""
+        self.label: str | None = None
+        """The weight label that its replies must carry."""
 
     @property
     def incarnation(self) -> tuple["Replica", int]:
@@ -43,7 +43,7 @@ class Replica:
 
 
 class NoCurrentWeights(Exception):
-    """A server is up, but there is nothing to bring it up to date with before the next weight update."""
+    """A server is up, but there is nothing to bring it up to date with before the next sync."""
 
 
 class _GivenUp(Exception):
@@ -65,7 +65,7 @@ class ReplicaPool:
     ) -> None:
         """
         probe: raises Unreachable unless the server answers its health check within so many seconds
-        restore: brings a server that is up to the current weights and sets `version`; raises NoCurrentWeights when
+        restore: brings a server that is up to the current weights and sets `label`; raises NoCurrentWeights when
             it cannot yet
         """
         self.replicas = replicas

@@ -10,6 +10,8 @@ from pathlib import Path
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from real_megatron.hf.checkpoint import INDEX
+from real_megatron.hf.side_files import carry
 from real_megatron.rollout.engine import WeightSyncError
 from real_megatron.rollout.remote.buckets import WeightBucket
 
@@ -38,10 +40,7 @@ class CheckpointSpool:
         with self._disk_errors():
             shutil.rmtree(self._partial, ignore_errors=True)
             self._partial.mkdir(parents=True)
-            for source in self._model_dir.iterdir():
-                weights = source.suffix in (".safetensors", ".bin", ".pt", ".pth") or ".index." in source.name
-                if source.is_file() and not weights:
-                    shutil.copy(source, self._partial)
+            carry(self._model_dir, self._partial)
 
     def add(self, bucket: WeightBucket) -> None:
         name = f"model-{len(set(self._weight_map.values())):05d}.safetensors"
@@ -54,7 +53,7 @@ class CheckpointSpool:
         target = self._root / label
         with self._disk_errors():
             index = {"metadata": {}, "weight_map": self._weight_map}
-            (self._partial / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+            (self._partial / INDEX).write_text(json.dumps(index), encoding="utf-8")
             shutil.rmtree(target, ignore_errors=True)
             self._partial.rename(target)
         self.finished = target

@@ -9,38 +9,38 @@ from real_megatron.rollout.remote.replica import Replica
 class Control(ControlClient):
     """What a weight sync and sleep need of a server."""
 
-    async def weight_version(self, replica: Replica) -> str:
+    async def weight_label(self, replica: Replica) -> str:
         return str((await self.get(replica, "/model_info"))["weight_version"])
 
     async def model_path(self, replica: Replica) -> str:
-        """The checkpoint that the server has loaded last, at its start or in an update by disk."""
+        """The checkpoint that the server has loaded last, at its start or in a sync by disk."""
         return str((await self.get(replica, "/model_info"))["model_path"])
 
     async def tensor_parallel(self, replica: Replica) -> int:
         return int((await self.get(replica, "/server_info"))["tp_size"])
 
-    async def set_weight_version(self, replica: Replica, version: str) -> None:
-        await self.post(replica, "/update_weight_version", {"new_version": version, "abort_all_requests": False})
+    async def set_weight_label(self, replica: Replica, label: str) -> None:
+        await self.post(replica, "/update_weight_version", {"new_version": label, "abort_all_requests": False})
 
-    async def quiesce(self, replica: Replica, version: str) -> None:
+    async def quiesce(self, replica: Replica, label: str) -> None:
         """Abort what runs, take nothing new, and label the weights as a mixture until `admit`.
 
         The label stays with the server: should this process die half-way, the next one sees it in every reply.
         """
         await self.post(replica, "/pause_generation", {"mode": "abort"})
-        await self.set_weight_version(replica, incomplete(version))
+        await self.set_weight_label(replica, incomplete(label))
 
-    async def admit(self, replica: Replica, version: str) -> None:
+    async def admit(self, replica: Replica, label: str) -> None:
         """The weights are whole: drop every cached state, name them, and take requests again."""
         await self.post(replica, "/flush_cache", {})
-        await self.set_weight_version(replica, version)
+        await self.set_weight_label(replica, label)
         await self.unpause(replica)
 
     async def unpause(self, replica: Replica) -> None:
         await self.post(replica, "/continue_generation", {})
 
     async def begin(self, replica: Replica) -> None:
-        """Open the bracket that distributed and tensor updates need, closing one that a failed sync left open."""
+        """Begin what SGLang calls a weight update, which both need that send buckets; end one left by a failed sync."""
         try:
             await self.post(replica, "/begin_weight_update", {})
         except EngineError:

@@ -18,25 +18,25 @@ class DiskTransport(Transport):
         super().__init__(control)
         self._spool = spool
 
-    async def open(self, targets: SyncTargets, version: str) -> None:
-        self._spool.open(version)
+    async def open(self, targets: SyncTargets, label: str) -> None:
+        self._spool.open(label)
 
     async def send(self, targets: SyncTargets, bucket: WeightBucket) -> None:
         await asyncio.to_thread(self._spool.add, bucket)
 
-    async def finish(self, targets: SyncTargets, version: str) -> None:
-        path = self._spool.finish(version)
-        await targets.each(lambda replica: self._load(replica, path, version))
+    async def finish(self, targets: SyncTargets, label: str) -> None:
+        path = self._spool.finish(label)
+        await targets.each(lambda replica: self._load(replica, path, label))
         self._spool.discard_others()
 
-    async def restore(self, replica: Replica, version: str) -> bool:
+    async def restore(self, replica: Replica, label: str) -> bool:
         path = self._spool.finished
-        if path is None or path.name != version:
+        if path is None or path.name != label:
             return False
-        await self._load(replica, path, version)
+        await self._load(replica, path, label)
         return True
 
-    async def _load(self, replica: Replica, path: Path, version: str) -> None:
-        await self.control.quiesce(replica, version)
+    async def _load(self, replica: Replica, path: Path, label: str) -> None:
+        await self.control.quiesce(replica, label)
         body = {"model_path": str(path), "flush_cache": True}
         await self.control.post(replica, "/update_weights_from_disk", body, self.control.timeout_s)

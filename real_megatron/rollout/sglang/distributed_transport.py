@@ -35,8 +35,8 @@ class DistributedTransport(Transport):
         self._group: SenderGroup | None = None
         self._members: list[tuple[Replica, int]] = []
 
-    async def open(self, targets: SyncTargets, version: str) -> None:
-        await targets.each(lambda replica: self.control.quiesce(replica, version))
+    async def open(self, targets: SyncTargets, label: str) -> None:
+        await targets.each(lambda replica: self.control.quiesce(replica, label))
         await targets.each(self.control.begin)
         await self._form(targets)
 
@@ -52,7 +52,7 @@ class DistributedTransport(Transport):
             "load_format": "flattened_bucket",
             "flush_cache": True,
         }
-        # With its bracket open a server accepts the broadcast. If it refuses all the same, it answers early: then the
+        # After `begin` a server accepts the broadcast. If it refuses all the same, it answers early: then the
         # broadcast, which would hang until its timeout, is not waited for.
         posts = {
             asyncio.create_task(self.control.post(replica, "/update_weights_from_distributed", body)): replica
@@ -80,7 +80,7 @@ class DistributedTransport(Transport):
             for task in (*posts, cast):
                 task.cancel()
 
-    async def finish(self, targets: SyncTargets, version: str) -> None:
+    async def finish(self, targets: SyncTargets, label: str) -> None:
         await targets.each(self.control.end)
 
     async def close(self) -> None:

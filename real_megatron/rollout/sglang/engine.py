@@ -23,7 +23,7 @@ from real_megatron.rollout.sglang.tensor_transport import TensorTransport
 from real_megatron.rollout.sglang.transport import SyncTargets, Transport
 
 
-@register_engine("sglang")
+@register_engine("sglang", server_package="sglang", broadcasts=True)
 class SGLangEngine(RemoteEngine):
     """RolloutEngine on SGLang servers (0.5.21), started here or attached to.
 
@@ -59,18 +59,18 @@ class SGLangEngine(RemoteEngine):
         return replies.generation_body(prompt, params)
 
     def _parse_generation(self, reply: Any, replica: Replica, params: SamplingParams) -> list[Response]:
-        return replies.parse_generation(reply, params, self._versions(replica), self._served_version())
+        return replies.parse_generation(reply, params, self._current_labels(replica), self._served_version())
 
     def _scoring_body(self, sequence: list[int], ids: Sequence[int]) -> dict[str, Any]:
         return replies.scoring_body(sequence, ids)
 
     def _parse_scoring(self, reply: Any, replica: Replica, ids: Sequence[int]) -> list[float]:
-        return replies.parse_scoring(reply, ids, self._versions(replica))
+        return replies.parse_scoring(reply, ids, self._current_labels(replica))
 
-    def _versions(self, replica: Replica) -> set[str]:
+    def _current_labels(self, replica: Replica) -> set[str]:
         # Behind a router any server may have answered.
         answering = self._pool.replicas if self._config.router else [replica]
-        return {r.version for r in answering if r.version is not None}
+        return {r.label for r in answering if r.label is not None}
 
     # --- weights ----------------------------------------------------------------------------------------------------
 
@@ -118,7 +118,7 @@ class SGLangEngine(RemoteEngine):
 
     async def _conclude(self, targets: SyncTargets) -> None:
         for replica in targets.alive:
-            replica.version = self._label
+            replica.label = self._label
             self._pool.set_state(replica, "ready", f"weights {self._label}")
         for replica, reason in targets.failed.items():
             self._pool.recover(replica, f"weight sync failed: {reason}")
@@ -133,15 +133,15 @@ class SGLangEngine(RemoteEngine):
 
     async def _restore(self, replica: Replica) -> None:
         if self._serve_loaded and self._label is None:
-            loaded = await self._control.weight_version(replica)
+            loaded = await self._control.weight_label(replica)
             if replica.process is None:
                 check_loaded(replica.url, await self._control.model_path(replica), loaded, self._model_dir)
-            replica.version = loaded
+            replica.label = loaded
             return
         label, kept = self._label, self._kept
         if label is None:
-            raise NoCurrentWeights("waiting for the next weight update")
-        if replica.version == label and await self._control.weight_version(replica) == label:
+            raise NoCurrentWeights("waiting for the next sync")
+        if replica.label == label and await self._control.weight_label(replica) == label:
             await self._control.unpause(replica)
             return
         if await self._transport.restore(replica, label):
@@ -160,7 +160,7 @@ class SGLangEngine(RemoteEngine):
                 raise EngineError(targets.failed[replica])
         else:
             raise NoCurrentWeights("its weights are gone and rollout.keep_weights is off")
-        replica.version = label
+        replica.label = label
 
     # --- memory -----------------------------------------------------------------------------------------------------
 
@@ -176,7 +176,7 @@ class SGLangEngine(RemoteEngine):
         self._asleep = True
 
     def wake(self) -> None:
-        """Servers take their memory again. An update before it wakes the weights alone, so that trainer and KV cache
+        """Servers take their memory again. A sync before it wakes the weights alone, so that trainer and KV cache
         need not be resident together; without one, the weights come from those kept in host memory."""
         if self._asleep:
             self._loop.run(self._resume(["weights", "kv_cache", "cuda_graph"]))
@@ -195,7 +195,7 @@ class SGLangEngine(RemoteEngine):
         await self._each_up(one)
         if "weights" in tags:
             for replica in self._pool.replicas:
-                replica.version = None
+                replica.label = None
 
     async def _resume(self, tags: list[str]) -> None:
         async def one(replica: Replica) -> None:
@@ -211,8 +211,8 @@ class SGLangEngine(RemoteEngine):
     async def _refresh(self) -> None:
         await self._each_up(lambda replica: self._control.unpause(replica))
         for replica in self._pool.replicas:
-            if self._label is not None and replica.version != self._label:
-                self._pool.recover(replica, "woken without a weight update")
+            if self._label is not None and replica.label != self._label:
+                self._pool.recover(replica, "woken without a sync")
         await self._pool.settled()
 
     async def _each_up(self, step: Callable[[Replica], Awaitable[None]]) -> None:

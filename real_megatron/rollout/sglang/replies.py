@@ -46,10 +46,10 @@ def scoring_body(sequence: list[int], ids: Sequence[int]) -> dict[str, Any]:
     }
 
 
-def parse_generation(reply: Any, params: SamplingParams, versions: set[str], version: int) -> list[Response]:
+def parse_generation(reply: Any, params: SamplingParams, labels: set[str], version: int) -> list[Response]:
     """The responses of one request, as weight version `version`.
 
-    versions: what the servers' labels of the current weights may be
+    labels: those that the servers may give the current weights
 
     Raises Retryable when the reply is not exactly `n` whole responses, StaleReply when other weights were used, and
     EngineError when the server's context is too small for what was asked.
@@ -58,26 +58,26 @@ def parse_generation(reply: Any, params: SamplingParams, versions: set[str], ver
     if len(samples) != params.n:
         raise Retryable(f"{len(samples)} responses, asked for {params.n}")
     try:
-        return [_response(sample, params, versions, version) for sample in samples]
+        return [_response(sample, params, labels, version) for sample in samples]
     except (KeyError, TypeError, IndexError, AttributeError) as error:
         raise Retryable(f"the reply has not the expected form: {error!r}") from error
 
 
-def parse_scoring(reply: Any, ids: Sequence[int], versions: set[str]) -> list[float]:
+def parse_scoring(reply: Any, ids: Sequence[int], labels: set[str]) -> list[float]:
     """Log-probabilities in the order of `ids`. Raises Retryable or StaleReply."""
     try:
-        check_versions(reply["meta_info"], versions)
+        check_labels(reply["meta_info"], labels)
         return _values(reply["meta_info"]["output_token_ids_logprobs"][0], ids)
     except (KeyError, TypeError, IndexError, AttributeError) as error:
         raise Retryable(f"the reply has not the expected form: {error!r}") from error
 
 
-def _response(sample: dict[str, Any], params: SamplingParams, versions: set[str], version: int) -> Response:
+def _response(sample: dict[str, Any], params: SamplingParams, labels: set[str], version: int) -> Response:
     meta = sample["meta_info"]
     finish = meta["finish_reason"]
     if finish["type"] not in ("stop", "length"):
         raise Retryable(f"the server gave the request up: {finish}")
-    check_versions(meta, versions)
+    check_labels(meta, labels)
     logprobs = [entry[0] for entry in meta["output_token_logprobs"]]
     ids = [entry[1] for entry in meta["output_token_logprobs"]]
     if not ids or ids != sample["output_ids"] or len(ids) != meta["completion_tokens"]:
@@ -109,8 +109,8 @@ def _values(entries: list[list[Any]], ids: Sequence[int]) -> list[float]:
     return [float(by_id[i]) for i in ids]
 
 
-def check_versions(meta: dict[str, Any], versions: set[str]) -> None:
-    """Raise StaleReply unless every token is from `versions`; a response that spans an update lists several."""
+def check_labels(meta: dict[str, Any], labels: set[str]) -> None:
+    """Raise StaleReply unless every token is from `labels`; a response that spans a sync lists several."""
     used = {span["version"] for span in meta.get("weight_versions") or []} | {meta["weight_version"]}
-    if not used <= versions:
-        raise StaleReply(f"sampled from weights {sorted(used)}, current are {sorted(versions)}")
+    if not used <= labels:
+        raise StaleReply(f"sampled from weights {sorted(used)}, current are {sorted(labels)}")

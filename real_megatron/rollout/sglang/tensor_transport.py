@@ -17,9 +17,9 @@ class TensorTransport(Transport):
     Server and trainer run on one host; the trainer's GPU has the same index in the server's process.
     """
 
-    async def open(self, targets: SyncTargets, version: str) -> None:
+    async def open(self, targets: SyncTargets, label: str) -> None:
         async def one(replica: Replica) -> None:
-            await self.control.quiesce(replica, version)
+            await self.control.quiesce(replica, label)
             await self.control.begin(replica)
 
         await targets.each(one)
@@ -34,7 +34,7 @@ class TensorTransport(Transport):
 
         await targets.each(one)
 
-    async def finish(self, targets: SyncTargets, version: str) -> None:
+    async def finish(self, targets: SyncTargets, label: str) -> None:
         await targets.each(self.control.end)
 
 

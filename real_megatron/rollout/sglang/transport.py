@@ -39,15 +39,15 @@ class Transport(ABC):
         self.control = control
 
     @abstractmethod
-    async def open(self, targets: SyncTargets, version: str) -> None: ...
+    async def open(self, targets: SyncTargets, label: str) -> None: ...
 
     @abstractmethod
     async def send(self, targets: SyncTargets, bucket: WeightBucket) -> None: ...
 
     @abstractmethod
-    async def finish(self, targets: SyncTargets, version: str) -> None: ...
+    async def finish(self, targets: SyncTargets, label: str) -> None: ...
 
-    async def restore(self, replica: Replica, version: str) -> bool:
+    async def restore(self, replica: Replica, label: str) -> bool:
         """Load the last finished sync into one server, without the buckets; False when this transport keeps none."""
         return False
 

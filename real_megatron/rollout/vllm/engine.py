@@ -24,7 +24,7 @@ from real_megatron.rollout.vllm import replies
 from real_megatron.rollout.vllm.command import SERVED_NAME, server_command
 
 
-@register_engine("vllm")
+@register_engine("vllm", server_package="vllm")
 class VLLMEngine(RemoteEngine):
     """RolloutEngine on vLLM servers, started here or attached to.
 
@@ -107,7 +107,7 @@ class VLLMEngine(RemoteEngine):
 
     async def _distribute(self) -> None:
         for replica in self._pool.replicas:
-            replica.version = None
+            replica.label = None
             self._pool.recover(replica, "weight sync")
         await self._pool.settled()
         await self._require_weights()
@@ -121,9 +121,9 @@ class VLLMEngine(RemoteEngine):
                 check_loaded(replica.url, (roots or ["no model named policy"])[0], label, self._model_dir)
             return
         if self._label is None:
-            raise NoCurrentWeights("waiting for the next weight update")
+            raise NoCurrentWeights("waiting for the next sync")
         served = (await self._control.get(replica, "/weight_info"))["weight_version"]
-        if replica.version == self._label == served:
+        if replica.label == self._label == served:
             return
         post = self._control.post
         if self._asleep and not self._serve_loaded:
@@ -135,7 +135,7 @@ class VLLMEngine(RemoteEngine):
         await post(replica, "/reset_prefix_cache", {})
         await post(replica, "/update_weight_version", {"new_version": self._label})
         await post(replica, "/resume", {})
-        replica.version = self._label
+        replica.label = self._label
 
     # --- memory -----------------------------------------------------------------------------------------------------
 
@@ -148,14 +148,14 @@ class VLLMEngine(RemoteEngine):
         self._asleep = True
         if not self._serve_loaded:
             for replica in self._pool.replicas:
-                replica.version = None
+                replica.label = None
 
     def wake(self) -> None:
-        """Servers take their memory again. An update before it has woken the weights alone, so that trainer and KV
+        """Servers take their memory again. A sync before it has woken the weights alone, so that trainer and KV
         cache need not be resident together; without one, the last checkpoint is loaded again."""
         if not self._asleep:
             return
-        updated = self._label is not None and all(r.version == self._label for r in self._pool.replicas)
+        updated = self._label is not None and all(r.label == self._label for r in self._pool.replicas)
         self._loop.run(self._post_each("/wake_up?tags=kv_cache" if updated else "/wake_up", "/resume"))
         self._asleep = False
         if self._label is not None and not updated:

@@ -120,7 +120,7 @@ def test_defaults_of_the_checkpoint_do_not_leak_into_sampling(model, tmp_path):
     assert (response.token_ids, response.finish_reason) == (ids, reason)
 
 
-def test_use_before_weights_asleep_and_after_a_failed_update(model):
+def test_use_before_weights_asleep_and_after_a_failed_sync(model):
     engine = TransformersEngine(model.config, TOKENIZER)
     with pytest.raises(EngineError, match="update_weights"):
         engine.generate(PROMPTS, PARAMS)

@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 import torch
 
-from real_megatron.rollout.embedded.seeded import SeededSampler, uniforms
+from real_megatron.rollout.embedded.seeded import SeededTokens, uniforms
 
 
 def draw(logits: torch.Tensor, u: torch.Tensor, temperature: float = 1.0, top_p: float = 1.0):
-    sampler = SeededSampler(u[:, None].double(), temperature, top_p)
-    scores = sampler(None, logits.expand(len(u), -1).clone())
-    return scores.argmax(-1), sampler.logprobs()[:, 0]
+    chooser = SeededTokens(u[:, None].double(), temperature, top_p)
+    scores = chooser(None, logits.expand(len(u), -1).clone())
+    return scores.argmax(-1), chooser.logprobs()[:, 0]
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5, 2.0])

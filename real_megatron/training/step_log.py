@@ -14,7 +14,7 @@ from real_megatron.training.metrics import MetricSinks
 logger = logging.getLogger(__name__)
 
 
-class Record:
+class StepLog:
     """The metrics of a run of `steps` steps, of which `start` are done. Only rank 0 writes and shows."""
 
     def __init__(self, config: RunConfig, runtime: Runtime, start: int, steps: int) -> None:

@@ -7,7 +7,7 @@ from functools import lru_cache
 import numpy as np
 
 
-class EpochSampler:
+class BatchOrder:
     """Batches of example indices. Batch `step` is a function of (seed, step) alone, so the position needs no state.
 
     Epochs follow one another without a gap: a batch may end one epoch and begin the next, no example is skipped, and

@@ -4,36 +4,36 @@ from collections import Counter
 
 import pytest
 
-from real_megatron.training.sampler import EpochSampler, rollout_seed
+from real_megatron.training.batch_order import BatchOrder, rollout_seed
 
 
 def test_every_epoch_visits_every_example_once_also_across_batch_borders() -> None:
-    sampler = EpochSampler(7, 3, seed=1)
-    visited = [i for step in range(7) for i in sampler.batch(step)]
+    order = BatchOrder(7, 3, seed=1)
+    visited = [i for step in range(7) for i in order.batch(step)]
     for epoch in range(3):
         assert sorted(visited[epoch * 7 : epoch * 7 + 7]) == list(range(7))
     assert visited[:7] != visited[7:14]
 
 
 def test_a_batch_depends_on_seed_and_step_only() -> None:
-    one, other = EpochSampler(50, 8, seed=3), EpochSampler(50, 8, seed=3)
+    one, other = BatchOrder(50, 8, seed=3), BatchOrder(50, 8, seed=3)
     forward = [one.batch(step) for step in range(20)]
     assert [other.batch(step) for step in reversed(range(20))] == forward[::-1]
-    assert [EpochSampler(50, 8, seed=4).batch(step) for step in range(20)] != forward
+    assert [BatchOrder(50, 8, seed=4).batch(step) for step in range(20)] != forward
 
 
 def test_batches_larger_than_the_data_hold_whole_epochs() -> None:
-    assert Counter(EpochSampler(3, 9, seed=0).batch(5)) == Counter({0: 3, 1: 3, 2: 3})
+    assert Counter(BatchOrder(3, 9, seed=0).batch(5)) == Counter({0: 3, 1: 3, 2: 3})
 
 
 def test_steps_of_epochs_rounds_up() -> None:
-    sampler = EpochSampler(10, 4, seed=0)
-    assert sampler.steps_of(1) == 3 and sampler.steps_of(2) == 5 and sampler.steps_of(0.4) == 1
+    order = BatchOrder(10, 4, seed=0)
+    assert order.steps_of(1) == 3 and order.steps_of(2) == 5 and order.steps_of(0.4) == 1
 
 
 def test_no_examples_is_an_error() -> None:
     with pytest.raises(ValueError, match="no training examples"):
-        EpochSampler(0, 4, seed=0)
+        BatchOrder(0, 4, seed=0)
 
 
 def test_rollout_seeds_differ_by_seed_step_and_position() -> None:
