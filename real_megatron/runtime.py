@@ -93,6 +93,12 @@ def start_process_group(timeout_minutes: int) -> None:
         dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
 
 
+def join_torchrun(timeout_minutes: int) -> None:
+    """Form the world that torchrun has announced, unless it stands already; a process by itself needs none."""
+    if world_size() > 1 and not dist.is_initialized():
+        start_process_group(timeout_minutes)
+
+
 def host_group(timeout_minutes: int) -> dist.ProcessGroup | None:
     """A group of its own for objects on the host, perhaps sent while another thread trains; None in a world of one.
 

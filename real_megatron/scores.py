@@ -91,7 +91,7 @@ class ScoreScale:
         The text is searched, not the token ids, because sampled tokens may spell the anchor in more than one way.
         """
         ids = list(ids)
-        text = _decode(tokenizer, ids)
+        text = decode(tokenizer, ids)
         start = text.find(self.anchor_text)
         while start >= 0:
             t = _token_boundary(tokenizer, ids, text, start + len(self.anchor_text))
@@ -141,8 +141,10 @@ def _number(text: str) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def _decode(tokenizer: Any, ids: list[int]) -> str:
-    return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+def decode(tokenizer: Any, ids: list[int]) -> str:
+    """The text of exactly these tokens: special tokens are shown, spaces are left as they are."""
+    text: str = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    return text
 
 
 def _encode_all(tokenizer: Any, texts: list[str]) -> tuple[list[int], list[list[int]]]:
@@ -151,7 +153,7 @@ def _encode_all(tokenizer: Any, texts: list[str]) -> tuple[list[int], list[list[
     rows = []
     for text in texts:
         ids = tokenizer.encode(CONTEXT + text, add_special_tokens=False)
-        decoded = _decode(tokenizer, ids)
+        decoded = decode(tokenizer, ids)
         t = _token_boundary(tokenizer, ids, decoded, len(CONTEXT)) if decoded.startswith(CONTEXT) else None
         if t is None:
             return [], [tokenizer.encode(text, add_special_tokens=False) for text in texts]
@@ -161,7 +163,7 @@ def _encode_all(tokenizer: Any, texts: list[str]) -> tuple[list[int], list[list[
 
 
 def _text_after(tokenizer: Any, context: list[int], ids: list[int]) -> str:
-    return _decode(tokenizer, context + ids)[len(_decode(tokenizer, context)) if context else 0 :]
+    return decode(tokenizer, context + ids)[len(decode(tokenizer, context)) if context else 0 :]
 
 
 def _common_prefix(rows: list[list[int]]) -> int:
@@ -186,7 +188,7 @@ def _token_boundary(tokenizer: Any, ids: list[int], text: str, end: int) -> int 
     """
 
     def prefix(t: int) -> tuple[int, int]:
-        while not text.startswith(decoded := _decode(tokenizer, ids[:t])):
+        while not text.startswith(decoded := decode(tokenizer, ids[:t])):
             t += 1
         return len(decoded), t
 

@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 from real_megatron.config import RunConfig
 from real_megatron.data import JudgeExample, encode_prompts, load_examples
 from real_megatron.errors import ConfigError
@@ -18,7 +16,8 @@ from real_megatron.judging.judge import Judge
 from real_megatron.judging.reading import example_seed
 from real_megatron.rollout.engine import SamplingParams, naming_prompts
 from real_megatron.rollout.sampling import sample_trajectories
-from real_megatron.runtime import barrier, from_rank_0, rank, start_process_group, world_size
+from real_megatron.runtime import barrier, from_rank_0, join_torchrun, rank
+from real_megatron.scores import decode
 
 logger = logging.getLogger(__name__)
 
@@ -47,8 +46,7 @@ def write_critiques(
     """
     if not config.data.train:
         raise ConfigError("data.train is empty: name at least one data set whose prompts are to get critiques")
-    if world_size() > 1 and not dist.is_initialized():
-        start_process_group(config.parallel.timeout_minutes)
+    join_torchrun(config.parallel.timeout_minutes)
     partial = output.with_name(output.name + ".partial")
     about = {"model": str(model), "revision": revision, "weights_written": weights_written(Path(model))}
     from_rank_0(lambda: _begin(output, partial, {**about, **_settings(config, samples)}))
@@ -110,9 +108,7 @@ def _sample(judge: Judge, samples: int, partial: Path) -> None:
         for name, (example, _), trajectories in zip(names, chunk, sampled.trajectories, strict=True):
             dropped += samples - len(trajectories)
             for k, trajectory in enumerate(trajectories):
-                text = tokenizer.decode(
-                    trajectory.response_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
-                )
+                text = decode(tokenizer, trajectory.response_ids)
                 rows.append(_row(f"{name}#{k}", example, text.removesuffix(scale.anchor_text).strip()))
         rows.append({"prompts": begin + len(chunk)})
         from_rank_0(lambda rows=rows: _append(partial, rows))  # type: ignore[misc]  # mypy cannot infer such a lambda

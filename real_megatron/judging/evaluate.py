@@ -8,7 +8,6 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
 from real_megatron.config import RunConfig
@@ -20,7 +19,7 @@ from real_megatron.evaluation.result import DECODINGS, Evaluation, Prediction
 from real_megatron.judging.judge import Judge
 from real_megatron.judging.reading import Reading, answers_of, mean_answer
 from real_megatron.rollout.engine import naming_prompts
-from real_megatron.runtime import rank, start_process_group, world_size
+from real_megatron.runtime import join_torchrun, rank
 from real_megatron.scores import ScoreScale
 
 
@@ -53,8 +52,7 @@ def evaluate(
     model, output = model or config.output / "hf", output or config.output
     if not config.data.eval:
         raise ConfigError("data.eval is empty: name at least one test set, for example data.eval.dev.path=dev.jsonl")
-    if world_size() > 1 and not dist.is_initialized():
-        start_process_group(config.parallel.timeout_minutes)
+    join_torchrun(config.parallel.timeout_minutes)
     with Judge.from_pretrained(model, revision=revision, config=config, work_dir=output / "rollout") as judge:
         sets = load_evaluation_sets(config, judge.tokenizer, judge.scale)
         return evaluate_sets(judge, sets, output, about={"model": judge.name})

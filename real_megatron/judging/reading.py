@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from real_megatron.errors import EngineError
 from real_megatron.rollout.scoring import ScoredResponse
-from real_megatron.scores import ScoreScale
+from real_megatron.scores import ScoreScale, decode
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def read_response(
 
     Raises EngineError for log-probs that are not numbers: such a model can score no prompt.
     """
-    text = tokenizer.decode(response.response_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    text = decode(tokenizer, response.response_ids)
     answer = None
     if response.score_logprobs is not None:
         text = text.removesuffix(scale.anchor_text)

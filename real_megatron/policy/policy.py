@@ -64,23 +64,28 @@ class Policy:
 
     Every rank of the run holds one and calls the same methods with the same arguments: they are collective.
 
-    config: the run's configuration; `config.model.path` names a Hugging Face checkpoint, whose weights are loaded;
-        `model_dir` then is its directory.
+    config: the run's configuration; `config.model.path` names a Hugging Face checkpoint, whose weights are loaded.
     score_ids, score_values: vocabulary ids and numeric values of the scores, lowest first.
     total_updates: optimizer updates of the whole run, for the learning-rate schedule.
+    model_dir: the directory of that checkpoint, where the caller has found it already.
 
     Raises ConfigError for parallel sizes that do not divide the ranks or the model, and for a warm-up longer than the
     run; UnsupportedModel and CheckpointError for a checkpoint that cannot be trained.
     """
 
     def __init__(
-        self, config: RunConfig, score_ids: Sequence[int], score_values: Sequence[float], total_updates: int
+        self,
+        config: RunConfig,
+        score_ids: Sequence[int],
+        score_values: Sequence[float],
+        total_updates: int,
+        model_dir: Path | None = None,
     ) -> None:
         self.config = config
         self.score_ids = list(score_ids)
         self.runtime = parallel_groups.initialize(config.parallel, config.seed)
         self.values = torch.tensor(score_values, dtype=torch.float32, device=self.runtime.device)
-        self.model_dir = checkpoint_directory(config.model.path, config.model.revision)
+        self.model_dir = model_dir or checkpoint_directory(config.model.path, config.model.revision)
         self.description = bridge.describe(read_config(self.model_dir), config.model.family)
         self.planner = Planner(
             self.description,

@@ -10,6 +10,7 @@ from real_megatron.hf.side_files import carry
 from real_megatron.hf.staging import staged_directory
 from real_megatron.judging.settings import RUN_FILE
 from real_megatron.policy.policy import Policy
+from real_megatron.rollout.engine import drain
 
 FILE_BYTES = 5 * 10**9
 
@@ -23,8 +24,7 @@ def save_hf(policy: Policy, output: Path, max_file_bytes: int = FILE_BYTES) -> N
     if dist.get_rank() == 0:
         _write(policy, output, max_file_bytes)
     else:
-        for _ in policy.export():
-            pass
+        drain(policy.export())
     dist.barrier()
 
 

@@ -11,6 +11,7 @@ from real_megatron.batch.types import Group
 from real_megatron.errors import UserError
 from real_megatron.objective import mismatch_metrics, summarize
 from real_megatron.policy.policy import Policy
+from real_megatron.scores import decode
 from real_megatron.training.metrics import distinct_n
 from real_megatron.training.reference import spread
 
@@ -34,13 +35,8 @@ def trainable(groups: Sequence[Group], smallest: int) -> list[Group]:
 
 def with_texts(tokenizer: PreTrainedTokenizerBase, groups: Sequence[Group]) -> list[Group]:
     """The groups with the decoded text of every response, for rewards that read it."""
-
-    def text(ids: list[int]) -> str:
-        decoded: str = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        return decoded
-
     return [
-        replace(group, trajectories=[replace(t, text=text(t.response_ids)) for t in group.trajectories])
+        replace(group, trajectories=[replace(t, text=decode(tokenizer, t.response_ids)) for t in group.trajectories])
         for group in groups
     ]
 

@@ -66,7 +66,7 @@ class Session:
         """Steps done before: those of the checkpoint that was resumed."""
         self._metrics_of_start: dict[str, float] = {}
         total_updates = self.steps * config.batch.mini_batches
-        self.policy = Policy(config, self.scale.score_ids, self.scale.values, total_updates)
+        self.policy = Policy(config, self.scale.score_ids, self.scale.values, total_updates, self.model_dir)
         self.store = CheckpointStore(config.output / "checkpoints", config.checkpoint.keep)
         self.stop = StopSignal(self.policy.runtime.device)
         self.timer = PhaseTimer()
