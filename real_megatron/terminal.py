@@ -30,6 +30,8 @@ def set_up_logging(rank: int, verbose: bool = False) -> None:
     logging.basicConfig(level=level, format=text, datefmt="%X", handlers=[handler], force=True)
     # Warnings become records of the logger `py.warnings`, which the filter above holds back unless verbose.
     logging.captureWarnings(True)
+    # Torch's loggers have a handler of their own. This one warns of a CUDA toolkit without a GPU, as on a login node.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.DEBUG if verbose else logging.ERROR)
     if verbose:
         warnings.simplefilter("default")
         for busy in ("asyncio", "aiohttp", "matplotlib", "PIL", "filelock"):  # a line a request, a font, a lock

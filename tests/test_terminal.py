@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -44,6 +45,20 @@ def test_verbose_shows_everything() -> None:
     assert "FutureWarning: a-future-warning" in text
     for owner in ("real_megatron.training", "real_megatronic"):
         assert all(f"{owner}:{level}" in text for level in ("debug", "info", "warning", "error"))
+
+
+@pytest.mark.parametrize("verbose", [False, True])
+def test_torch_does_not_warn_of_a_toolkit_without_a_gpu(verbose: bool) -> None:
+    """Torch sets up its loggers when it is imported: after us, and not this one."""
+    program = f"""if True:
+        import logging
+        from real_megatron.terminal import set_up_logging
+        set_up_logging(0, verbose={verbose})
+        import torch
+        print(logging.getLogger("torch.utils.cpp_extension").isEnabledFor(logging.WARNING))
+    """
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=120)
+    assert done.stdout.strip() == str(verbose)
 
 
 def test_a_conversion_there_and_back_prints_its_result_alone(tmp_path: Path) -> None:

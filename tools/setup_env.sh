@@ -13,14 +13,14 @@ fi
 
 if [ ! -x .venv/bin/python ]; then
     python=""
-    for candidate in python3.11 python3.12 python3; do
-        if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+    for candidate in python3.11 python3.12 python3.13 python3; do
+        if "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null; then
             python=$candidate
             break
         fi
     done
     if [ -z "$python" ]; then
-        echo "real_megatron needs Python 3.11 or newer, and none is on PATH: install it, then run this again." >&2
+        echo "real_megatron needs Python 3.11, 3.12 or 3.13, and none is on PATH: install it, then run this again." >&2
         exit 1
     fi
     echo "Creating .venv with $("$python" --version)"

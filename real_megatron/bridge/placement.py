@@ -1,12 +1,13 @@
 """Where parameters are stored in a Megatron `torch_dist` checkpoint: keys, blocks, and the file of each block.
 
-The keys are those of `sharded_state_dict` in Megatron-Core 0.16, the same for its local and Transformer Engine specs:
+The keys are those of `sharded_state_dict` in Megatron-Core, the same for its local and Transformer Engine specs:
   - dense models stack their layers: `decoder.layers.<name>`, with the layer as the first axis;
   - models with experts do not: `decoder.layers.<layer>.<name>`;
   - experts of a layer are stacked: `…mlp.experts.experts.<name>`, with the expert as an axis;
   - norms are stored under their fused name (`linear_qkv.layer_norm_weight`). Before experts the two specs
     disagree, so that norm is stored under both names.
-Every linear layer also has an `_extra_state` object, which is empty without FP8 but must exist.
+Every linear layer also has an `_extra_state` object, which is empty without FP8 but must exist, and so has every norm
+that Transformer Engine does not fuse into a linear layer (from its version 2 on).
 """
 
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from real_megatron.errors import ConfigError
 from real_megatron.hf.checkpoint import Shape
 
 _LINEARS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
+_NORMS = ("q_layernorm", "k_layernorm", "pre_mlp_layernorm", "final_layernorm")
 
 
 @dataclass(frozen=True)
@@ -66,9 +68,9 @@ def locations(parameter: Parameter, description: ModelDescription, stacked: bool
 
 
 def extra_states(parameter: Parameter, location: Location) -> Iterator[str]:
-    """Keys of the empty objects that accompany a parameter: of its linear layer, and of attention itself."""
+    """Keys of the empty objects that accompany a parameter: of its linear layer or norm, and of attention itself."""
     module = location.key.rpartition(".")[0]
-    if not location.key.endswith(".weight") or not module.endswith(_LINEARS):
+    if not location.key.endswith(".weight") or not module.endswith(_LINEARS + _NORMS):
         return
     modules = [module]
     if module.endswith("linear_qkv"):

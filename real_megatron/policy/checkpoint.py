@@ -16,6 +16,7 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from real_megatron.policy import cpu
+from real_megatron.policy.megatron_versions import load_sharded, read_common_state
 from real_megatron.policy.optimizer import allocate_moments, sharded_torch_adams
 
 # `fully_reshardable` optimizer state can be read at any TP, PP and DP. Always passed as a copy: Megatron adds the
@@ -46,7 +47,7 @@ def save(
 
 def read_state(directory: str | Path) -> dict[str, Any]:
     """The caller's `state` of a checkpoint, without touching a model."""
-    state: dict[str, Any] = dist_checkpointing.load_common_state_dict(str(directory))["state"]
+    state: dict[str, Any] = read_common_state(directory)["state"]
     return state
 
 
@@ -69,7 +70,7 @@ def load(
         sharded = _sharded_state(chunks, optimizer, is_loading=True)
         if not same_layout:
             del sharded["random"]
-        loaded = dist_checkpointing.load(sharded, str(directory))
+        loaded = load_sharded(sharded, directory)
         for index, chunk in enumerate(chunks):
             chunk.load_state_dict(loaded[f"model{index}"], strict=True)
         with _torch_adam_steps(optimizer):
@@ -96,7 +97,7 @@ def _torch_adam_steps(optimizer: MegatronOptimizer) -> Iterator[None]:
     """Let Megatron's distributed optimizer read reshardable state into torch's own Adam.
 
     Torch's Adam (used where neither Transformer Engine nor Apex is installed) keeps a `step` per parameter, which
-    Megatron-Core 0.16 restores from the parameter groups but then also looks for among the saved tensors.
+    Megatron-Core restores from the parameter groups but then also looks for among the saved tensors.
     """
     adams = sharded_torch_adams(optimizer)
     for adam in adams:

@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
@@ -15,7 +14,6 @@ from megatron.core.tensor_parallel import (
     linear_with_grad_accumulation_and_async_allreduce,
 )
 from megatron.core.transformer import ModuleSpec, TransformerConfig
-from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor
@@ -25,23 +23,16 @@ from real_megatron.config import ModelConfig, ParallelConfig
 from real_megatron.errors import ConfigError
 from real_megatron.head import gathered_log_softmax, linear_gathered_log_softmax
 from real_megatron.policy import cpu, rope
-from real_megatron.policy.attention import HeadRows, PackedAttention, PackedParams
+from real_megatron.policy.attention import HeadRows, PackedAttention
+from real_megatron.policy.megatron_versions import GPTModelWithHead
 from real_megatron.policy.norm import RMSNorm
 from real_megatron.policy.parallel_groups import has_transformer_engine
 from real_megatron.runtime import default_dtype
 
-# Megatron-Core 0.16 reads this name when it routes tokens, whether or not Transformer Engine, which defines it, is
-# installed.
-if not hasattr(moe_utils, "te_general_gemm"):
-    moe_utils.te_general_gemm = None
 
-
-class JudgeModel(GPTModel):
-    """GPTModel whose forward returns gathered log-softmax values instead of logits.
-
-    Megatron-Core 0.16 has no hook for a custom output head, so `_postprocess` is overridden; later versions have
-    `output_processor`. `_preprocess` is overridden for rotary positions that restart inside a micro-batch.
-    """
+class JudgeModel(GPTModelWithHead):
+    """GPTModel whose forward returns gathered log-softmax values instead of logits, with positions that restart inside
+    a micro-batch."""
 
     def __init__(
         self,
@@ -54,31 +45,17 @@ class JudgeModel(GPTModel):
     ) -> None:
         super().__init__(*args, position_embedding_type="none", **kwargs)
         self.true_vocab_size = description.vocab_size
-        self.head = head
+        self.head_form = head
         self.head_memory_bytes = head_memory_bytes
         self.fp32_logits = fp32_logits
         self.frequencies = rope.inverse_frequencies(description.hf_config)
 
-    def _preprocess(
-        self,
-        input_ids: Tensor,
-        position_ids: Tensor,
-        decoder_input: Tensor | None = None,
-        inference_context: None = None,
-        packed_seq_params: PackedParams | None = None,
-        **kwargs: Any,
-    ) -> tuple[Any, ...]:
+    def rotary(self, position_ids: Tensor) -> Tensor:
+        """See GPTModelWithHead."""
         self.frequencies = self.frequencies.to(position_ids.device)
-        outputs = super()._preprocess(input_ids, position_ids, decoder_input, None, None, **kwargs)
-        return outputs[0], rope.rotary_embedding(self.frequencies, position_ids[0]), *outputs[2:]
+        return rope.rotary_embedding(self.frequencies, position_ids[0])
 
-    def _postprocess(self, hidden_states: Tensor, *args: Any, packed_seq_params: PackedParams, **kwargs: Any) -> Tensor:
-        if not self.post_process or packed_seq_params.head_rows is None:
-            outputs: Tensor = super()._postprocess(hidden_states, *args, packed_seq_params=None, **kwargs)
-            return outputs
-        return self.gathered_log_softmax(hidden_states, packed_seq_params.head_rows)
-
-    def gathered_log_softmax(self, hidden: Tensor, rows: HeadRows) -> Tensor:
+    def head(self, hidden: Tensor, rows: HeadRows) -> Tensor:
         """hidden `[T (or T / tensor), 1, H]` → log-probs of the ids that `rows` ask for, float32 `[nnz]`.
 
         Tokens and rows are those of this context-parallel rank. Only `rows.positions` of the hidden states reach the
@@ -93,7 +70,7 @@ class JudgeModel(GPTModel):
         tied = self.share_embeddings_and_output_weights
         weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
         group = parallel_state.get_tensor_model_parallel_group()
-        if self.head == "linear":
+        if self.head_form == "linear":
             return linear_gathered_log_softmax(
                 hidden,
                 weight,

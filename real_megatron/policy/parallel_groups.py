@@ -8,7 +8,7 @@ from megatron.core import parallel_state, tensor_parallel
 
 from real_megatron.config import ParallelConfig
 from real_megatron.errors import ConfigError
-from real_megatron.policy import cpu
+from real_megatron.policy import cpu, megatron_versions
 from real_megatron.runtime import default_device, start_process_group
 
 
@@ -32,8 +32,10 @@ def initialize(parallel: ParallelConfig, seed: int = 0) -> Runtime:
     """Join (or start) the process group and form Megatron's groups; those of an earlier call end.
 
     Under torchrun the world comes from its environment; a single process starts a world of one. Raises ConfigError when
-    the parallel sizes do not divide the world.
+    the parallel sizes do not divide the world, and for a Megatron-Core that is too old.
     """
+    megatron_versions.check()
+    megatron_versions.fill_gaps()
     cpu.install()
     if not dist.is_initialized():
         start_process_group(parallel.timeout_minutes)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing, parallel_state
+from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 from megatron.core.transformer.module import MegatronModule
@@ -20,6 +20,7 @@ from real_megatron.hf.model import load_model
 from real_megatron.hf.side_files import read_config
 from real_megatron.policy import cpu, parallel_groups
 from real_megatron.policy.attention import PackedParams
+from real_megatron.policy.megatron_versions import load_sharded
 from real_megatron.policy.model import build_model
 from real_megatron.runtime import default_device
 
@@ -98,7 +99,7 @@ def load_weights(chunks: Sequence[MegatronModule], directory: str | Path) -> Non
     """Read the model (nothing else) from a Megatron checkpoint of any layout. Collective."""
     with cpu.device_mode():
         state = {f"model{i}": chunk.sharded_state_dict() for i, chunk in enumerate(chunks)}
-        loaded = dist_checkpointing.load(state, str(directory))
+        loaded = load_sharded(state, directory)
         for i, chunk in enumerate(chunks):
             chunk.load_state_dict(loaded[f"model{i}"], strict=True)
 

@@ -5,13 +5,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from real_megatron.bridge import describe, load_hf
+from real_megatron.bridge import convert_hf_to_megatron, describe, load_hf
 from real_megatron.bridge.live import local_parameters
 from real_megatron.errors import CheckpointError
-from tests.support.bridge_ranks import tiny_config, tiny_model, transformer_engine_spec
+from tests.support.bridge_ranks import (
+    load_with_transformer_engine_norms,
+    tiny_config,
+    tiny_model,
+    transformer_engine_spec,
+)
 from tests.support.ranks import run_ranks
 
-# Parameter names of Megatron-Core 0.16's Transformer Engine layer specs, for a rank with 4 local experts.
+# Parameter names of Megatron-Core's Transformer Engine layer specs, for a rank with 4 local experts.
 ATTENTION = [
     "self_attention.linear_proj.weight",
     "self_attention.linear_qkv.layer_norm_weight",
@@ -32,6 +37,15 @@ def test_transformer_engine_names(tmp_path: Path) -> None:
     tiny_model("qwen3_moe").save_pretrained(tmp_path)
     layers = {0: MOE, 1: DENSE, 2: MOE, 3: MOE}
     assert run_ranks(2, transformer_engine_spec, str(tmp_path), layers) == [[], []]
+
+
+@pytest.mark.parametrize("variant, norms", [("qwen3", 1 + 4 * 2), ("qwen3_moe", 1 + 4 * 2 + 3), ("llama2", 1)])
+def test_transformer_engine_norms_find_their_extra_state(tmp_path: Path, variant: str, norms: int) -> None:
+    """Without it Megatron's load ends with `Missing key in checkpoint state_dict: …final_layernorm._extra_state…`."""
+    tiny_model(variant).save_pretrained(tmp_path / "hf")
+    convert_hf_to_megatron(tmp_path / "hf", tmp_path / "megatron", workers=1, progress=False)
+    found = run_ranks(1, load_with_transformer_engine_norms, str(tmp_path / "hf"), str(tmp_path / "megatron"))
+    assert found == [norms]
 
 
 def test_a_missing_parameter_is_named(tmp_path: Path) -> None:

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from real_megatron.policy.norm import RMSNorm
+
 # 131 is no multiple of anything, so the vocabulary is padded; with 2 groups, TP 4 shards inside a group.
 SHARED = dict(
     vocab_size=131,
@@ -192,6 +194,28 @@ def export_faults(chunks: list, description: Any, hf_dir: str, bucket_bytes: int
     return faults
 
 
+def save_in_newest_form(hf_dir: str, directory: str) -> None:
+    """Let Megatron write a checkpoint as 0.19 does: what is not a tensor is an object `common_state`, not a file."""
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.mapping import ShardedObject
+
+    from real_megatron import bridge
+    from real_megatron.config import ModelConfig, ParallelConfig
+    from real_megatron.hf.side_files import read_config
+    from real_megatron.policy import cpu, parallel_groups
+    from real_megatron.policy.model import build_model
+
+    parallel_groups.initialize(ParallelConfig())
+    description = bridge.describe(read_config(Path(hf_dir)))
+    (chunk,) = build_model(description, ParallelConfig(), ModelConfig(dtype="float32", vocab_multiple=16))
+    bridge.load_hf([chunk], description, hf_dir)
+    Path(directory).mkdir()
+    with cpu.device_mode():
+        state = {"model0": chunk.sharded_state_dict(), "common_state": ShardedObject("common_state", {}, (1,), (0,))}
+        dist_checkpointing.save(state, directory)
+    Path(directory, "common.pt").unlink(missing_ok=True)
+
+
 def verify_on_one_rank(hf_path: str, megatron_path: str | None) -> tuple[float, bool]:
     """policy.verify in a world of one."""
     from real_megatron.policy.verify import verify
@@ -231,6 +255,48 @@ def transformer_engine_spec(hf_dir: str, layer_names: dict[int, list[str]]) -> l
         layer.layer_number = number
     bridge.load_hf([model], description, hf_dir)
     return export_faults([model], description, hf_dir, 20_000)
+
+
+class TransformerEngineNorm(RMSNorm):
+    """Our norm with the state that Transformer Engine 2 gives its own: empty without FP8, but asked for at a load."""
+
+    def get_extra_state(self) -> torch.Tensor:
+        return torch.empty(0, dtype=torch.uint8)
+
+    def set_extra_state(self, state: torch.Tensor | None) -> None:
+        assert state is None or not state.numel()
+
+
+def load_with_transformer_engine_norms(hf_dir: str, megatron_dir: str) -> int:
+    """Load a converted checkpoint into a model that asks for what one with Transformer Engine's norms asks for.
+
+    Returns how many such norms there are. Those before attention and dense MLPs are fused into linear layers.
+    """
+    from real_megatron.bridge import describe
+    from real_megatron.config import ModelConfig, ParallelConfig
+    from real_megatron.hf.side_files import read_config
+    from real_megatron.policy import parallel_groups
+    from real_megatron.policy.model import build_model
+    from real_megatron.policy.verify import load_weights
+
+    parallel_groups.initialize(ParallelConfig())
+    description = describe(read_config(Path(hf_dir)))
+    (chunk,) = build_model(description, ParallelConfig(), ModelConfig(dtype="float32", vocab_multiple=16))
+    norms = [chunk.decoder.final_layernorm]
+    for index, layer in enumerate(chunk.decoder.layers):
+        norms += [norm for norm in layer.self_attention.children() if isinstance(norm, RMSNorm)]
+        if description.is_moe_layer(index):
+            norms.append(layer.pre_mlp_layernorm)
+            # Its local counterpart is stored as if it were fused.
+            layer.submodules_config.sharded_state_dict_keys_map = {
+                key: value
+                for key, value in layer.submodules_config.sharded_state_dict_keys_map.items()
+                if not key.startswith("pre_mlp_layernorm")
+            }
+    for norm in norms:
+        norm.__class__ = TransformerEngineNorm
+    load_weights([chunk], megatron_dir)
+    return len(norms)
 
 
 def _register(module: torch.nn.Module, name: str, tensor: torch.Tensor) -> None:

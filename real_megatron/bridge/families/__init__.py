@@ -30,7 +30,7 @@ for _module in (llama, mistral, mixtral, qwen2, qwen3, qwen3_moe):
 
 _SANDWICH = (
     "its layers normalise the outputs of attention and MLP once more before the residual addition, with weights stored "
-    "as w - 1, and its embeddings are scaled; Megatron-Core 0.16's TransformerLayer cannot express these"
+    "as w - 1, and its embeddings are scaled; Megatron-Core's TransformerLayer cannot express these"
 )
 REFUSED = {
     "gemma": "its norms hold w - 1 and its embeddings are scaled, which Megatron-Core's local layers cannot express",

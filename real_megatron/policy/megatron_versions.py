@@ -1,0 +1,131 @@
+"""What differs between the versions of Megatron-Core that this package runs on: 0.16.1 to 0.19.
+
+Only this module asks for the version, or for what a version has. `tests/compat.sh` runs the test suite with another
+version than the pinned one.
+"""
+
+import inspect
+import logging
+import re
+from pathlib import Path
+from typing import Any
+
+from megatron.core import __version__, dist_checkpointing
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.moe import moe_utils
+from torch import Tensor
+
+from real_megatron.errors import CheckpointError, ConfigError
+from real_megatron.policy.attention import HeadRows, PackedParams
+
+logger = logging.getLogger(__name__)
+
+INSTALLED = __version__.partition("+")[0]
+"""Without the commit, which 0.19 appends: that of whichever repository is the working directory."""
+OLDEST = "0.16.1"
+NEXT = "0.20"
+"""The first version that has not been tried."""
+
+
+def check(version: str = INSTALLED) -> None:
+    """Raise ConfigError for a Megatron-Core that is too old, and log a warning for one that has not been tried."""
+    if _numbers(version) < _numbers(OLDEST):
+        raise ConfigError(
+            f"megatron-core {version} is installed, and real_megatron needs {OLDEST} or newer: "
+            f'pip install "megatron-core>={OLDEST},<{NEXT}"'
+        )
+    if _numbers(version) >= _numbers(NEXT):
+        logger.warning(
+            "megatron-core %s is newer than what real_megatron has been tested with (%s to before %s). "
+            "`real-megatron convert to-megatron --verify` compares a model's logits with transformers'.",
+            version,
+            OLDEST,
+            NEXT,
+        )
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """`0.18.0rc1` → (0, 18, 0)."""
+    leading = re.match(r"\d+(\.\d+)*", version)
+    return tuple(int(part) for part in leading[0].split(".")) if leading else ()
+
+
+def fill_gaps() -> None:
+    """Define what Megatron-Core uses without defining it. 0.16 reads this name when it routes tokens to experts, also
+    where Transformer Engine, which defines it, is not installed; later versions define it themselves."""
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None
+
+
+HAS_OUTPUT_PROCESSOR = "output_processor" in inspect.signature(GPTModel.forward).parameters
+"""From 0.18 on `GPTModel.forward` takes a function that turns hidden states into the model's output."""
+
+
+class GPTModelWithHead(GPTModel):
+    """GPTModel with rotary positions and an output head of a subclass's own: its `rotary` and `head`.
+
+    For positions no version has a hook: they are the second element of what `_preprocess` returns, a tuple whose length
+    differs. For the head it is `output_processor`, and before 0.18 `_postprocess`.
+    """
+
+    def rotary(self, position_ids: Tensor) -> Tensor:
+        """Angles of the positions `[1, T]` in the shape that Megatron's layers expect, `[T, 1, 1, rotary_dim]`."""
+        raise NotImplementedError
+
+    def head(self, hidden: Tensor, rows: HeadRows) -> Tensor:
+        """What the last stage returns for its hidden states `[T, 1, H]` where `packed_seq_params` names rows."""
+        raise NotImplementedError
+
+    def forward(self, *args: Any, packed_seq_params: PackedParams, **kwargs: Any) -> Tensor:
+        rows = packed_seq_params.head_rows
+        if rows is not None and HAS_OUTPUT_PROCESSOR:
+            kwargs["output_processor"] = lambda hidden_states, **unused: self.head(hidden_states, rows)
+        output: Tensor = super().forward(*args, packed_seq_params=packed_seq_params, **kwargs)
+        return output
+
+    def _preprocess(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        decoder_input: Tensor | None = None,
+        inference_context: None = None,
+        packed_seq_params: PackedParams | None = None,
+        **kwargs: Any,
+    ) -> tuple[Any, ...]:
+        outputs = super()._preprocess(input_ids, position_ids, decoder_input, None, None, **kwargs)
+        return outputs[0], self.rotary(position_ids), *outputs[2:]
+
+    def _postprocess(self, hidden_states: Tensor, *args: Any, packed_seq_params: PackedParams, **kwargs: Any) -> Tensor:
+        rows = packed_seq_params.head_rows
+        if self.post_process and rows is not None and not HAS_OUTPUT_PROCESSOR:
+            return self.head(hidden_states, rows)
+        output: Tensor = super()._postprocess(hidden_states, *args, packed_seq_params=None, **kwargs)
+        return output
+
+
+def read_common_state(directory: str | Path) -> dict[str, Any]:
+    """What a `torch_dist` checkpoint holds beside tensors. Raises CheckpointError as `require_readable` does."""
+    require_readable(directory)
+    state: dict[str, Any] = dist_checkpointing.load_common_state_dict(str(directory))
+    return state
+
+
+def load_sharded(state: dict[str, Any], directory: str | Path) -> dict[str, Any]:
+    """`dist_checkpointing.load`. Raises CheckpointError as `require_readable` does. Collective."""
+    require_readable(directory)
+    loaded: dict[str, Any] = dist_checkpointing.load(state, str(directory))
+    return loaded
+
+
+def require_readable(directory: str | Path) -> None:
+    """Raise CheckpointError where the installed Megatron-Core is too old for a checkpoint.
+
+    0.19 keeps what is not a tensor as an object among the tensors. Before, it is the file `common.pt`, which 0.19 still
+    reads; the converter writes that, for all versions.
+    """
+    common = Path(directory) / "common.pt"
+    if _numbers(INSTALLED) < (0, 19) and common.parent.is_dir() and not common.is_file():
+        raise CheckpointError(
+            f"{common} is missing: the checkpoint is damaged, or Megatron-Core 0.19 or newer has written it. Read it "
+            f'with that: pip install "megatron-core>=0.19,<{NEXT}" (installed: {INSTALLED})'
+        )
