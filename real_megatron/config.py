@@ -44,6 +44,11 @@ class ModelConfig(Section):
     spec: Literal["auto", "local", "transformer_engine"] = Field(
         "auto", description="Megatron layer spec; auto: Transformer Engine where it and a GPU exist, else local."
     )
+    megatron_class: Literal["GPTModel", "HybridModel"] = Field(
+        "GPTModel",
+        description="Megatron-Core's model class. HybridModel succeeds GPTModel and needs Megatron-Core 0.19; names, "
+        "numbers and checkpoints are the same (docs/hybrid_model.md).",
+    )
     vocab_multiple: int = Field(
         64, ge=1, description="The vocabulary is padded to a multiple of this number times the tensor-parallel size."
     )

@@ -1,33 +1,35 @@
 #!/usr/bin/env bash
-# The test suite with another Python and another Megatron-Core than the pinned ones (README, "What has been verified
-# where"), in an environment of its own:
-#   bash tests/compat.sh PYTHON MEGATRON [TORCH] [pytest arguments]
+# The test suite with other versions than the pinned ones (README, "What has been verified where"), in an environment of
+# its own:
+#   bash tests/compat.sh PYTHON MEGATRON TORCH [NAME==VERSION …] [pytest arguments]
 #   bash tests/compat.sh python3.12 0.19.2 2.11.0
-# Everything else is as in requirements-dev.txt. Which build of torch that is, is the package index's choice: the CUDA
+#   bash tests/compat.sh python3.12 0.18.2 2.10.0 transformers==5.12.1 tokenizers==0.22.2 huggingface_hub==1.31.0
+# What is not named is as in requirements-dev.txt. Which build of torch that is, is the package index's choice: the CUDA
 # build, about 5.5 GB, runs on a CPU too. The environment stays in .venv-compat/ for the next time; remove it when done.
 # Last, where .venv exists, a run that one of the two environments has begun goes on in the other.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-if [ $# -lt 2 ]; then
-    sed -n '2,8s/^# \{0,1\}//p' "$0" >&2
+if [ $# -lt 3 ]; then
+    sed -n '2,9s/^# \{0,1\}//p' "$0" >&2
     exit 2
 fi
-python=$1 megatron=$2
-shift 2
-torch=$(sed -n 's/^torch==//p' requirements.txt)
-if [[ "${1:-}" =~ ^[0-9]+\.[0-9]+\.[0-9]+$ ]]; then
-    torch=$1
+python=$1
+versions=("torch==$3" "megatron-core==$2")
+shift 3
+while [[ "${1:-}" == *==* ]]; do
+    versions+=("$1")
     shift
-fi
-version=$("$python" -c 'import platform; print(platform.python_version())')
-venv=.venv-compat/python-$version-megatron-$megatron-torch-$torch
+done
+venv=.venv-compat/$("$python" -c 'import platform; print("python==" + platform.python_version())')
+venv+=$(printf '_%s' "${versions[@]}")
 if [ ! -f "$venv/.installed" ]; then
     "$python" -m venv "$venv"
     pip=("$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-compile)
-    # Some releases of torch want an older setuptools than the pinned one, and pip would rather change torch.
-    grep -hvE '^(-r|torch==|megatron-core==|setuptools==)' requirements.txt requirements-dev.txt >"$venv/requirements.txt"
-    "${pip[@]}" "torch==$torch"
-    "${pip[@]}" -r "$venv/requirements.txt" "torch==$torch" "megatron-core==$megatron"
+    # Without setuptools: some releases of torch want an older one than is pinned, and pip would rather change torch.
+    named=$(printf '%s|' "${versions[@]%%==*}")
+    grep -hvE "^(-r|setuptools==|(${named%|})==)" requirements.txt requirements-dev.txt >"$venv/requirements.txt"
+    "${pip[@]}" "${versions[0]}"
+    "${pip[@]}" -r "$venv/requirements.txt" "${versions[@]}"
     "$venv/bin/python" -m compileall -q -j 0 -x '/tests/' "$venv/lib" >/dev/null || true
     touch "$venv/.installed"
 fi

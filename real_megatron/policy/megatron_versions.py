@@ -16,7 +16,7 @@ from megatron.core.transformer.moe import moe_utils
 from torch import Tensor
 
 from real_megatron.errors import CheckpointError, ConfigError
-from real_megatron.policy.attention import HeadRows, PackedParams
+from real_megatron.policy.attention import PackedParams
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +50,15 @@ def _numbers(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in leading[0].split(".")) if leading else ()
 
 
+def require_hybrid_model() -> None:
+    """Raise ConfigError where HybridModel is missing or older than what policy/hybrid.py was written for."""
+    if _numbers(INSTALLED) < (0, 19):
+        raise ConfigError(
+            f"model.megatron_class = HybridModel needs Megatron-Core 0.19 or newer, and {INSTALLED} is installed: "
+            "install that, or set GPTModel"
+        )
+
+
 def fill_gaps() -> None:
     """Define what Megatron-Core uses without defining it. 0.16 reads this name when it routes tokens to experts, also
     where Transformer Engine, which defines it, is not installed; later versions define it themselves."""
@@ -62,19 +71,11 @@ HAS_OUTPUT_PROCESSOR = "output_processor" in inspect.signature(GPTModel.forward)
 
 
 class GPTModelWithHead(GPTModel):
-    """GPTModel with rotary positions and an output head of a subclass's own: its `rotary` and `head`.
+    """GPTModel that asks JudgeHead's `rotary` for the angles of its positions and `head` for its output.
 
     For positions no version has a hook: they are the second element of what `_preprocess` returns, a tuple whose length
     differs. For the head it is `output_processor`, and before 0.18 `_postprocess`.
     """
-
-    def rotary(self, position_ids: Tensor) -> Tensor:
-        """Angles of the positions `[1, T]` in the shape that Megatron's layers expect, `[T, 1, 1, rotary_dim]`."""
-        raise NotImplementedError
-
-    def head(self, hidden: Tensor, rows: HeadRows) -> Tensor:
-        """What the last stage returns for its hidden states `[T, 1, H]` where `packed_seq_params` names rows."""
-        raise NotImplementedError
 
     def forward(self, *args: Any, packed_seq_params: PackedParams, **kwargs: Any) -> Tensor:
         rows = packed_seq_params.head_rows

@@ -1,124 +1,49 @@
-"""The Megatron-Core model of a judge: GPTModel with packed attention, positions from the micro-batch, and our head."""
+"""The Megatron-Core model of a judge: packed attention, positions from the micro-batch, and our head."""
 
-from functools import partial
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.models.gpt.gpt_layer_specs import (
-    get_gpt_layer_local_spec,
-    get_gpt_layer_with_transformer_engine_spec,
-)
-from megatron.core.tensor_parallel import (
-    gather_from_sequence_parallel_region,
-    linear_with_grad_accumulation_and_async_allreduce,
-)
-from megatron.core.transformer import ModuleSpec, TransformerConfig
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
-from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
 from real_megatron.bridge import ModelDescription, padded_vocab
 from real_megatron.config import ModelConfig, ParallelConfig
 from real_megatron.errors import ConfigError
-from real_megatron.head import gathered_log_softmax, linear_gathered_log_softmax
-from real_megatron.policy import cpu, rope
-from real_megatron.policy.attention import HeadRows, PackedAttention
+from real_megatron.policy import cpu, megatron_versions
+from real_megatron.policy.judge_head import JudgeHead
+from real_megatron.policy.layers import block_spec
 from real_megatron.policy.megatron_versions import GPTModelWithHead
-from real_megatron.policy.norm import RMSNorm
-from real_megatron.policy.parallel_groups import has_transformer_engine
 from real_megatron.runtime import default_dtype
 
 
-class JudgeModel(GPTModelWithHead):
-    """GPTModel whose forward returns gathered log-softmax values instead of logits, with positions that restart inside
-    a micro-batch."""
+class JudgeModel(JudgeHead, GPTModelWithHead):
+    """GPTModel with a judge's head and positions."""
 
-    def __init__(
-        self,
-        *args: Any,
-        description: ModelDescription,
-        head: str,
-        head_memory_bytes: int,
-        fp32_logits: bool,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(*args, position_embedding_type="none", **kwargs)
-        self.true_vocab_size = description.vocab_size
-        self.head_form = head
-        self.head_memory_bytes = head_memory_bytes
-        self.fp32_logits = fp32_logits
-        self.frequencies = rope.inverse_frequencies(description.hf_config)
-
-    def rotary(self, position_ids: Tensor) -> Tensor:
-        """See GPTModelWithHead."""
-        self.frequencies = self.frequencies.to(position_ids.device)
-        return rope.rotary_embedding(self.frequencies, position_ids[0])
-
-    def head(self, hidden: Tensor, rows: HeadRows) -> Tensor:
-        """hidden `[T (or T / tensor), 1, H]` → log-probs of the ids that `rows` ask for, float32 `[nnz]`.
-
-        Tokens and rows are those of this context-parallel rank. Only `rows.positions` of the hidden states reach the
-        output layer. Each rank's gradient of them covers its own vocabulary shard, and is summed over tensor-parallel
-        ranks while the weight's gradient is computed, or under sequence parallelism where the rows were gathered.
-        """
-        sequence_parallel = self.config.sequence_parallel
-        hidden = hidden[:, 0]
-        if sequence_parallel:
-            hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True)
-        hidden = hidden.index_select(0, rows.positions)
-        tied = self.share_embeddings_and_output_weights
-        weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
-        group = parallel_state.get_tensor_model_parallel_group()
-        if self.head_form == "linear":
-            return linear_gathered_log_softmax(
-                hidden,
-                weight,
-                rows.ids,
-                vocab_size=self.true_vocab_size,
-                padded_vocab_size=self.vocab_size,
-                group=group,
-                memory_budget_bytes=self.head_memory_bytes,
-                fp32_logits=self.fp32_logits,
-                reduce_dhidden="none" if sequence_parallel else "all_reduce",
-            )
-        # What Megatron's ColumnParallelLinear runs; it would itself gather all tokens, not only these rows.
-        logits = linear_with_grad_accumulation_and_async_allreduce(
-            hidden,
-            weight,
-            bias=None,
-            gradient_accumulation_fusion=self.config.gradient_accumulation_fusion,
-            allreduce_dgrad=not sequence_parallel and group.size() > 1,
-            sequence_parallel=False,
-            tp_group=group,
-        )
-        logprobs = gathered_log_softmax(
-            logits,
-            rows.ids,
-            vocab_size=self.true_vocab_size,
-            padded_vocab_size=self.vocab_size,
-            group=group,
-            inplace_backward=True,
-        )
-        assert isinstance(logprobs, Tensor)  # one result: no `values` were given
-        return logprobs
+    @staticmethod
+    def layer_arguments(
+        config: TransformerConfig, description: ModelDescription, model: ModelConfig, vp_stage: int | None
+    ) -> dict[str, Any]:
+        """The arguments that say which layers there are."""
+        return {"transformer_layer_spec": block_spec(config, description, model, vp_stage)}
 
 
-def build_model(description: ModelDescription, parallel: ParallelConfig, model: ModelConfig) -> list[JudgeModel]:
+def build_model(description: ModelDescription, parallel: ParallelConfig, model: ModelConfig) -> list[JudgeHead]:
     """This rank's model chunks (one, or `virtual_pipeline` of them), with all weights zero: the bridge fills them.
 
-    `parallel_groups.initialize` must have formed Megatron's groups. Raises ConfigError as `check_divides` does.
+    `parallel_groups.initialize` must have formed Megatron's groups. Raises ConfigError as `check_divides` does, and for
+    a `model.megatron_class` that the installed Megatron-Core does not have.
     """
     check_divides(description, parallel)
     config = transformer_config(description, parallel, model)
-    use_te = model.spec == "transformer_engine" or (model.spec == "auto" and has_transformer_engine())
+    judge = _judge_class(model)
     chunks = []
     with cpu.device_mode():
         for stage in range(parallel.virtual_pipeline or 1):
             vp_stage = stage if parallel.virtual_pipeline else None
-            chunk = JudgeModel(
+            chunk = judge(
                 config=config,
-                transformer_layer_spec=_block_spec(config, description, use_te, vp_stage),
+                **judge.layer_arguments(config, description, model, vp_stage),
                 vocab_size=padded_vocab(description, parallel.tensor, model.vocab_multiple),
                 max_sequence_length=description.max_positions,
                 pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
@@ -126,14 +51,22 @@ def build_model(description: ModelDescription, parallel: ParallelConfig, model: 
                 share_embeddings_and_output_weights=description.tied,
                 vp_stage=vp_stage,
                 description=description,
-                head="linear" if model.head == "auto" else model.head,
-                head_memory_bytes=model.head_memory_mib * 2**20,
-                fp32_logits=model.fp32_logits,
+                model=model,
             )
             for parameter in chunk.parameters():
                 parameter.data.zero_()
             chunks.append(chunk.to(config.params_dtype).to(torch.cuda.current_device()))
     return chunks
+
+
+def _judge_class(model: ModelConfig) -> Any:
+    """JudgeModel or HybridJudgeModel."""
+    if model.megatron_class == "GPTModel":
+        return JudgeModel
+    megatron_versions.require_hybrid_model()
+    from real_megatron.policy.hybrid import HybridJudgeModel
+
+    return HybridJudgeModel
 
 
 def check_divides(description: ModelDescription, parallel: ParallelConfig) -> None:
@@ -210,32 +143,3 @@ def transformer_config(
 
 def _leave_uninitialized(weight: Tensor) -> Tensor:
     return weight
-
-
-def _block_spec(
-    config: TransformerConfig, description: ModelDescription, use_te: bool, vp_stage: int | None
-) -> TransformerBlockSubmodules:
-    """Megatron's layer spec with our core attention, and our RMSNorm where the spec is the local one."""
-    build = (
-        get_gpt_layer_with_transformer_engine_spec
-        if use_te
-        else partial(get_gpt_layer_local_spec, normalization="RMSNorm")
-    )
-    attention = ModuleSpec(module=PackedAttention, params={"windows": description.sliding_window})
-    first = get_transformer_layer_offset(config, vp_stage=vp_stage)
-    layers = []
-    for index in range(first, first + get_num_layers_to_build(config, vp_stage=vp_stage)):
-        experts = description.num_experts if description.is_moe_layer(index) else None
-        layer = build(num_experts=experts, moe_grouped_gemm=use_te, qk_layernorm=config.qk_layernorm)
-        attention_modules = layer.submodules.self_attention.submodules
-        attention_modules.core_attention = attention
-        if not use_te:
-            layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
-            if config.qk_layernorm:
-                attention_modules.q_layernorm = attention_modules.k_layernorm = RMSNorm
-        layers.append(layer)
-    if use_te:
-        from megatron.core.extensions.transformer_engine import TENorm as Norm
-    else:
-        Norm = RMSNorm
-    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=Norm)

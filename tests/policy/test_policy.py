@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Qwen3Config
 
 from real_megatron.config import OptimizerConfig
 from real_megatron.errors import ConfigError
@@ -13,6 +13,7 @@ from real_megatron.policy import policy as policy_module
 from real_megatron.policy.forward import run_microbatches
 from real_megatron.policy.optimizer import build_scheduler
 from tests.support.policy_ranks import (
+    VOCAB,
     load_and_continue,
     logprobs,
     make_config,
@@ -21,6 +22,7 @@ from tests.support.policy_ranks import (
     save_and_continue,
     train,
     train_all,
+    train_all_with_overlap,
     train_with_moments_allocated,
     write_checkpoint,
 )
@@ -155,6 +157,35 @@ def test_every_layout_of_four_ranks_trains_the_same(checkpoint, one_rank):
     configs.append(make_config(checkpoint, parallel=LAYOUTS["PP2 CP2"], batch={"share_prompt": False}))
     for result in run_ranks(4, train_all, configs)[0]:
         same_curve(result, one_rank)
+
+
+def test_gradients_reduced_during_backward_are_the_same(checkpoint, one_rank):
+    """As on a GPU. Megatron reduces a bucket once each of its weights has a gradient, and fails if one never has."""
+    layouts = ["TP2 SP DP2", "PP2 DP2", "PP2 VPP2 DP2", "CP2 DP2", "DP4", "DP4, plain optimizer"]
+    configs = [make_config(checkpoint, parallel=LAYOUTS[layout]) for layout in layouts]
+    configs.append(make_config(checkpoint, parallel=LAYOUTS["PP2 DP2"], model={"head": "logits"}))
+    # More micro-batches than one, of which a rank with less work gets empty ones.
+    configs.append(make_config(checkpoint, batch={"max_tokens": 40}, model={"recompute": "full"}))
+    for result in run_ranks(4, train_all_with_overlap, configs)[0]:
+        same_curve(result, one_rank)
+
+
+def test_the_head_tells_megatron_of_its_gradient(tmp_path):
+    """The linear head adds its weight's gradient to Megatron's buffer itself. Where nothing else uses that weight, its
+    reduction during backward starts only because the head returns a dummy as well."""
+    untied = Qwen3Config(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        head_dim=8,
+    )
+    assert not untied.tie_word_embeddings
+    config = make_config(write_checkpoint(tmp_path, untied), model={"head": "linear"})
+    (expected,), (found,) = (run_ranks(2, call, [config])[0] for call in (train_all, train_all_with_overlap))
+    same_curve(found, expected)
 
 
 @pytest.mark.parametrize("parallel", [{"pipeline": 2}, {"pipeline": 2, "context": 2}], ids=["PP2 DP2", "PP2 CP2"])

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, Qwen3Config
 from real_megatron.batch.types import Group, Trajectory
 from real_megatron.config import RunConfig
 from real_megatron.objective import build_objective
-from real_megatron.policy import cpu
+from real_megatron.policy import cpu, optimizer
 from real_megatron.policy.optimizer import sharded_torch_adams
 from real_megatron.policy.policy import Policy
 from tests.support.ranks import forget_policies
@@ -139,6 +139,24 @@ class Continued:
     """The CPU's and those of Megatron's tracker, before the step."""
     weights: dict[str, torch.Tensor]
     """Exported after the step. Adam's moments take part in them, and in nothing else."""
+
+
+def train_all_with_overlap(configs: list[RunConfig]) -> Any:
+    """`train_all`, with gradients reduced while backward still runs, as `wrap_ddp` asks for with a GPU."""
+    real_config = optimizer.DistributedDataParallelConfig
+    asked = []
+
+    def with_overlap(**settings: Any) -> Any:
+        asked.append(settings)
+        return real_config(**{**settings, "overlap_grad_reduce": True})
+
+    optimizer.DistributedDataParallelConfig = with_overlap
+    try:
+        results = train_all(configs)
+    finally:
+        optimizer.DistributedDataParallelConfig = real_config
+    assert len(asked) >= len(configs)
+    return results
 
 
 def save_and_continue(config: RunConfig, directory: Path) -> Continued:

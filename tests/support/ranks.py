@@ -8,7 +8,6 @@ import atexit
 import datetime
 import gc
 import multiprocessing as mp
-import socket
 import sys
 import traceback
 from collections.abc import Callable
@@ -16,15 +15,10 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 import psutil
+from torch.distributed import TCPStore
 
 # Far beyond what any test needs: shared machines stall for minutes, and only a real hang should fail.
 TIMEOUT_S = 600
-
-
-def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 def _worker(conn: Connection) -> None:
@@ -38,9 +32,7 @@ def _worker(conn: Connection) -> None:
             return
         rank, world_size, port, fn, args = task
         try:
-            store = dist.TCPStore(
-                "127.0.0.1", port, world_size, is_master=rank == 0, timeout=datetime.timedelta(seconds=TIMEOUT_S)
-            )
+            store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=datetime.timedelta(seconds=TIMEOUT_S))
             dist.init_process_group(
                 "gloo",
                 store=store,
@@ -95,9 +87,10 @@ class RankPool:
             process.start()
             child.close()
             self._workers.append((process, parent))
-        port = _free_port()
+        # Here and not on rank 0: a port that was free a moment ago may be another's by the time that a rank listens.
+        store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         for rank, (_, conn) in enumerate(self._workers[:world_size]):
-            conn.send((rank, world_size, port, fn, args))
+            conn.send((rank, world_size, store.port, fn, args))
         results: dict[int, Any] = {}
         failures: dict[int, str] = {}
         waiting = {conn: rank for rank, (_, conn) in enumerate(self._workers[:world_size])}

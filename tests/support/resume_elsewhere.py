@@ -15,6 +15,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+import transformers
 
 from real_megatron.policy.megatron_versions import INSTALLED
 from tests.support.tiny_runs import rows, tiny_config, train, train_until, write_tiny_task
@@ -26,7 +27,13 @@ TOLERANCE = 1e-4
 
 def versions() -> str:
     """Those of this environment."""
-    return f"Python {platform.python_version()}, torch {torch.__version__}, Megatron-Core {INSTALLED}"
+    found = {
+        "Python": platform.python_version(),
+        "torch": torch.__version__,
+        "Megatron-Core": INSTALLED,
+        "transformers": transformers.__version__,
+    }
+    return ", ".join(f"{name} {version}" for name, version in found.items())
 
 
 def start(python: str, task: Path, output: Path, *options: str) -> str:
