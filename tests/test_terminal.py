@@ -72,6 +72,7 @@ def test_a_conversion_there_and_back_prints_its_result_alone(tmp_path: Path) -> 
             [sys.executable, *map(str, arguments)], capture_output=True, text=True, timeout=300, cwd=root
         )
         assert (done.returncode, done.stderr) == (0, "")
-        assert len(done.stdout.splitlines()) == lines
+        # Torch 2.10's gloo writes to standard output itself, in C++.
+        assert len([line for line in done.stdout.splitlines() if not line.startswith("[Gloo]")]) == lines
     before, after = load_file(source / "model.safetensors"), load_file(tmp_path / "hf/model.safetensors")
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)

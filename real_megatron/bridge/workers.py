@@ -1,6 +1,8 @@
 """Independent tasks over processes, with one progress bar in bytes."""
 
+import logging
 import multiprocessing as mp
+import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from typing import Any
@@ -31,7 +33,8 @@ def run(
             return [work(task, advance) for task in tasks]
         context = mp.get_context("spawn")
         done = context.Value("q", 0)
-        with ProcessPoolExecutor(min(workers, len(tasks)), context, _start, (work, done)) as pool:
+        verbose = logging.getLogger(__name__).isEnabledFor(logging.DEBUG)
+        with ProcessPoolExecutor(min(workers, len(tasks)), context, _start, (work, done, verbose)) as pool:
             futures = [pool.submit(_run, task) for task in tasks]
             try:
                 results = []
@@ -54,7 +57,9 @@ def _wait(future: Future[Any]) -> None:
         pass
 
 
-def _start(work: Work, done: Any) -> None:
+def _start(work: Work, done: Any, verbose: bool) -> None:
+    if not verbose:
+        warnings.simplefilter("ignore")  # other packages' would go to the terminal, between the lines of this one
     torch.set_num_threads(1)
     _state["work"], _state["done"] = work, done
 

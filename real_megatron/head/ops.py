@@ -10,6 +10,7 @@ from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 
 from real_megatron.head import native, torch_kernels
 from real_megatron.head.held import HeldTensorError, forbid_other_holders
@@ -191,7 +192,9 @@ def _backward(ctx: Any, grad: Tensor, grad_expectation: Tensor, _max: Tensor, _s
         # expectation = Σ_j value_j · exp(log_prob_j), so its gradient joins that of the log-probabilities.
         grad = grad + grad_expectation[row_index] * values.to(grad.dtype) * log_probs.exp()
     arguments = (log_probs, maximum, total, grad.contiguous(), ids, offsets, row_index, *ctx.shard, ctx.kernels)
-    if ctx.inplace and not torch.compiler.is_compiling():
+    # Torch 2.10 traces a compiled backward without saying so, on tensors of this kind.
+    compiling = torch.compiler.is_compiling() or isinstance(logits, FunctionalTensor)
+    if ctx.inplace and not compiling:
         forbid_other_holders(logits)
         ctx.consumed = True
         torch.ops.real_megatron.head_dlogits_(logits, *arguments)

@@ -14,6 +14,7 @@ FREE = (
     "parallel",
     "model.dtype",
     "model.spec",
+    "model.megatron_class",
     "model.vocab_multiple",
     "model.recompute",
     "model.recompute_layers",
