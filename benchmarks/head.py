@@ -4,13 +4,14 @@
     python -m benchmarks.head --device cuda --shape 8192,151936,4096 --dtype bfloat16 --output …/head_h200.md
     python -m benchmarks.head --tables logits head --dtype float32 --repeats 3 --output FILE
 
-The last one takes minutes on two idle cores. A report begins with what the head has to show on a CPU: the speed of the
-C++ counterpart and the memory of the linear form, each beside its bar. Each shape gives three tables: kernels over
-logits that exist; the whole head from hidden states; chunk sizes of the linear form. Contenders take turns, and the
-median and the fastest of their repeats are shown. Peak memory is what forward and backward need beyond their inputs,
-gradients included: on a GPU from its allocator, on a CPU the largest resident set of a process that runs nothing else.
-Megatron-Core, Liger-Kernel and cut-cross-entropy are measured where they are installed and run on the device. Every row
-asks for one id: cross-entropies know no more.
+The last one takes minutes on two idle cores. A report begins with what the head has to show, each beside its bar: on a
+CPU the speed of the C++ counterpart and the memory of the linear form, on a GPU what benchmarks/head_bars.py says. Each
+shape gives three tables: kernels over logits that exist; the whole head from hidden states; chunk sizes of the linear
+form. Contenders take turns, and the median and the fastest of their repeats are shown; times of a GPU are its own, from
+events. Peak memory is what forward and backward need beyond their inputs, gradients included: on a GPU from its
+allocator, on a CPU the largest resident set of a process that runs nothing else. Megatron-Core, Liger-Kernel and
+cut-cross-entropy are measured where they are installed and run on the device. Every row asks for one id:
+cross-entropies know no more.
 """
 
 import argparse
@@ -21,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import report
+from benchmarks import head_bars, report
 from benchmarks.head_contenders import Shape, contenders, linear, linear_by_rows, selected
 from benchmarks.head_timing import copy_speed, gemm_speed, milliseconds, peak_of, process_group, take_turns
 from benchmarks.measure import MIB
@@ -32,7 +33,7 @@ from real_megatron.head import linear as linear_form
 def logits_table(shape: Shape, repeats: int, only: str, bars: list[Bar]) -> list[str]:
     """Kernels over logits that exist."""
     chosen = selected(contenders(shape.device)[0], only)
-    with process_group() if any("Megatron" in name for name in chosen) else contextlib.nullcontext():
+    with process_group(shape.device) if any("Megatron" in name for name in chosen) else contextlib.nullcontext():
         times = take_turns(chosen, shape.inputs(with_logits=True), shape.device, repeats)
     copy = copy_speed(shape, repeats)
     ideal_bytes = 3 * shape.rows * shape.vocab_size * shape.dtype.itemsize
@@ -42,11 +43,13 @@ def logits_table(shape: Shape, repeats: int, only: str, bars: list[Bar]) -> list
         forward, backward, total, best = milliseconds(measured)
         speed = ideal_bytes / (total / 1e3)
         peak = peak_of(shape, "logits", name)
-        cells = [f"{forward:.1f}", f"{backward:.1f}", f"{total:.1f}", f"{best:.1f}", f"{reference / total:.2f}×"]
+        cells = [f"{forward:.2f}", f"{backward:.2f}", f"{total:.2f}", f"{best:.2f}", f"{reference / total:.2f}×"]
         rows.append([name, *cells, f"{speed / 1e9:.1f}", f"{speed / copy:.0%}", f"{peak:.0f}"])
         if name == "ours, fused" and shape.device == "cpu":
             what = f"C++ counterpart's speed, forward + backward, over naive torch's ({shape})"
             bars.append(Bar(what, reference / total, 2, True))
+        if name == "ours, fused, in place" and shape.device == "cuda":
+            bars += head_bars.over_logits(shape, total, ideal_bytes / copy * 1e3)
     header = ["contender", "forward ms", "backward ms", "both ms", "fastest ms"]
     header += ["speed-up", "GB/s", "of copy", "peak MiB"]
     return [
@@ -60,9 +63,10 @@ def logits_table(shape: Shape, repeats: int, only: str, bars: list[Bar]) -> list
 def head_table(shape: Shape, repeats: int, only: str, bars: list[Bar]) -> list[str]:
     """The whole head, from hidden states."""
     chosen = selected(contenders(shape.device)[1], only)
-    with process_group() if any("Megatron" in name for name in chosen) else contextlib.nullcontext():
+    with process_group(shape.device) if any("Megatron" in name for name in chosen) else contextlib.nullcontext():
         times = take_turns(chosen, shape.inputs(with_logits=False), shape.device, repeats)
     gemm = gemm_speed(shape, repeats)
+    gradients = (shape.rows + shape.vocab_size) * shape.hidden_size * shape.dtype.itemsize
     flop = 6 * shape.rows * shape.vocab_size * shape.hidden_size
     rows = []
     naive_peak = 0.0
@@ -71,12 +75,13 @@ def head_table(shape: Shape, repeats: int, only: str, bars: list[Bar]) -> list[s
         peak = peak_of(shape, "head", name)
         naive_peak = naive_peak or (peak if name.startswith("naive") else 0.0)
         speed = flop / (total / 1e3)
-        cells = [f"{forward:.1f}", f"{backward:.1f}", f"{total:.1f}", f"{best:.1f}"]
+        cells = [f"{forward:.2f}", f"{backward:.2f}", f"{total:.2f}", f"{best:.2f}"]
         cells += [f"{speed / 1e12:.3f}", f"{speed / gemm:.0%}", f"{peak:.0f}"]
         rows.append([name, *cells, f"{peak / naive_peak:.3f}" if naive_peak else ""])
         if name == "ours, linear form" and naive_peak:
             bars.append(Bar(f"linear form's peak memory over naive torch's ({shape})", peak / naive_peak, 1 / 8, False))
-    gradients = (shape.rows + shape.vocab_size) * shape.hidden_size * shape.dtype.itemsize
+        if name == "ours, linear form" and shape.device == "cuda":
+            bars += head_bars.from_hidden(shape, total, peak - gradients / MIB)
     header = [
         "contender",
         "forward ms",

@@ -15,6 +15,9 @@ from torch import Tensor
 from benchmarks.head_contenders import Inputs, Shape, contenders
 from benchmarks.measure import MIB, fastest, peak_bytes, reset_peak, return_freed_memory, synchronize
 
+HEAD_START_CYCLES = 20_000_000
+"""About 10 ms of a GPU's clock."""
+
 
 class _Source(torch.autograd.Function):
     """Logits as a layer would have made them: not a leaf, referenced by nothing else, without cost in backward."""
@@ -29,7 +32,9 @@ class _Source(torch.autograd.Function):
 
 
 def forward_backward(call: Callable[[], Tensor], grad: Tensor, device: str) -> tuple[float, float]:
-    """Seconds of forward and of backward."""
+    """Seconds of forward and of backward: on a GPU those that it is busy or waits for its own kernels."""
+    if device == "cuda":
+        return _on_the_gpu(call, grad)
     synchronize(device)
     start = time.perf_counter()
     out = call()
@@ -38,6 +43,19 @@ def forward_backward(call: Callable[[], Tensor], grad: Tensor, device: str) -> t
     out.backward(grad if out.dim() else None)
     synchronize(device)
     return middle - start, time.perf_counter() - middle
+
+
+def _on_the_gpu(call: Callable[[], Tensor], grad: Tensor) -> tuple[float, float]:
+    start, middle, end = (torch.cuda.Event(enable_timing=True) for _ in range(3))
+    # The GPU idles first, while the host queues the kernels: the launches of a millisecond of work would take as long.
+    torch.cuda._sleep(HEAD_START_CYCLES)
+    start.record()
+    out = call()
+    middle.record()
+    out.backward(grad if out.dim() else None)
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(middle) / 1e3, middle.elapsed_time(end) / 1e3
 
 
 def run_once(contender: Callable[..., Tensor], x: Inputs, device: str) -> tuple[float, float]:
@@ -69,7 +87,7 @@ def peak_memory(shape: Shape, kind: str, name: str, queue: Any = None) -> float:
     `kind` is "logits" or "head". On a CPU call it in a fresh process; `queue` takes the result there.
     """
     return_freed_memory()
-    with process_group() if "Megatron" in name else contextlib.nullcontext():
+    with process_group(shape.device) if "Megatron" in name else contextlib.nullcontext():
         contender = contenders(shape.device)[0 if kind == "logits" else 1][name]
         x = shape.inputs(kind == "logits")
         run_once(contender, x, shape.device)  # loads, compiles and tunes what the measured run uses
@@ -100,12 +118,12 @@ def peak_of(shape: Shape, kind: str, name: str) -> float:
 
 
 @contextlib.contextmanager
-def process_group() -> Iterator[None]:
-    """A process group of one rank, which Megatron's losses need."""
+def process_group(device: str) -> Iterator[None]:
+    """A process group of one rank, which Megatron's losses need: NCCL's for a GPU, as in a run of its own."""
     warnings.filterwarnings("ignore", module="megatron")  # about optional packages that are not installed
     from megatron.core import parallel_state
 
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group("nccl" if device == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1)
     parallel_state.initialize_model_parallel()
     try:
         yield

@@ -103,8 +103,12 @@ class Bar:
 
 def publish(lines: Sequence[str], output: Path | None) -> None:
     """Print the page, and write it to `output` where that is given."""
-    page = "\n".join(lines) + "\n"
-    print(page)
+    print("\n".join(lines) + "\n")
+    save(lines, output)
+
+
+def save(lines: Sequence[str], output: Path | None) -> None:
+    """Write the page, or what there is of it so far: a benchmark that is cut short leaves its tables."""
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(page, encoding="utf-8")
+        output.write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -10,9 +10,15 @@ Contenders, all on the same random model, the same groups and the same objective
                old log-probs), then the update; full logits and log_softmax; torch's AdamW
     binary     ours with a binary-reward RLOO objective: what the reward costs
 
-Each contender runs in a process of its own, so that peak memory is its own, and takes turns with the others. Before the
+Each contender runs in a process of its own, so that peak memory is its own, and takes turns with the others; with
+`--one-by-one` (a) and (b) have the machine to themselves, since a GPU's memory does not hold all of them. Before the
 clock starts, the gradients of ours and (b) are compared with those of (a). The reward costs little beside a step's
-noise: ours and binary alternate for `--pairs` more steps each, and the median of their ratios is given.
+noise: ours and binary alternate for `--pairs` more steps each, and the median of their ratios is given. MFU counts the
+model FLOPs of the step (prompts once, the mask's pairs, backward twice the forward) over what one large GEMM reaches
+here. Qwen3-0.6B on a GPU:
+
+    python -m benchmarks.step --hidden 1024 --ffn 3072 --layers 28 --vocab 151936 --heads 16 --kv-heads 8 \
+        --head-dim 128 --tied --padded-tokens 8192 --one-by-one --output FILE
 """
 
 import argparse
@@ -29,8 +35,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from benchmarks import report
-from benchmarks.measure import MIB, peak_bytes, synchronize
-from benchmarks.step_contenders import CONTENDERS, DEVICE, TOKENS_PER_WORD, build, make_groups, model_config
+from benchmarks.measure import MIB, fastest, peak_bytes, reset_peak, synchronize
+from benchmarks.report import Bar
+from benchmarks.step_contenders import CONTENDERS, DEVICE, DTYPE, TOKENS_PER_WORD, build, make_groups, model_config
 from real_megatron.batch.packing import rows_of, tokens_of, tree_of
 from real_megatron.bridge import describe
 from real_megatron.policy import flops
@@ -48,6 +55,8 @@ def work(args: argparse.Namespace) -> None:
             torch.save(contender.gradients(groups), target)
             print(json.dumps({"done": True}), flush=True)
         elif command == "step":
+            if DEVICE == "cuda":
+                reset_peak(DEVICE)  # the gradients came from this process
             synchronize(DEVICE)
             started = time.perf_counter()
             metrics = contender.step(groups)
@@ -65,16 +74,20 @@ class Contender:
     def __init__(self, name: str, checkpoint: Path, k: int, argv: list[str]) -> None:
         command = [sys.executable, "-W", "ignore", "-m", "benchmarks.step", *argv]
         command += ["--contender", name, "--checkpoint", str(checkpoint), "--k", str(k)]
+        # A file, which takes any number of warnings; a pipe that nobody reads would block the process.
+        self.errors = tempfile.TemporaryFile("w+")
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True
         )
-        self.read()
 
     def read(self) -> dict[str, float]:
+        """The next answer; the first one says that the process is ready."""
         for line in self.process.stdout:
             if line.startswith("{"):
                 return json.loads(line)
-        raise RuntimeError(self.process.stderr.read())
+        self.process.wait()
+        self.errors.seek(0)
+        raise RuntimeError(self.errors.read())
 
     def ask(self, command: str) -> dict[str, float]:
         self.process.stdin.write(command + "\n")
@@ -84,11 +97,12 @@ class Contender:
     def close(self) -> None:
         self.process.stdin.close()
         self.process.wait()
+        self.errors.close()
 
 
 def largest_difference(found: Path, expected: Path) -> float:
     """Largest ‖Δ‖ / ‖g‖ over the tensors of two gradient files."""
-    ours, theirs = (torch.load(path, weights_only=True) for path in (found, expected))
+    ours, theirs = (torch.load(path, map_location="cpu", weights_only=True) for path in (found, expected))
     assert ours.keys() == theirs.keys()
     return max(float((ours[n].double() - theirs[n].double()).norm() / theirs[n].double().norm()) for n in theirs)
 
@@ -108,29 +122,37 @@ def measure(k: int, checkpoint: Path, args: argparse.Namespace, argv: list[str])
     (b) and ours, and for ours the reward's cost."""
     results: dict[str, dict[str, float]] = {name: {"seconds": float("inf")} for name in CONTENDERS}
     with tempfile.TemporaryDirectory() as scratch:
-        for name in ("a", "b", "ours"):
-            contender = Contender(name, checkpoint, k, argv)
-            contender.ask(f"gradients {scratch}/{name}")
-            contender.close()
+        if not args.one_by_one:
+            for name in ("a", "b", "ours"):
+                contender = Contender(name, checkpoint, k, argv)
+                contender.read()
+                contender.ask(f"gradients {scratch}/{name}")
+                contender.close()
+        for names in (("a",), ("b",), ("ours", "binary")) if args.one_by_one else (CONTENDERS,):
+            contenders = {name: Contender(name, checkpoint, k, argv) for name in names}
+            for contender in contenders.values():
+                contender.read()
+            if args.one_by_one:
+                contenders[names[0]].ask(f"gradients {scratch}/{names[0]}")
+            for _ in range(args.repeats):
+                for name, contender in contenders.items():
+                    answer = contender.ask("step")
+                    results[name]["seconds"] = min(results[name]["seconds"], answer["seconds"])
+                    results[name]["peak"] = answer["peak"]
+            if "ours" in contenders:
+                results["ours"]["reward_cost"] = reward_cost(contenders["ours"], contenders["binary"], args.pairs)
+            for contender in contenders.values():
+                contender.close()
         for name in ("b", "ours"):
             results[name]["difference"] = largest_difference(Path(scratch, name), Path(scratch, "a"))
-    contenders = {name: Contender(name, checkpoint, k, argv) for name in CONTENDERS}
-    for _ in range(args.repeats):
-        for name, contender in contenders.items():
-            answer = contender.ask("step")
-            results[name]["seconds"] = min(results[name]["seconds"], answer["seconds"])
-            results[name]["peak"] = answer["peak"]
-    results["ours"]["reward_cost"] = reward_cost(contenders["ours"], contenders["binary"], args.pairs)
-    for contender in contenders.values():
-        contender.close()
     return results
 
 
-def table(results: dict[int, dict[str, dict[str, float]]], args: argparse.Namespace) -> list[str]:
+def table(results: dict[int, dict[str, dict[str, float]]], peak_flops: float, args: argparse.Namespace) -> list[str]:
     """The steps at each K, and the reward's cost."""
     description = describe(model_config(args))
     header = ["K", "step", "seconds", "ours is faster by", "peak memory of a step, MiB", "ours needs"]
-    header += ["gradients, rel. difference to (a)", "tokens through the model", "model TFLOP"]
+    header += ["gradients, rel. difference to (a)", "tokens through the model", "model TFLOP", "MFU"]
     lines: list[list[object]] = []
     for k, rows in results.items():
         groups = make_groups(k, args.prompts, args.vocab)
@@ -149,8 +171,9 @@ def table(results: dict[int, dict[str, dict[str, float]]], args: argparse.Namesp
             row = rows[name]
             difference = f"{row['difference']:.1e}" if "difference" in row else "–"
             cells = [f"{row['seconds']:.3f}", f"{row['seconds'] / ours['seconds']:.2f}×"]
+            mfu = f"{work / row['seconds'] / peak_flops:.0%}"
             cells += [f"{row['peak'] / MIB:.0f}", f"{ours['peak'] / row['peak']:.2f}×"]
-            lines.append([k, labels[name], *cells, difference, f"{tokens[name]:,}", f"{work / 1e12:.3f}"])
+            lines.append([k, labels[name], *cells, difference, f"{tokens[name]:,}", f"{work / 1e12:.3f}", mfu])
     costs = ", ".join(f"{rows['ours']['reward_cost']:.3f} at K = {k}" for k, rows in results.items())
     return [
         *report.table(header, lines, left=2),
@@ -159,20 +182,44 @@ def table(results: dict[int, dict[str, dict[str, float]]], args: argparse.Namesp
     ]
 
 
+def gemm_flops() -> float:
+    """FLOP/s of a large matrix product in the dtype of the contenders."""
+    size = 8192 if DEVICE == "cuda" else 1024
+    a, b = torch.randn(2, size, size, device=DEVICE, dtype=DTYPE)
+    return 2 * size**3 / fastest(lambda: a @ b, DEVICE, 5)
+
+
+def bars(results: dict[int, dict[str, dict[str, float]]], args: argparse.Namespace) -> list[str]:
+    """What the step has to show on a GPU, at the size of a model that is trained there."""
+    if DEVICE == "cpu" or args.vocab < 100_000:
+        return []
+    ratios = {k: rows["a"]["seconds"] / rows["ours"]["seconds"] for k, rows in results.items()}
+    lines = [Bar(f"speed of a step over transformers' way, K = {k}", r, 5, True).line() for k, r in ratios.items()]
+    return ["What it has to show:", "", *lines, ""]
+
+
 def page(
-    results: dict[int, dict[str, dict[str, float]]], size: int, args: argparse.Namespace, preamble: list[str]
+    results: dict[int, dict[str, dict[str, float]]],
+    size: int,
+    peak_flops: float,
+    args: argparse.Namespace,
+    preamble: list[str],
 ) -> list[str]:
     """The lines of the result page; `size` is the model's number of parameters."""
     return [
         *preamble,
+        f"- One GEMM of the contenders' dtype: {peak_flops / 1e12:.3g} TFLOP/s",
         f"- Model: random Qwen3, {size / 1e6:.1f}M parameters (hidden {args.hidden}, {args.layers} layers, vocabulary "
-        f"{args.vocab}), {'bfloat16' if DEVICE == 'cuda' else 'float32'}; {args.prompts} prompts a step",
+        f"{args.vocab}), {str(DTYPE).removeprefix('torch.')}; {args.prompts} prompts a step",
         "- Lengths: Vicuna Bench in Prometheus format (benchmarks/lengths/vicuna_bench.json), "
         f"{TOKENS_PER_WORD} tokens a word",
+        *([f"- (a) in padded micro-batches of at most {args.padded_tokens} tokens"] if args.padded_tokens else []),
         "",
-        *table(results, args),
+        *bars(results, args),
+        *table(results, peak_flops, args),
         "",
-        f"Fastest of {args.repeats} interleaved steps; memory beyond the idle process, at its peak.",
+        f"Fastest of {args.repeats} {'' if args.one_by_one else 'interleaved '}steps; memory beyond the idle process, "
+        "at its peak.",
     ]
 
 
@@ -184,6 +231,14 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--ffn", type=int, default=1536)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--vocab", type=int, default=8192)
+    parser.add_argument("--heads", type=int, default=0, help="default: hidden / 64")
+    parser.add_argument("--kv-heads", type=int, default=0, help="default: hidden / 256")
+    parser.add_argument("--head-dim", type=int, default=64)
+    parser.add_argument("--tied", action="store_true", help="embedding and output head share their weight")
+    parser.add_argument(
+        "--padded-tokens", type=int, default=0, help="tokens of (a)'s padded micro-batches; default: a group at once"
+    )
+    parser.add_argument("--one-by-one", action="store_true", help="no two contenders at a time but ours and binary")
     parser.add_argument("--max-tokens", type=int, default=16384, help="token budget of a micro-batch")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--pairs", type=int, default=10, help="pairs of steps that the reward's cost comes from")
@@ -205,16 +260,24 @@ def main() -> None:
         report.command("step"),
     )
     argv = []
-    for name in ("prompts", "hidden", "ffn", "layers", "vocab", "max_tokens"):
+    for name in ("prompts", "hidden", "ffn", "layers", "vocab", "heads", "kv_heads", "head_dim"):
         argv += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
+    argv += ["--max-tokens", str(args.max_tokens), "--padded-tokens", str(args.padded_tokens)]
+    peak_flops = gemm_flops()
     with tempfile.TemporaryDirectory() as scratch:
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(model_config(args), dtype=torch.float32)
+        with torch.device(DEVICE):
+            model = AutoModelForCausalLM.from_config(model_config(args), dtype=DTYPE)
         model.save_pretrained(scratch)
         size = sum(p.numel() for p in model.parameters())
         del model
-        results = {k: measure(k, Path(scratch), args, argv) for k in args.k}
-    report.publish(page(results, size, args, preamble), args.output)
+        if DEVICE == "cuda":
+            torch.cuda.empty_cache()  # the contenders need the memory that this process would keep
+        results: dict[int, dict[str, dict[str, float]]] = {}
+        for k in args.k:
+            results[k] = measure(k, Path(scratch), args, argv)
+            report.save(page(results, size, peak_flops, args, preamble), args.output)
+    report.publish(page(results, size, peak_flops, args, preamble), args.output)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import argparse
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from real_megatron.policy.policy import Policy
 
 LENGTHS = Path(__file__).parent / "lengths" / "vicuna_bench.json"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 TOKENS_PER_WORD = 1.35
 SCORE_IDS = [16, 17, 18, 19, 20]
 CONTENDERS = ("a", "b", "ours", "binary")
@@ -24,17 +26,18 @@ CONTENDERS = ("a", "b", "ours", "binary")
 
 def model_config(args: argparse.Namespace) -> Qwen3Config:
     """A Qwen3 of the asked size; by default output head and attention take about the share that they have in
-    Qwen3-0.6B: a quarter of the weight products each."""
+    Qwen3-0.6B: a quarter of the weight products each. Qwen3-0.6B itself: --hidden 1024 --ffn 3072 --layers 28
+    --vocab 151936 --heads 16 --kv-heads 8 --head-dim 128 --tied."""
     return Qwen3Config(
         vocab_size=args.vocab,
         hidden_size=args.hidden,
         intermediate_size=args.ffn,
         num_hidden_layers=args.layers,
-        num_attention_heads=args.hidden // 64,
-        num_key_value_heads=max(args.hidden // 256, 1),
-        head_dim=64,
+        num_attention_heads=args.heads or args.hidden // 64,
+        num_key_value_heads=args.kv_heads or max(args.hidden // 256, 1),
+        head_dim=args.head_dim,
         max_position_embeddings=8192,
-        tie_word_embeddings=False,
+        tie_word_embeddings=args.tied,
     )
 
 
@@ -90,11 +93,11 @@ class TransformersStep:
 
     def __init__(self, checkpoint: Path, args: argparse.Namespace) -> None:
         self.device = torch.device(DEVICE)
-        dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float32
-        self.model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype).to(self.device)
+        self.model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=DTYPE).to(self.device)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-6, betas=(0.9, 0.95), weight_decay=0.1)
         config = RunConfig()
         self.objective = build_objective(config.objective, config.scale.probabilities)
+        self.padded_tokens = args.padded_tokens
 
     def step(self, groups: list[Group]) -> dict[str, float]:
         loss = self._backward(groups)
@@ -109,18 +112,31 @@ class TransformersStep:
     def _backward(self, groups: list[Group]) -> float:
         totals = Totals(len(groups), sum(len(g.trajectories) for g in groups), sum(rows_of(g) for g in groups))
         total = 0.0
-        with torch.no_grad():
-            advantages = []
-            for group in groups:
-                scored = self._scored(group)
-                advantages.append(self.objective.advantages(self.objective.rewards(scored), scored.group))
-        for group, advantage in zip(groups, advantages, strict=True):
-            scored = self._scored(group)
-            scored.advantages = advantage
-            loss, _ = self.objective(scored, totals)
-            loss.backward()
-            total += float(loss)
+        for group in groups:
+            with torch.no_grad():
+                scored = [self._scored(part) for part in self._microbatches(group)]
+                rewards = torch.cat([self.objective.rewards(part) for part in scored])
+                index = torch.zeros(len(group.trajectories), dtype=torch.long, device=self.device)
+                advantages = self.objective.advantages(rewards, index)
+            del scored
+            for part in self._microbatches(group):
+                scored_part = self._scored(part)
+                scored_part.advantages, advantages = advantages.split(
+                    [len(part.trajectories), len(advantages) - len(part.trajectories)]
+                )
+                loss, _ = self.objective(scored_part, totals)
+                loss.backward()
+                total += float(loss)
         return total
+
+    def _microbatches(self, group: Group) -> list[Group]:
+        """The group's responses in as many padded micro-batches as `--padded-tokens` asks for; all at once without."""
+        if not self.padded_tokens:
+            return [group]
+        longest = len(group.prompt_ids) + max(len(t.response_ids) for t in group.trajectories)
+        size = max(1, self.padded_tokens // longest)
+        starts = range(0, len(group.trajectories), size)
+        return [replace(group, trajectories=group.trajectories[i : i + size]) for i in starts]
 
     def _scored(self, group: Group) -> ScoredBatch:
         """The group's K sequences padded to the longest. Causal attention makes padding at the end harmless."""

@@ -192,7 +192,7 @@ def _backward(ctx: Any, grad: Tensor, grad_expectation: Tensor, _max: Tensor, _s
         # expectation = Σ_j value_j · exp(log_prob_j), so its gradient joins that of the log-probabilities.
         grad = grad + grad_expectation[row_index] * values.to(grad.dtype) * log_probs.exp()
     arguments = (log_probs, maximum, total, grad.contiguous(), ids, offsets, row_index, *ctx.shard, ctx.kernels)
-    # Torch 2.10 traces a compiled backward without saying so, on tensors of this kind.
+    # Torch 2.10 and 2.11 trace a compiled backward without saying so, on tensors of this kind.
     compiling = torch.compiler.is_compiling() or isinstance(logits, FunctionalTensor)
     if ctx.inplace and not compiling:
         forbid_other_holders(logits)

@@ -59,8 +59,8 @@ def load(
 ) -> dict[str, Any]:
     """Read what `save` wrote into the running model; returns the caller's state. Collective.
 
-    Random states are restored when the layout is the one that wrote them; at another layout they have no meaning, and
-    those of the run's seed stay.
+    Random states are restored when the layout and the kind of device are those that wrote them; at another layout they
+    have no meaning, and those of the run's seed stay.
     """
     with cpu.device_mode():
         # Megatron describes the tensors to read by those that are there.
@@ -141,8 +141,10 @@ def _random_state() -> ShardedObject:
     )
 
 
-def _layout() -> dict[str, int]:
+def _layout() -> dict[str, int | str]:
+    """What the random states of a checkpoint belong to: the layout, and the kind of device whose state they are."""
     return {
+        "device": torch.device(torch.cuda.current_device()).type,
         "tensor": parallel_state.get_tensor_model_parallel_world_size(),
         "pipeline": parallel_state.get_pipeline_model_parallel_world_size(),
         "context": parallel_state.get_context_parallel_world_size(),

@@ -12,6 +12,7 @@ from real_megatron.objective import Totals, build_objective
 from real_megatron.policy import policy as policy_module
 from real_megatron.policy.forward import run_microbatches
 from real_megatron.policy.optimizer import build_scheduler
+from tests.support.bridge_ranks import tiny_config
 from tests.support.policy_ranks import (
     VOCAB,
     load_and_continue,
@@ -20,9 +21,11 @@ from tests.support.policy_ranks import (
     make_groups,
     make_policy,
     save_and_continue,
+    save_as_with_a_gpu,
     train,
     train_all,
     train_all_with_overlap,
+    train_with_fusions,
     train_with_moments_allocated,
     write_checkpoint,
 )
@@ -121,6 +124,11 @@ def test_variants_that_must_not_change_the_result(checkpoint, one_rank):
         same_curve(result, one_rank)
 
 
+def test_fusions_do_not_change_the_result(checkpoint, one_rank):
+    """Those that are on with a GPU: Megatron compiles them, here for the CPU."""
+    same_curve(run_ranks(1, train_with_fusions, make_config(checkpoint))[0], one_rank)
+
+
 def test_splitting_a_group_gives_the_same_step(checkpoint, one_rank):
     """A budget that no group fits: every group is scored first and then split."""
     for ranks, parallel in ((1, {}), (2, {"context": 2})):
@@ -188,6 +196,14 @@ def test_the_head_tells_megatron_of_its_gradient(tmp_path):
     same_curve(found, expected)
 
 
+def test_experts_without_tokens_have_a_gradient(tmp_path):
+    """Zeros, and not none: Megatron would wait for it when it reduces gradients during backward."""
+    hf = write_checkpoint(tmp_path, tiny_config("qwen3_moe", vocab_size=VOCAB, num_experts=16))
+    config = make_config(hf, parallel={"expert": 2})
+    (expected,), (found,) = (run_ranks(2, call, [config])[0] for call in (train_all, train_all_with_overlap))
+    same_curve(found, expected)
+
+
 @pytest.mark.parametrize("parallel", [{"pipeline": 2}, {"pipeline": 2, "context": 2}], ids=["PP2 DP2", "PP2 CP2"])
 def test_log_probs_reach_every_rank_and_equal_transformers(checkpoint, parallel):
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
@@ -235,6 +251,14 @@ def test_a_checkpoint_continues_bit_identically_and_at_other_layouts(checkpoint,
             torch.testing.assert_close(
                 found.weights[name], tensor, rtol=0, atol=1e-5, msg=lambda m, n=name, p=parallel: f"{p}, {n}: {m}"
             )
+
+
+def test_a_checkpoint_of_a_gpu_continues_on_a_cpu(checkpoint, tmp_path):
+    """And the other way round: a generator's state has no meaning on another kind of device."""
+    config = make_config(checkpoint)
+    run_ranks(1, save_as_with_a_gpu, config, tmp_path)
+    state, _ = run_ranks(1, load_and_continue, config, tmp_path)[0]
+    assert state == {"step": 1}
 
 
 class Plain:

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, Qwen3Config
 from real_megatron.batch.types import Group, Trajectory
 from real_megatron.config import RunConfig
 from real_megatron.objective import build_objective
-from real_megatron.policy import cpu, optimizer
+from real_megatron.policy import checkpoint, cpu, model, optimizer
 from real_megatron.policy.optimizer import sharded_torch_adams
 from real_megatron.policy.policy import Policy
 from tests.support.ranks import forget_policies
@@ -157,6 +157,35 @@ def train_all_with_overlap(configs: list[RunConfig]) -> Any:
         optimizer.DistributedDataParallelConfig = real_config
     assert len(asked) >= len(configs)
     return results
+
+
+def train_with_fusions(config: RunConfig) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
+    """`train`, with the fused activation and dropout that `transformer_config` asks for with a GPU."""
+    real_config = model.transformer_config
+
+    def fused(*args: Any) -> Any:
+        found = real_config(*args)
+        found.bias_activation_fusion = found.bias_dropout_fusion = True
+        return found
+
+    model.transformer_config = fused
+    try:
+        return train(config)
+    finally:
+        model.transformer_config = real_config
+
+
+def save_as_with_a_gpu(config: RunConfig, directory: Path) -> None:
+    """`Policy.save` with a CUDA generator's state, which is 16 bytes, in the place of this device's."""
+    policy = make_policy(config)
+    policy.train_step(make_groups(), build_objective(config.objective))
+    real_layout, real_state = checkpoint._layout, torch.cuda.get_rng_state
+    checkpoint._layout = lambda: {name: "cuda" if name == "device" else size for name, size in real_layout().items()}
+    torch.cuda.get_rng_state = lambda device="cuda": torch.zeros(16, dtype=torch.uint8)
+    try:
+        policy.save(directory, {"step": 1})
+    finally:
+        checkpoint._layout, torch.cuda.get_rng_state = real_layout, real_state
 
 
 def save_and_continue(config: RunConfig, directory: Path) -> Continued:
