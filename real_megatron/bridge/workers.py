@@ -4,11 +4,14 @@ import logging
 import multiprocessing as mp
 import warnings
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 import torch
 from tqdm import tqdm
+
+from real_megatron.errors import CheckpointError
 
 Progress = Callable[[int], None]
 Work = Callable[[Any, Progress], Any]
@@ -21,7 +24,9 @@ def run(
 ) -> list[Any]:
     """`work(task, progress)` for each task; results in order. `progress(n)` reports n more bytes done.
 
-    `work` and tasks must be picklable. One worker runs in this process. An exception in any task ends the run.
+    `work` and tasks must be picklable. One worker runs in this process. An exception in any task ends the run: the
+    other tasks stop at their next `progress`, and none still runs when this returns. Raises CheckpointError when a
+    process is killed.
     """
     disable = None if show_progress else True  # None: no bar in a file or pipe
     with tqdm(total=total_bytes, desc=title, unit="B", unit_scale=True, unit_divisor=1024, disable=disable) as bar:
@@ -32,43 +37,52 @@ def run(
         if min(workers, len(tasks)) <= 1:
             return [work(task, advance) for task in tasks]
         context = mp.get_context("spawn")
-        done = context.Value("q", 0)
+        done, stop = context.Value("q", 0), context.Value("b", 0, lock=False)
         verbose = logging.getLogger(__name__).isEnabledFor(logging.DEBUG)
-        with ProcessPoolExecutor(min(workers, len(tasks)), context, _start, (work, done, verbose)) as pool:
+        with ProcessPoolExecutor(min(workers, len(tasks)), context, _start, (work, done, stop, verbose)) as pool:
             futures = [pool.submit(_run, task) for task in tasks]
+            # The pool watches the processes that it knew at the last submission: a death of the last one would not be
+            # noticed before another's task has ended.
+            pool.submit(int)
             try:
-                results = []
-                for future in futures:
-                    while not future.done():
-                        _wait(future)
-                        bar.update(done.value - bar.n)
-                    results.append(future.result())
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
+                pending = set(futures)
+                while pending:
+                    finished, pending = wait(pending, timeout=0.2, return_when=FIRST_EXCEPTION)
+                    bar.update(done.value - bar.n)
+                    for future in finished:
+                        future.result()
+            except BaseException as fault:
+                # Not with wait=False: a process that still writes would put files into a directory that was removed.
+                stop.value = 1
+                pool.shutdown(cancel_futures=True)
+                if isinstance(fault, BrokenProcessPool):
+                    raise CheckpointError(
+                        f"{title}: a worker process was killed, most often for want of memory; run again with fewer "
+                        "workers (workers, --workers)"
+                    ) from fault
                 raise
         bar.update(done.value - bar.n)
-        return results
+        return [future.result() for future in futures]
 
 
-def _wait(future: Future[Any]) -> None:
-    try:
-        future.exception(timeout=0.2)
-    except TimeoutError:
-        pass
-
-
-def _start(work: Work, done: Any, verbose: bool) -> None:
+def _start(work: Work, done: Any, stop: Any, verbose: bool) -> None:
     if not verbose:
         warnings.simplefilter("ignore")  # other packages' would go to the terminal, between the lines of this one
     torch.set_num_threads(1)
-    _state["work"], _state["done"] = work, done
+    _state["work"], _state["done"], _state["stop"] = work, done, stop
 
 
 def _run(task: Any) -> Any:
     return _state["work"](task, _report)
 
 
+class _Stopped(Exception):
+    """Another task failed."""
+
+
 def _report(count: int) -> None:
+    if _state["stop"].value:
+        raise _Stopped
     done = _state["done"]
     with done.get_lock():
         done.value += count

@@ -1,0 +1,23 @@
+"""Tasks for bridge.workers, which its processes must be able to import."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+from real_megatron.bridge.workers import Progress
+
+
+def write_on_and_on(task: tuple[str, Path], progress: Progress) -> None:
+    """One task fails once the other one writes; the other one puts a file into its folder every 10 ms."""
+    kind, folder = task
+    while kind != "write" and not any(folder.iterdir()):
+        time.sleep(0.01)
+    if kind == "raise":
+        raise ValueError("no such tensor")
+    if kind == "die":
+        os.kill(os.getpid(), signal.SIGKILL)
+    for i in range(3000):
+        (folder / str(i)).touch()
+        progress(1)
+        time.sleep(0.01)
