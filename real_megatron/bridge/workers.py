@@ -48,18 +48,19 @@ def run(
                 pending = set(futures)
                 while pending:
                     finished, pending = wait(pending, timeout=0.2, return_when=FIRST_EXCEPTION)
-                    bar.update(done.value - bar.n)
+                    # Without the lock: a process that was killed may hold it.
+                    bar.update(done.get_obj().value - bar.n)
                     for future in finished:
                         future.result()
-            except BaseException as fault:
-                # Not with wait=False: a process that still writes would put files into a directory that was removed.
+            except BrokenProcessPool as fault:
+                raise CheckpointError(
+                    f"{title}: a worker process was killed, most often for want of memory; run again with fewer "
+                    "workers (workers, --workers)"
+                ) from fault
+            except BaseException:
+                # Wait for all: a process that still writes would put files into a directory that was removed.
                 stop.value = 1
                 pool.shutdown(cancel_futures=True)
-                if isinstance(fault, BrokenProcessPool):
-                    raise CheckpointError(
-                        f"{title}: a worker process was killed, most often for want of memory; run again with fewer "
-                        "workers (workers, --workers)"
-                    ) from fault
                 raise
         bar.update(done.value - bar.n)
         return [future.result() for future in futures]
