@@ -232,8 +232,19 @@ class RolloutConfig(Section):
         "for one of your own (docs/extending.md).",
     )
     n: int = Field(8, ge=1, description="Responses per prompt (K).")
-    temperature: float = Field(1.0, gt=0, description="Sampling temperature.")
-    top_p: float = Field(1.0, gt=0, le=1, description="Nucleus sampling mass.")
+    temperature: float = Field(
+        1.0,
+        gt=0,
+        description="Sampling temperature T. `train` optimises the policy at T: log-probs of sampled tokens are those "
+        "of logits / T on both sides of every ratio; the score distribution stays at temperature 1.",
+    )
+    top_p: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="Nucleus sampling mass of `critiques`. `train` takes 1 only: no weight corrects for responses that "
+        "are never drawn.",
+    )
     batch_size: int = Field(256, ge=1, description="Sequences generated at once by the embedded engine.")
     staleness: Literal[0, 1] = Field(
         0, description="1: the next batch is generated while this one trains, from weights one step old."

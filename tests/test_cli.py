@@ -51,6 +51,7 @@ def test_help_imports_neither_torch_nor_megatron() -> None:
         (["train", "RUN", "model.path="], "model.path is not set"),
         (["train", "RUN", "batch.mini_batches=2"], "set objective.ratio to ppo or truncated_is"),
         (["train", "RUN", "rollout.staleness=1"], "rollout.staleness is 1"),
+        (["train", "RUN", "rollout.top_p=0.9"], "rollout.top_p is 0.9: "),
         (["train", "RUN", "objective.reward=nope"], "unknown reward 'nope'; known: "),
         (["evaluate", "RUN"], "data.eval is empty"),
         (["evaluate", "RUN", "data.eval.dev.path=x.jsonl", "--model", "nowhere"], "nowhere: no such directory"),

@@ -30,6 +30,8 @@ class LocalBatch:
     ids: Tensor
     offsets: Tensor
     """Vocabulary ids that those rows ask for, as in `PackedMicrobatch`."""
+    token_rows: int
+    """How many of those rows, the first ones, are token rows."""
     exchange: "Exchange | None" = None
     """How this rank's results are combined with the other ranks'; None when one rank runs everything."""
 
@@ -55,8 +57,11 @@ class Exchange:
 def localize(microbatch: PackedMicrobatch, rank: int) -> LocalBatch:
     """The tokens and head rows of a micro-batch that context-parallel rank `rank` runs."""
     positions = microbatch.tree.positions()
+    token_rows = microbatch.token_trajectory.numel()
     if microbatch.shards is None:
-        return LocalBatch(microbatch.tokens, positions, microbatch.row_positions, microbatch.ids, microbatch.offsets)
+        return LocalBatch(
+            microbatch.tokens, positions, microbatch.row_positions, microbatch.ids, microbatch.offsets, token_rows
+        )
     indices = [shard.index() for shard in microbatch.shards]
     each = indices[0].numel()
     owner = torch.empty_like(microbatch.tokens)
@@ -83,5 +88,6 @@ def localize(microbatch: PackedMicrobatch, rank: int) -> LocalBatch:
         row_positions=slots[microbatch.row_positions[mine]] - rank * each,
         ids=microbatch.ids[entry_owner == rank],
         offsets=torch.cat((lengths.new_zeros(1), lengths[mine].cumsum(0))),
+        token_rows=int(mine[:token_rows].sum()),
         exchange=Exchange(microbatch.shards[rank], slots, logprob_slots, width),
     )

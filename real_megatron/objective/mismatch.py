@@ -11,8 +11,8 @@ def mismatch_metrics(policy_logprobs: Tensor, engine_logprobs: Tensor) -> Metric
 
     `mean` and `max` of |d|, and two estimates of KL(engine ‖ policy) from the engine's samples: `kl_k1` = mean(−d),
     unbiased, and `kl_k3` = mean(e^d − 1 − d), unbiased and never negative (Schulman, Approximating KL Divergence).
-    With equal weights on both sides only numerical differences are left; with older weights in the engine, or another
-    sampling temperature than 1, the difference of the policies is included.
+    Both are at the sampling temperature. With equal weights on both sides only numerical differences are left; with
+    older weights in the engine the difference of the policies is included.
     """
     d = (policy_logprobs.detach() - engine_logprobs).double()
     return {

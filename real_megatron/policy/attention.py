@@ -31,6 +31,10 @@ class HeadRows:
     """The token of each row, int64 `[R]`."""
     ids: GatherRows
     """Vocabulary ids asked of each row."""
+    tokens: int
+    """How many rows, the first ones, are those of sampled tokens; the others are of answers."""
+    temperature: float
+    """Of the token rows' log-probs; those of answers are at temperature 1."""
 
 
 @dataclass(kw_only=True)

@@ -27,13 +27,15 @@ def run_microbatches(
     consume: Consumer,
     device: torch.device,
     forward_only: bool = False,
+    temperature: float = 1.0,
 ) -> list[Any]:
     """Forward (and backward) over all micro-batches of this data-parallel rank, which its tensor-, pipeline- and
     context-parallel ranks run together. Collective: all ranks must have equally many micro-batches.
 
     On the last pipeline stage `consume` turns each micro-batch's log-probs into its loss contribution, of which the
     gradients are summed. Tensor- and context-parallel ranks all do so with the same log-probs, those of the whole
-    micro-batch. Returns what `consume` gave back, in order; on other stages an empty list.
+    micro-batch: of sampled tokens at `temperature`, of scores at 1. Returns what `consume` gave back, in order; on
+    other stages an empty list.
     """
 
     def forward_step(batches: Iterator[PackedMicrobatch], model: nn.Module) -> tuple[Tensor, LossFunction]:
@@ -43,7 +45,10 @@ def run_microbatches(
         params = PackedParams(
             tree=microbatch.tree,
             head_rows=HeadRows(
-                local.row_positions.to(device), GatherRows(local.ids.to(device), local.offsets.to(device))
+                local.row_positions.to(device),
+                GatherRows(local.ids.to(device), local.offsets.to(device)),
+                local.token_rows,
+                temperature,
             ),
             exchange=exchange,
         )

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import (
     gather_from_sequence_parallel_region,
@@ -50,15 +51,20 @@ class JudgeHead(nn.Module):
     def head(self, hidden: Tensor, rows: HeadRows) -> Tensor:
         """hidden `[T (or T / tensor), 1, H]` → log-probs of the ids that `rows` ask for, float32 `[nnz]`.
 
-        Tokens and rows are those of this context-parallel rank. Only `rows.positions` of the hidden states reach the
-        output layer. Each rank's gradient of them covers its own vocabulary shard, and is summed over tensor-parallel
-        ranks while the weight's gradient is computed, or under sequence parallelism where the rows were gathered.
+        Log-probs of sampled tokens are at `rows.temperature`, those of scores at temperature 1. Tokens and rows are
+        those of this context-parallel rank. Only `rows.positions` of the hidden states reach the output layer. Each
+        rank's gradient of them covers its own vocabulary shard, and is summed over tensor-parallel ranks while the
+        weight's gradient is computed, or under sequence parallelism where the rows were gathered.
         """
         sequence_parallel = self.config.sequence_parallel
         hidden = hidden[:, 0]
         if sequence_parallel:
             hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True)
         hidden = hidden.index_select(0, rows.positions)
+        if rows.temperature != 1:
+            # logits / T = (hidden / T) @ weightᵀ: the head is linear, so either of its forms does as it is.
+            sampled, answers = hidden.tensor_split([rows.tokens])
+            hidden = torch.cat((sampled / rows.temperature, answers))
         tied = self.share_embeddings_and_output_weights
         weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
         group = parallel_state.get_tensor_model_parallel_group()

@@ -54,9 +54,10 @@ class TrajectoryLogprobs:
     """What a forward pass says about one trajectory."""
 
     tokens: list[float]
-    """log π(token) of each loss-carrying response token (natural log)."""
+    """log π(token) of each loss-carrying response token (natural log), at the temperature that responses are sampled
+    with."""
     scores: list[float] | None
-    """log π(k) of each score at the answer position, or None without an answer."""
+    """log π(k) of each score at the answer position, at temperature 1, or None without an answer."""
 
 
 class Policy:
@@ -84,6 +85,8 @@ class Policy:
         self.config = config
         self.score_ids = list(score_ids)
         self.runtime = parallel_groups.initialize(config.parallel, config.seed)
+        # The policy that reinforcement learning trains is the one that its responses were sampled from.
+        self.temperature = config.rollout.temperature if config.is_rl else 1.0
         self.values = torch.tensor(score_values, dtype=torch.float32, device=self.runtime.device)
         self.model_dir = model_dir or checkpoint_directory(config.model.path, config.model.revision)
         self.description = bridge.describe(read_config(self.model_dir), config.model.family)
@@ -133,7 +136,9 @@ class Policy:
                 chunk.train()
                 chunk.zero_grad_buffer()
             self.optimizer.zero_grad()
-        results = run_microbatches(self.ddp_chunks, plan.microbatches, consume, self.runtime.device)
+        results = run_microbatches(
+            self.ddp_chunks, plan.microbatches, consume, self.runtime.device, temperature=self.temperature
+        )
         metrics = self._reduce(results)
         loss = metrics["loss"]
         with cpu.device_mode():
@@ -165,7 +170,14 @@ class Policy:
             for chunk in self.ddp_chunks:
                 chunk.eval()
             microbatches = [self.planner.pack([subgroups[i] for i in items]) for items in mine]
-            results = run_microbatches(self.ddp_chunks, microbatches, consume, self.runtime.device, forward_only=True)
+            results = run_microbatches(
+                self.ddp_chunks,
+                microbatches,
+                consume,
+                self.runtime.device,
+                forward_only=True,
+                temperature=self.temperature,
+            )
         found: dict[int, list[TrajectoryLogprobs]] = {}
         # Not strict: only the last pipeline stage has results.
         for items, result in zip(mine, results, strict=False):

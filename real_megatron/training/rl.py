@@ -95,6 +95,12 @@ def reinforcement_objective(config: RunConfig) -> ReinforceObjective:
             "rollout.staleness is 1: responses come from weights one step old and need an importance ratio; "
             "set objective.ratio to truncated_is or ppo"
         )
+    if config.rollout.top_p < 1:
+        raise ConfigError(
+            f"rollout.top_p is {config.rollout.top_p:g}: responses outside the nucleus are never drawn, so that the "
+            "gradient is that of another policy, and no objective.ratio brings them back (engines report log-probs "
+            "before top-p); set rollout.top_p to 1, and rollout.temperature below 1 for less varied responses"
+        )
     objective = build_objective(config.objective, config.scale.probabilities)
     assert isinstance(objective, ReinforceObjective)
     return objective

@@ -51,7 +51,7 @@ OPTIMIZER = {"clip_grad": 0.3, "weight_decay": 1.0, "beta1": 0.8, "beta2": 0.99,
     [
         {},
         {"objective": {"name": "grpo", "kl": 0.1}},
-        {"objective": {"name": "jepo"}},
+        {"objective": {"name": "jepo"}, "rollout": {"temperature": 1.4}},
         {"optimizer": OPTIMIZER},
     ],
 )
@@ -74,7 +74,7 @@ def test_a_step_equals_hugging_face_autograd_and_torch_adam(checkpoint, sections
     )
     for step, metrics in enumerate(curve):
         groups = make_groups(seed=step)
-        scored = hf_scored(model, groups)
+        scored = hf_scored(model, groups, config.rollout.temperature)
         totals = Totals(len(groups), scored.size, scored.token_logprobs.numel())
         loss, _ = objective(scored, totals)
         adam.zero_grad()
@@ -204,13 +204,19 @@ def test_experts_without_tokens_have_a_gradient(tmp_path):
     same_curve(found, expected)
 
 
-@pytest.mark.parametrize("parallel", [{"pipeline": 2}, {"pipeline": 2, "context": 2}], ids=["PP2 DP2", "PP2 CP2"])
-def test_log_probs_reach_every_rank_and_equal_transformers(checkpoint, parallel):
+@pytest.mark.parametrize(
+    ("parallel", "temperature", "head"),
+    [({"pipeline": 2}, 0.6, "logits"), ({"pipeline": 2, "context": 2}, 1.4, "linear")],
+    ids=["PP2 DP2", "PP2 CP2"],
+)
+def test_log_probs_reach_every_rank_and_equal_transformers(checkpoint, parallel, temperature, head):
+    """Those of sampled tokens at the sampling temperature, those of scores at 1."""
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
     groups = make_groups()
     with torch.no_grad():
-        scored = hf_scored(model, groups)
-    everywhere = run_ranks(4, logprobs, make_config(checkpoint, parallel=parallel, batch={"max_tokens": 48}))
+        scored = hf_scored(model, groups, temperature)
+    sections = {"batch": {"max_tokens": 48}, "rollout": {"temperature": temperature}, "model": {"head": head}}
+    everywhere = run_ranks(4, logprobs, make_config(checkpoint, parallel=parallel, **sections))
     assert all(found == everywhere[0] for found in everywhere)
     flat = [t for group in everywhere[0] for t in group]
     torch.testing.assert_close(

@@ -6,17 +6,19 @@ from real_megatron.objective import ScoredBatch
 from tests.support.policy_ranks import SCORE_IDS, SCORE_VALUES
 
 
-def hf_scored(model: torch.nn.Module, groups) -> ScoredBatch:
-    """What the objective reads, from whole sequences through transformers and a full log_softmax."""
+def hf_scored(model: torch.nn.Module, groups, temperature: float = 1.0) -> ScoredBatch:
+    """What the objective reads, from whole sequences through transformers and a full log_softmax: sampled tokens at
+    `temperature`, scores at 1."""
     tokens, token_trajectory, scores, index = [], [], [], 0
     trajectories = [(group, t) for group in groups for t in group.trajectories]
     for group, t in trajectories:
         sequence = torch.tensor([group.prompt_ids + t.response_ids])
-        logp = model(sequence).logits[0].log_softmax(-1)
+        logits = model(sequence).logits[0]
+        logp, sampled = logits.log_softmax(-1), (logits / temperature).log_softmax(-1)
         start = len(group.prompt_ids)
         for i, keep in enumerate(t.loss_mask):
             if keep:
-                tokens.append(logp[start + i - 1, t.response_ids[i]])
+                tokens.append(sampled[start + i - 1, t.response_ids[i]])
                 token_trajectory.append(index)
         scores.append(
             torch.zeros(3, dtype=logp.dtype) if t.answer_index is None else logp[start + t.answer_index, SCORE_IDS]

@@ -75,6 +75,16 @@ def test_the_policy_can_recompute_the_samplers_log_probs(task: Path, tmp_path: P
     assert row["updates"] == 2 and math.isfinite(row["loss"])
 
 
+@pytest.mark.parametrize("sampler", ["engine", "policy"])
+def test_at_another_temperature_responses_are_on_policy_too(sampler: str, task: Path, tmp_path: Path) -> None:
+    """The first update clips nothing: the ratio is that of the policy at the sampling temperature with itself."""
+    sections = {"rollout": {"n": 4, "temperature": 1.4}, "objective": {"no_anchor": "force", "ratio": "ppo"}}
+    run_ranks(1, train, tiny_config(task, tmp_path, steps=1, batch={"old_logprobs": sampler}, **sections))
+    (row,) = rows(tmp_path)
+    assert row["clip_fraction"] == 0 and row["ratio"] == pytest.approx(1.0, abs=1e-4)
+    assert row["mismatch/max"] < 1e-4
+
+
 def test_a_kl_term_starts_at_zero_and_grows(task: Path, tmp_path: Path) -> None:
     run_ranks(1, train, tiny_config(task, tmp_path, objective={"kl": 0.1}))
     kl = [row["kl"] for row in rows(tmp_path)]
