@@ -58,7 +58,11 @@ class ModelConfig(Section):
         "auto", description="Form of the output head: stored logits, or fused with the LM-head GEMM; auto: linear."
     )
     head_memory_mib: int = Field(256, ge=1, description="Byte budget of the linear head's chunks, in MiB.")
-    fp32_logits: bool = Field(False, description="Linear head: keep logits in float32 when GEMM inputs are bfloat16.")
+    fp32_logits: bool = Field(
+        True,
+        description="Linear head: keep logits in float32 when GEMM inputs are bfloat16; rounded ones are noise in the "
+        "reward. Stored logits (head: logits) always have the model's dtype.",
+    )
 
 
 class ParallelConfig(Section):
@@ -96,7 +100,7 @@ class OptimizerConfig(Section):
 
     lr: float = Field(1e-6, gt=0, description="Peak learning rate.")
     min_lr: float = Field(0.0, ge=0, description="Learning rate at the end of the decay.")
-    warmup_steps: int = Field(0, ge=0, description="Steps of linear warm-up.")
+    warmup_steps: int = Field(0, ge=0, description="Updates of linear warm-up; the first trains at lr / warmup_steps.")
     schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="Shape of the decay.")
     weight_decay: float = Field(0.1, ge=0, description="Decoupled weight decay.")
     beta1: float = Field(0.9, ge=0, lt=1, description="Adam's first-moment decay.")

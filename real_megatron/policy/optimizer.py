@@ -56,6 +56,8 @@ def build_scheduler(
 ) -> OptimizerParamScheduler:
     """Linear warm-up, then `config.schedule` down to `min_lr` over the run's `total_updates` optimizer updates.
 
+    Update n (counted from 1) of w = `warmup_steps` trains at lr · n / w: none is lost at a rate of 0.
+
     Raises ConfigError for a warm-up that does not end within them.
     """
     if config.warmup_steps >= total_updates:
@@ -65,10 +67,11 @@ def build_scheduler(
         )
     return OptimizerParamScheduler(
         optimizer,
-        init_lr=0.0,
+        # Megatron interpolates from init_lr over n - 1 of w - 1 updates, which is lr · n / w.
+        init_lr=config.lr / max(config.warmup_steps, 1),
         max_lr=config.lr,
         min_lr=config.min_lr,
-        lr_warmup_steps=config.warmup_steps,
+        lr_warmup_steps=max(config.warmup_steps - 1, 0),
         lr_decay_steps=total_updates,
         lr_decay_style=config.schedule,
         start_wd=config.weight_decay,

@@ -114,9 +114,10 @@ class Policy:
     def train_step(self, groups: Sequence[Group], objective: Objective) -> dict[str, float]:
         """One optimizer update on the global batch `groups` (the same list on every rank).
 
-        Returns the objective's metrics over the global batch, the plan's (`Planner.plan`), `grad_norm` and `lr`. Raises
-        FloatingPointError, on every rank and before the weights are touched, when the loss or the gradient norm is not
-        finite. For log-probs that are not finite the objective raises it already, on the ranks that have them.
+        Returns the objective's metrics over the global batch, the plan's (`Planner.plan`), `grad_norm` and `lr`, the
+        rate of this update. Raises FloatingPointError, on every rank and before the weights are touched, when the loss
+        or the gradient norm is not finite. For log-probs that are not finite the objective raises it already, on the
+        ranks that have them.
         """
         totals = Totals(
             groups=len(groups),
@@ -149,13 +150,14 @@ class Policy:
                     f"loss {loss}, gradient norm {grad_norm}: not finite. The weights are as before this update; "
                     "resume from the last checkpoint with a lower optimizer.lr, or look at this batch's rows."
                 )
+            lr = self.optimizer.param_groups[0]["lr"]
             self.optimizer.step()
             self.scheduler.step(increment=1)
         return {
             **metrics,
             **plan.metrics,
             "grad_norm": grad_norm,
-            "lr": self.optimizer.param_groups[0]["lr"],
+            "lr": lr,
         }
 
     def logprobs(self, groups: Sequence[Group]) -> list[list[TrajectoryLogprobs]]:

@@ -7,6 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from real_megatron.head import GatherRows, gathered_log_softmax, linear_gathered_log_softmax
 from real_megatron.head import linear as linear_module
+from real_megatron.objective.rewards import REWARDS, RewardOptions
 from tests.support import head_ranks
 from tests.support.head_cases import random_case
 from tests.support.ranks import run_ranks
@@ -105,6 +106,33 @@ def test_float32_logits_from_bfloat16_inputs(kernels: str, device: str) -> None:
     coarse = problem.run(device, kernels=kernels)["log_probs"].double()
     fine = problem.run(device, fp32_logits=True, kernels=kernels)["log_probs"].double()
     assert (coarse - expected["log_probs"]).abs().max() > 100 * (fine - expected["log_probs"]).abs().max()
+
+
+def test_the_reward_of_a_confident_judge_needs_float32_logits() -> None:
+    """A judge between two scores at logits near 24, where a bfloat16 step is 0.125: the reward's error against float64
+    on the same bfloat16 inputs. Rounding moves each logit by up to 0.0625; float32 by about 24 · 2⁻²⁴ a term."""
+    generator = torch.Generator().manual_seed(0)
+    count, hidden_size, vocab, scores = 400, 64, 512, torch.arange(5)
+    direction = torch.nn.functional.normalize(torch.randn(hidden_size, generator=generator), dim=0)
+    weight = 0.1 * torch.randn(vocab, hidden_size, generator=generator)
+    weight[:5] += direction
+    hidden = 24 * direction + torch.randn(count, hidden_size, generator=generator)
+    hidden, weight = hidden.bfloat16(), weight.bfloat16()
+    values = torch.arange(1.0, 6.0)
+    labels = values[torch.randint(5, (count,), generator=generator)]
+
+    def rewards(log_probs: Tensor) -> Tensor:
+        return REWARDS["real"].function(log_probs.view(count, 5), values, labels, RewardOptions()).double()
+
+    rows = GatherRows.from_lists([scores.tolist()] * count)
+    exact = hidden.double() @ weight.double().t()
+    assert 20 < exact[:, :5].mean() < 28
+    want = rewards(exact.log_softmax(-1)[:, :5])
+    noise = [
+        (rewards(linear_gathered_log_softmax(hidden, weight, rows, vocab_size=vocab, fp32_logits=fp32)) - want).std()
+        for fp32 in (False, True)
+    ]
+    assert noise[0] > 0.02 and noise[1] < 1e-4, noise
 
 
 @pytest.mark.parametrize("device", DEVICES)

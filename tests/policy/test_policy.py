@@ -72,6 +72,10 @@ def test_a_step_equals_hugging_face_autograd_and_torch_adam(checkpoint, sections
         betas=(optimizer.beta1, optimizer.beta2),
         eps=optimizer.eps,
     )
+    # Two updates of linear warm-up, then linear decay from the second to the end of the run, ten updates in all.
+    down = torch.optim.lr_scheduler.LinearLR(adam, 1.0, optimizer.min_lr / 1e-3, total_iters=9)
+    up = torch.optim.lr_scheduler.LinearLR(adam, 1 / 2, total_iters=1)
+    schedule = torch.optim.lr_scheduler.SequentialLR(adam, [up, down], milestones=[1])
     for step, metrics in enumerate(curve):
         groups = make_groups(seed=step)
         scored = hf_scored(model, groups, config.rollout.temperature)
@@ -85,11 +89,9 @@ def test_a_step_equals_hugging_face_autograd_and_torch_adam(checkpoint, sections
             loss.item(), abs=1e-5 * max(abs(metrics["loss_term1"]), abs(loss.item()))
         )
         assert metrics["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
-        # Linear warm-up over one update from zero, then linear decay over the other nine.
-        for group in adam.param_groups:
-            decayed_lr = optimizer.min_lr + (1e-3 - optimizer.min_lr) * (1 - (step - 1) / 9)
-            group["lr"] = 0.0 if step == 0 else decayed_lr
+        assert metrics["lr"] == pytest.approx(adam.param_groups[0]["lr"], rel=1e-12)
         adam.step()
+        schedule.step()
     for name, reference in model.state_dict().items():
         if name in weights:
             torch.testing.assert_close(weights[name], reference, rtol=0, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
@@ -349,11 +351,11 @@ def test_objectives_read_texts_and_metadata_in_both_passes(checkpoint):
 def test_fp32_logits_reach_the_head(checkpoint):
     """Log-probs from bfloat16 logits differ from those of float32 ones: rounding is up to 2⁻⁹ of a logit."""
     model = {"dtype": "bfloat16", "head": "linear"}
-    rounded, exact = (
-        run_ranks(1, logprobs, make_config(checkpoint, model={**model, "fp32_logits": fp32}))[0]
-        for fp32 in (False, True)
+    rounded, exact, default = (
+        run_ranks(1, logprobs, make_config(checkpoint, model={**model, **setting}))[0]
+        for setting in ({"fp32_logits": False}, {"fp32_logits": True}, {})
     )
-    assert rounded != exact
+    assert rounded != exact and default == exact
 
 
 def test_sizes_that_do_not_divide_the_world_are_refused(checkpoint):
@@ -363,6 +365,49 @@ def test_sizes_that_do_not_divide_the_world_are_refused(checkpoint):
         make_policy(make_config(checkpoint, parallel={"context": 2}))
     with pytest.raises(ConfigError, match="parallel.expert = 2 does not divide the 1 ranks"):
         make_policy(make_config(checkpoint, parallel={"expert": 2}))
+
+
+@pytest.mark.parametrize("style", ["constant", "linear", "cosine"])
+@pytest.mark.parametrize("warmup", [0, 1, 4])
+def test_the_schedule_is_torchs_also_after_a_resume(style, warmup):
+    """Every update of a run of 12, and again from a state saved after 0, 2 and 7 of them. Float64 in both."""
+    lr, min_lr, total = 1e-3, 1e-4, 12
+    config = OptimizerConfig(lr=lr, min_lr=min_lr, warmup_steps=warmup, schedule=style)
+
+    def sgd():
+        return torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=lr)
+
+    reference = sgd()
+    rising, schedulers = max(warmup - 1, 0), torch.optim.lr_scheduler
+    falling = {
+        "constant": lambda: schedulers.ConstantLR(reference, 1.0),
+        "linear": lambda: schedulers.LinearLR(reference, 1.0, min_lr / lr, total_iters=total - rising),
+        "cosine": lambda: schedulers.CosineAnnealingLR(reference, total - rising, eta_min=min_lr),
+    }[style]()
+    torchs = falling
+    if rising:
+        up = schedulers.LinearLR(reference, 1 / warmup, total_iters=rising)
+        torchs = schedulers.SequentialLR(reference, [up, falling], milestones=[rising])
+    expected = []
+    for _ in range(total):
+        expected.append(reference.param_groups[0]["lr"])
+        reference.step()
+        torchs.step()
+    assert expected[0] == pytest.approx(lr / max(warmup, 1), rel=1e-12)
+
+    def rates(scheduler, optimizer, count):
+        found = []
+        for _ in range(count):
+            found.append(optimizer.param_groups[0]["lr"])
+            scheduler.step(increment=1)
+        return found
+
+    for done in (0, 2, 7):
+        first, second = sgd(), sgd()
+        before, after = (build_scheduler(o, config, total) for o in (first, second))
+        found = rates(before, first, done)
+        after.load_state_dict(before.state_dict())
+        assert found + rates(after, second, total - done) == pytest.approx(expected, rel=1e-9)
 
 
 @pytest.mark.parametrize("warmup", [10, 11])

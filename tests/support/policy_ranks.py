@@ -75,7 +75,9 @@ def make_config(checkpoint: Path, **sections: Any) -> RunConfig:
     base: dict[str, Any] = {
         "model": {"path": str(checkpoint), "vocab_multiple": 4},
         "batch": {"max_tokens": 64},
-        "optimizer": {"lr": 1e-3, "schedule": "linear", "warmup_steps": 1},
+        # Adam divides by the gradient's size: with its usual ε, gradients that are rounding noise alone (1e-9) would
+        # move weights by a part of a learning rate in the first update.
+        "optimizer": {"lr": 1e-3, "schedule": "linear", "warmup_steps": 2, "eps": 1e-5},
         "data": {"max_prompt_tokens": 20, "max_response_tokens": 20},
     }
     for name, section in sections.items():

@@ -43,7 +43,7 @@ def two_updates(config: RunConfig) -> tuple[dict[str, float], list[dict[str, flo
 
 
 def export_after_steps(config: RunConfig, output: Path) -> dict[str, torch.Tensor]:
-    """Two steps (the first warms up from lr 0), then the checkpoint in small shards; the weights as streamed."""
+    """Two steps, then the checkpoint in small shards; the weights as streamed."""
     policy = make_policy(config)
     for step in range(2):
         policy.train_step(make_groups(seed=step), build_objective(config.objective))
