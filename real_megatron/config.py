@@ -161,6 +161,8 @@ _OBJECTIVE_DEFAULTS: dict[str, dict[str, Any]] = {
     "rloo": {"reward": "binary"},
     "grpo": {"reward": "binary", "baseline": "group_mean", "std_normalize": True, "ratio": "ppo"},
     "jepo": {"reward": "answer_logprob"},
+    "raft": {"score_nll": False},
+    "tract": {"score_nll": False},
 }
 
 
@@ -183,6 +185,11 @@ class ObjectiveConfig(Section):
     lam: float = Field(
         1.0, ge=0, description="λ, weight of log π(y*) in the reward; raft, tract: weight of the next-token loss."
     )
+    score_nll: bool = Field(
+        True,
+        description="sft, raft, tract: the score token counts in the next-token loss; default of raft and tract: "
+        "false, it has the squared error alone.",
+    )
     term1: bool = Field(True, description="Include Term 1 (policy gradient on the CoT).")
     baseline: Baseline = Field("rloo", description="Baseline of the advantage; default of grpo: group_mean.")
     std_normalize: bool = Field(
@@ -200,8 +207,9 @@ class ObjectiveConfig(Section):
     clip: float = Field(0.2, gt=0, description="PPO clip range ε.")
     is_cap: float = Field(2.0, gt=0, description="Cap of truncated importance weights.")
     is_level: RatioLevel = Field(
-        "sequence",
-        description="Truncated weights of whole responses (unbiased below the cap) or of tokens (less variance).",
+        "token",
+        description="Truncated weights of tokens (little variance, biased by what the other tokens' ratios say) or of "
+        "whole responses (unbiased below the cap, for short responses: docs/mathematics.md).",
     )
     no_anchor: NoAnchorRule = Field(
         "penalize", description="Response without an anchor: lowest reward and no Term 2; anchor appended; dropped."
@@ -224,6 +232,8 @@ class ObjectiveConfig(Section):
     def _learns_something(self) -> Self:
         if not self.term1 and not self.beta:
             raise ValueError("term1 is off and beta is 0: nothing would be learnt; switch one of them on")
+        if self.name == "sft" and not self.score_nll:
+            raise ValueError("score_nll is off: sft has no other loss on the score; switch it on, or set name to raft")
         return self
 
 

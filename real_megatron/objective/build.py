@@ -18,7 +18,7 @@ def build_objective(
     if config.name in SUPERVISED:
         if config.name == "sft":
             return SupervisedObjective(probabilities=probabilities)
-        return SupervisedObjective(squared=1.0, lam=config.lam, probabilities=probabilities)
+        return SupervisedObjective(squared=1.0, lam=config.lam, score_nll=config.score_nll, probabilities=probabilities)
     return ReinforceObjective(
         reward=find_reward(config.reward),
         options=RewardOptions(lam=config.lam, probabilities=probabilities),

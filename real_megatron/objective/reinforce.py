@@ -43,7 +43,7 @@ class ReinforceObjective:
     ratio: Ratio = "none"
     clip: float = 0.2
     is_cap: float = 2.0
-    is_level: RatioLevel = "sequence"
+    is_level: RatioLevel = "token"
     """`sequence`: a response's weight π(c)/μ(c) multiplies all its terms; `token`: each token's own, not Term 2."""
     floor: float | None = None
     """Reward of a response without an answer; None: the reward function's own floor."""

@@ -15,14 +15,16 @@ from real_megatron.objective.types import MetricSums, ScoredBatch, Totals
 class SupervisedObjective:
     """loss = squared · mean_i (ŷ_i − y*_i)² + lam · mean next-token negative log-likelihood.
 
-    The next-token mean is over all loss-carrying tokens of the batch, the score token among them; its log-probability
-    comes from `score_logprobs` (the score nearest to the label), never from a token row. The squared error is a mean
-    over responses. SFT: squared = 0, lam = 1. RAFT trains on a data set's CoTs, TRACT on the model's own
-    (Chiang et al. 2025): the same loss on other data.
+    The next-token mean is over all loss-carrying tokens of the batch. With `score_nll` the score token is among them:
+    its log-probability comes from `score_logprobs` (the score nearest to the label), never from a token row. The
+    squared error is a mean over responses. SFT: squared = 0, lam = 1. RAFT trains on a data set's CoTs, TRACT on the
+    model's own: the same loss on other data, both with `score_nll` off, as TRACT's published code has it (arXiv
+    2503.04381, equation 4).
     """
 
     squared: float = 0.0
     lam: float = 1.0
+    score_nll: bool = True
     probabilities: Probabilities = "full"
 
     needs_advantages = False
@@ -40,10 +42,12 @@ class SupervisedObjective:
                 f"trajectories {rows} have no score anchor: a supervised target is CoT, anchor and score; leave such "
                 "examples out of the data"
             )
-        answer_nll = -label_logprob(scored.score_logprobs, scored.values, scored.labels)
-        nll = torch.cat([-scored.token_logprobs, answer_nll])
+        nll, count = -scored.token_logprobs, totals.tokens
+        if self.score_nll:
+            nll = torch.cat([nll, -label_logprob(scored.score_logprobs, scored.values, scored.labels)])
+            count += totals.trajectories
         error = expected_score(scored.score_logprobs, scored.values, self.probabilities) - scored.labels
-        term_nll = self.lam * nll.sum() / max(totals.tokens + totals.trajectories, 1.0)
+        term_nll = self.lam * nll.sum() / max(count, 1.0)
         term_squared = self.squared * (error**2).sum() / max(totals.trajectories, 1.0)
         loss = term_nll + term_squared
         fraction = scored.size / max(totals.trajectories, 1.0)

@@ -21,10 +21,10 @@ def test_every_setting_arrives() -> None:
     settings = {"beta": 0.5, "term1": True, "baseline": "group_mean", "std_normalize": True, "clamp": 2.0}
     settings |= {"token_mean": True, "kl": 0.25, "ratio": "truncated_is", "clip": 0.125, "is_cap": 3.0}
     objective = build_objective(
-        ObjectiveConfig(lam=0.75, is_level="token", no_anchor_reward=-4, **settings), "renormalized"
+        ObjectiveConfig(lam=0.75, is_level="sequence", no_anchor_reward=-4, **settings), "renormalized"
     )
     assert {name: getattr(objective, name) for name in settings} == settings
-    assert (objective.is_level, objective.floor) == ("token", -4.0)
+    assert (objective.is_level, objective.floor) == ("sequence", -4.0)
     assert objective.options == RewardOptions(lam=0.75, probabilities="renormalized")
     for name in ("sft", "raft"):
         assert build_objective(ObjectiveConfig(name=name), "renormalized").probabilities == "renormalized"
@@ -37,8 +37,8 @@ def test_every_setting_arrives() -> None:
         ("jepo", ReinforceObjective(REWARDS["answer_logprob"])),
         ("grpo", ReinforceObjective(REWARDS["binary"], baseline="group_mean", std_normalize=True, ratio="ppo")),
         ("sft", SupervisedObjective(squared=0.0, lam=1.0)),
-        ("raft", SupervisedObjective(squared=1.0, lam=1.0)),
-        ("tract", SupervisedObjective(squared=1.0, lam=1.0)),
+        ("raft", SupervisedObjective(squared=1.0, lam=1.0, score_nll=False)),
+        ("tract", SupervisedObjective(squared=1.0, lam=1.0, score_nll=False)),
     ],
 )
 def test_the_name_chooses_defaults(name: str, want: object) -> None:
@@ -62,6 +62,8 @@ def test_an_unknown_reward_is_refused() -> None:
 def test_nothing_to_learn_is_refused() -> None:
     with pytest.raises(ValueError, match="nothing would be learnt"):
         ObjectiveConfig(term1=False, beta=0.0)
+    with pytest.raises(ValueError, match="sft has no other loss on the score"):
+        ObjectiveConfig(name="sft", score_nll=False)
 
 
 def test_several_updates_need_an_importance_ratio() -> None:

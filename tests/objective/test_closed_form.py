@@ -181,6 +181,10 @@ def test_supervised(case: Case, probabilities: str) -> None:
     torch.testing.assert_close(d_answers, -case.d_label / count, **TOLERANCE)
 
     for name in ("raft", "tract"):
-        d_tokens, d_answers = case.gradients(name=name, lam=0.4, probabilities=probabilities)
+        settings = {"name": name, "lam": 0.4, "probabilities": probabilities}
+        d_tokens, d_answers = case.gradients(**settings)
+        torch.testing.assert_close(d_tokens, -0.4 * case.d_token / (N * LENGTH), **TOLERANCE)
+        torch.testing.assert_close(d_answers, squared, **TOLERANCE)
+        d_tokens, d_answers = case.gradients(**settings, score_nll=True)
         torch.testing.assert_close(d_tokens, -0.4 * case.d_token / count, **TOLERANCE)
         torch.testing.assert_close(d_answers, squared - 0.4 * case.d_label / count, **TOLERANCE)

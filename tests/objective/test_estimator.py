@@ -236,10 +236,12 @@ def test_the_group_mean_baseline_shrinks_term_1_by_its_own_fraction(k: int, thet
 def test_importance_weights_make_off_policy_samples_unbiased(k: int, theta: Tensor, other: Tensor) -> None:
     settings, reward = CASES["real"]
     want = -central_differences(lambda t: exact(t, reward), theta)
-    got = expected_gradient(build(ratio="truncated_is", is_cap=1e9, **settings), theta, k, sampler=other)
+    got = expected_gradient(
+        build(ratio="truncated_is", is_level="sequence", is_cap=1e9, **settings), theta, k, sampler=other
+    )
     torch.testing.assert_close(got, want, rtol=0, atol=1e-7)
     # Three variants that stay biased, so that the comparison above can fail.
-    for variant in ({"ratio": "none"}, {"ratio": "truncated_is", "is_cap": 0.8}):
+    for variant in ({"ratio": "none"}, {"ratio": "truncated_is", "is_level": "sequence", "is_cap": 0.8}):
         biased = expected_gradient(build(**variant, **settings), theta, k, sampler=other)
         assert (biased - want).norm() > 1e-2
     token = build(ratio="truncated_is", is_level="token", is_cap=1e9, **settings)
@@ -258,7 +260,7 @@ def test_weights_under_nucleus_sampling_give_the_gradient_over_its_support(theta
         r = torch.where(VALID, reward(answers), FLOOR)
         return (support * cot_logprobs(tokens).exp() * (r - baseline)).sum()
 
-    weighted = {"ratio": "truncated_is", "is_cap": 1e9}
+    weighted = {"ratio": "truncated_is", "is_level": "sequence", "is_cap": 1e9}
     got = expected_gradient(build(baseline="none", **weighted, **settings), theta, 2, support=support)
     want = -central_differences(lambda t: over_support(t, 0.0), theta)
     torch.testing.assert_close(got, want, rtol=0, atol=1e-7)

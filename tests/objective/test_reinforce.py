@@ -24,7 +24,7 @@ VARIANTS: dict[str, dict] = {
     "authors": {"std_normalize": True, "clamp": 1.0, "token_mean": True, "beta": 0.5},
     "kl": {"kl": 0.1, "probabilities": "renormalized", "lam": 0.0},
     "ppo": {"ratio": "ppo", "kl": 0.1},
-    "sequence-is": {"ratio": "truncated_is"},
+    "sequence-is": {"ratio": "truncated_is", "is_level": "sequence"},
     "token-is": {"ratio": "truncated_is", "is_level": "token", "token_mean": True},
     "no-term1": {"term1": False},
     "no-term2": {"beta": 0.0},
@@ -282,12 +282,12 @@ def test_metrics_by_hand(batch: Batch, totals: TotalsOf) -> None:
 
 def test_float32_inputs_give_float32_losses_and_gradients(batch: Batch, totals: TotalsOf) -> None:
     scored = batch()
-    want = contributions(build(ratio="truncated_is", kl=0.1), [scored], totals(scored), scored)
+    want = contributions(build(ratio="truncated_is", is_level="sequence", kl=0.1), [scored], totals(scored), scored)
     names = ("token_logprobs", "score_logprobs", "labels", "values", "old_logprobs", "ref_logprobs")
     single = replace(scored, **{name: getattr(scored, name).detach().float() for name in names})
     single.token_logprobs.requires_grad_()
     single.score_logprobs.requires_grad_()
-    got = contributions(build(ratio="truncated_is", kl=0.1), [single], totals(single), single)
+    got = contributions(build(ratio="truncated_is", is_level="sequence", kl=0.1), [single], totals(single), single)
     assert got[0].dtype == got[1][0].dtype == got[1][1].dtype == torch.float32
     # float32 rounding of rewards of order 30
     torch.testing.assert_close(got[1], want[1], rtol=1e-4, atol=1e-5, check_dtype=False)

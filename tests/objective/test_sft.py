@@ -24,15 +24,17 @@ def hand_batch() -> ScoredBatch:
 
 
 def test_by_hand() -> None:
-    """Three tokens and two score tokens: NLL (3.5 + log 2 + log 4) / 5; ŷ = 2.5 and 1.75."""
+    """Three tokens and two score tokens: NLL (3.5 + log 2 + log 4) / 5, or of tokens alone 3.5 / 3, as raft and tract
+    have it; ŷ = 2.5 and 1.75."""
     totals = Totals(2, 2, 3)
-    nll = (3.5 + 3 * torch.tensor(2.0).log().item()) / 5
+    with_score, tokens_alone = (3.5 + 3 * torch.tensor(2.0).log().item()) / 5, 3.5 / 3
     squared = (1.5**2 + 0.05**2) / 2
-    for config, lam, weight in (
-        (ObjectiveConfig(name="sft"), 1.0, 0.0),
-        (ObjectiveConfig(name="raft"), 1.0, 1.0),
-        (ObjectiveConfig(name="tract", lam=0.25), 0.25, 1.0),
-        (ObjectiveConfig(name="raft", lam=0.0), 0.0, 1.0),
+    for config, nll, lam, weight in (
+        (ObjectiveConfig(name="sft"), with_score, 1.0, 0.0),
+        (ObjectiveConfig(name="raft"), tokens_alone, 1.0, 1.0),
+        (ObjectiveConfig(name="tract", lam=0.25), tokens_alone, 0.25, 1.0),
+        (ObjectiveConfig(name="tract", score_nll=True, lam=0.25), with_score, 0.25, 1.0),
+        (ObjectiveConfig(name="raft", lam=0.0), tokens_alone, 0.0, 1.0),
     ):
         want = lam * nll + weight * squared
         loss, metrics = build_objective(config)(hand_batch(), totals)
