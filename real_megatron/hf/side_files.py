@@ -27,6 +27,7 @@ PATTERNS = (
     "*.model",
     "*.tiktoken",
     "chat_template*",
+    "additional_chat_templates/*",  # those besides the default one, which transformers reads by name
     "LICENSE*",
     "NOTICE*",
 )
@@ -38,12 +39,14 @@ def carry(source: Path, target: Path, dtype: torch.dtype | None = None) -> list[
     Other files (weights in other formats, code) are not copied, but logged.
     """
     target.mkdir(parents=True, exist_ok=True)
-    files = sorted(path.name for path in source.iterdir() if path.is_file())
+    found = [*source.iterdir(), *source.glob("additional_chat_templates/*")]
+    files = sorted(path.relative_to(source).as_posix() for path in found if path.is_file())
     names = [name for name in files if any(fnmatch(name, pattern) for pattern in PATTERNS)]
     others = [name for name in files if name not in names and "safetensors" not in name]
     if others:
         log.info("%s: not carried over: %s", source, ", ".join(others))
     for name in names:
+        (target / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(source / name, target / name)
     if dtype is not None:
         _set_dtype(target / "config.json", dtype)
