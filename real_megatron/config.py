@@ -318,6 +318,12 @@ class DataSource(Section):
     path: str = Field(..., description="Local file, or the data set's name on the hub.")
     split: str = Field("train", description="Split, for hub data sets.")
     limit: int | None = Field(None, ge=1, description="Use the first N records only.")
+    score: str | None = Field(
+        None,
+        min_length=1,
+        description="Column of the annotations whose mean is the label, such as human_score of FLASK; unset: the "
+        "format's own (jsonl: label; feedback_collection, feedback_bench: orig_score; the others: gpt4_score).",
+    )
 
 
 class DataConfig(Section):

@@ -3,7 +3,7 @@
 from real_megatron.data.encode import encode_prompt, encode_prompts, encode_target, encode_targets, prompt_text
 from real_megatron.data.example import JudgeExample
 from real_megatron.data.formats import BadRecord, Record, register_format
-from real_megatron.data.load import example_from_record, load_examples
+from real_megatron.data.load import example_from_record, label_column, load_examples
 from real_megatron.data.template import Template, load_template
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "encode_target",
     "encode_targets",
     "example_from_record",
+    "label_column",
     "load_examples",
     "load_template",
     "prompt_text",

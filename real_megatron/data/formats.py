@@ -8,26 +8,24 @@ A format is a reader under a name of `data.*.format`, added with `register_forma
 - raises `BadRecord` with a message that says what is wrong and how to fix it; the place is added by the caller. Any
   other exception is a bug of the reader and ends the run with its traceback.
 
-The published formats here are those of Prometheus (prometheus-eval, MIT and CC-BY-4.0 licences; Kim et al., arXiv
-2310.08491 and 2405.01535). Feedback Collection and Feedback Bench hold one score per record, with the prompt's parts in
-columns `orig_*`; the evaluation files of FLASK, Vicuna Bench and MT Bench hold the finished prompt in `instruction` and
-several annotations in `gpt4_score` (FLASK also `human_score`). Their evaluation averages the annotations of a record,
-leaves out records without any, and strips surrounding white space and a stray `",` from `instruction`.
+The published formats here are those of Prometheus (Kim et al., arXiv 2310.08491 and 2405.01535). Feedback Collection
+(CC BY 4.0 by its card on the hub) and Feedback Bench hold one score per record, with the prompt's parts in columns
+`orig_*`; the evaluation files of FLASK, Vicuna Bench and MT Bench (repository prometheus-eval/prometheus-eval) hold the
+finished prompt in `instruction` and several annotations in `gpt4_score` (FLASK also `human_score`). Their evaluation
+averages the annotations of a record, leaves out records without any, and strips surrounding white space and a stray
+`",` from `instruction`. The licences of the other data are their publishers' to state: read them before use.
 """
 
-import logging
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from statistics import fmean
-from typing import Any, Literal, TypeVar, overload
+from typing import Any
 
 from real_megatron.errors import ConfigError, DataError
 from real_megatron.registry import Registry, calling_module
-
-logger = logging.getLogger(__name__)
 
 RESULT = "[RESULT]"
 HEADINGS = {
@@ -81,12 +79,12 @@ class Record:
         return self.critiques[0] if self.critiques else None
 
 
-def read_jsonl(record: Mapping[str, Any]) -> Record:
+def read_jsonl(record: Mapping[str, Any], score: str = "label") -> Record:
     """Plain records: `prompt` or `messages` (or whatever fields the template names), `label`, `cot`, `id`.
 
-    `label` may be a list of annotations; it is optional, as are `cot` and `id`.
+    The column `score` may hold a list of annotations; it is optional, as are `cot` and `id`.
     """
-    known = ("prompt", "messages", "label", "cot", "id")
+    known = ("prompt", "messages", score, "cot", "id")
     messages = record.get("messages")
     cot = record.get("cot")
     if cot is not None and not isinstance(cot, str):
@@ -94,7 +92,7 @@ def read_jsonl(record: Mapping[str, Any]) -> Record:
     name = record.get("id")
     return Record(
         fields=_texts(record),
-        scores=_scores(record, "label"),
+        scores=_scores(record, score),
         critiques=[] if cot is None else [cot],
         messages=None if messages is None else _messages(messages),
         id=None if name is None else str(name),
@@ -102,14 +100,13 @@ def read_jsonl(record: Mapping[str, Any]) -> Record:
     )
 
 
-def read_feedback(record: Mapping[str, Any]) -> Record:
+def read_feedback(record: Mapping[str, Any], score: str = "orig_score") -> Record:
     """Feedback Collection and Feedback Bench: `instruction` (the prompt), `orig_*`, `orig_score`, `orig_feedback`.
 
-    Files of the Prometheus repository have `gpt4_score`, one number, in place of `orig_score`; the critique is also
-    found before `[RESULT]` in `output`.
+    `score` names the label's column: `orig_score` on the hub; files of the Prometheus repository have `gpt4_score`. The
+    critique is also found before `[RESULT]` in `output`.
     """
-    key = "orig_score" if record.get("orig_score") is not None else "gpt4_score"
-    scores = _scores(record, key)
+    scores = _scores(record, score)
     critique = record.get("orig_feedback")
     if not critique and isinstance(record.get("output"), str):
         critique = record["output"].partition(RESULT)[0].strip().removeprefix("Feedback:")
@@ -143,45 +140,40 @@ def read_evaluation(record: Mapping[str, Any], score: str = "gpt4_score") -> Rec
 
 
 Reader = Callable[[Mapping[str, Any]], Record]
-ReaderChoice = Callable[[Sequence[Mapping[str, Any]]], Reader]
 
 
 @dataclass(frozen=True)
 class Format:
     """A record format that `data.*.format` can name."""
 
-    choose: ReaderChoice
-    """The reader for the records of one data set."""
+    read: Callable[..., Record]
     needs_label: bool = False
     """A record without scores is an error; else it is left out and counted."""
+    score: str | None = None
+    """The label's column where `data.*.score` names none; the reader gets its name as `score`. None: the reader takes a
+    record alone, and the column cannot be chosen."""
+
+    def reader(self, column: str | None) -> Reader:
+        """The reader that takes labels from `column`; from its own where that is None."""
+        return self.read if column is None else partial(self.read, score=column)
 
 
 FORMATS: Registry[Format] = Registry("record format", "data.*.format")
-R = TypeVar("R", bound=Callable[..., Any])
 
 
-@overload
 def register_format(
-    name: str, *, needs_label: bool = False, by_data_set: Literal[False] = False
-) -> Callable[[Reader], Reader]: ...
-
-
-@overload
-def register_format(
-    name: str, *, needs_label: bool = False, by_data_set: Literal[True]
-) -> Callable[[ReaderChoice], ReaderChoice]: ...
-
-
-def register_format(name: str, *, needs_label: bool = False, by_data_set: bool = False) -> Callable[[R], R]:
+    name: str, *, needs_label: bool = False, score: str | None = None
+) -> Callable[[Callable[..., Record]], Callable[..., Record]]:
     """Decorator that adds a reader, a function of one record that returns a `Record`, as the format `name`.
 
     needs_label: a record without scores is an error; else it is left out and counted
-    by_data_set: the function gets all records of a data set, which it must not change, and returns their reader
+    score: the column of the label, for a reader that has a second argument `score`, the name of this column: users
+        choose another with `data.*.score`
     """
     module = calling_module()
 
-    def register(read: R) -> R:
-        FORMATS.register(name, Format(read if by_data_set else lambda records: read, needs_label), module)
+    def register(read: Callable[..., Record]) -> Callable[..., Record]:
+        FORMATS.register(name, Format(read, needs_label, score), module)
         return read
 
     return register
@@ -197,29 +189,28 @@ def find_format(name: str) -> Format:
         return found
     if not callable(found):
         raise ConfigError(f"{FORMATS.key}: {name!r} is a {type(found).__name__}, not a reader of records")
-    return Format(lambda records: found)
+    return Format(found)
 
 
-register_format("jsonl", needs_label=True)(read_jsonl)
+register_format("jsonl", needs_label=True, score="label")(read_jsonl)
 for _name in ("feedback_collection", "feedback_bench"):
-    register_format(_name)(read_feedback)
-for _name in ("vicuna_bench", "mt_bench"):
-    register_format(_name)(read_evaluation)
+    register_format(_name, score="orig_score")(read_feedback)
+# FLASK too: the papers' numbers are agreements with GPT-4's scores unless they say otherwise.
+for _name in ("flask", "vicuna_bench", "mt_bench"):
+    register_format(_name, score="gpt4_score")(read_evaluation)
 
 
-@register_format("flask", by_data_set=True)
-def choose_flask(records: Sequence[Mapping[str, Any]]) -> Reader:
-    """Labels are the humans' where the file has their scores, else GPT-4's, for all of its records alike."""
-    score = "human_score" if any(record.get("human_score") for record in records) else "gpt4_score"
-    logger.info("flask: labels are the mean of %s", score)
-    return partial(read_evaluation, score=score)
+def score_columns(records: Iterable[Mapping[str, Any]]) -> list[str]:
+    """The columns that could be a label: those where some record has a number, or numbers."""
+    return sorted({key for record in records for key in record if _is_annotated(record, key)})
 
 
 def sections(prompt: str) -> dict[str, str]:
     """The sections of a finished Prometheus prompt, under the column names of Feedback Collection.
 
     Only those that are found: a prompt without a reference answer has no `orig_reference_answer`. A heading inside a
-    section, as when a judge's prompt is judged, does not end it: the order of the headings decides.
+    section, as when a judge's prompt is judged, does not end it: the order of the headings decides. Texts are as they
+    stand there, without the blank line that precedes the next heading.
     """
     found: list[tuple[str, int, int]] = []
     for heading, name in HEADINGS.items():
@@ -232,7 +223,7 @@ def sections(prompt: str) -> dict[str, str]:
         return {}
     end = prompt.rfind("###Feedback:")
     stops = [start for _, start, _ in found[1:]] + [end if end >= 0 else len(prompt)]
-    texts = {name: prompt[begin:stop].strip() for (name, _, begin), stop in zip(found, stops, strict=True)}
+    texts = {name: prompt[begin:stop].removesuffix("\n\n") for (name, _, begin), stop in zip(found, stops, strict=True)}
     rubric = RUBRIC.fullmatch(texts.get("score_rubric", ""))
     return texts | (rubric.groupdict() if rubric else {})
 
@@ -243,11 +234,17 @@ def _nearest(scores: list[float], critiques: list[str], label: float) -> str:
 
 
 def _prometheus_fields(record: Mapping[str, Any]) -> dict[str, str]:
-    instruction = record.get("instruction")
-    if not isinstance(instruction, str) or not instruction.strip():
-        raise BadRecord("no text in 'instruction', the finished prompt; is data.*.format right for this file?")
-    prompt = instruction.strip().rstrip('",').rstrip()
-    return {**sections(prompt), **_texts(record), "prompt": prompt}
+    """The columns, and from the finished prompt in `instruction`, where there is one, what they lack."""
+    texts, instruction = _texts(record), record.get("instruction")
+    if isinstance(instruction, str) and instruction.strip():
+        prompt = instruction.strip().rstrip('",').rstrip()
+        return {**sections(prompt), **texts, "prompt": prompt}
+    if not any(name in texts for name in HEADINGS.values()):
+        raise BadRecord(
+            "no text in 'instruction', the finished prompt, and none of its parts in 'orig_*'; is data.*.format right "
+            "for this file?"
+        )
+    return texts
 
 
 def _texts(record: Mapping[str, Any]) -> dict[str, str]:
@@ -261,6 +258,13 @@ def _scores(record: Mapping[str, Any], key: str) -> list[float]:
     value = record.get(key)
     values = value if isinstance(value, list) else [value]
     return [_number(item, key) for item in values if item is not None]
+
+
+def _is_annotated(record: Mapping[str, Any], key: str) -> bool:
+    try:
+        return bool(_scores(record, key))
+    except BadRecord:
+        return False
 
 
 def _number(value: Any, key: str) -> float:

@@ -8,11 +8,24 @@ from typing import Any
 from real_megatron.config import DataSource
 from real_megatron.data.example import JudgeExample
 from real_megatron.data.files import read_records
-from real_megatron.data.formats import BadRecord, Reader, find_format, read_jsonl
+from real_megatron.data.formats import BadRecord, Reader, find_format, read_jsonl, score_columns
 from real_megatron.data.template import PLAIN, Template, load_template
-from real_megatron.errors import DataError
+from real_megatron.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
+
+
+def label_column(source: DataSource) -> str | None:
+    """The column whose mean is the label: `source.score`, else its format's own; None where the reader decides.
+
+    Raises ConfigError for an unknown format, and where the format's reader leaves no choice but one is made.
+    """
+    own = find_format(source.format).score
+    if source.score is not None and own is None:
+        raise ConfigError(
+            f"data.*.score: the format {source.format} has no choice of the label's column; remove {source.score!r}"
+        )
+    return own if source.score is None else source.score
 
 
 def load_examples(
@@ -20,10 +33,10 @@ def load_examples(
 ) -> list[JudgeExample]:
     """All examples of a data set, their prompts written with `template` (a built-in name, a file, or a Template).
 
-    Several annotations of one record are averaged, as Prometheus' and TRACT's evaluations do; FLASK's label is the
-    humans' where the file has their scores, else GPT-4's. Records without any annotation are left out, counted and
-    logged, as in those evaluations; in a format that needs labels, such as plain JSONL, they are an error. `values` are
-    the scale's numeric values: a label outside their range is an error.
+    Several annotations of one record are averaged, as Prometheus' and TRACT's evaluations do; `source.score` chooses
+    their column (`label_column`). Records without any annotation are left out, counted and logged, as in those
+    evaluations; in a format that needs labels, such as plain JSONL, they are an error, as is a file in which no record
+    has the column. `values` are the scale's numeric values: a label outside their range is an error.
 
     Raises DataError, naming file, row and the fix, at the first record that does not fit, and ConfigError for an
     unknown format or template.
@@ -31,7 +44,14 @@ def load_examples(
     template = load_template(template)
     format = find_format(source.format)
     records = list(read_records(source))
-    read = format.choose([record for _, record in records])
+    column = label_column(source)
+    if column is not None and records and all(record.get(column) is None for _, record in records):
+        found = ", ".join(score_columns(record for _, record in records)) or "none"
+        raise DataError(
+            f"{source.path}: no record has {column!r}, the label's column; columns with numbers: {found}; name one of "
+            "them in data.*.score, or give the file that has scores"
+        )
+    read = format.reader(column)
     examples: list[JudgeExample] = []
     places: dict[str, str] = {}
     unlabelled = 0

@@ -11,7 +11,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from real_megatron.config import RunConfig
-from real_megatron.data import encode_prompts, load_examples
+from real_megatron.data import encode_prompts, label_column, load_examples
 from real_megatron.errors import ConfigError, DataError
 from real_megatron.evaluation.metrics import NAMES, Estimate, agreement
 from real_megatron.evaluation.report import evaluation_path
@@ -85,11 +85,14 @@ def evaluate_sets(
 ) -> dict[str, Evaluation]:
     """Judge every set; rank 0 saves each result in `directory` (see `evaluation_path`). Collective.
 
-    about: what else the numbers depend on, such as the model's path; kept with the results.
+    about: what else the numbers depend on, such as the model's path; kept with the results, as is the column that a
+        set of `data.eval` has its labels from (`label_column`; null where the format's reader decides).
     """
     results = {}
     for name, examples in sets.items():
-        results[name] = evaluate_set(judge, examples, name, step=step, about=about)
+        source = judge.config.data.eval.get(name)
+        labels = {} if source is None else {"label_column": label_column(source)}
+        results[name] = evaluate_set(judge, examples, name, step=step, about={**(about or {}), **labels})
         if rank() == 0:
             results[name].save(evaluation_path(directory, name, step))
     return results

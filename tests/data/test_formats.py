@@ -40,9 +40,17 @@ def test_feedback_collection_record() -> None:
 
 def test_feedback_records_of_the_repository() -> None:
     """One number in gpt4_score, the critique only in the output."""
-    record = read_feedback({"instruction": PROMPT, "gpt4_score": 3, "output": "Feedback: So so. [RESULT] 3"})
+    row = {"instruction": PROMPT, "gpt4_score": 3, "output": "Feedback: So so. [RESULT] 3"}
+    record = read_feedback(row, score="gpt4_score")
     assert (record.label, record.cot) == (3.0, "So so.")
     assert read_feedback({"instruction": PROMPT, "orig_score": "2"}).cot is None
+
+
+def test_the_prompts_parts_do_without_the_finished_prompt() -> None:
+    for read in (read_feedback, read_evaluation):
+        record = read({**PARTS, "orig_score": 4, "gpt4_score": 4})
+        assert load_template("prometheus").render(record.fields) == PROMPT
+        assert "prompt" not in record.fields and record.label == 4.0
 
 
 def evaluation(**fields: object) -> dict[str, object]:
@@ -103,7 +111,7 @@ def test_bad_jsonl_records(fields: dict[str, object], message: str) -> None:
 
 
 def test_bad_published_records() -> None:
-    with pytest.raises(BadRecord, match=r"no text in 'instruction', .*is data\.\*\.format right"):
+    with pytest.raises(BadRecord, match=r"no text in 'instruction', .*none of its parts .*is data\.\*\.format right"):
         read_feedback({"prompt": "p", "orig_score": 1})
     with pytest.raises(BadRecord, match="'gpt4_feedback' holds something other"):
         read_evaluation(evaluation(gpt4_feedback=["a", 1, "b"]))

@@ -1,5 +1,4 @@
 import json
-import logging
 import sys
 from pathlib import Path
 from typing import Any
@@ -7,7 +6,7 @@ from typing import Any
 import pytest
 
 from real_megatron.config import DataSource
-from real_megatron.data import JudgeExample, example_from_record, load_examples
+from real_megatron.data import JudgeExample, example_from_record, label_column, load_examples
 from real_megatron.data.formats import FORMATS
 from real_megatron.errors import ConfigError, DataError
 
@@ -66,19 +65,38 @@ def test_records_without_annotations_are_left_out_and_counted(tmp_path: Path, ca
         load_examples(source(tmp_path, rows[1:3], "mt_bench"))
 
 
-def test_flask_labels_are_the_humans_where_published(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO)
+def test_the_labels_column_is_chosen_and_never_guessed(tmp_path: Path) -> None:
     rows: list[dict[str, Any]] = [
         {"instruction": "p", "gpt4_score": [1, 2, 3], "gpt4_feedback": ["a", "b", "c"], "human_score": [3, 2.5]},
         {"instruction": "q", "gpt4_score": [5, 5, 5], "gpt4_feedback": ["d", "e", "f"], "human_score": []},
     ]
-    (example,) = load_examples(source(tmp_path, rows, "flask"))
-    assert (example.label, example.cot) == (2.75, "c")
-    assert example.meta["gpt4_score"] == [1, 2, 3]
-    assert "labels are the mean of human_score" in caplog.text
-    for row in rows:
-        del row["human_score"]
-    assert [e.label for e in load_examples(source(tmp_path, rows, "flask"))] == [2.0, 5.0]
+    for format in ("flask", "vicuna_bench", "mt_bench"):
+        gpt4 = load_examples(source(tmp_path, rows, format))
+        assert [(e.label, e.cot) for e in gpt4] == [(2.0, "b"), (5.0, "d")]
+        (human,) = load_examples(source(tmp_path, rows, format, score="human_score"))
+        assert (human.label, human.cot, human.meta["gpt4_score"]) == (2.75, "c", [1, 2, 3])
+    feedback = [{"instruction": "p", "orig_score": "1", "gpt4_score": 2}, {"instruction": "q", "gpt4_score": 3}]
+    assert [e.label for e in load_examples(source(tmp_path, feedback, "feedback_bench"))] == [1.0]
+    chosen = source(tmp_path, feedback, "feedback_bench", score="gpt4_score")
+    assert [e.label for e in load_examples(chosen)] == [2.0, 3.0]
+    plain = source(tmp_path, [{"prompt": "a", "label": 1, "grade": 2}], score="grade")
+    assert [(e.label, e.meta) for e in load_examples(plain)] == [(2.0, {"label": 1})]
+
+
+@pytest.mark.parametrize(
+    ("format", "row", "score", "message"),
+    [
+        ("mt_bench", {"instruction": "p", "idx": 81}, None, "no record has 'gpt4_score', .* numbers: idx; name"),
+        ("flask", {"instruction": "p", "gpt4_score": [1]}, "human_score", "'human_score', .* numbers: gpt4_score;"),
+        ("feedback_bench", {"instruction": "p", "gpt4_score": 1}, None, "'orig_score', .* numbers: gpt4_score;"),
+        ("jsonl", {"prompt": "p"}, None, "'label', .* numbers: none; name one of them in data.*score"),
+    ],
+)
+def test_a_file_without_the_labels_column_lists_others(
+    tmp_path: Path, format: str, row: dict[str, Any], score: str | None, message: str
+) -> None:
+    with pytest.raises(DataError, match=rf"rows\.jsonl: .*{message}"):
+        load_examples(source(tmp_path, [row, row], format, score=score))
 
 
 @pytest.fixture
@@ -108,10 +126,18 @@ def test_a_format_says_what_it_needs(tmp_path: Path, extension_format: str) -> N
     rows = [{"question": "a", "grades": [1, 2]}, {"question": "b", "grades": []}]
     with pytest.raises(DataError, match=r"^\S*rows\.jsonl, line 2: no label; training and evaluation need one"):
         load_examples(source(tmp_path, rows, f"{extension_format}:graded"))
-    # The reader is chosen by all records: the data set has fractions, so that grades are shares of ten.
-    rows = [{"question": "a", "grades": [1]}, {"question": "b", "grades": [0.5]}]
-    assert [e.label for e in load_examples(source(tmp_path, rows, f"{extension_format}:shares"))] == [10, 5]
-    assert [e.label for e in load_examples(source(tmp_path, rows[:1], f"{extension_format}:shares"))] == [1]
+
+
+def test_a_format_lets_the_labels_column_be_chosen_or_not(tmp_path: Path, extension_format: str) -> None:
+    rows = [{"question": "a", "first": 1, "second": 2}]
+    for score, label in ((None, 1.0), ("second", 2.0)):
+        data = source(tmp_path, rows, f"{extension_format}:columns", score=score)
+        assert [e.label for e in load_examples(data)] == [label]
+        assert label_column(data) == (score or "first")
+    fixed = source(tmp_path, rows, f"{extension_format}:pairs", score="second")
+    with pytest.raises(ConfigError, match=r"data\.\*\.score: the format .*:pairs has no choice of the label's column"):
+        load_examples(fixed)
+    assert label_column(fixed.model_copy(update={"score": None})) is None
 
 
 def test_an_attribute_that_reads_nothing_is_named(tmp_path: Path, extension_format: str) -> None:
@@ -146,10 +172,6 @@ def test_the_real_vicuna_bench() -> None:
     assert [e.label for e in examples] == [sum(row["gpt4_score"]) / 3 for row in raw]
     assert sum(e.label for e in examples) / 320 == pytest.approx(4.1458333, abs=1e-7)
     assert all(e.cot in row["gpt4_feedback"] for e, row in zip(examples, raw, strict=True))
-    # The built-in template writes the published prompt, up to white space at the ends of parts.
-    written = load_examples(data, "prometheus")
-    for ours, row in zip(written, raw, strict=True):
-        text, published = ours.messages[0]["content"], row["instruction"]
-        assert text.split() == published.split()
-    same = sum(a.messages == b.messages for a, b in zip(written, examples, strict=True))
-    assert same == 318  # two of the published instructions end in white space
+    # The built-in template writes the published prompt from its parts, character for character.
+    assert [e.messages for e in load_examples(data, "prometheus")] == [e.messages for e in examples]
+    assert all(e.messages[0]["content"] == row["instruction"].strip() for e, row in zip(examples, raw, strict=True))

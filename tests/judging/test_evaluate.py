@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import torch
 
+from real_megatron.config import DataSource
 from real_megatron.errors import DataError
 from real_megatron.evaluation.metrics import agreement
 from real_megatron.evaluation.report import read_run, write_report
 from real_megatron.evaluation.result import Evaluation, predictions_path
-from real_megatron.judging.evaluate import evaluate_set
+from real_megatron.judging.evaluate import evaluate_set, evaluate_sets
 from real_megatron.rollout.engine import SamplingParams
 from tests.support.judges import make_judge
 from tests.support.rollout_fakes import ScriptedEngine
@@ -168,3 +169,16 @@ def test_examples_that_cannot_be_told_apart_are_refused(tokenizer, scale, exampl
     for broken, message in (([], "no examples"), ([examples[0], examples[0]], "'e0' occurs twice")):
         with pytest.raises(DataError, match=message):
             evaluate(ScriptedEngine(), tokenizer, scale, broken, PARAMS, name="set")
+
+
+def test_a_result_says_which_column_its_labels_are(engine, tokenizer, scale, examples, tmp_path) -> None:
+    judge = make_judge(engine, tokenizer, scale, SamplingParams(n=1, max_new_tokens=1), bootstrap=1)
+    judge.config.data.eval = {
+        "human": DataSource(format="flask", path="flask.json", score="human_score"),
+        "gpt4": DataSource(format="flask", path="flask.json"),
+    }
+    sets = {name: examples[:2] for name in ("human", "gpt4", "own")}
+    results = evaluate_sets(judge, sets, tmp_path, about={"model": "m"})
+    assert [results[name].config.get("label_column") for name in sets] == ["human_score", "gpt4_score", None]
+    assert Evaluation.load(tmp_path / "evaluation/human.json").config["label_column"] == "human_score"
+    assert all(result.config["model"] == "m" for result in results.values())

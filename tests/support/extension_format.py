@@ -1,6 +1,6 @@
 """What a user's module with a record format of its own looks like."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from real_megatron.data import BadRecord, Record, register_format
@@ -17,8 +17,7 @@ def read_pair(row: Mapping[str, Any]) -> Record:
     return Record({"prompt": row["question"]}, list(row["grades"]), meta={"grades": row["grades"]})
 
 
-@register_format("shares", by_data_set=True)
-def choose(records: Sequence[Mapping[str, Any]]) -> Callable[[Mapping[str, Any]], Record]:
-    """`grades` are shares of ten where a record of the data set has a fraction."""
-    scale = 10 if any(grade % 1 for record in records for grade in record["grades"]) else 1
-    return lambda record: Record({"prompt": record["question"]}, [scale * grade for grade in record["grades"]])
+@register_format("columns", score="first")
+def read_column(row: Mapping[str, Any], score: str) -> Record:
+    """Any column of numbers, of which users choose one."""
+    return Record({"prompt": row["question"]}, [row[score]] if score in row else [])
