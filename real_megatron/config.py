@@ -84,7 +84,9 @@ class ParallelConfig(Section):
         120, ge=1, description="Longest wait of ranks for each other, after which a run that hangs ends."
     )
     sequence_parallel: bool = Field(False, description="Shard activations over TP ranks between layers (SP).")
-    distributed_optimizer: bool = Field(True, description="Shard optimizer state over data-parallel ranks.")
+    distributed_optimizer: bool = Field(
+        True, description="Shard optimizer state over data-parallel ranks. Stays as it is when a run is resumed."
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Self:

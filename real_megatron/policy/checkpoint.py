@@ -17,7 +17,7 @@ from torch import Tensor
 
 from real_megatron.policy import cpu
 from real_megatron.policy.megatron_versions import load_sharded, read_common_state
-from real_megatron.policy.optimizer import allocate_moments, sharded_torch_adams
+from real_megatron.policy.optimizer import allocate_moments, sharded_torch_adams, steps_everywhere
 
 # `fully_reshardable` optimizer state can be read at any TP, PP and DP. Always passed as a copy: Megatron adds the
 # current process groups to the dictionary that it is given.
@@ -38,7 +38,7 @@ def save(
 ) -> None:
     """Write model, optimizer, schedule, random states and the caller's `state` (plain data). Collective."""
     Path(directory).mkdir(parents=True, exist_ok=True)
-    with cpu.device_mode():
+    with cpu.device_mode(), steps_everywhere(optimizer):
         sharded = _sharded_state(chunks, optimizer, is_loading=False)
         sharded["scheduler"] = scheduler.state_dict()
         sharded["state"] = {**state, "layout": _layout()}
@@ -62,9 +62,9 @@ def load(
     Random states are restored when the layout and the kind of device are those that wrote them; at another layout they
     have no meaning, and those of the run's seed stay.
     """
-    with cpu.device_mode():
-        # Megatron describes the tensors to read by those that are there.
-        allocate_moments(optimizer)
+    # Megatron describes the tensors to read by those that are there.
+    allocate_moments(optimizer)
+    with cpu.device_mode(), steps_everywhere(optimizer):
         state = read_state(directory)
         same_layout = state.pop("layout") == _layout()
         sharded = _sharded_state(chunks, optimizer, is_loading=True)

@@ -1,6 +1,7 @@
 """Megatron-Core's data-parallel wrapper, Adam and learning-rate schedule, from the run configuration."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
@@ -15,7 +16,16 @@ from real_megatron.errors import ConfigError
 
 
 def wrap_ddp(chunks: Sequence[nn.Module], parallel: ParallelConfig) -> list[DistributedDataParallel]:
-    """Wrap each model chunk; gradients are summed over data-parallel ranks in float32."""
+    """Wrap each model chunk; gradients are summed over data-parallel ranks in float32.
+
+    Experts get gradient buffers and, with them, an optimizer of their own. Megatron does that only with expert
+    parallelism; here it is so at every layout, as the chain of optimizers must be the same where a checkpoint is
+    written and where it is read.
+    """
+    for chunk in chunks:
+        for name, parameter in chunk.named_parameters():
+            if ".mlp.experts." in name:
+                parameter.allreduce = False  # Megatron's mark
     config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=torch.cuda.is_available(),
@@ -81,12 +91,17 @@ def build_scheduler(
     )
 
 
+def chained(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
+    """The optimizers that `optimizer` chains: of experts and of all other parameters."""
+    return list(getattr(optimizer, "chained_optimizers", [optimizer]))
+
+
 def sharded_torch_adams(optimizer: MegatronOptimizer) -> list[DistributedOptimizer]:
     """Megatron's distributed optimizers, of those that `optimizer` chains, around torch's own Adam, which Megatron-Core
     takes where neither Transformer Engine nor Apex is installed."""
     return [
         one
-        for one in getattr(optimizer, "chained_optimizers", [optimizer])
+        for one in chained(optimizer)
         if isinstance(one, DistributedOptimizer) and isinstance(one.optimizer, torch.optim.Adam | torch.optim.AdamW)
     ]
 
@@ -102,3 +117,31 @@ def allocate_moments(optimizer: MegatronOptimizer) -> None:
                     "exp_avg": torch.zeros_like(parameter),
                     "exp_avg_sq": torch.zeros_like(parameter),
                 }
+
+
+_NO_PARAMETER = "no parameter"
+
+
+@contextmanager
+def steps_everywhere(optimizer: MegatronOptimizer) -> Iterator[None]:
+    """Let those chained optimizers, and groups, that have no parameters on this rank know how many steps were done.
+
+    A pipeline stage of dense layers has no experts, but Megatron takes the number of steps of all ranks' optimizers
+    from the first rank's when it saves. Torch's Adam counts in the state of each parameter, others in the groups.
+    """
+    inner = [one.optimizer for one in chained(optimizer)]
+    groups = [group for adam in inner for group in adam.param_groups]
+    in_states = [state["step"] for adam in inner for state in adam.state.values() if "step" in state]
+    in_groups = [group["step"] for group in groups if group["params"] and "step" in group]
+    without = [adam for adam in inner if not any(group["params"] for group in adam.param_groups)]
+    if in_groups:
+        for group in groups:
+            group["step"] = in_groups[0]
+    try:
+        if in_states:
+            for adam in without:
+                adam.state[_NO_PARAMETER] = {"step": in_states[0].clone()}
+        yield
+    finally:
+        for adam in inner:  # also where a checkpoint of such a rank has been read
+            adam.state.pop(_NO_PARAMETER, None)

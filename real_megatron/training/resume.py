@@ -2,16 +2,19 @@
 
 from typing import Any
 
-from real_megatron.config import RolloutConfig, RunConfig
+from real_megatron.config import ParallelConfig, RolloutConfig, RunConfig
 from real_megatron.errors import ConfigError
 
 # Of the rollouts, what decides which responses are sampled; the rest says where and how fast.
 SAMPLING = ("n", "temperature", "top_p", "staleness")
 
+# Decides in which of two forms Megatron keeps the optimizer's state; neither can be read as the other.
+FORM = "parallel.distributed_optimizer"
+
 # What may differ: none of it changes which updates the run makes (but for the order of floating-point sums).
 FREE = (
     "output",
-    "parallel",
+    *(name for name in (f"parallel.{key}" for key in ParallelConfig.model_fields) if name != FORM),
     "model.dtype",
     "model.spec",
     "model.megatron_class",
@@ -35,9 +38,12 @@ def check_same_run(saved: dict[str, Any], config: RunConfig, where: str) -> None
     """Raise ConfigError, listing each difference, unless `config` continues the run whose configuration was saved.
 
     saved: `config.model_dump(mode="json")` of the run that wrote the checkpoint. The number of steps may change where
-    the learning rate does not decay towards it.
+    the learning rate does not decay towards it, the model's dtype where the optimizer's state is distributed: else its
+    form depends on the dtype.
     """
     free = FREE + (("steps", "epochs") if config.optimizer.schedule == "constant" else ())
+    if not config.parallel.distributed_optimizer:
+        free = tuple(name for name in free if name != "model.dtype")
     before, now = _flatten(saved), _flatten(config.model_dump(mode="json"))
     differences = [
         f"  {key}: {before.get(key)!r} in the checkpoint, {now.get(key)!r} now"

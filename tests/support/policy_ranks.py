@@ -133,14 +133,14 @@ def logprobs(config: RunConfig) -> list[list[tuple[list[float], list[float] | No
 
 @dataclass
 class Continued:
-    """What the step after saving or loading a checkpoint gives."""
+    """What two steps after saving or loading a checkpoint give."""
 
     metrics: list[float]
-    """Loss, gradient norm and learning rate."""
+    """Loss, gradient norm and learning rate of each step."""
     random_states: list[list[int]]
-    """The CPU's and those of Megatron's tracker, before the step."""
+    """The CPU's and those of Megatron's tracker, before the steps."""
     weights: dict[str, torch.Tensor]
-    """Exported after the step. Adam's moments take part in them, and in nothing else."""
+    """Exported after the steps. Adam's moments take part in them; in the metrics of the first step they do not."""
 
 
 def train_all_with_overlap(configs: list[RunConfig]) -> Any:
@@ -191,7 +191,7 @@ def save_as_with_a_gpu(config: RunConfig, directory: Path) -> None:
 
 
 def save_and_continue(config: RunConfig, directory: Path) -> Continued:
-    """Two steps, save, one more step."""
+    """Two steps, save, two more steps."""
     policy = make_policy(config)
     objective = build_objective(config.objective)
     for step in range(2):
@@ -201,7 +201,7 @@ def save_and_continue(config: RunConfig, directory: Path) -> Continued:
 
 
 def load_and_continue(config: RunConfig, directory: Path) -> tuple[dict[str, Any], Continued]:
-    """Load into a fresh policy and take the step that `save_and_continue` took last; the state that was saved."""
+    """Load into a fresh policy and take the steps that `save_and_continue` took last; the state that was saved."""
     policy = make_policy(config)
     torch.rand(7)
     with cpu.device_mode(), get_cuda_rng_tracker().fork():
@@ -211,9 +211,10 @@ def load_and_continue(config: RunConfig, directory: Path) -> tuple[dict[str, Any
 
 def _continue(policy: Policy) -> Continued:
     states = [torch.get_rng_state(), *get_cuda_rng_tracker().get_states().values()]
-    metrics = policy.train_step(make_groups(seed=2), build_objective(policy.config.objective))
+    objective = build_objective(policy.config.objective)
+    steps = [policy.train_step(make_groups(seed=seed), objective) for seed in (2, 3)]
     return Continued(
-        [metrics["loss"], metrics["grad_norm"], metrics["lr"]],
+        [metrics[name] for metrics in steps for name in ("loss", "grad_norm", "lr")],
         [state.tolist() for state in states],
         {name: tensor.clone() for name, tensor in policy.export()},
     )

@@ -41,6 +41,15 @@ def test_what_makes_it_another_run_is_refused_by_name(override: str, line: str) 
     assert line in str(error.value) and "another output directory" in str(error.value)
 
 
+def test_the_form_of_the_optimizers_state_stays() -> None:
+    """Megatron's load of another form ends with hundreds of missing keys, or with a KeyError."""
+    plain = "parallel.distributed_optimizer=false"
+    with pytest.raises(ConfigError, match="parallel.distributed_optimizer: True in the checkpoint, False now"):
+        resumed(plain)
+    with pytest.raises(ConfigError, match="model.dtype: 'auto' in the checkpoint, 'bfloat16' now"):
+        resumed("model.dtype=bfloat16", base=(plain,))
+
+
 def test_more_steps_only_where_the_schedule_does_not_decay() -> None:
     resumed("steps=500")
     with pytest.raises(ConfigError, match="steps: 100 in the checkpoint, 500 now"):
@@ -62,7 +71,7 @@ def test_every_other_key_decides_the_run() -> None:
     leaves = [key for key in known_keys(RunConfig) if key not in sections]
     deciding = {k for k in leaves if not any(k == free or k.startswith(free + ".") for free in FREE)}
     assert deciding == {
-        *("seed", "steps", "epochs", "model.path", "model.revision", "model.family"),
+        *("seed", "steps", "epochs", "model.path", "model.revision", "model.family", "parallel.distributed_optimizer"),
         *(f"optimizer.{key}" for key in OptimizerConfig.model_fields),
         *("batch.prompts", "batch.mini_batches", "batch.old_logprobs"),
         *(f"scale.{key}" for key in ScaleConfig.model_fields),
