@@ -4,8 +4,8 @@ The keys are those of `sharded_state_dict` in Megatron-Core, the same for its lo
   - dense models stack their layers: `decoder.layers.<name>`, with the layer as the first axis;
   - models with experts do not: `decoder.layers.<layer>.<name>`;
   - experts of a layer are stacked: `…mlp.experts.experts.<name>`, with the expert as an axis;
-  - norms are stored under their fused name (`linear_qkv.layer_norm_weight`). Before experts the two specs
-    disagree, so that norm is stored under both names.
+  - norms are stored under their fused name (`linear_qkv.layer_norm_weight`). Before experts Megatron's two specs
+    disagree, so that norm is stored under both names. (The policy stores it as Transformer Engine's spec does.)
 Every linear layer also has an `_extra_state` object, which is empty without FP8 but must exist, and so has every norm
 that Transformer Engine does not fuse into a linear layer (from its version 2 on).
 """

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing, parallel_state
-from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedObject
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
@@ -83,8 +83,27 @@ def load(
     return state
 
 
+def model_state_to_load(chunks: Sequence[MegatronModule]) -> dict[str, Any]:
+    """The sharded state of the model chunks, to be read from a checkpoint of either layer spec. Collective.
+
+    Without the `_extra_state` objects, which are empty without FP8: which modules have one depends on the spec and on
+    the version of Transformer Engine, and where a checkpoint lacks one Megatron's load would fail.
+    """
+    return {
+        f"model{i}": {
+            key: LocalNonpersistentObject(None) if "_extra_state" in key else value
+            for key, value in chunk.sharded_state_dict(metadata=dict(METADATA)).items()
+        }
+        for i, chunk in enumerate(chunks)
+    }
+
+
 def _sharded_state(chunks: Sequence[MegatronModule], optimizer: MegatronOptimizer, is_loading: bool) -> dict[str, Any]:
-    models = {f"model{i}": chunk.sharded_state_dict(metadata=dict(METADATA)) for i, chunk in enumerate(chunks)}
+    models = (
+        model_state_to_load(chunks)
+        if is_loading
+        else {f"model{i}": chunk.sharded_state_dict(metadata=dict(METADATA)) for i, chunk in enumerate(chunks)}
+    )
     return {
         **models,
         "optimizer": optimizer.sharded_state_dict(models, is_loading=is_loading, metadata=dict(METADATA)),

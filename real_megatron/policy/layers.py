@@ -43,6 +43,8 @@ def layer_spec(config: TransformerConfig, description: ModelDescription, model: 
     attention = layer.submodules.self_attention.submodules
     attention.core_attention = ModuleSpec(module=PackedAttention, params={"windows": description.sliding_window})
     if not use_te:
+        if moe:  # Transformer Engine has no linear layer to fuse this norm into: stored under its own name there
+            del layer.submodules.sharded_state_dict_keys_map["pre_mlp_layernorm."]
         layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
         if config.qk_layernorm:
             attention.q_layernorm = attention.k_layernorm = RMSNorm

@@ -20,6 +20,7 @@ from real_megatron.hf.model import load_model
 from real_megatron.hf.side_files import read_config
 from real_megatron.policy import cpu, parallel_groups
 from real_megatron.policy.attention import PackedParams
+from real_megatron.policy.checkpoint import model_state_to_load
 from real_megatron.policy.megatron_versions import load_sharded
 from real_megatron.policy.model import build_model
 from real_megatron.runtime import default_device
@@ -98,8 +99,7 @@ def hf_logits(hf_path: str | Path, tokens: Tensor) -> Tensor:
 def load_weights(chunks: Sequence[MegatronModule], directory: str | Path) -> None:
     """Read the model (nothing else) from a Megatron checkpoint of any layout. Collective."""
     with cpu.device_mode():
-        state = {f"model{i}": chunk.sharded_state_dict() for i, chunk in enumerate(chunks)}
-        loaded = load_sharded(state, directory)
+        loaded = load_sharded(model_state_to_load(chunks), directory)
         for i, chunk in enumerate(chunks):
             chunk.load_state_dict(loaded[f"model{i}"], strict=True)
 

@@ -9,11 +9,13 @@ from real_megatron.bridge import convert_hf_to_megatron, describe, load_hf
 from real_megatron.bridge.live import local_parameters
 from real_megatron.errors import CheckpointError
 from tests.support.bridge_ranks import (
+    continue_with_norms_of,
     load_with_transformer_engine_norms,
     tiny_config,
     tiny_model,
     transformer_engine_spec,
 )
+from tests.support.policy_ranks import VOCAB, make_config, write_checkpoint
 from tests.support.ranks import run_ranks
 
 # Parameter names of Megatron-Core's Transformer Engine layer specs, for a rank with 4 local experts.
@@ -46,6 +48,22 @@ def test_transformer_engine_norms_find_their_extra_state(tmp_path: Path, variant
     convert_hf_to_megatron(tmp_path / "hf", tmp_path / "megatron", workers=1, progress=False)
     found = run_ranks(1, load_with_transformer_engine_norms, str(tmp_path / "hf"), str(tmp_path / "megatron"))
     assert found == [norms]
+
+
+SPECS = ("local", "transformer_engine")
+
+
+@pytest.mark.parametrize("written", SPECS)
+def test_training_checkpoints_go_from_one_layer_spec_to_the_other(tmp_path: Path, written: str) -> None:
+    """Norms have an `_extra_state` in one, and the norm before experts had another name. All else is the same here, so
+    the steps that follow are bit-identical."""
+    small = tiny_config("qwen3_moe", vocab_size=VOCAB, num_hidden_layers=2, num_experts=4, mlp_only_layers=[0])
+    config = make_config(write_checkpoint(tmp_path / "hf", small))
+    (other,) = set(SPECS) - {written}
+    expected = run_ranks(1, continue_with_norms_of, written, config, None, tmp_path / "saved")[0]
+    found = run_ranks(1, continue_with_norms_of, other, config, tmp_path / "saved", None)[0]
+    assert found.metrics == expected.metrics
+    assert all(torch.equal(tensor, expected.weights[name]) for name, tensor in found.weights.items())
 
 
 def test_a_missing_parameter_is_named(tmp_path: Path) -> None:

@@ -267,36 +267,59 @@ class TransformerEngineNorm(RMSNorm):
         assert state is None or not state.numel()
 
 
-def load_with_transformer_engine_norms(hf_dir: str, megatron_dir: str) -> int:
-    """Load a converted checkpoint into a model that asks for what one with Transformer Engine's norms asks for.
+def with_transformer_engine_norms(chunk: Any, description: Any) -> int:
+    """Let a model ask for what one with Transformer Engine's norms asks for at a load, and store what it stores.
 
     Returns how many such norms there are. Those before attention and dense MLPs are fused into linear layers.
     """
+    norms = [chunk.decoder.final_layernorm] if chunk.post_process else []
+    for layer in chunk.decoder.layers:
+        norms += [norm for norm in layer.self_attention.children() if isinstance(norm, RMSNorm)]
+        if description.is_moe_layer(layer.layer_number - 1):
+            norms.append(layer.pre_mlp_layernorm)
+            # Whatever its local counterpart is stored as.
+            layer.submodules_config.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.", None)
+    for norm in norms:
+        norm.__class__ = TransformerEngineNorm
+    return len(norms)
+
+
+def load_with_transformer_engine_norms(hf_dir: str, megatron_dir: str) -> int:
+    """Let Megatron itself load a converted checkpoint `with_transformer_engine_norms`; returns how many there are."""
     from real_megatron.bridge import describe
     from real_megatron.config import ModelConfig, ParallelConfig
     from real_megatron.hf.side_files import read_config
-    from real_megatron.policy import parallel_groups
+    from real_megatron.policy import cpu, parallel_groups
+    from real_megatron.policy.megatron_versions import load_sharded
     from real_megatron.policy.model import build_model
-    from real_megatron.policy.verify import load_weights
 
     parallel_groups.initialize(ParallelConfig())
     description = describe(read_config(Path(hf_dir)))
     (chunk,) = build_model(description, ParallelConfig(), ModelConfig(dtype="float32", vocab_multiple=16))
-    norms = [chunk.decoder.final_layernorm]
-    for index, layer in enumerate(chunk.decoder.layers):
-        norms += [norm for norm in layer.self_attention.children() if isinstance(norm, RMSNorm)]
-        if description.is_moe_layer(index):
-            norms.append(layer.pre_mlp_layernorm)
-            # Its local counterpart is stored as if it were fused.
-            layer.submodules_config.sharded_state_dict_keys_map = {
-                key: value
-                for key, value in layer.submodules_config.sharded_state_dict_keys_map.items()
-                if not key.startswith("pre_mlp_layernorm")
-            }
-    for norm in norms:
-        norm.__class__ = TransformerEngineNorm
-    load_weights([chunk], megatron_dir)
-    return len(norms)
+    norms = with_transformer_engine_norms(chunk, description)
+    with cpu.device_mode():
+        chunk.load_state_dict(load_sharded({"model0": chunk.sharded_state_dict()}, megatron_dir)["model0"], strict=True)
+    return norms
+
+
+def continue_with_norms_of(spec: str, config: Any, read: Path | None, write: Path | None) -> Any:
+    """`save_and_continue` (into `write`) or `load_and_continue` (from `read`), with the names of a layer spec."""
+    from real_megatron.policy import policy
+    from tests.support.policy_ranks import load_and_continue, save_and_continue
+
+    real_build = policy.build_model
+
+    def build(description: Any, *args: Any) -> list[Any]:
+        chunks = real_build(description, *args)
+        if spec == "transformer_engine":
+            assert all([with_transformer_engine_norms(chunk, description) for chunk in chunks])
+        return chunks
+
+    policy.build_model = build
+    try:
+        return save_and_continue(config, write) if write else load_and_continue(config, read)[1]
+    finally:
+        policy.build_model = real_build
 
 
 def _register(module: torch.nn.Module, name: str, tensor: torch.Tensor) -> None:
