@@ -1,6 +1,7 @@
 """Reading a Hugging Face checkpoint directory: no tensor missing or unknown, and only the needed blocks are read.
 
 Format: `model.safetensors`, or several files listed in `model.safetensors.index.json` (https://huggingface.co/docs/safetensors).
+A directory may hold further sets of weights: `weight_files` says which one is the checkpoint, for every reader.
 """
 
 import json
@@ -42,9 +43,8 @@ class HFCheckpoint:
         self.entries: dict[str, Entry] = {}
         self._handles: dict[Path, Any] = {}
         self._read_bytes = 0
-        index = self.directory / INDEX
-        listed = _read_index(index) if index.exists() else None
-        for file in self._files(listed):
+        files, listed = _choose(self.directory)
+        for file in files:
             for name, entry in _read_header(file):
                 if name in self.entries:
                     raise CheckpointError(f"{file}: tensor '{name}' is also in {self.entries[name].file.name}")
@@ -56,20 +56,6 @@ class HFCheckpoint:
                 raise CheckpointError(
                     f"{self.directory / listed_file}: tensor '{name}' is missing, though {INDEX} lists it"
                 )
-
-    def _files(self, listed: dict[str, str] | None) -> list[Path]:
-        if listed is not None:
-            files = [self.directory / name for name in sorted(set(listed.values()))]
-            for file in files:
-                if not file.is_file():
-                    lost = next(name for name, where in listed.items() if where == file.name)
-                    raise CheckpointError(f"{file} is missing; {INDEX} places tensor '{lost}' and others there")
-            return files
-        if (self.directory / SINGLE).is_file():
-            return [self.directory / SINGLE]
-        if any(self.directory.glob("*.bin")):
-            raise CheckpointError(f"{self.directory} holds pickled .bin weights only; save the model as safetensors")
-        raise CheckpointError(f"{self.directory}: neither {SINGLE} nor {INDEX} found")
 
     @property
     def shapes(self) -> dict[str, Shape]:
@@ -131,6 +117,86 @@ class HFCheckpoint:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_handles": {}, "_read_bytes": 0}
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The files that hold the checkpoint's weights: `model.safetensors`, or those that the index lists.
+
+    Other files beside them are no part of it: transformers reads none of `consolidated.safetensors` (Mistral's own
+    format), `adapter_model.safetensors` and pickled `.bin` files. Raises CheckpointError where no such files are, one
+    of them is missing, or readers would differ in what they read:
+
+    - `model.safetensors` beside an index of other files: transformers reads the former, SGLang and vLLM the latter;
+    - `adapter_config.json`: transformers with peft installed adds the adapter to the weights, no other reader does;
+    - `transformers_weights` in config.json: transformers reads the file that it names, no other reader does.
+    """
+    return _choose(directory)[0]
+
+
+def check_servers_read_the_same(directory: Path) -> None:
+    """Raise CheckpointError as `weight_files`, and where SGLang and vLLM would load more than those: without an index
+    they read every safetensors file there is. A directory without weights passes."""
+    if not any((directory / name).is_file() for name in (INDEX, SINGLE)):
+        return
+    weight_files(directory)
+    if (directory / INDEX).is_file():
+        return
+    others = sorted(file.name for file in directory.glob("*.safetensors") if file.name != SINGLE)
+    if others:
+        raise CheckpointError(
+            f"{directory} holds {', '.join(others)} beside {SINGLE}, and no {INDEX}: SGLang and vLLM servers would "
+            f"load all of them. Move {', '.join(others)} to another directory"
+        )
+
+
+def _choose(directory: Path) -> tuple[list[Path], dict[str, str] | None]:
+    """The weight files, and the index (tensor → file) if they have one."""
+    single, index = directory / SINGLE, directory / INDEX
+    _refuse_redirected(directory)
+    listed = _read_index(index) if index.exists() else None
+    if listed is None:
+        if single.is_file():
+            return [single], None
+        raise CheckpointError(_none_found(directory))
+    names = sorted(set(listed.values()))
+    if single.is_file() and names != [SINGLE]:
+        raise CheckpointError(
+            f"{directory} holds two sets of weights: {SINGLE}, which transformers reads, and {INDEX} with {names[0]} "
+            "and others, which SGLang and vLLM read. Remove the set that is not meant"
+        )
+    for name in names:
+        if not (directory / name).is_file():
+            lost = next(tensor for tensor, where in listed.items() if where == name)
+            raise CheckpointError(f"{directory / name} is missing; {INDEX} places tensor '{lost}' and others there")
+    return [directory / name for name in names], listed
+
+
+def _refuse_redirected(directory: Path) -> None:
+    adapter = directory / "adapter_config.json"
+    if adapter.is_file():
+        raise CheckpointError(
+            f"{adapter}: an adapter beside the weights of a model, which transformers adds to them where peft is "
+            "installed. Merge it into the weights (peft's merge_and_unload), or move adapter_config.json and "
+            "adapter_model.safetensors to another directory"
+        )
+    config = directory / "config.json"
+    try:
+        named = json.loads(config.read_text(encoding="utf-8")).get("transformers_weights")
+    except (OSError, ValueError, AttributeError):
+        return  # read_config names what is wrong with it
+    if named:
+        raise CheckpointError(
+            f"{config}: transformers_weights names '{named}', which servers do not read. Remove the key and give that "
+            f"file its usual name: {SINGLE}, or {INDEX}"
+        )
+
+
+def _none_found(directory: Path) -> str:
+    others = sorted(file.name for pattern in ("*.safetensors", "*.bin") for file in directory.glob(pattern))
+    if others and all(name.endswith(".bin") for name in others):
+        return f"{directory} holds pickled .bin weights only; save the model as safetensors"
+    found = f" (but {', '.join(others[:3])}, which transformers does not read)" if others else ""
+    return f"{directory}: neither {SINGLE} nor {INDEX} found{found}"
 
 
 def _read_index(index: Path) -> dict[str, str]:

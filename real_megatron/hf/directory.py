@@ -14,6 +14,9 @@ _HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 # Never code or pickles.
 _SIDE_FILES = [*PATTERNS, "real_megatron.yaml"]
 _WEIGHTS = ["*.safetensors", "*.safetensors.index.json"]
+# Sets of weights that are no part of the checkpoint (hf/checkpoint.py): Mistral's own format, adapters, and what lies
+# in subfolders. They can be as large as the checkpoint.
+_NOT_READ = ["consolidated*", "adapter_*", "*/*"]
 
 
 def checkpoint_directory(path: str | Path, revision: str | None = None, weights: bool = True) -> Path:
@@ -50,7 +53,7 @@ def _download(name: str, revision: str | None, weights: bool) -> Path:
     at = f" at revision {revision!r}" if revision else ""
     wanted = [*_SIDE_FILES, *_WEIGHTS] if weights else _SIDE_FILES
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted, ignore_patterns=_NOT_READ))
     except (RepositoryNotFoundError, RevisionNotFoundError):
         raise MissingCheckpoint(
             f"{name}: no directory here, and the hub has no such model{at} (or it is private or gated: log in with "

@@ -8,6 +8,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from real_megatron.errors import CheckpointError
+from real_megatron.hf.checkpoint import weight_files
 from real_megatron.hf.side_files import read_config
 
 logger = logging.getLogger(__name__)
@@ -16,9 +17,10 @@ logger = logging.getLogger(__name__)
 def load_model(directory: str | Path, dtype: torch.dtype) -> PreTrainedModel:
     """The causal language model of a Hugging Face checkpoint, on the host; remote code is never run.
 
-    Raises CheckpointError for a checkpoint that is damaged or not complete: transformers alone would fill what is
-    missing with random numbers.
+    Raises CheckpointError for a checkpoint that is damaged or not complete (transformers alone would fill what is
+    missing with random numbers), and as `weight_files`.
     """
+    weight_files(Path(directory))
     config = read_config(Path(directory))
     try:
         model, found = AutoModelForCausalLM.from_pretrained(

@@ -42,7 +42,7 @@ def carry(source: Path, target: Path, dtype: torch.dtype | None = None) -> list[
     found = [*source.iterdir(), *source.glob("additional_chat_templates/*")]
     files = sorted(path.relative_to(source).as_posix() for path in found if path.is_file())
     names = [name for name in files if any(fnmatch(name, pattern) for pattern in PATTERNS)]
-    others = [name for name in files if name not in names and "safetensors" not in name]
+    others = [name for name in files if name not in names and not fnmatch(name, "model*.safetensors*")]
     if others:
         log.info("%s: not carried over: %s", source, ", ".join(others))
     for name in names:

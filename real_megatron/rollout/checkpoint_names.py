@@ -5,7 +5,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from real_megatron.errors import EngineError
-from real_megatron.hf.checkpoint import HFCheckpoint, Shape
+from real_megatron.hf.checkpoint import INDEX, SINGLE, HFCheckpoint, Shape
 
 _SHOWN = 5
 _HEAD = "lm_head.weight"
@@ -13,8 +13,8 @@ _HEAD = "lm_head.weight"
 
 @lru_cache(maxsize=4)
 def checkpoint_shapes(model_dir: Path) -> dict[str, Shape]:
-    """Name and shape of every tensor in a directory's safetensors files; none where it has no such files."""
-    return HFCheckpoint(model_dir).shapes if any(model_dir.glob("*.safetensors")) else {}
+    """Name and shape of every tensor of a checkpoint; none where a directory holds no weights."""
+    return HFCheckpoint(model_dir).shapes if any((model_dir / name).is_file() for name in (INDEX, SINGLE)) else {}
 
 
 def check_names(model_dir: Path, sent: Mapping[str, list[int]], tied: bool) -> None:
@@ -22,7 +22,7 @@ def check_names(model_dir: Path, sent: Mapping[str, list[int]], tied: bool) -> N
 
     tied: the output layer is the embedding; `lm_head.weight` may then be on one side only, as some store it
 
-    A directory without safetensors (nothing to compare with) passes.
+    A directory without weights (nothing to compare with) passes.
     """
     expected = dict(checkpoint_shapes(model_dir))
     if not expected:

@@ -69,8 +69,13 @@ def test_a_hub_name_is_downloaded(model: Path, downloads: list[dict[str, Any]]) 
                 "pytorch_model.bin",
                 "modeling_evil.py",
                 "model.gguf",
+                "consolidated.safetensors",
+                "adapter_model.safetensors",
+                "original/model.safetensors",
+                "original/tokenizer.model",
             ],
             allow_patterns=patterns,
+            ignore_patterns=downloads[0]["ignore_patterns"],
         )
     )
     assert kept == ["config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "tokenizer.json"]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from real_megatron.errors import EngineError, PromptRefused
+from real_megatron.hf.checkpoint import check_servers_read_the_same
 from real_megatron.rollout.engine import EngineSpec, Response, SamplingParams, WeightSyncError
 from real_megatron.rollout.remote.client import RequestClient
 from real_megatron.rollout.remote.errors import Retryable
@@ -35,7 +36,12 @@ class RemoteEngine(ABC):
     """Positions of the model that the server does not give to prompt and response."""
 
     def __init__(self, spec: EngineSpec) -> None:
-        """Everything but what weight syncs need: a subclass adds that, then calls `_start`."""
+        """Everything but what weight syncs need: a subclass adds that, then calls `_start`.
+
+        Raises CheckpointError where servers would load other files of the checkpoint than this package.
+        """
+        if spec.serve_loaded or not spec.config.servers:
+            check_servers_read_the_same(spec.model_dir)
         hf_config = spec.hf_config()
         positions = getattr(hf_config, "max_position_embeddings", None) or sys.maxsize
         self._config = spec.config
