@@ -317,7 +317,11 @@ class DataSource(Section):
         description="Record format: jsonl, feedback_collection, feedback_bench, flask, vicuna_bench, mt_bench, or "
         "module:name for one of your own (docs/extending.md).",
     )
-    path: str = Field(..., description="Local file, or the data set's name on the hub.")
+    path: str = Field(
+        ...,
+        description="Local file (.jsonl, .json, .parquet, .csv, .tsv), or the data set's name on the hub.",
+    )
+    subset: str | None = Field(None, description="Subset of a hub data set that has several.")
     split: str = Field("train", description="Split, for hub data sets.")
     limit: int | None = Field(None, ge=1, description="Use the first N records only.")
     score: str | None = Field(
@@ -326,13 +330,38 @@ class DataSource(Section):
         description="Column of the annotations whose mean is the label, such as human_score of FLASK; unset: the "
         "format's own (jsonl: label; feedback_collection, feedback_bench: orig_score; the others: gpt4_score).",
     )
+    columns: dict[str, str] = Field(
+        default_factory=dict,
+        description="Columns under our names, as `our name: their column`: what the format reads (for jsonl: prompt, "
+        "messages, label, cot, id, group), or what a template names (docs/extending.md).",
+    )
+    labels: dict[str, float] = Field(
+        default_factory=dict,
+        description="Numbers of labels that are words or class numbers, as `text: number`; when set, any other label "
+        "is an error.",
+    )
+
+
+class EvaluationSource(DataSource):
+    """One evaluation data set: a data set (`data.train[i]`), and how its rows belong together."""
+
+    cluster: str | None = Field(
+        None,
+        description="Column whose rows of one value are resampled together for the confidence intervals, such as the "
+        "question of several answers; unset: `group` where a row has it, else each row by itself.",
+    )
+    within: str | None = Field(
+        None,
+        description="Column within whose values correlation is computed too, and averaged over them, such as the "
+        "aspect or the document.",
+    )
 
 
 class DataConfig(Section):
     """Training and evaluation data."""
 
     train: list[DataSource] = Field(default_factory=list, description="Training data sets.")
-    eval: dict[str, DataSource] = Field(default_factory=dict, description="Named evaluation data sets.")
+    eval: dict[str, EvaluationSource] = Field(default_factory=dict, description="Named evaluation data sets.")
     template: str = Field("plain", description="Prompt template: a built-in name (plain, prometheus) or a file.")
     chat_template: bool = Field(True, description="Write prompts with the tokenizer's chat template, if it has one.")
     max_prompt_tokens: int = Field(

@@ -1,99 +1,197 @@
 """Records of a data set, one by one, each with its place (file and line or row)."""
 
+import csv
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import datasets
+import pyarrow.parquet
 
 from real_megatron.config import DataSource
+from real_megatron.data.record import check_text, decode_json, parse_json, plain_record
 from real_megatron.errors import DataError
 
-JSON, PARQUET = (".json", ".jsonl"), ".parquet"
+HUB_NAME = re.compile(r"([\w-][\w.-]*/)?[\w-][\w.-]*", re.ASCII)
+CELL = 2**31 - 1
+"""Longest cell of a CSV file, in characters. Python's own limit, 131,072, is less than a long prompt has."""
 
 
 def read_records(source: DataSource) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The first `source.limit` records, each after its place: file and line (JSON lines) or row, counted from 1.
+    """The first `source.limit` records, each after its place: file and line (JSON lines, CSV) or row, counted from 1.
 
-    Sources: a local .json (a list of objects, or one object a line), .jsonl or .parquet file, or the name of a data
-    set on the hub. Parquet and hub data go through `datasets`. Local JSON does not: Arrow's reader turns texts that
-    look like dates into timestamps, merges types, and does not say which line is broken.
+    Sources: a local file, opened as exactly this file whatever characters its path has, or the name of a data set on
+    the hub. Kinds of files, by the end of the name:
 
-    Raises DataError, naming the place and the fix, for what cannot be read.
+    - .jsonl: an object a line; .json: the same, or one list of objects
+    - .csv: commas, and quotes as in RFC 4180; .tsv: tabs, quotes have no meaning. The first line names the columns.
+      Values stay texts; an empty cell is null
+    - .parquet
+
+    Hub data goes through `datasets`. Local files do not: `datasets` takes paths for patterns, and its readers of text
+    turn what looks like a date into a timestamp, merge types, and do not say which line is broken.
+
+    Raises DataError, naming the place and the fix, for what cannot be read or not be written again (`plain_record`).
     """
     path = Path(source.path)
-    if path.suffix in (*JSON, PARQUET):
-        if not path.is_file():
-            raise DataError(f"{path}: no such file; correct the path of this data set")
-        records = _json(path) if path.suffix in JSON else _numbered(path, _parquet(path))
-    elif path.is_file():
-        raise DataError(f"{path}: unknown kind of file; use {', '.join((*JSON, PARQUET))}")
-    else:
-        records = _numbered(path, _hub(source))
-    return islice(records, source.limit)
+    read = _READERS.get(path.suffix.lower())
+    if path.is_dir():  # also where it has the name of a data set on the hub: datasets would read whatever lies in it
+        raise DataError(f"{path}: a directory; name the file in it")
+    if read is None and path.exists():
+        raise DataError(f"{path}: unknown kind of file; use {', '.join(_READERS)}")
+    if read is not None and not path.is_file():
+        raise DataError(f"{path}: no such file; correct the path of this data set")
+    records = _hub(source) if read is None else read(path)
+    return islice(_plain(records), source.limit)
 
 
-def _json(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    try:
-        with path.open(encoding="utf-8-sig") as file:
-            first = next((char for line in file for char in line if not char.isspace()), None)
-            file.seek(0)
-            records = _numbered(path, _list(path, file.read())) if first == "[" else _lines(path, file)
-            for where, record in records:
-                if not isinstance(record, dict):
-                    raise DataError(f"{where}: {json.dumps(record)[:80]} is no object; each record is one JSON object")
-                yield where, record
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 text ({error.reason}); save it as UTF-8") from None
+def _plain(records: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
+    for where, record in records:
+        try:
+            plain = plain_record(record)
+        except DataError as error:
+            raise DataError(f"{where}: {error}") from None
+        yield where, plain
 
 
-def _lines(path: Path, lines: Iterator[str]) -> Iterator[tuple[str, Any]]:
+def _open(path: Path) -> TextIO:
+    # Bytes that are not UTF-8 are found where they are used, since only there the line is known.
+    return path.open(encoding="utf-8-sig", errors="surrogateescape", newline="")
+
+
+def _json(path: Path) -> Iterator[tuple[str, Any]]:
+    with _open(path) as file:
+        first = next((char for line in file for char in line if not char.isspace()), None)
+        file.seek(0)
+        yield from _list(path, file.read()) if first == "[" else _lines(path, file)
+
+
+def _lines(path: Path, lines: Iterable[str]) -> Iterator[tuple[str, Any]]:
     for number, line in enumerate(lines, 1):
         if line.isspace():
             continue
         where = f"{path}, line {number}"
         try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(
-                f"{where}: not valid JSON ({error.msg}, column {error.colno}); write one object a line, or one list"
-            ) from None
-        except ValueError as error:  # an integer of more digits than Python reads
+            record = parse_json(line)
+        except DataError as error:
             raise DataError(f"{where}: {error}") from None
         yield where, record
 
 
-def _list(path: Path, text: str) -> list[Any]:
+def _list(path: Path, text: str) -> Iterator[tuple[str, Any]]:
+    """The items of a JSON list, parsed one by one, so that a faulty one is known by its number."""
+    for number, line in enumerate(text.split("\n"), 1):
+        try:
+            check_text(line)
+        except DataError as error:
+            raise DataError(f"{path}, line {number}: {error}") from None
+    number, at = 0, _skip(text, text.index("[") + 1)
     try:
-        records: list[Any] = json.loads(text)
+        while text[at : at + 1] != "]":
+            if number:
+                if text[at : at + 1] != ",":
+                    raise json.JSONDecodeError("Expecting ',' delimiter", text, at)
+                at = _skip(text, at + 1)
+            number += 1
+            where = f"{path}, row {number}"
+            try:
+                record, at = decode_json(text, at)
+            except DataError as error:
+                raise DataError(f"{where}: {error}") from None
+            yield where, record
+            at = _skip(text, at)
+        if (end := _skip(text, at + 1)) < len(text):
+            raise json.JSONDecodeError("Extra data", text, end)
     except json.JSONDecodeError as error:
         raise DataError(
             f"{path}, line {error.lineno}, column {error.colno}: not valid JSON ({error.msg}); is the file complete?"
         ) from None
-    except ValueError as error:
-        raise DataError(f"{path}: {error}") from None
-    return records
 
 
-def _parquet(path: Path) -> Iterator[dict[str, Any]]:
+def _skip(text: str, at: int) -> int:
+    """The position of what follows the white space at `at`."""
+    while text[at : at + 1] in tuple(" \t\n\r"):
+        at += 1
+    return at
+
+
+def _csv(path: Path, dialect: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    csv.field_size_limit(CELL)
+    with _open(path) as file:
+        rows = csv.reader(file, strict=True, **dialect)
+        names: list[str] = []
+        while True:
+            # A quoted cell may hold line breaks: a row is known by its first line.
+            where = f"{path}, line {rows.line_num + 1}"
+            try:
+                row = next(rows, None)
+            except csv.Error as error:
+                raise DataError(
+                    f"{where}: {error}; put a cell that holds quotes, commas or line breaks between quotes, and write "
+                    "quotes in it twice"
+                ) from None
+            if row is None:
+                break
+            try:
+                check_text("\n".join(row))
+            except DataError as error:
+                raise DataError(f"{where}: {error}") from None
+            if not names:
+                names = row
+                repeated = [name for i, name in enumerate(names) if name in names[:i]]
+                if repeated or not names:
+                    what = f"the column {repeated[0]!r} is named twice" if repeated else "no names of columns"
+                    raise DataError(f"{where}: {what}; the first line names each column")
+            elif len(row) == len(names):
+                yield where, {name: cell or None for name, cell in zip(names, row, strict=True)}
+            elif row:  # a blank line is none
+                raise DataError(
+                    f"{where}: {len(row)} cells for {len(names)} columns ({', '.join(names)}); is the separator right, "
+                    "and each cell that holds one between quotes?"
+                )
+
+
+def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
+    number = 0
     try:
-        # Streaming: the file is read in place, nothing is copied to a cache.
-        yield from datasets.load_dataset("parquet", data_files=str(path.absolute()), split="train", streaming=True)
-    except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
+        with path.open("rb") as file:
+            table = pyarrow.parquet.ParquetFile(file)
+            names = table.schema_arrow.names
+            if len(set(names)) < len(names):
+                raise DataError(f"{path}: a column is named twice: {', '.join(names)}; give each its own name")
+            for batch in table.iter_batches(1024):
+                for row in range(batch.num_rows):
+                    number += 1
+                    (record,) = batch.slice(row, 1).to_pylist()
+                    yield f"{path}, row {number}", record
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}, row {number}: not UTF-8 text ({error.reason}); write the file again") from None
+    except (pyarrow.ArrowException, ValueError, OSError) as error:
         raise DataError(f"{path}: not readable as Parquet: {error}; write the file again") from error
 
 
-def _hub(source: DataSource) -> datasets.Dataset:
+def _hub(source: DataSource) -> Iterator[tuple[str, Any]]:
+    if not HUB_NAME.fullmatch(source.path):
+        raise DataError(f"{source.path}: no such file, and no name of a data set on the hub (owner/name); correct it")
     try:
-        return datasets.load_dataset(source.path, split=source.split)
+        records = datasets.load_dataset(source.path, *filter(None, [source.subset]), split=source.split)
     except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
         raise DataError(
             f"{source.path}: not a local file, and cannot be loaded from the hub with split {source.split!r}: "
-            f"{error}; correct path or split, or download it and give the file"
+            f"{error}; correct path, split or subset, or download it and give the file"
         ) from error
+    for number, record in enumerate(records, 1):
+        yield f"{source.path}, row {number}", record
 
 
-def _numbered(path: Path, records: Any) -> Iterator[tuple[str, Any]]:
-    return ((f"{path}, row {number}", record) for number, record in enumerate(records, 1))
+_READERS: dict[str, Callable[[Path], Iterator[tuple[str, Any]]]] = {
+    ".json": _json,
+    ".jsonl": _json,
+    ".parquet": _parquet,
+    ".csv": partial(_csv, dialect={"delimiter": ","}),
+    ".tsv": partial(_csv, dialect={"delimiter": "\t", "quoting": csv.QUOTE_NONE}),
+}

@@ -68,8 +68,11 @@ class Record:
 
     @property
     def label(self) -> float:
-        """The mean annotation; NaN if there is none."""
-        return fmean(self.scores) if self.scores else math.nan
+        """The mean annotation; NaN if there is none, infinite if their sum is beyond float64."""
+        try:
+            return fmean(self.scores) if self.scores else math.nan
+        except OverflowError:
+            return math.inf
 
     @property
     def cot(self) -> str | None:
@@ -88,7 +91,7 @@ def read_jsonl(record: Mapping[str, Any], score: str = "label") -> Record:
     messages = record.get("messages")
     cot = record.get("cot")
     if cot is not None and not isinstance(cot, str):
-        raise BadRecord(f"'cot' is {cot!r}; it must be a string")
+        raise BadRecord(f"'cot' is {_shown(cot)}; it must be a string")
     name = record.get("id")
     return Record(
         fields=_texts(record),
@@ -275,7 +278,7 @@ def _number(value: Any, key: str) -> float:
             number = math.nan
         if math.isfinite(number):
             return number
-    raise BadRecord(f"{key!r} is {value!r}; it must be a finite number, or a list of them")
+    raise BadRecord(f"{key!r} is {_shown(value)}; it must be a finite number, or a list of them")
 
 
 def _messages(messages: Any) -> list[dict[str, str]]:
@@ -284,5 +287,11 @@ def _messages(messages: Any) -> list[dict[str, str]]:
     for message in messages:
         fits = isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))
         if not fits:
-            raise BadRecord(f"a message is {message!r}; each needs the texts 'role' and 'content'")
+            raise BadRecord(f"a message is {_shown(message)}; each needs the texts 'role' and 'content'")
     return [{"role": message["role"], "content": message["content"]} for message in messages]
+
+
+def _shown(value: Any) -> str:
+    """A value for a message, not longer than a line."""
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:80]}… ({len(text)} characters)"

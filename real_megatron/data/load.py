@@ -1,14 +1,17 @@
 """Judge examples from data sets."""
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from real_megatron.config import DataSource
+from real_megatron.data.columns import map_columns
 from real_megatron.data.example import JudgeExample
 from real_megatron.data.files import read_records
 from real_megatron.data.formats import BadRecord, Reader, find_format, read_jsonl, score_columns
+from real_megatron.data.record import plain_record
 from real_megatron.data.template import PLAIN, Template, load_template
 from real_megatron.errors import ConfigError, DataError
 
@@ -29,7 +32,10 @@ def label_column(source: DataSource) -> str | None:
 
 
 def load_examples(
-    source: DataSource, template: str | Template = PLAIN, values: Sequence[float] | None = None
+    source: DataSource,
+    template: str | Template = PLAIN,
+    values: Sequence[float] | None = None,
+    keep: Sequence[str] = (),
 ) -> list[JudgeExample]:
     """All examples of a data set, their prompts written with `template` (a built-in name, a file, or a Template).
 
@@ -37,13 +43,14 @@ def load_examples(
     their column (`label_column`). Records without any annotation are left out, counted and logged, as in those
     evaluations; in a format that needs labels, such as plain JSONL, they are an error, as is a file in which no record
     has the column. `values` are the scale's numeric values: a label outside their range is an error.
+    `keep` names columns, or fields that the format makes, which must be in `meta` beside what the format puts there.
 
     Raises DataError, naming file, row and the fix, at the first record that does not fit, and ConfigError for an
     unknown format or template.
     """
     template = load_template(template)
     format = find_format(source.format)
-    records = list(read_records(source))
+    records = map_columns(source, list(read_records(source)))
     column = label_column(source)
     if column is not None and records and all(record.get(column) is None for _, record in records):
         found = ", ".join(score_columns(record for _, record in records)) or "none"
@@ -52,11 +59,13 @@ def load_examples(
             "them in data.*.score, or give the file that has scores"
         )
     read = format.reader(column)
+    # A name that is not UTF-8 comes as surrogates, which no file of results can hold.
+    name = Path(source.path).stem.encode("utf-8", "backslashreplace").decode("utf-8")
     examples: list[JudgeExample] = []
     places: dict[str, str] = {}
     unlabelled = 0
     for number, (where, record) in enumerate(records, 1):
-        example = _example(record, read, template, where, f"{Path(source.path).stem}-{number}")
+        example = _example(record, read, template, where, f"{name}-{number}", keep)
         if not example.has_label:
             if format.needs_label:
                 raise DataError(f"{where}: no label; training and evaluation need one in every record")
@@ -86,7 +95,11 @@ def example_from_record(
 
     For callers that read a file themselves and continue after bad rows. Raises a DataError that begins with `where`.
     """
-    return _example(record, read_jsonl, load_template(template), where, default_id)
+    try:
+        plain = plain_record(record)
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from None
+    return _example(plain, read_jsonl, load_template(template), where, default_id)
 
 
 def _example(
@@ -95,6 +108,7 @@ def _example(
     template: Template,
     where: str,
     default_id: str,
+    keep: Sequence[str] = (),
 ) -> JudgeExample:
     try:
         parsed = read(record)
@@ -113,4 +127,13 @@ def _example(
         messages = [{"role": "user", "content": template.render(parsed.fields)}]
     if not any(message["content"].strip() for message in messages):
         raise DataError(f"{where}: the prompt is empty; give it a text or remove the record")
-    return JudgeExample(parsed.id or default_id, messages, parsed.label, parsed.cot, parsed.meta)
+    if math.isinf(parsed.label):
+        raise DataError(f"{where}: the label, the mean of {len(parsed.scores)} annotations, is infinite; correct them")
+    meta = {**parsed.fields, **parsed.meta, **record}
+    kept = {key: meta[key] for key in ("group", *keep) if meta.get(key) is not None}
+    if missing := [key for key in keep if key not in kept]:
+        raise DataError(
+            f"{where}: no value in the column {missing[0]!r}, by which data.eval has rows belong together; the columns "
+            f"are {', '.join(record)}; name another or complete it"
+        )
+    return JudgeExample(parsed.id or default_id, messages, parsed.label, parsed.cot, {**parsed.meta, **kept})

@@ -117,7 +117,7 @@ def write_report(
     if evaluation_curves(output / "evaluation.png", over_steps):
         lines += ["## Test sets during training", "", "![Test metrics over steps](evaluation.png)", ""]
     path = output / "report.md"
-    path.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
+    path.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8", errors="backslashreplace")
     return path
 
 

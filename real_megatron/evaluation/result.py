@@ -104,7 +104,8 @@ def predictions_path(path: Path) -> Path:
 
 def _replace(path: Path, text: str) -> None:
     fresh = path.with_name(path.name + ".tmp")
-    fresh.write_text(text, encoding="utf-8")
+    # A lone surrogate has no UTF-8 form: it is written as a JSON escape.
+    fresh.write_text(text, encoding="utf-8", errors="backslashreplace")
     os.replace(fresh, path)
 
 

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from real_megatron.data.record import parse_json, plain_record
 from real_megatron.errors import ConfigError, DataError, PromptRefused
 from real_megatron.judging.evaluate import judge_settings
 from real_megatron.judging.job import keep_settings, template_digest, weights_written
@@ -94,7 +95,7 @@ def judge_file(
         for number, line in _numbered(lines):
             id, digest = None, hashlib.blake2b(line, digest_size=8).hexdigest()
             try:
-                record = _parse(line)
+                record = plain_record(parse_json(line.decode("utf-8", "surrogateescape")))
                 id = str(record["id"]) if record.get("id") is not None else f"line {number}"
                 if id in seen:
                     raise DataError(f"the id {id!r} occurs in an earlier row; give every row its own")
@@ -149,26 +150,6 @@ def _judged(judge: Judge, rows: list[_Row], report: Report) -> Iterator[tuple[_R
         else:
             yield from zip(rows, readings, strict=True)
             return
-
-
-def _parse(line: bytes) -> dict[str, Any]:
-    try:
-        text = line.decode("utf-8")
-        record = json.loads(text)
-        json.dumps(record, ensure_ascii=False).encode("utf-8")
-    except json.JSONDecodeError as error:
-        raise DataError(f"not JSON: {error}") from None
-    except RecursionError:
-        raise DataError("not JSON that can be read: nested too deeply") from None
-    except UnicodeDecodeError as error:
-        raise DataError(f"not UTF-8: {error}") from None
-    except UnicodeEncodeError as error:  # a lone surrogate, written as an escape
-        raise DataError(f"text that is not Unicode: {error.reason}") from None
-    except ValueError as error:  # an integer of more digits than Python reads
-        raise DataError(f"not JSON that can be read: {error}") from None
-    if not isinstance(record, dict):
-        raise DataError(f"not a JSON object but {type(record).__name__}")
-    return record
 
 
 def _result(judge: Judge, readings: list[Reading]) -> dict[str, Any]:

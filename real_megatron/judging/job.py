@@ -23,7 +23,8 @@ def keep_settings(output: Path, settings: dict[str, Any], begun: bool) -> None:
     settings = json.loads(json.dumps(settings))
     path = job_path(output)
     if not begun:
-        path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
+        path.write_text(text, encoding="utf-8", errors="backslashreplace")  # a path may be no UTF-8 text
         return
     if not path.exists():
         raise ConfigError(f"{output} exists, but {path.name} does not, so it cannot be resumed: choose another output")

@@ -1,4 +1,7 @@
+import csv
 import json
+from datetime import date, datetime
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -53,15 +56,123 @@ def test_a_limit_reads_no_further(tmp_path: Path) -> None:
         ("a.jsonl", b'{"a": 1}\n[1]\n', r"a\.jsonl, line 2: \[1\] is no object"),
         ("a.json", b'[{"a": 1},\n {"a": 2}', r"a\.json, line 2, column 10: not valid JSON .* is the file complete"),
         ("a.json", b'[{"a": 1}, null]', r"a\.json, row 2: null is no object"),
-        ("a.jsonl", b'{"a": "\xff"}', r"a\.jsonl: not UTF-8 text"),
+        ("a.jsonl", b'{}\n{"a": "\xff"}', r"a\.jsonl, line 2: not UTF-8 text \(column 8\)"),
+        ("a.json", b'[{},\n{"a": "\xff"}]', r"a\.json, line 2: not UTF-8 text \(column 8\)"),
+        ("a.json", b'[{"a": 1} {"a": 2}]', r"a\.json, line 1, column 11: not valid JSON \(Expecting ',' delimiter\)"),
+        ("a.json", b'[{"a": 1}] 2', r"a\.json, line 1, column 12: not valid JSON \(Extra data\)"),
+        ("a.json", b'[{"a": 1},]', r"a\.json, line 1, column 11: not valid JSON \(Expecting value\)"),
         ("a.parquet", b"no", r"a\.parquet: not readable as Parquet"),
-        ("a.csv", b"a,b", r"a\.csv: unknown kind of file; use \.json, \.jsonl, \.parquet"),
+        ("a.xls", b"a,b", r"a\.xls: unknown kind of file; use \.json, \.jsonl, \.parquet, \.csv, \.tsv"),
+        ("a.csv", b"a,b\n1,2\n\n3\n", r"a\.csv, line 4: 1 cells for 2 columns \(a, b\)"),
+        ("a.csv", b"a,a\n1,2\n", r"a\.csv, line 1: the column 'a' is named twice"),
+        ("a.csv", b'a,b\n"1\n1",2\n"3,4\n5,6\n', r"a\.csv, line 4: unexpected end of data; put a cell"),
+        ("a.csv", b"a,b\n1,\xff\n", r"a\.csv, line 2: not UTF-8 text"),
+        ("a.csv", b"\n", r"a\.csv, line 1: no names of columns"),
     ],
 )
 def test_faults_name_the_place(tmp_path: Path, name: str, content: bytes, message: str) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=message):
         read(tmp_path / name)
+
+
+DEEP, LONG = "[" * 100_000, "1" * 5000
+HOSTILE = [
+    (r'{"a": "x\ud800"}', r"'a' holds the lone surrogate '\\ud800'"),
+    (r'{"a": [{"\ude00": 1}]}', r"'a' holds the lone surrogate '\\ude00'"),
+    (r'{"\ud800": 1}', r"holds the lone surrogate"),
+    ('{"a": ' + DEEP + "}", "nested too deeply"),
+    ('{"a": ' + "[" * 150 + "]" * 150 + "}", "'a' is nested too deeply, beyond 100 levels"),
+    ('{"a": ' + LONG + "}", "a whole number has more than 4300 digits"),
+]
+
+
+@pytest.mark.parametrize(("record", "message"), HOSTILE, ids=range(len(HOSTILE)))
+def test_what_could_not_be_written_again_is_named(tmp_path: Path, record: str, message: str) -> None:
+    lines, listed = tmp_path / "a.jsonl", tmp_path / "a.json"
+    lines.write_text('{"a": 1}\n' + record)
+    listed.write_text('[{"a": 1},\n' + record + "]")
+    for path, where in ((lines, "line 2"), (listed, "row 2")):
+        with pytest.raises(DataError, match=rf"^\S*{path.name}, {where}: .*{message}"):
+            read(path)
+    assert len(read(lines, limit=1)) == 1
+
+
+def test_csv_values_are_texts(tmp_path: Path) -> None:
+    """Also what looks like a date or a number; an empty cell is null, which CSV has no other sign for."""
+    rows = [{"day": "2024-01-01", "n": "007", "text": 'a "b",\nc\td', "none": None}, {"day": "x", "n": " 4"}]
+    path, tabs = tmp_path / "a.csv", tmp_path / "A.TSV"
+    with path.open("w", encoding="utf-8-sig", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    assert read(path) == [
+        (f"{path}, line 2", rows[0]),
+        (f"{path}, line 4", {"day": "x", "n": " 4", "text": None, "none": None}),
+    ]
+    long = "x" * 200_000  # beyond the csv module's own limit
+    tabs.write_text(f'day\ttext\n1\t"Stop!" he said\n\n2\t{long}\n')
+    assert read(tabs) == [
+        (f"{tabs}, line 2", {"day": "1", "text": '"Stop!" he said'}),
+        (f"{tabs}, line 4", {"day": "2", "text": long}),
+    ]
+
+
+def test_parquet_values_are_json(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    row = {"at": datetime(2024, 1, 2, 3, 4), "n": Decimal("4.50"), "parts": [{"day": date(2024, 1, 2)}]}
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row]), path)
+    assert read(path) == [
+        (f"{path}, row 1", {"at": "2024-01-02 03:04:00", "n": "4.50", "parts": [{"day": "2024-01-02"}]})
+    ]
+
+
+def test_faults_within_parquet_name_the_place(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    bad = pyarrow.StringArray.from_buffers(
+        2, pyarrow.py_buffer(bytes([0, 0, 0, 0, 1, 0, 0, 0, 2, 0, 0, 0])), pyarrow.py_buffer(b"a\xff")
+    )
+    pyarrow.parquet.write_table(pyarrow.table({"a": bad}), path)
+    with pytest.raises(DataError, match=r"a\.parquet, row 2: not UTF-8 text"):
+        read(path)
+    pyarrow.parquet.write_table(pyarrow.Table.from_arrays([[1], [2]], names=["a", "a"]), path)
+    with pytest.raises(DataError, match=r"a\.parquet: a column is named twice: a, a"):
+        read(path)
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "jsonl", "csv"])
+@pytest.mark.parametrize("name", ["run[1]", "run?", "run*", "run{1,2}", "owner/run::zip:", "**"])
+def test_a_path_is_no_pattern(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, suffix: str) -> None:
+    """The file in `run1` fits each pattern, comes first and must not be read; nor is a missing one replaced by it."""
+    monkeypatch.chdir(tmp_path)
+    for folder in ("run1", name):
+        path = Path(folder) / f"d.{suffix}"
+        path.parent.mkdir(parents=True)
+        if suffix == "parquet":
+            pyarrow.parquet.write_table(pyarrow.table({"a": [folder]}), path)
+        else:
+            path.write_text(json.dumps({"a": folder}) if suffix == "jsonl" else f'a\n"{folder}"\n')
+    assert [record for _, record in read(path)] == [{"a": name}]
+    path.unlink()
+    with pytest.raises(DataError, match="no such file"):
+        read(path)
+
+
+@pytest.mark.parametrize("name", ["owner/name", "run[1]"])
+def test_a_directory_is_no_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder in ("run1", name):
+        Path(folder).mkdir(parents=True)
+        (Path(folder) / "train.jsonl").write_text('{"a": 1}')
+    with pytest.raises(DataError, match="a directory; name the file in it"):
+        read(Path(name))
+
+
+@pytest.mark.parametrize("name", ["run[1]", "a/b/c", "hf://x", "../x", "data/*", ""])
+def test_what_is_no_name_is_not_looked_for_on_the_hub(tmp_path: Path, monkeypatch: Any, name: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match=r"no name of a data set on the hub|a directory"):
+        list(read_records(DataSource(path=name)))
 
 
 def test_a_missing_file_is_not_looked_for_on_the_hub(tmp_path: Path) -> None:
@@ -84,3 +195,13 @@ def test_hub_data_sets_go_through_datasets(monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(DataError, match=r'owner/name: not a local file, .* split \'test\': .*one of \["train"\]'):
         read(Path("owner/name"), split="test")
     assert asked == [("owner/name", "train"), ("owner/name", "test")]
+
+
+def test_a_subset_and_records_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load_dataset(path: str, subset: str, split: str) -> Any:
+        return [{"a": subset + split, "at": date(2024, 1, 2)}, {"a": "\ud800"}]
+
+    monkeypatch.setattr("real_megatron.data.files.datasets.load_dataset", load_dataset)
+    assert read(Path("glue"), subset="stsb", limit=1) == [("glue, row 1", {"a": "stsbtrain", "at": "2024-01-02"})]
+    with pytest.raises(DataError, match="^glue, row 2: 'a' holds the lone surrogate"):
+        read(Path("glue"), subset="stsb")

@@ -1,4 +1,10 @@
+import csv
 import json
+<<<<<<< HEAD
+=======
+import logging
+import os
+>>>>>>> b68db20 (Read any table by its columns; open files exactly; name hostile rows)
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,7 +16,8 @@ from real_megatron.data import JudgeExample, example_from_record, label_column, 
 from real_megatron.data.formats import FORMATS
 from real_megatron.errors import ConfigError, DataError
 
-VICUNA = Path(__file__).parents[3] / "shared/data/vicuna_eval.json"
+DATA = Path(__file__).parents[3] / "shared/data"
+VICUNA, SICK_FILE = DATA / "vicuna_eval.json", DATA / "relatedness/valid.jsonl"
 
 
 def source(tmp_path: Path, rows: list[dict[str, Any]], format: str = "jsonl", **fields: Any) -> DataSource:
@@ -45,6 +52,12 @@ def test_template_fields_are_columns(tmp_path: Path) -> None:
         ({"prompt": "a", "label": 0.99}, r"line 2: label 0\.99 is outside"),
         ({"prompt": "a"}, "line 2: no label; training and evaluation need one in every record"),
         ({"prompt": "a", "label": "x"}, "line 2: 'label' is 'x'"),
+        (
+            {"prompt": "a", "label": 10**400},
+            r"line 2: 'label' is 10{79}… \(401 characters\); it must be a",
+        ),
+        ({"prompt": "a", "label": "1" * 400}, r"line 2: 'label' is '1{79}… \(402 characters\); it must be a finite"),
+        ({"prompt": "a", "label": [1e308, 1e308]}, "line 2: the label, the mean of 2 annotations, is infinite"),
         ({"text": "a", "label": 1}, "line 2: template 'plain' needs 'prompt', the record has .*: label, text;"),
         ({"prompt": " \n", "label": 1}, "line 2: the prompt is empty"),
         ({"prompt": "b", "label": 1, "id": "rows-1"}, "line 2: id 'rows-1' was given before, in .*line 1"),
@@ -150,6 +163,101 @@ def test_a_bug_of_a_reader_keeps_its_traceback(tmp_path: Path, extension_format:
         load_examples(source(tmp_path, [{"question": "a"}], f"{extension_format}:pairs"))
 
 
+def table(path: Path, rows: list[dict[str, Any]]) -> Path:
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), delimiter="\t" if path.suffix == ".tsv" else ",")
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+SICK = [
+    {"pair_ID": "1", "sentence_A": "A man, alone", "sentence_B": "A {b}", "relatedness_score": " 4.5"},
+    {"pair_ID": "2", "sentence_A": "2024-01-01", "sentence_B": "c", "relatedness_score": "1"},
+]
+
+
+@pytest.mark.parametrize("name", ["sick.csv", "sick.tsv", "sick.jsonl"])
+def test_columns_of_any_file_and_a_template_of_its_own(tmp_path: Path, name: str) -> None:
+    template = tmp_path / "t.txt"
+    template.write_text("1: {sentence_A}\n2: {other}\nScore?")
+    path = tmp_path / name
+    path.write_text("".join(json.dumps(row) + "\n" for row in SICK))
+    if path.suffix != ".jsonl":
+        table(path, SICK)
+    columns = {"label": "relatedness_score", "id": "pair_ID", "group": "sentence_A", "other": "sentence_B"}
+    found = load_examples(DataSource(path=str(path), columns=columns), str(template), [1, 5])
+    assert [(e.id, e.label, e.meta["group"]) for e in found] == [("1", 4.5, "A man, alone"), ("2", 1.0, "2024-01-01")]
+    assert found[0].messages == [{"role": "user", "content": "1: A man, alone\n2: A {b}\nScore?"}]
+
+
+def test_columns_go_before_any_format(tmp_path: Path) -> None:
+    rows = [{"text": "p", "human": [4, 5], "gpt4_score": [1]}, {"text": "q", "gpt4_score": [2]}]
+    data = source(tmp_path, rows, "mt_bench", columns={"instruction": "text", "gpt4_score": "human"})
+    (example,) = load_examples(data)  # the second record has no annotation in that column
+    assert (example.messages[0]["content"], example.label) == ("p", 4.5)
+
+
+def test_a_column_that_is_not_there_is_named_with_those_that_are(tmp_path: Path) -> None:
+    path = table(tmp_path / "a.csv", SICK)
+    with pytest.raises(
+        DataError,
+        match=r"a\.csv: .*takes 'label' from the column 'score', which no record has; the "
+        "columns are pair_ID, sentence_A, sentence_B, relatedness_score$",
+    ):
+        load_examples(DataSource(path=str(path), columns={"prompt": "sentence_A", "label": "score"}))
+
+
+def test_labels_that_are_words(tmp_path: Path) -> None:
+    rows = [{"prompt": "a", "label": "entailment "}, {"prompt": "b", "label": ["neutral", 0, None]}]
+    labels = {"entailment": 5, "neutral": 3, 0: 1}
+    data = source(tmp_path, rows, labels=labels)
+    assert [e.label for e in load_examples(data)] == [5.0, 2.0]
+    path = table(tmp_path / "a.csv", [{"prompt": "a", "judged": "neutral"}, {"prompt": "b", "judged": "5"}])
+    with pytest.raises(
+        DataError,
+        match=r"a\.csv, line 3: the label '5' has no number in data\.\*\.labels \(it has "
+        r"entailment, neutral, 0\)",
+    ):
+        load_examples(DataSource(path=str(path), columns={"label": "judged"}, labels=labels))
+
+
+def test_columns_that_are_kept(tmp_path: Path) -> None:
+    """`group` always, where a record has it, and those that an evaluation asks for, also fields that a format makes."""
+    rows = [{"instruction": "###The instruction to evaluate:\nQ\n###Feedback:", "gpt4_score": 3, "group": 7, "x": "y"}]
+    data = source(tmp_path, rows, "mt_bench")
+    assert load_examples(data)[0].meta == {"gpt4_score": 3, "group": 7}
+    (example,) = load_examples(data, keep=["x", "orig_instruction"])
+    assert example.meta == {"gpt4_score": 3, "group": 7, "x": "y", "orig_instruction": "Q"}
+    with pytest.raises(DataError, match=r"line 1: no value in the column 'z', .*; the columns are instruction, gpt4_"):
+        load_examples(data, keep=["z"])
+
+
+def test_ids_of_a_file_without_a_unicode_name(tmp_path: Path) -> None:
+    path = tmp_path / os.fsdecode(b"a\xff.jsonl")
+    path.write_text('{"prompt": "a", "label": 1}')
+    assert [e.id for e in load_examples(DataSource(path=str(path)))] == ["a\\udcff-1"]
+
+
+@pytest.mark.skipif(not SICK_FILE.exists(), reason="needs ../shared/data/relatedness")
+def test_a_real_data_set_by_its_own_columns(tmp_path: Path) -> None:
+    """SICK as JSON lines, the same as CSV with other names: equal examples, to the last bit of each label."""
+    own = [json.loads(line) for line in SICK_FILE.read_text(encoding="utf-8").splitlines()]
+    names = {"prompt": "pair", "label": "relatedness_score", "cot": "entailment", "id": "pair_ID", "group": "group"}
+    path = table(tmp_path / "sick.csv", [{theirs: row.get(ours) for ours, theirs in names.items()} for row in own])
+    found = load_examples(DataSource(path=str(path), columns=names), values=[1, 5])
+    expected = load_examples(DataSource(path=str(SICK_FILE)), values=[1, 5])
+    assert len(found) == len(own) > 500
+    for a, b in zip(found, expected, strict=True):
+        assert (a.id, a.messages, a.label, a.cot, a.meta["group"]) == (
+            b.id,
+            b.messages,
+            b.label,
+            b.cot,
+            b.meta["group"],
+        )
+
+
 def test_unknown_format(tmp_path: Path) -> None:
     message = r"data\.\*\.format: unknown record format 'csv'; known: feedback_bench, .*, or module:name"
     with pytest.raises(ConfigError, match=message):
@@ -157,6 +265,8 @@ def test_unknown_format(tmp_path: Path) -> None:
 
 
 def test_one_record_alone() -> None:
+    with pytest.raises(DataError, match="^prompt 1: 'prompt' holds the lone surrogate"):
+        example_from_record({"prompt": "\ud800"}, "plain", "prompt 1", "1")
     example = example_from_record({"prompt": "a"}, "plain", "in.jsonl, line 4", "4")
     assert (example.id, example.has_label) == ("4", False)
     with pytest.raises(DataError, match=r"^in\.jsonl, line 4: template 'plain' needs 'prompt'"):

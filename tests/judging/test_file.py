@@ -83,26 +83,32 @@ def test_bad_rows_are_reported_and_tried_again(run, source, tmp_path) -> None:
         '{"id": "\\ud800", "prompt": "start"}',
         "[" * 100_000,
         '{"prompt": "start", "n": ' + "1" * 5000 + "}",
+        '{"prompt": "start", "label": ' + "1" * 400 + "}",
+        '{"prompt": "start", "label": [1e308, 1e308]}',
+        '{"prompt": "start", "n": ' + "[" * 900 + "]" * 900 + "}",
     ]
     source.write_bytes((good + "\n".join(bad) + "\n").encode() + b'{"id": "latin", "prompt": "\xe9"}\n')
     summary = run()
     errors = {row["line"]: row["error"] for row in read_rows(errors_path(output))}
-    assert sorted(errors) == [8, 9, 10, 11, 12, 13, 15, 16, 17, 18]
+    assert sorted(errors) == [8, 9, 10, 11, 12, 13, *range(15, 22)]
     for line, text in {
-        8: "not JSON",
-        9: "not a JSON object but list",
+        8: "not valid JSON (Expecting property name enclosed in double quotes, column 2)",
+        9: "[1, 2] is no object",
         10: "needs 'prompt'",
         11: "needs 'prompt', the record has the text fields: id",
         12: "'r0' occurs in an earlier row",
         13: "exceeds the model's 256 positions",
-        15: "surrogates not allowed",
+        15: "'id' holds the lone surrogate",
         16: "nested too deeply",
-        17: "integer string conversion",
-        18: "not UTF-8",
+        17: "a whole number has more than 4300 digits",
+        18: "'label' is 1111",
+        19: "the label, the mean of 2 annotations, is infinite",
+        20: "nested too deeply, beyond 100 levels",
+        21: "not UTF-8",
     }.items():
         assert text in errors[line], line
     assert [row["id"] for row in read_rows(output)] == [*(f"r{i}" for i in range(7)), "line 14"]
-    assert (summary.judged, summary.bad) == (8, 10)
+    assert (summary.judged, summary.bad) == (8, 13)
     source.write_text(good + json.dumps({"id": "long", "prompt": "note"}) + "\n")
     fixed = run()
     assert (fixed.judged, fixed.skipped, fixed.bad) == (1, 7, 0) and not errors_path(output).exists()

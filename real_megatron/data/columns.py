@@ -1,0 +1,44 @@
+"""Records whose columns have other names than ours, and whose labels are words."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from real_megatron.config import DataSource
+from real_megatron.errors import DataError
+
+Placed = list[tuple[str, dict[str, Any]]]
+
+
+def map_columns(source: DataSource, records: Placed) -> Placed:
+    """The records (place, columns) with `source.columns` under our names too, and `label` as a number by
+    `source.labels`. Columns keep their own names beside ours, except one whose name is taken by another.
+
+    Raises DataError for a column that no record has, listing those there are, and for a label without a number, naming
+    the record.
+    """
+    if source.columns and records:
+        known = dict.fromkeys(name for _, record in records for name in record)
+        for ours, theirs in source.columns.items():
+            if theirs not in known:
+                raise DataError(
+                    f"{source.path}: data.*.columns takes {ours!r} from the column {theirs!r}, which no record has; "
+                    f"the columns are {', '.join(known)}"
+                )
+    return [(where, _mapped(source, where, record)) for where, record in records]
+
+
+def _mapped(source: DataSource, where: str, record: dict[str, Any]) -> dict[str, Any]:
+    mapped = record | {ours: record.get(theirs) for ours, theirs in source.columns.items()}
+    if source.labels and (label := mapped.get("label")) is not None:
+        many = isinstance(label, list)
+        numbers = [_number(source.labels, where, text) for text in (label if many else [label]) if text is not None]
+        mapped["label"] = numbers if many else numbers[0]
+    return mapped
+
+
+def _number(labels: Mapping[str, float], where: str, label: Any) -> float:
+    text = str(label).strip()
+    if text not in labels:
+        known = ", ".join(labels)
+        raise DataError(f"{where}: the label {text[:80]!r} has no number in data.*.labels (it has {known}); add it")
+    return labels[text]
