@@ -25,7 +25,7 @@ def wrap_ddp(chunks: Sequence[nn.Module], parallel: ParallelConfig) -> list[Dist
     for chunk in chunks:
         for name, parameter in chunk.named_parameters():
             if ".mlp.experts." in name:
-                parameter.allreduce = False  # Megatron's mark
+                parameter.allreduce = False  # type: ignore[attr-defined]  # Megatron's mark
     config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=torch.cuda.is_available(),
