@@ -1,10 +1,7 @@
 import csv
 import json
-<<<<<<< HEAD
-=======
 import logging
 import os
->>>>>>> b68db20 (Read any table by its columns; open files exactly; name hostile rows)
 import sys
 from pathlib import Path
 from typing import Any
