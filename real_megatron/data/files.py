@@ -1,6 +1,7 @@
 """Records of a data set, one by one, each with its place (file and line or row)."""
 
 import csv
+import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -47,6 +48,22 @@ def read_records(source: DataSource) -> Iterator[tuple[str, dict[str, Any]]]:
         raise DataError(f"{path}: no such file; correct the path of this data set")
     records = _hub(source) if read is None else read(path)
     return islice(_plain(records), source.limit)
+
+
+def source_digest(source: DataSource) -> str:
+    """A digest of what a data set holds: of a local file's bytes, of a hub data set's records (the first `limit`).
+
+    Equal for the same content under another path. Raises DataError as `read_records` does.
+    """
+    path, digest = Path(source.path), hashlib.blake2b(digest_size=16)
+    if path.is_file():
+        with path.open("rb") as file:
+            while chunk := file.read(2**20):
+                digest.update(chunk)
+    else:
+        for _, record in read_records(source):
+            digest.update(json.dumps(record, sort_keys=True, default=str).encode())
+    return digest.hexdigest()
 
 
 def _plain(records: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from real_megatron.config import RunConfig
 from real_megatron.data import JudgeExample, encode_prompts, load_examples
+from real_megatron.data.files import source_digest
 from real_megatron.errors import ConfigError
 from real_megatron.judging.job import keep_settings, template_digest, weights_written
 from real_megatron.judging.judge import Judge
@@ -74,6 +75,7 @@ def _settings(config: RunConfig, samples: int) -> dict[str, Any]:
         "seed": config.seed,
         "scale": tree["scale"],
         "template_digest": template_digest(data["template"]),
+        "data_digests": [source_digest(source) for source in config.data.train],
         **{
             f"data.{key}": data[key]
             for key in ("train", "template", "chat_template", "max_prompt_tokens", "max_response_tokens")

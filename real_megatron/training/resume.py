@@ -1,9 +1,19 @@
-"""Which configuration a checkpoint may be resumed with: the same run, perhaps spread and saved differently."""
+"""What a checkpoint may be resumed with: the same run, perhaps spread and saved differently."""
 
+import copy
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
+from real_megatron.batch.types import Group
 from real_megatron.config import ParallelConfig, RolloutConfig, RunConfig
-from real_megatron.errors import ConfigError
+from real_megatron.data import load_template
+from real_megatron.data.files import source_digest
+from real_megatron.errors import CheckpointError, ConfigError
+from real_megatron.hf.identity import model_files
 
 # Of the rollouts, what decides which responses are sampled; the rest says where and how fast.
 SAMPLING = ("n", "temperature", "top_p", "staleness")
@@ -14,6 +24,9 @@ FORM = "parallel.distributed_optimizer"
 # What may differ: none of it changes which updates the run makes (but for the order of floating-point sums).
 FREE = (
     "output",
+    # Where the model and the template are decides nothing: `inputs` says what they are.
+    "model.path",
+    "data.template",
     *(name for name in (f"parallel.{key}" for key in ParallelConfig.model_fields) if name != FORM),
     "model.dtype",
     "model.spec",
@@ -44,7 +57,7 @@ def check_same_run(saved: dict[str, Any], config: RunConfig, where: str) -> None
     free = FREE + (("steps", "epochs") if config.optimizer.schedule == "constant" else ())
     if not config.parallel.distributed_optimizer:
         free = tuple(name for name in free if name != "model.dtype")
-    before, now = _flatten(saved), _flatten(config.model_dump(mode="json"))
+    before, now = _flatten(_without_places(saved)), _flatten(_without_places(config.model_dump(mode="json")))
     differences = [
         f"  {key}: {before.get(key)!r} in the checkpoint, {now.get(key)!r} now"
         for key in sorted(before.keys() | now.keys())
@@ -56,6 +69,61 @@ def check_same_run(saved: dict[str, Any], config: RunConfig, where: str) -> None
             + "\n".join(differences)
             + "\nChange these keys back, or start a new run with another output directory."
         )
+
+
+def inputs(config: RunConfig, model_dir: Path, groups: Sequence[Group]) -> dict[str, str]:
+    """Digests of what a run reads, by a name for messages: the data sets, the template, the files of the start model
+    (which is also the reference of the KL term), and the groups that all of them give.
+
+    The groups stand for what has no file of its own: the code of a format `module:name`, the tokenizer's library. Ids
+    are left out, as they may come from a file's name. `model_files` says what is covered of large weights.
+    """
+    found = {f"data.train.{i}": source_digest(source) for i, source in enumerate(config.data.train)}
+    found["data.template"] = _digest(load_template(config.data.template).text)
+    found |= {f"model.path: {name}": digest for name, digest in model_files(model_dir).items()}
+    found["training examples as tokens"] = _digest([{**asdict(group), "example_id": None} for group in groups])
+    return found
+
+
+def check_same_inputs(saved: dict[str, str] | None, now: dict[str, str], config: RunConfig, where: str) -> None:
+    """Raise ConfigError, naming each data set and file that is not as it was when the checkpoint was written.
+
+    saved, now: `inputs` of the run that wrote the checkpoint, and of this start. Raises CheckpointError for a
+    checkpoint without them.
+    """
+    if saved is None:
+        raise CheckpointError(
+            f"{where} does not say which data and model it was trained with: an older version has written it. Start a "
+            "new run with another output directory"
+        )
+    what = {f"data.train.{i}": source.path for i, source in enumerate(config.data.train)}
+    what["data.template"] = config.data.template
+    what |= {name: config.model.path for name in saved.keys() | now.keys() if name.startswith("model.path: ")}
+    lines = [
+        f"  {name}{f' ({what[name]})' if name in what else ''}: "
+        + ("is gone" if name not in now else "was not there" if name not in saved else "its content has changed")
+        for name in sorted(saved.keys() | now.keys())
+        if saved.get(name) != now.get(name)
+    ]
+    if lines:
+        raise ConfigError(
+            f"{where} was trained with other data or another model:\n"
+            + "\n".join(lines)
+            + "\nPut back what was there, or start a new run with another output directory."
+        )
+
+
+def _without_places(saved: dict[str, Any]) -> dict[str, Any]:
+    """A configuration without the paths of training data: `inputs` says what they hold."""
+    tree = copy.deepcopy(saved)
+    for source in tree["data"]["train"]:
+        del source["path"]
+    return tree
+
+
+def _digest(plain: Any) -> str:
+    text = json.dumps(plain, sort_keys=True, default=str)
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
 
 def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:

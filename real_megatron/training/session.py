@@ -23,13 +23,13 @@ from real_megatron.policy.checkpoint import read_state
 from real_megatron.policy.policy import Policy
 from real_megatron.rollout.engine import EngineSpec, RolloutEngine
 from real_megatron.rollout.factory import build_engine, check_servers
-from real_megatron.runtime import default_dtype, host_group
+from real_megatron.runtime import default_dtype, from_rank_0, host_group
 from real_megatron.scores import ScoreScale
 from real_megatron.training.batch_order import BatchOrder
 from real_megatron.training.checkpoints import CheckpointStore, explain_checkpoint_errors
 from real_megatron.training.export import save_hf
 from real_megatron.training.metrics import check_sinks
-from real_megatron.training.resume import check_same_run
+from real_megatron.training.resume import check_same_inputs, check_same_run, inputs
 from real_megatron.training.step_log import StepLog
 from real_megatron.training.stop import StopSignal, Terminated
 from real_megatron.training.timer import PhaseTimer
@@ -67,6 +67,7 @@ class Session:
         self._metrics_of_start: dict[str, float] = {}
         total_updates = self.steps * config.batch.mini_batches
         self.policy = Policy(config, self.scale.score_ids, self.scale.values, total_updates, self.model_dir)
+        self.inputs = from_rank_0(lambda: inputs(config, self.model_dir, self.groups))
         self.store = CheckpointStore(config.output / "checkpoints", config.checkpoint.keep)
         self.stop = StopSignal(self.policy.runtime.device)
         self.timer = PhaseTimer()
@@ -126,8 +127,8 @@ class Session:
     def resume(self) -> None:
         """Continue from the newest complete checkpoint, if there is one.
 
-        Raises ConfigError when the checkpoint is another run's, or resuming is switched off, OSError when it is
-        damaged.
+        Raises ConfigError when the checkpoint is another run's, was trained with other data or another model, or
+        resuming is switched off, OSError when it is damaged.
         """
         newest = self.store.newest()
         if newest is None:
@@ -141,6 +142,7 @@ class Session:
             state = read_state(path)
             # Before the load: another run's tensors may have other shapes, and Megatron's error would say only that.
             check_same_run(state["config"], self.config, str(path))
+            check_same_inputs(state.get("inputs"), self.inputs, self.config, str(path))
             self.policy.load(path)
         self.start, self._metrics_of_start = state["step"], state["metrics"]
         logger.info("resumed from %s: %d of %d steps are done", path, self.start, self.steps)
@@ -186,7 +188,12 @@ class Session:
 
     def save(self, done: int, metrics: dict[str, float]) -> None:
         """Write a checkpoint of the run after `done` steps; `metrics` are those of the last one."""
-        state: dict[str, Any] = {"step": done, "config": self.config.model_dump(mode="json"), "metrics": metrics}
+        state: dict[str, Any] = {
+            "step": done,
+            "config": self.config.model_dump(mode="json"),
+            "inputs": self.inputs,
+            "metrics": metrics,
+        }
         self.store.save(done, lambda directory: self.policy.save(directory, state))
 
     def evaluation_due(self, done: int) -> bool:

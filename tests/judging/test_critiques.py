@@ -109,6 +109,15 @@ def test_a_job_of_other_settings_is_refused_by_name(
         assert message in str(error.value)
 
 
+def test_data_whose_content_changed_is_other_data(write, tmp_path: Path) -> None:
+    config = config_of(tmp_path)
+    write(config, ["x[RESULT] "] * 2)
+    file = Path(config.data.train[0].path)
+    file.write_text(file.read_text() + "\n")
+    with pytest.raises(ConfigError, match="data_digests was"):
+        write(config, [])
+
+
 def test_a_model_that_was_trained_anew_is_another(write, tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     weights = tmp_path / "model/model.safetensors"

@@ -1,13 +1,19 @@
 """A checkpoint continues its own run only; how the run is spread and saved may change."""
 
+import os
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
+from real_megatron.batch.types import Group
 from real_megatron.config import ObjectiveConfig, OptimizerConfig, RunConfig, ScaleConfig
-from real_megatron.errors import ConfigError
+from real_megatron.errors import CheckpointError, ConfigError
+from real_megatron.hf.identity import file_digest
 from real_megatron.sections import known_keys
-from real_megatron.training.resume import FREE, check_same_run
+from real_megatron.training.resume import FREE, check_same_inputs, check_same_run, inputs
 
 
 def resumed(*overrides: str, base: tuple[str, ...] = ()) -> None:
@@ -18,7 +24,7 @@ def resumed(*overrides: str, base: tuple[str, ...] = ()) -> None:
 @pytest.mark.parametrize(
     "override",
     ["parallel.tensor=2", "output=elsewhere", "checkpoint.every=3", "data.eval.dev.path=x", "model.dtype=bfloat16"]
-    + ["rollout.engine=sglang", "rollout.batch_size=2"],
+    + ["rollout.engine=sglang", "rollout.batch_size=2", "model.path=other", "data.template=prometheus"],
 )
 def test_what_changes_no_update_may_change(override: str) -> None:
     resumed(override)
@@ -32,7 +38,7 @@ def test_what_changes_no_update_may_change(override: str) -> None:
         ("seed=3", "seed: 0 in the checkpoint, 3 now"),
         ("batch.prompts=8", "batch.prompts: 256 in the checkpoint, 8 now"),
         ("data.train.0.path=x", "data.train: "),
-        ("model.path=other", "model.path: '' in the checkpoint, 'other' now"),
+        ("model.family=qwen3", "model.family: 'auto' in the checkpoint, 'qwen3' now"),
     ],
 )
 def test_what_makes_it_another_run_is_refused_by_name(override: str, line: str) -> None:
@@ -56,6 +62,82 @@ def test_more_steps_only_where_the_schedule_does_not_decay() -> None:
         resumed("steps=500", base=("optimizer.schedule=cosine",))
 
 
+@pytest.fixture
+def task(tmp_path: Path) -> Path:
+    (tmp_path / "model").mkdir()
+    for name, text in [("config.json", "{}"), ("tokenizer.json", "{}"), ("README.md", "x"), ("LICENSE", "x")]:
+        (tmp_path / "model" / name).write_text(text)
+    (tmp_path / "train.jsonl").write_text('{"prompt": "x", "label": 1}\n')
+    (tmp_path / "template.txt").write_text("{prompt}")
+    save_file({"a": torch.zeros(4), "b": torch.zeros(4)}, tmp_path / "model/model.safetensors")
+    return tmp_path
+
+
+def digests(task: Path, groups: list[Group] | None = None) -> tuple[dict[str, str], RunConfig]:
+    config = RunConfig.from_yaml(
+        None,
+        [f"data.train.0.path={task}/train.jsonl", f"data.template={task}/template.txt", f"model.path={task}/model"],
+    )
+    return inputs(config, task / "model", groups or [Group([1], [], 2.0, "train-1")]), config
+
+
+@pytest.mark.parametrize(
+    ("file", "name"),
+    [
+        ("train.jsonl", "data.train.0"),
+        ("template.txt", "data.template"),
+        ("model/config.json", "model.path: config.json"),
+        ("model/tokenizer.json", "model.path: tokenizer.json"),
+        ("model/model.safetensors", "model.path: model.safetensors"),
+    ],
+)
+def test_what_a_run_reads_is_known_by_its_content(file: str, name: str, task: Path) -> None:
+    saved, config = digests(task)
+    path = task / file
+    data = path.read_bytes()
+    os.utime(path, (1e9, 1e9))
+    (task / "model/README.md").write_text("another")
+    check_same_inputs(saved, digests(task)[0], config, "step-000004")
+    data = b" " + data
+    path.write_bytes(data)
+    with pytest.raises(ConfigError, match="step-000004 was trained with other data or another model") as error:
+        check_same_inputs(saved, digests(task)[0], config, "step-000004")
+    (line,) = str(error.value).splitlines()[1:-1]
+    assert line.startswith(f"  {name} (") and line.endswith("its content has changed")
+
+
+def test_another_path_to_the_same_content_is_no_difference(task: Path, tmp_path: Path) -> None:
+    saved, config = digests(task)
+    link = tmp_path / "link"
+    link.symlink_to(task)
+    now, other = digests(link)
+    check_same_inputs(saved, now, other, "step-000004")
+    check_same_run(config.model_dump(mode="json"), other, "step-000004")
+
+
+def test_examples_that_are_read_otherwise_and_old_checkpoints_are_refused(task: Path) -> None:
+    """A format `module:name` has no file among the inputs."""
+    saved, config = digests(task)
+    with pytest.raises(ConfigError, match="  training examples as tokens: its content has changed"):
+        check_same_inputs(saved, digests(task, [Group([1, 2], [], 2.0, "train-1")])[0], config, "step-000004")
+    with pytest.raises(CheckpointError, match="step-000004 does not say which data and model"):
+        check_same_inputs(None, saved, config, "step-000004")
+    (task / "model/tokenizer.json").unlink()
+    with pytest.raises(ConfigError, match=r"model.path: tokenizer.json \(.*\): is gone"):
+        check_same_inputs(saved, digests(task)[0], config, "step-000004")
+
+
+def test_large_weights_are_known_by_header_size_and_samples(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    save_file({"a": torch.zeros(2**20)}, path)
+    before = file_digest(path, whole=1024)
+    assert before == file_digest(path, whole=1024) != file_digest(path)
+    save_file({"b": torch.zeros(2**20)}, path)
+    assert file_digest(path, whole=1024) != before
+    save_file({"a": torch.ones(2**20)}, path)
+    assert file_digest(path, whole=1024) != before
+
+
 def test_the_free_keys_exist() -> None:
     tree = RunConfig().model_dump()
     for key in FREE:
@@ -71,12 +153,12 @@ def test_every_other_key_decides_the_run() -> None:
     leaves = [key for key in known_keys(RunConfig) if key not in sections]
     deciding = {k for k in leaves if not any(k == free or k.startswith(free + ".") for free in FREE)}
     assert deciding == {
-        *("seed", "steps", "epochs", "model.path", "model.revision", "model.family", "parallel.distributed_optimizer"),
+        *("seed", "steps", "epochs", "model.revision", "model.family", "parallel.distributed_optimizer"),
         *(f"optimizer.{key}" for key in OptimizerConfig.model_fields),
         *("batch.prompts", "batch.mini_batches", "batch.old_logprobs"),
         *(f"scale.{key}" for key in ScaleConfig.model_fields),
         *(f"objective.{key}" for key in ObjectiveConfig.model_fields),
         *("rollout.n", "rollout.temperature", "rollout.top_p", "rollout.staleness"),
         "sft.cots",
-        *("data.train", "data.template", "data.chat_template", "data.max_prompt_tokens", "data.max_response_tokens"),
+        *("data.train", "data.chat_template", "data.max_prompt_tokens", "data.max_response_tokens"),
     }
