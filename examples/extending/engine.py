@@ -20,7 +20,7 @@ class PlainEngine:
         else:
             model = AutoModelForCausalLM.from_config(spec.hf_config(), dtype=spec.dtype)
         self.model = model.to(spec.device).eval().requires_grad_(False)
-        self.tokenizer, self.max_tokens = spec.tokenizer, spec.max_tokens
+        self.tokenizer, self.stop_ids, self.max_tokens = spec.tokenizer, spec.stop_ids(), spec.max_tokens
         self.version = 0 if spec.serve_loaded else None
 
     def generate(
@@ -51,7 +51,7 @@ class PlainEngine:
             response.logprobs.append(float(logprobs[token]))
             if response.watched is not None:
                 response.watched.append(logprobs[list(params.watch_ids)].tolist())
-            if token == self.tokenizer.eos_token_id:
+            if token in self.stop_ids:
                 response.finish_reason = "eos"
                 break
             if any(text in self.tokenizer.decode(response.token_ids) for text in params.stop):

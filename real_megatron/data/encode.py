@@ -12,6 +12,8 @@ from real_megatron.scores import CONTEXT, ScoreScale
 
 logger = logging.getLogger(__name__)
 
+_MARK = "@answer@"
+
 
 def prompt_text(tokenizer: PreTrainedTokenizerBase, example: JudgeExample, chat_template: bool = True) -> str:
     """The prompt as text, up to where the response begins.
@@ -66,8 +68,34 @@ def encode_prompts(
     return kept
 
 
-def encode_target(tokenizer: PreTrainedTokenizerBase, scale: ScoreScale, example: JudgeExample) -> Trajectory:
-    """The supervised response of an example: CoT, anchor, score, end of sequence.
+def end_of_response(
+    tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int], chat_template: bool = True
+) -> int | None:
+    """The token that ends a response: what the chat template writes behind an assistant's turn, if generation stops at
+    it, else the tokenizer's end of sequence (None without one).
+
+    stop_ids: the tokens at which generation stops. Llama 3's template ends a turn with <|eot_id|>, where a tokenizer's
+    own end of sequence may be <|end_of_text|>. A base model's template may end turns with a token at which its
+    generation does not stop: then its end of sequence is the right one.
+    """
+    if _templated(tokenizer, chat_template):
+        turns = [{"role": "user", "content": _MARK}, {"role": "assistant", "content": _MARK}]
+        try:
+            behind = tokenizer.apply_chat_template(turns, tokenize=False).rpartition(_MARK)[2]
+        except Exception:  # whatever a Jinja template raises: it takes other roles only
+            behind = ""
+        for token in tokenizer.encode(behind, add_special_tokens=False):
+            if token in stop_ids:
+                return int(token)
+    eos: int | None = tokenizer.eos_token_id
+    return eos
+
+
+def encode_target(
+    tokenizer: PreTrainedTokenizerBase, scale: ScoreScale, example: JudgeExample, end: int | None = None
+) -> Trajectory:
+    """The supervised response of an example: CoT, anchor, score, and the token `end` (see `end_of_response`; None: the
+    tokenizer's end of sequence, if it has one).
 
     A CoT that contains the anchor ends before it; the CoT stands on a line of its own before the anchor. Anchor and
     score are the scale's own tokens and not those of the whole text tokenised at once, so that training and generation
@@ -83,12 +111,13 @@ def encode_target(tokenizer: PreTrainedTokenizerBase, scale: ScoreScale, example
     cot = example.cot.partition(scale.anchor_text.strip())[0].strip()
     cot_ids = tokenizer.encode(cot + CONTEXT, add_special_tokens=False) if cot else []
     score = scale.score_ids[scale.label_index(example.label)]
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    end = tokenizer.eos_token_id if end is None else end
+    ending = [] if end is None else [end]
     before = cot_ids + scale.anchor_ids
     return Trajectory(
-        response_ids=[*before, score, *end],
+        response_ids=[*before, score, *ending],
         answer_index=len(before) - 1,
-        loss_mask=[True] * len(before) + [False] + [True] * len(end),
+        loss_mask=[True] * len(before) + [False] + [True] * len(ending),
         finish_reason="given",
     )
 
@@ -100,12 +129,17 @@ def encode_targets(
     max_prompt_tokens: int,
     max_response_tokens: int,
     chat_template: bool = True,
+    stop_ids: Sequence[int] = (),
 ) -> list[Group]:
-    """Groups of one supervised response each; too long prompts and responses are dropped, counted and logged."""
+    """Groups of one supervised response each; too long prompts and responses are dropped, counted and logged.
+
+    stop_ids: the tokens at which the checkpoint's generation stops (see `end_of_response`)
+    """
     groups = []
+    end = end_of_response(tokenizer, stop_ids, chat_template)
     short = encode_prompts(tokenizer, examples, max_prompt_tokens, chat_template)
     for example, prompt_ids in short:
-        target = encode_target(tokenizer, scale, example)
+        target = encode_target(tokenizer, scale, example, end)
         if len(target.response_ids) <= max_response_tokens:
             groups.append(Group(prompt_ids, [target], example.label, example.id))
     if len(groups) < len(short):

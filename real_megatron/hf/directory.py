@@ -8,7 +8,7 @@ from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundErro
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from real_megatron.errors import MissingCheckpoint
-from real_megatron.hf.side_files import PATTERNS
+from real_megatron.hf.side_files import PATTERNS, read_config
 
 _HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 # Never code or pickles.
@@ -17,6 +17,8 @@ _WEIGHTS = ["*.safetensors", "*.safetensors.index.json"]
 # Sets of weights that are no part of the checkpoint (hf/checkpoint.py): Mistral's own format, adapters, and what lies
 # in subfolders. They can be as large as the checkpoint.
 _NOT_READ = ["consolidated*", "adapter_*", "*/*"]
+# One of them holds a tokenizer's vocabulary. Without any, transformers may build an empty tokenizer.
+_VOCABULARIES = ("tokenizer.json", "*.model", "vocab*", "*.tiktoken")
 
 
 def checkpoint_directory(path: str | Path, revision: str | None = None, weights: bool = True) -> Path:
@@ -41,12 +43,37 @@ def checkpoint_directory(path: str | Path, revision: str | None = None, weights:
 
 
 def load_tokenizer(directory: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a Hugging Face checkpoint; remote code is never run. Raises MissingCheckpoint without one."""
+    """The tokenizer of a Hugging Face checkpoint; remote code is never run.
+
+    Raises MissingCheckpoint without one, and for one that has tokens beyond the model's vocabulary (fewer are normal):
+    their embeddings would be padding in training, and out of range elsewhere.
+    """
+    directory = Path(directory)
+    if not any(any(directory.glob(pattern)) for pattern in _VOCABULARIES):
+        raise MissingCheckpoint(
+            f"{directory} has no tokenizer: none of {', '.join(_VOCABULARIES)} is there; copy the tokenizer's files "
+            "from the model that the checkpoint was made from"
+        )
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises plain Exception for a damaged file
         raise MissingCheckpoint(f"{directory}: its tokenizer cannot be loaded: {error}") from error
+    _check_vocabulary(directory, tokenizer)
     return tokenizer
+
+
+def _check_vocabulary(directory: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    rows = getattr(read_config(directory).get_text_config(), "vocab_size", None)
+    vocabulary = tokenizer.get_vocab()
+    if rows is None or not vocabulary:
+        return
+    token = max(vocabulary, key=vocabulary.__getitem__)
+    if vocabulary[token] >= rows:
+        raise MissingCheckpoint(
+            f"{directory}: the tokenizer's last token {token!r} has the id {vocabulary[token]}, but the model's "
+            f"vocab_size in config.json is {rows}: take the tokenizer that belongs to the model, or enlarge the model "
+            "(transformers' model.resize_token_embeddings(len(tokenizer))) and save both together"
+        )
 
 
 def _download(name: str, revision: str | None, weights: bool) -> Path:

@@ -14,6 +14,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from real_megatron.config import RolloutConfig
 from real_megatron.errors import DataError, EngineError, PromptRefused
 from real_megatron.hf.side_files import read_config
+from real_megatron.hf.stop_ids import stop_ids
 from real_megatron.registry import Registry, calling_module
 
 
@@ -41,7 +42,7 @@ class Response:
     logprobs: list[float]
     """Natural log-probability of each sampled token under log_softmax(logits / T), before top-p."""
     finish_reason: str
-    """`stop` (a stop text was produced), `eos` (the end-of-sequence token is the last token) or `length`."""
+    """`stop` (a stop text was produced), `eos` (an end-of-sequence token is the last token) or `length`."""
     weight_version: int
     """The oldest weights that contributed a token."""
     watched: list[list[float]] | None = None
@@ -127,6 +128,10 @@ class EngineSpec:
     def hf_config(self) -> PretrainedConfig:
         """The model's configuration; remote code is never run. Raises CheckpointError."""
         return read_config(self.model_dir)
+
+    def stop_ids(self) -> list[int]:
+        """The tokens at which a response ends, ascending: the same for every engine. Raises CheckpointError."""
+        return stop_ids(self.model_dir, self.tokenizer)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,8 @@ from real_megatron.batch.types import Group
 from real_megatron.config import RunConfig
 from real_megatron.data import JudgeExample, encode_prompts, encode_targets, load_examples
 from real_megatron.errors import ConfigError
+from real_megatron.hf.directory import checkpoint_directory
+from real_megatron.hf.stop_ids import stop_ids
 from real_megatron.scores import ScoreScale
 
 
@@ -24,7 +26,8 @@ def target_groups(config: RunConfig, tokenizer: PreTrainedTokenizerBase, scale: 
     if config.sft.cots == "none":
         examples = [replace(example, cot="") for example in examples]
     limits = config.data.max_prompt_tokens, config.data.max_response_tokens
-    return _some(encode_targets(tokenizer, scale, examples, *limits, config.data.chat_template))
+    stops = stop_ids(checkpoint_directory(config.model.path, config.model.revision, weights=False), tokenizer)
+    return _some(encode_targets(tokenizer, scale, examples, *limits, config.data.chat_template, stops))
 
 
 def _load(config: RunConfig, scale: ScoreScale) -> list[JudgeExample]:

@@ -6,6 +6,7 @@ from transformers import PreTrainedTokenizerFast
 
 from real_megatron.data import JudgeExample, encode_prompt, encode_prompts, encode_target, encode_targets
 from real_megatron.data.byte_model import byte_tokenizer
+from real_megatron.data.encode import end_of_response
 from real_megatron.errors import DataError
 from real_megatron.scores import ScoreScale
 from tests.support.rollout_models import byte_fallback, byte_level
@@ -118,3 +119,32 @@ def test_targets_are_groups_and_long_ones_are_dropped(caplog: pytest.LogCaptureF
     assert group.trajectories[0].response_ids == [*b"c\n=1", 257]
     assert "dropped 1 of 3 examples whose prompt is longer than 1 tokens (data.max_prompt_tokens)" in caplog.text
     assert "dropped 1 of 2 examples whose response is longer than 5 tokens (data.max_response_tokens)" in caplog.text
+
+
+TURNS = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }} <pad>\n{% endfor %}"
+PAD, EOS = 256, 257
+
+
+@pytest.mark.parametrize(
+    ("template", "stops", "chat_template", "end"),
+    [
+        (TURNS, [PAD, EOS], True, PAD),  # Llama 3 Instruct: <|eot_id|>, and not <|end_of_text|>
+        (TURNS, [EOS], True, EOS),  # a base model with a template: generation does not stop at the end of a turn
+        (TURNS, [PAD, EOS], False, EOS),
+        (None, [PAD, EOS], True, EOS),
+        (CHAT, [PAD, EOS], True, EOS),  # this one writes nothing behind the last turn
+        ("{{ raise_exception('no') }}", [PAD, EOS], True, EOS),
+    ],
+)
+def test_a_target_ends_as_the_template_ends_a_turn(
+    template: str | None, stops: list[int], chat_template: bool, end: int
+) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = template
+    assert end_of_response(tokenizer, stops, chat_template) == end
+    if template != "{{ raise_exception('no') }}":
+        scale = ScoreScale.resolve(tokenizer, list("12345"))
+        example = user("p", cot="ok", label=4)
+        (group,) = encode_targets(tokenizer, scale, [example], 100, 100, chat_template, stops)
+        assert group.trajectories[0].response_ids[-2:] == [scale.score_ids[3], end]
+        assert group.trajectories[0].loss_mask[-2:] == [False, True]

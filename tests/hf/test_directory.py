@@ -6,6 +6,7 @@ from typing import Any
 import huggingface_hub
 import pytest
 from huggingface_hub.errors import RevisionNotFoundError
+from transformers import Qwen3Config
 
 from real_megatron.data.byte_model import byte_tokenizer
 from real_megatron.errors import CheckpointError
@@ -155,10 +156,37 @@ def test_any_other_fault_of_the_hub_is_one_line(error: Exception, monkeypatch: p
 
 
 def test_the_tokenizer(model: Path) -> None:
-    with pytest.raises(CheckpointError, match=f"^{model}: its tokenizer cannot be loaded"):
+    with pytest.raises(
+        CheckpointError, match=f"^{model} has no tokenizer: none of tokenizer.json, .*copy the tokenizer's files"
+    ):
         load_tokenizer(model)
+    Qwen3Config(vocab_size=258).save_pretrained(model)
     byte_tokenizer().save_pretrained(model)
     assert load_tokenizer(model).encode("a") == [97]
     (model / "tokenizer.json").write_text('{"model": 5}')
     with pytest.raises(CheckpointError, match=f"^{model}: its tokenizer cannot be loaded"):
+        load_tokenizer(model)
+
+
+def test_a_tokenizer_without_its_vocabulary_is_missing(model: Path) -> None:
+    """transformers makes an empty tokenizer of a Qwen checkpoint without one."""
+    Qwen3Config(vocab_size=258).save_pretrained(model)
+    byte_tokenizer().save_pretrained(model)
+    (model / "tokenizer.json").unlink()
+    with pytest.raises(CheckpointError, match=f"^{model} has no tokenizer"):
+        load_tokenizer(model)
+    (model / "tokenizer_config.json").unlink()
+    with pytest.raises(CheckpointError, match=f"^{model} has no tokenizer"):
+        load_tokenizer(model)
+
+
+@pytest.mark.parametrize(("rows", "fits"), [(300, True), (258, True), (257, False)])
+def test_a_tokenizer_must_fit_the_embedding(rows: int, fits: bool, model: Path) -> None:
+    Qwen3Config(vocab_size=rows).save_pretrained(model)
+    byte_tokenizer().save_pretrained(model)
+    if fits:
+        assert len(load_tokenizer(model)) == 258
+        return
+    message = rf"^{model}: the tokenizer's last token '<eos>' has the id 257, .* is 257: .*resize_token_embeddings"
+    with pytest.raises(CheckpointError, match=message):
         load_tokenizer(model)

@@ -444,3 +444,16 @@ def test_the_fake_servers_tokens_differ_between_prompts_and_samples():
     fake = FakeServer()
     fake._server.server_close()
     assert len({tuple(expected_ids(p, k, 6)) for p in PROMPTS for k in range(3)}) > 60
+
+
+@pytest.mark.parametrize("serve_loaded", [True, False])
+@pytest.mark.parametrize("flavour", list(ENGINES))
+def test_every_request_names_all_ends_of_sequence(flavour, serve_loaded, make, model, tmp_path):
+    """Those of generation_config.json, which a server need not have read, and the tokenizer's."""
+    (tmp_path / "model" / "generation_config.json").write_text('{"eos_token_id": [71, 80, 90]}')
+    engine, (fake,) = make(flavour=flavour, serve_loaded=serve_loaded)
+    if not serve_loaded:
+        engine.update_weights(model.state_dict().items(), version=1)
+    engine.generate(PROMPTS[:2], PARAMS)
+    bodies = [body.get("sampling_params", body) for body in fake.bodies]
+    assert [body["stop_token_ids"] for body in bodies] == [[1, 71, 80, 90]] * 2  # 1 is the tokenizer's

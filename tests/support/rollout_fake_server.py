@@ -51,6 +51,8 @@ class FakeServer:
         self.generations = 0
         self.most_in_flight = 0
         self.calls: list[tuple[str, dict]] = []
+        self.bodies: list[dict] = []
+        """Of the generation requests."""
         self.connections: set[socket.socket] = set()
         self._in_flight = 0
         self._lock = threading.Lock()
@@ -82,6 +84,7 @@ class FakeServer:
         """(status, reply), or the name of a fault that the connection must show."""
         with self._lock:
             self.generations += 1
+            self.bodies.append(body)
             self._in_flight += 1
             self.most_in_flight = max(self.most_in_flight, self._in_flight)
             fault = self.faults.pop(0) if self.faults else None

@@ -22,6 +22,7 @@ from transformers.generation import LogitsProcessorList, StoppingCriteriaList
 
 from real_megatron.errors import EngineError, PromptRefused
 from real_megatron.hf.model import load_model
+from real_megatron.hf.stop_ids import stop_ids
 from real_megatron.rollout.embedded.seeded import SeededTokens, uniforms
 from real_megatron.rollout.embedded.stop import StopAutomaton, StopTexts
 from real_megatron.rollout.embedded.weights import copy_weights
@@ -45,11 +46,17 @@ class TransformersEngine:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         batch_size: int = 256,
+        stop_ids: Sequence[int] | None = None,
     ) -> None:
-        """An engine without weights: `update_weights` must come before the first `generate`."""
+        """An engine without weights: `update_weights` must come before the first `generate`.
+
+        stop_ids: end-of-sequence tokens; default: the tokenizer's
+        """
         with torch.device(device):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-        self._init(model, tokenizer, batch_size)
+        if stop_ids is None:
+            stop_ids = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        self._init(model, tokenizer, batch_size, stop_ids)
 
     @classmethod
     def from_pretrained(
@@ -64,11 +71,13 @@ class TransformersEngine:
         """An engine that serves a checkpoint directory as weight version 0."""
         engine = cls.__new__(cls)
         model = load_model(directory, dtype)
-        engine._init(model.to(device), tokenizer, batch_size)
+        engine._init(model.to(device), tokenizer, batch_size, stop_ids(Path(directory), tokenizer))
         engine.version = 0
         return engine
 
-    def _init(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> None:
+    def _init(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int, stop_ids: Sequence[int]
+    ) -> None:
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.batch_size = batch_size
@@ -77,7 +86,7 @@ class TransformersEngine:
         self._device = model.device
         self._asleep = False
         self._automata: dict[tuple[str, ...], StopAutomaton] = {}
-        self._eos = _eos_ids(model, tokenizer)
+        self._eos = list(stop_ids)
         # `generate` fills what a call leaves unset from the model's own defaults (top_k, repetition penalty, …).
         model.generation_config = GenerationConfig()
 
@@ -233,7 +242,7 @@ def build(spec: EngineSpec) -> TransformersEngine:
     options: dict[str, Any] = {"device": spec.device, "dtype": spec.dtype, "batch_size": spec.config.batch_size}
     if spec.serve_loaded:
         return TransformersEngine.from_pretrained(spec.model_dir, spec.tokenizer, **options)
-    return TransformersEngine(spec.hf_config(), spec.tokenizer, **options)
+    return TransformersEngine(spec.hf_config(), spec.tokenizer, stop_ids=spec.stop_ids(), **options)
 
 
 def _collect(generated: Tensor, chooser: SeededTokens, ended: Tensor, reached: Tensor, version: int) -> list[Response]:
@@ -272,11 +281,3 @@ def _chunks(order: list[int], size: int) -> Iterator[list[int]]:
 def _ranges(n: int, size: int) -> Iterator[range]:
     for start in range(0, n, size):
         yield range(start, min(start + size, n))
-
-
-def _eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Every end-of-sequence token that the checkpoint or the tokenizer names."""
-    ids: set[int] = set()
-    for source in (model.generation_config.eos_token_id, model.config.eos_token_id, tokenizer.eos_token_id):
-        ids.update(source if isinstance(source, list) else [] if source is None else [source])
-    return sorted(ids)

@@ -53,6 +53,8 @@ class RemoteEngine(ABC):
         """Ids at or above it never leave this process: an out-of-range id can end a server."""
         self._max_tokens = min(spec.max_tokens, positions - self._reserved_tokens)
         """Longest prompt and response together."""
+        self._stop_ids = spec.stop_ids()
+        """Named in every request: a server's own list may be shorter."""
         self._labels = Labels()
         self._label: str | None = None
         """Label of the current weights; None when no complete set has been sent."""

@@ -56,7 +56,7 @@ class SGLangEngine(RemoteEngine):
     # --- requests ---------------------------------------------------------------------------------------------------
 
     def _generation_body(self, prompt: list[int], params: SamplingParams, seed: int | None) -> dict[str, Any]:
-        return replies.generation_body(prompt, params)
+        return replies.generation_body(prompt, params, self._stop_ids)
 
     def _parse_generation(self, reply: Any, replica: Replica, params: SamplingParams) -> list[Response]:
         return replies.parse_generation(reply, params, self._current_labels(replica), self._served_version())

@@ -12,9 +12,9 @@ RESERVED_TOKENS = 2
 """SGLang 0.5.21 ends a response this many tokens before its context length, whatever was asked for."""
 
 
-def generation_body(prompt: list[int], params: SamplingParams) -> dict[str, Any]:
+def generation_body(prompt: list[int], params: SamplingParams, stop_ids: Sequence[int] = ()) -> dict[str, Any]:
     """A request for `params.n` samples: the server prefills the prompt once. Every sampling parameter is named, since
-    a server may have defaults of its own."""
+    a server may have defaults of its own. stop_ids: end-of-sequence tokens."""
     body: dict[str, Any] = {
         "input_ids": prompt,
         "sampling_params": {
@@ -28,6 +28,7 @@ def generation_body(prompt: list[int], params: SamplingParams) -> dict[str, Any]
             "presence_penalty": 0.0,
             "max_new_tokens": params.max_new_tokens,
             "stop": list(params.stop),
+            "stop_token_ids": list(stop_ids),
         },
         "return_logprob": True,
     }

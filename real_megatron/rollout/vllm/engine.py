@@ -59,7 +59,7 @@ class VLLMEngine(RemoteEngine):
                 "rollout.temperature or evaluation.temperature to 1 (evaluation also takes 0), or choose another "
                 "rollout.engine"
             )
-        return replies.generation_body(SERVED_NAME, prompt, params, seed)
+        return replies.generation_body(SERVED_NAME, prompt, params, seed, self._stop_ids)
 
     def _parse_generation(self, reply: Any, replica: Replica, params: SamplingParams) -> list[Response]:
         return replies.parse_generation(reply, params, self._served_version())

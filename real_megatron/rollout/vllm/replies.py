@@ -8,9 +8,11 @@ from real_megatron.rollout.engine import Response, SamplingParams
 from real_megatron.rollout.remote.errors import Retryable
 
 
-def generation_body(model: str, prompt: list[int], params: SamplingParams, seed: int | None) -> dict[str, Any]:
+def generation_body(
+    model: str, prompt: list[int], params: SamplingParams, seed: int | None, stop_ids: Sequence[int] = ()
+) -> dict[str, Any]:
     """A request for `params.n` samples. Every sampling parameter is named: the server takes those that are missing
-    from the checkpoint's generation_config.json."""
+    from the checkpoint's generation_config.json. stop_ids: end-of-sequence tokens."""
     body: dict[str, Any] = {
         "model": model,
         "prompt": prompt,
@@ -24,6 +26,7 @@ def generation_body(model: str, prompt: list[int], params: SamplingParams, seed:
         "presence_penalty": 0.0,
         "max_tokens": params.max_new_tokens,
         "stop": list(params.stop),
+        "stop_token_ids": list(stop_ids),
         "include_stop_str_in_output": True,
         "logprobs": len(params.watch_ids),
         "return_token_ids": True,
@@ -72,7 +75,7 @@ def _response(choice: dict, params: SamplingParams, version: int) -> Response:
     if choice["finish_reason"] == "length":
         reason = "length"
     else:
-        # The stop text, or null for the end of sequence.
+        # The stop text; for an end of sequence null, or the token's id.
         reason = "stop" if isinstance(choice.get("stop_reason"), str) else "eos"
     return Response(ids, logprobs, reason, version, watched)
 

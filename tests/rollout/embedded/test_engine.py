@@ -5,11 +5,13 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GenerationConfig
 
+from real_megatron.config import RolloutConfig
 from real_megatron.errors import EngineError, PromptRefused
-from real_megatron.rollout.embedded.engine import TransformersEngine
+from real_megatron.rollout.embedded.engine import TransformersEngine, build
 from real_megatron.rollout.embedded.seeded import uniforms
 from real_megatron.rollout.engine import SamplingParams
 from tests.support.rollout_models import byte_level, tiny_qwen3
+from tests.support.rollout_specs import engine_spec
 
 TOKENIZER = byte_level()
 PARAMS = SamplingParams(n=3, temperature=0.8, top_p=0.9, max_new_tokens=20, stop=("e", " t"))
@@ -165,3 +167,25 @@ def test_saved_checkpoint_streams_in(model, tmp_path):
     torch.testing.assert_close(
         engine.model(torch.tensor([PROMPTS[0]])).logits, model(torch.tensor([PROMPTS[0]])).logits
     )
+
+
+def test_trained_and_judged_responses_end_at_every_end_of_sequence(model, tmp_path):
+    """Those of generation_config.json as well; the tokens of both engines are those of one model, seed by seed."""
+    model.save_pretrained(tmp_path)
+    listed = list(range(20, 60))  # so many that most responses meet one
+    GenerationConfig(eos_token_id=listed).save_pretrained(tmp_path)
+    params = SamplingParams(n=4, max_new_tokens=16)
+    groups = []
+    for serve_loaded in (True, False):
+        spec = engine_spec(RolloutConfig(), tmp_path, tmp_path, tokenizer=TOKENIZER, serve_loaded=serve_loaded)
+        engine = build(spec)
+        if not serve_loaded:
+            engine.update_weights(model.state_dict().items(), version=0)
+        groups.append(engine.generate(PROMPTS, params, SEEDS))
+    ends = {*listed, TOKENIZER.eos_token_id}
+    responses = [response for group in groups[1] for response in group]
+    assert sum(response.finish_reason == "eos" for response in responses) > 5
+    for response in responses:
+        assert ends.isdisjoint(response.token_ids[:-1])
+        assert (response.token_ids[-1] in ends) == (response.finish_reason == "eos")
+    assert groups[0] == groups[1]
