@@ -110,7 +110,7 @@ def test_a_response_that_spans_an_update_is_stale():
 
 def test_every_sampling_parameter_is_named():
     """A server started with other preferences must not change what is sampled."""
-    body = generation_body([1, 2], PARAMS)
+    body = generation_body([1, 2], PARAMS, [7, 9])
     assert body["sampling_params"] == {
         "n": 2,
         "temperature": 0.8,
@@ -122,6 +122,7 @@ def test_every_sampling_parameter_is_named():
         "presence_penalty": 0.0,
         "max_new_tokens": 8,
         "stop": ["e", " t"],
+        "stop_token_ids": [7, 9],
     }
     assert body["token_ids_logprob"] == [6, 5] and body["return_logprob"] is True
     assert "token_ids_logprob" not in generation_body([1], SamplingParams())
