@@ -186,7 +186,7 @@ def test_a_hub_name_is_a_source(models: Path, tmp_path: Path, monkeypatch: pytes
     """The hub cannot be reached in tests: a download is replaced by a directory."""
     asked = []
 
-    def snapshot_download(name: str, revision: str | None, allow_patterns: list[str]) -> str:
+    def snapshot_download(name: str, revision: str | None, allow_patterns: list[str], **_: object) -> str:
         asked.append((name, revision, "*.safetensors" in allow_patterns))
         return str(models / "mistral")
 

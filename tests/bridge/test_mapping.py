@@ -45,7 +45,7 @@ def test_impossible_layout(config_only: Path) -> None:
 def test_a_dry_run_of_a_hub_name_downloads_no_weights(config_only: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
-    def snapshot_download(name: str, revision: str | None, allow_patterns: list[str]) -> str:
+    def snapshot_download(name: str, revision: str | None, allow_patterns: list[str], **_: object) -> str:
         asked.append((name, revision, [pattern for pattern in allow_patterns if "safetensors" in pattern]))
         return str(config_only)
 
