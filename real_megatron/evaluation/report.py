@@ -10,9 +10,10 @@ from pathlib import Path
 from rich.table import Table
 
 from real_megatron.errors import ConfigError, DataError
-from real_megatron.evaluation.metrics import LOWER_IS_BETTER, NAMES, Estimate, paired_difference
+from real_megatron.evaluation.metrics import LOWER_IS_BETTER, Estimate, paired_difference
 from real_megatron.evaluation.plots import evaluation_curves, learning_curves
-from real_megatron.evaluation.result import DECODINGS, Evaluation
+from real_megatron.evaluation.result import DECODINGS, Evaluation, clusters_of, groups_of
+from real_megatron.evaluation.weighted import NAMES, WITHIN
 
 TITLES = {
     "pearson": "Pearson",
@@ -21,7 +22,11 @@ TITLES = {
     "mse": "MSE",
     "mae": "MAE",
     "accuracy": "accuracy",
+    "pearson_within": "Pearson within",
+    "spearman_within": "Spearman within",
+    "kendall_within": "Kendall within",
 }
+UNDEFINED = Estimate(math.nan, math.nan, math.nan)
 DECODING_TITLES = {"rail": "RAIL", "sampled": "sampled score"}
 
 
@@ -128,7 +133,12 @@ def _newest(run: RunResults, name: str) -> Evaluation | None:
 
 def _test_set(name: str, evaluations: Mapping[str, Evaluation]) -> list[str]:
     first = next(iter(evaluations.values()))
-    lines = [f"## {name}", "", f"{first.counts['examples']} examples; 95 % bootstrap intervals over the examples.", ""]
+    lines = [
+        f"## {name}",
+        "",
+        f"{first.counts['examples']} examples; 95 % bootstrap intervals over {_unit(first)}.",
+        "",
+    ]
     lines += _table(
         ["run", "decoding", *(TITLES[m] + (" ↓" if m in LOWER_IS_BETTER else "") for m in NAMES)],
         [
@@ -137,12 +147,28 @@ def _test_set(name: str, evaluations: Mapping[str, Evaluation]) -> list[str]:
             for d in DECODINGS
         ],
     )
+    grouped = {run: e for run, e in evaluations.items() if e.config.get("within")}
+    if grouped:
+        columns = ", ".join(dict.fromkeys(f"`{e.config['within']}`" for e in grouped.values()))
+        lines += [f"Within {columns}, the mean over its groups of the correlation in each:", ""]
+        lines += _table(
+            ["run", "decoding", *(TITLES[m] for m in WITHIN)],
+            [
+                [
+                    run,
+                    DECODING_TITLES[d],
+                    *(cell(e.metrics[d][m]) if m in e.metrics[d] else "undefined" for m in WITHIN),
+                ]
+                for run, e in grouped.items()
+                for d in DECODINGS
+            ],
+        )
     notes = [
-        f"- {run}, {DECODING_TITLES[d]}, {TITLES[m]}: {e.metrics[d][m].note}."
+        f"- {run}, {DECODING_TITLES[d]}, {TITLES[m]}: {estimate.note}."
         for run, e in evaluations.items()
         for d in DECODINGS
-        for m in NAMES
-        if e.metrics[d][m].note
+        for m, estimate in e.metrics[d].items()
+        if estimate.note
     ]
     lines += [*notes, ""] if notes else []
     lines += _differences(evaluations)
@@ -176,7 +202,7 @@ def _test_set(name: str, evaluations: Mapping[str, Evaluation]) -> list[str]:
 def _differences(evaluations: Mapping[str, Evaluation]) -> list[str]:
     """A table of every later run minus the first, on the examples that both answered."""
     (base_name, base), *others = evaluations.items()
-    rows = []
+    rows, notes = [], []
     for run, e in others:
         for decoding in DECODINGS:
             before = {p.id: p for p in base.predictions if p.rail is not None}
@@ -190,13 +216,30 @@ def _differences(evaluations: Mapping[str, Evaluation]) -> list[str]:
                 e.config["scale"]["values"],
                 e.config["bootstrap"],
                 e.config["seed"],
+                clusters_of([p for p, _ in pairs]),
+                groups_of([p for p, _ in pairs]),
             )
             label = f"{run} − {base_name} ({len(pairs)})"
-            rows.append([label, DECODING_TITLES[decoding], *(cell(difference[m], signed=True) for m in NAMES)])
+            cells = (cell(difference[m], signed=True) if m in difference else "" for m in (*NAMES, *WITHIN))
+            rows.append([label, DECODING_TITLES[decoding], *cells])
+            notes += [
+                f"- {label}, {DECODING_TITLES[decoding]}, {TITLES[m]}: {d.note}."
+                for m, d in difference.items()
+                if d.note
+            ]
     if not rows:
         return []
-    header = ["difference (examples)", "decoding", *(TITLES[m] for m in NAMES)]
-    return ["Differences on the same examples, resampled together:", "", *_table(header, rows)]
+    shown = len(NAMES) if not any(any(row[2 + len(NAMES) :]) for row in rows) else len(NAMES) + len(WITHIN)
+    header = ["difference (examples)", "decoding", *(TITLES[m] for m in (*NAMES, *WITHIN)[:shown])]
+    table = _table(header, [row[: 2 + shown] for row in rows])
+    return ["Differences on the same examples, resampled together:", "", *table, *notes, *([""] if notes else [])]
+
+
+def _unit(evaluation: Evaluation) -> str:
+    """What the intervals resample."""
+    column = evaluation.config.get("cluster")
+    count = len(set(clusters_of([p for p in evaluation.predictions if p.rail is not None])))
+    return f"{count} clusters of examples (`{column}`)" if column else "the examples"
 
 
 def _settings(evaluations: Mapping[str, Evaluation]) -> list[str]:
@@ -207,19 +250,20 @@ def _settings(evaluations: Mapping[str, Evaluation]) -> list[str]:
         lines.append(
             f"- {run}: {where}{c['samples']} critique{'s' if c['samples'] > 1 else ''} an example at temperature "
             f"{c['temperature']:g}, top-p {c['top_p']:g}, seed {c['seed']}; a critique without anchor: "
-            f"{c['no_anchor_rule']}; {c['probabilities']} probabilities; {c['bootstrap']} resamples."
+            f"{c['no_anchor_rule']}; {c['probabilities']} probabilities; {c['bootstrap']} resamples of {_unit(e)}."
         )
     return [*lines, ""]
 
 
 def console_table(results: Mapping[str, Evaluation]) -> Table:
     """The metrics of one judge on several test sets, for a terminal."""
-    table = Table("test set", "decoding", *NAMES)
+    shown = [*NAMES, *(m for m in WITHIN if any(m in e.metrics[d] for e in results.values() for d in DECODINGS))]
+    table = Table("test set", "decoding", *shown)
     for name, result in results.items():
         for decoding in DECODINGS:
-            estimates = [result.metrics[decoding][metric] for metric in NAMES]
-            cells = [f"{cell(e)} ({e.note})" if e.note else cell(e) for e in estimates]
-            table.add_row(name, decoding, *cells)
+            estimates = [result.metrics[decoding].get(metric) for metric in shown]
+            cells = ["" if e is None else f"{cell(e)} ({e.note})" if e.note else cell(e) for e in estimates]
+            table.add_row(f"{name}, by {_unit(result)}", decoding, *cells)
     return table
 
 

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -26,6 +27,21 @@ class Prediction:
     probabilities: list[float] | None
     """Score distribution π(k) over the whole vocabulary, in the scale's order."""
     critiques: list[str]
+    cluster: str | None = None
+    """Predictions of one cluster are resampled together; None: by itself."""
+    within: str | None = None
+    """The group within which correlation is computed too."""
+
+
+def clusters_of(predictions: Sequence[Prediction]) -> list[tuple[str | None, str]]:
+    """The cluster of each prediction: what it names, or it alone."""
+    return [(None, p.id) if p.cluster is None else (p.cluster, "") for p in predictions]
+
+
+def groups_of(predictions: Sequence[Prediction]) -> list[str | None] | None:
+    """The group of each prediction within which correlation is computed too; None where the test set has none."""
+    groups = [p.within for p in predictions]
+    return None if all(group is None for group in groups) else groups
 
 
 @dataclass

@@ -13,14 +13,18 @@ from transformers import PreTrainedTokenizerBase
 from real_megatron.config import RunConfig
 from real_megatron.data import encode_prompts, label_column, load_examples
 from real_megatron.errors import ConfigError, DataError
-from real_megatron.evaluation.metrics import NAMES, Estimate, agreement
+from real_megatron.evaluation.metrics import Estimate, agreement
 from real_megatron.evaluation.report import evaluation_path
-from real_megatron.evaluation.result import DECODINGS, Evaluation, Prediction
+from real_megatron.evaluation.result import DECODINGS, Evaluation, Prediction, clusters_of, groups_of
+from real_megatron.evaluation.weighted import NAMES
 from real_megatron.judging.judge import Judge
 from real_megatron.judging.reading import Reading, answers_of, mean_answer
 from real_megatron.rollout.engine import naming_prompts
 from real_megatron.runtime import join_torchrun, rank
 from real_megatron.scores import ScoreScale
+
+CLUSTER = "group"
+"""The column whose rows of one value are a cluster, where the test set names none."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,10 @@ class EvaluationPrompt:
     id: str
     label: float
     prompt_ids: list[int]
+    cluster: str | None = None
+    """Examples of one cluster are resampled together; None: by itself."""
+    within: str | None = None
+    """The group within which correlation is computed too."""
 
 
 def evaluate(
@@ -65,13 +73,15 @@ def load_evaluation_sets(
     data = config.data
     sets = {}
     for name, source in data.eval.items():
-        examples = load_examples(source, data.template, scale.values)
+        keys = source.cluster or CLUSTER, source.within
+        keep = [key for key in (source.cluster, source.within) if key]
+        examples = load_examples(source, data.template, scale.values, keep)
         kept = encode_prompts(tokenizer, examples, data.max_prompt_tokens, data.chat_template)
         if not kept:
             raise ConfigError(
                 f"data.eval.{name}: no prompt of {source.path} is short enough: raise data.max_prompt_tokens"
             )
-        sets[name] = [EvaluationPrompt(example.id, example.label, ids) for example, ids in kept]
+        sets[name] = [EvaluationPrompt(e.id, e.label, ids, *(_text(e.meta, key) for key in keys)) for e, ids in kept]
     return sets
 
 
@@ -139,7 +149,8 @@ def evaluate_set(
         metrics={decoding: _agreement(judge, answered, decoding) for decoding in DECODINGS},
         counts=_counts(readings, len(examples), len(examples) - len(answered)),
         means=_means(readings),
-        config=dict(about or {}) | {**judge_settings(judge), "bootstrap": settings.bootstrap},
+        config=dict(about or {})
+        | {**judge_settings(judge), "bootstrap": settings.bootstrap, **_grouping(judge, name, examples)},
         step=step,
         predictions=predictions,
     )
@@ -169,20 +180,43 @@ def forget_evaluations(directory: Path, step: int) -> None:
             path.unlink()
 
 
+def _text(meta: Mapping[str, Any], key: str | None) -> str | None:
+    return None if key is None or meta.get(key) is None else str(meta[key])
+
+
+def _grouping(judge: Judge, name: str, examples: Sequence[EvaluationPrompt]) -> dict[str, str | None]:
+    """The columns that the examples' clusters and groups are from; None where each is by itself, or there are none."""
+    source = judge.config.data.eval.get(name)
+    cluster = (source and source.cluster) or CLUSTER
+    within = (source and source.within) or "group"
+    return {
+        "cluster": cluster if any(example.cluster is not None for example in examples) else None,
+        "within": within if any(example.within is not None for example in examples) else None,
+    }
+
+
 def _agreement(judge: Judge, answered: Sequence[Prediction], decoding: str) -> dict[str, Estimate]:
     if not answered:
         note = f"no response has the anchor {judge.scale.anchor_text!r}"
         return {name: Estimate(math.nan, math.nan, math.nan, note) for name in NAMES}
     values = [getattr(p, decoding) for p in answered]
     labels = [p.label for p in answered]
-    return agreement(values, labels, judge.scale.values, judge.config.evaluation.bootstrap, judge.config.seed)
+    settings = judge.config.evaluation.bootstrap, judge.config.seed
+    return agreement(values, labels, judge.scale.values, *settings, clusters_of(answered), groups_of(answered))
 
 
 def _prediction(example: EvaluationPrompt, readings: Sequence[Reading]) -> Prediction:
     answer, critiques = mean_answer(answers_of(readings)), [reading.critique for reading in readings]
-    if answer is None:
-        return Prediction(example.id, example.label, None, None, None, critiques)
-    return Prediction(example.id, example.label, answer.expected, answer.sampled, answer.probabilities, critiques)
+    return Prediction(
+        example.id,
+        example.label,
+        None if answer is None else answer.expected,
+        None if answer is None else answer.sampled,
+        None if answer is None else answer.probabilities,
+        critiques,
+        example.cluster,
+        example.within,
+    )
 
 
 def _counts(readings: Sequence[Reading], examples: int, unanswered: int) -> dict[str, int]:

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from real_megatron.evaluation import metrics
-from real_megatron.evaluation.metrics import NAMES, agreement, bootstrap, paired_difference
+from real_megatron.evaluation import weighted
+from real_megatron.evaluation.metrics import agreement, paired_difference
+from real_megatron.evaluation.weighted import CORRELATIONS, NAMES, WITHIN, Agreement
 
 SCALE = [1.0, 2.0, 3.0, 4.0, 5.0]
 
@@ -52,28 +53,83 @@ def test_by_hand() -> None:
     assert found["accuracy"].value == pytest.approx(1 / 3)
 
 
-@pytest.mark.parametrize("cells", [metrics.CELLS, 130])
+@pytest.mark.parametrize("cells", [weighted.CELLS, 130])
 def test_every_replicate_is_the_metric_of_its_resample(monkeypatch, cells) -> None:
-    """Also where memory is bounded to three resamples and three rows of pairs at a time."""
-    monkeypatch.setattr(metrics, "CELLS", cells)
+    """Also where memory is bounded to three rows of pairs at a time, and where some resamples leave out much."""
+    monkeypatch.setattr(weighted, "CELLS", cells)
     x, y = data()
-    replicates = bootstrap(x, y, SCALE, resamples=20, seed=3)
-    rng = np.random.default_rng(3)
-    rows = np.concatenate([rng.integers(40, size=(size, 40)) for size in metrics._chunks(20, 40)])
-    for b, row in enumerate(rows):
-        expected = by_scipy(x[row], y[row])
+    weights = np.random.default_rng(3).integers(0, 3, size=(20, 40)).astype(float)
+    replicates = dict(zip(NAMES, Agreement(x, y, SCALE)(weights), strict=True))
+    for b, row in enumerate(weights.astype(int)):
+        expected = by_scipy(np.repeat(x, row), np.repeat(y, row))
         for name in NAMES:
             assert replicates[name][b] == pytest.approx(expected[name], abs=1e-12), (name, b)
 
 
-def test_intervals_are_percentiles_and_seeded() -> None:
-    x, y = data(200)
-    first, again, other = (agreement(x, y, SCALE, 500, seed) for seed in (1, 1, 2))
-    assert first == again and first != other
-    replicates = bootstrap(x, y, SCALE, 500, 1)
-    for name, estimate in first.items():
-        low, high = np.quantile(replicates[name], [0.025, 0.975])
-        assert (estimate.low, estimate.high) == pytest.approx((low, high), rel=1e-12) and low < estimate.value < high
+def test_intervals_are_scipys_bca_over_clusters() -> None:
+    """The statistic written as plainly as can be: the examples of the drawn clusters, one resample at a time."""
+    x, y = data(60)
+    clusters = [f"c{i % 23}" for i in range(60)]
+    rows = [np.flatnonzero(np.array(clusters) == f"c{c}") for c in range(23)]
+    within = [i % 2 for i in range(60)]
+
+    def plain(drawn) -> list[float]:
+        own = np.concatenate([rows[c] for c in drawn])
+        halves = [own[own % 2 == k] for k in (0, 1)]
+        each = [by_scipy(x[half], y[half]) for half in halves]
+        share = [len(half) / 30 for half in halves]  # a group counts by how often its rows were drawn on average
+        return [
+            *by_scipy(x[own], y[own]).values(),
+            *(np.average([e[m] for e in each], weights=share) for m in CORRELATIONS),
+        ]
+
+    def statistic(drawn, axis):
+        return np.apply_along_axis(plain, -1, drawn).swapaxes(0, -1) if drawn.ndim > 1 else np.array(plain(drawn))
+
+    expected = stats.bootstrap(
+        (np.arange(23),), statistic, n_resamples=60, method="BCa", vectorized=True, rng=np.random.default_rng(4)
+    ).confidence_interval
+    found = agreement(x, y, SCALE, 60, 4, clusters, within)
+    assert list(found) == [*NAMES, *WITHIN]
+    # float64 sums in another order, 1e-12; an end that moves to the next of 60 resamples would show as 1e-3.
+    for estimate, low, high in zip(found.values(), expected.low, expected.high, strict=True):
+        assert (estimate.low, estimate.high) == pytest.approx((low, high), abs=1e-10) and not estimate.note
+    assert agreement(x, y, SCALE, 60, 4, clusters, within) == found != agreement(x, y, SCALE, 60, 5, clusters, within)
+
+
+def test_copies_of_examples_are_no_further_evidence() -> None:
+    """Four copies of each example as clusters say what the examples say; as single examples they would halve widths."""
+    x, y = data(50)
+    copies, names = (np.repeat(x, 4), np.repeat(y, 4)), np.repeat(np.arange(50), 4).tolist()
+    single, clustered = agreement(x, y, SCALE, 200), agreement(*copies, SCALE, 200, clusters=names)
+    for name in NAMES:
+        a, b = single[name], clustered[name]
+        assert (b.value, b.low, b.high) == pytest.approx((a.value, a.low, a.high), abs=1e-12), name
+    wrong = agreement(*copies, SCALE, 200)["pearson"]
+    assert wrong.high - wrong.low < 0.7 * (single["pearson"].high - single["pearson"].low)
+
+
+def test_correlation_within_groups_by_hand() -> None:
+    """Two groups of opposite order and one without any: pooled, their levels alone correlate."""
+    x, y = [1.0, 2, 3, 11, 12, 14, 5, 6], [1.0, 2, 3, 14, 12, 11, 4, 4]
+    found = agreement(x, y, SCALE, 20, within=list("aaabbbcc"))
+    second = stats.pearsonr(x[3:6], y[3:6]).statistic
+    assert found["pearson_within"].value == pytest.approx((1 + second) / 2, abs=1e-12)
+    assert found["spearman_within"].value == found["kendall_within"].value == pytest.approx(0, abs=1e-12)
+    assert found["pearson"].value > 0.9 and "mean over 2 of 3 groups" in found["pearson_within"].note
+    flat = agreement([1.0, 1, 2, 2], [1.0, 2, 3, 4], SCALE, 20, within=list("aabb"))["pearson_within"]
+    assert math.isnan(flat.value) and flat.note == "all predictions or all labels are equal in each group"
+
+
+def test_where_bca_is_undefined_the_interval_is_of_percentiles_and_says_so() -> None:
+    x, y = [1.0, 2.0, 3.0, 4.0, 5.0], [1.0, 2.0, 3.0, 4.0, 5.0]
+    perfect = agreement(x, y, SCALE, 50)["mse"]
+    assert (perfect.value, perfect.low, perfect.high, perfect.note) == (0.0, 0.0, 0.0, "")  # no other is possible
+    one_sided = agreement(*data(), SCALE, 1)["mse"]
+    assert "interval of percentiles: BCa is undefined" in one_sided.note and math.isfinite(one_sided.low)
+    single = agreement([1.0, 2.0, 3.0], [1.0, 2.0, 4.0], SCALE, clusters=["a"] * 3)
+    assert all(e.note == "one cluster only: no interval" and math.isnan(e.low) for e in single.values())
+    assert single["mse"].value == pytest.approx(1 / 3)
 
 
 def test_the_interval_of_pearson_is_fishers() -> None:
@@ -101,10 +157,11 @@ def test_the_interval_of_pearson_is_fishers() -> None:
 def test_constants_have_no_correlation(x, y, note) -> None:
     found = agreement(x, y, SCALE, 50)
     for name in NAMES:
-        if name in metrics.CORRELATIONS:
+        if name in CORRELATIONS:
             assert math.isnan(found[name].value) and math.isnan(found[name].low) and found[name].note == note
         else:
-            assert math.isfinite(found[name].value) and found[name].note == ""
+            assert math.isfinite(found[name].value)
+            assert found[name].note == ("one example only: no interval" if len(x) == 1 else "")
 
 
 def test_resamples_without_correlation_are_counted() -> None:
