@@ -153,7 +153,7 @@ def _interval(value: float, replicates: Array, low: float, high: float) -> tuple
         return (math.nan, math.nan), f"interval from 0 of {len(replicates)} resamples"
     if len(finite) < len(replicates):
         note = f"interval from {len(finite)} of {len(replicates)} resamples, of percentiles: BCa needs them all"
-    elif np.ptp(finite) == 0:
+    elif np.ptp(finite) == 0 and not sided:
         note = ""  # every interval is this one value
     else:
         note = (
