@@ -233,7 +233,7 @@ def judge(
             )
         typer.echo(
             f"{output}: {done.judged} rows judged, {done.skipped} done before, {done.bad} bad, "
-            f"{done.no_anchor} critiques without an anchor"
+            f"{done.no_anchor} critiques without an anchor, {done.cut} prompts cut"
         )
 
 

@@ -19,6 +19,14 @@ Ratio = Literal["none", "ppo", "truncated_is"]
 RatioLevel = Literal["sequence", "token"]
 NoAnchorRule = Literal["penalize", "force", "drop"]
 JudgedNoAnchorRule = Literal["force", "drop"]
+LongPromptsRule = Literal["drop", "cut_left"]
+
+# Arguments of transformers' apply_chat_template and of what it calls; `data/encode.py` sets those that it needs.
+RESERVED_TEMPLATE_ARGS = frozenset(
+    "conversation conversations messages tools documents chat_template add_generation_prompt continue_final_message "
+    "tokenize sanitize_control_tokens padding truncation max_length return_tensors return_dict "
+    "return_assistant_tokens_mask tokenizer_kwargs".split()
+)
 
 SUPERVISED = ("raft", "tract", "sft")
 """Values of `objective.name` that train on given responses; the others sample them."""
@@ -364,10 +372,17 @@ class DataConfig(Section):
     eval: dict[str, EvaluationSource] = Field(default_factory=dict, description="Named evaluation data sets.")
     template: str = Field("plain", description="Prompt template: a built-in name (plain, prometheus) or a file.")
     chat_template: bool = Field(True, description="Write prompts with the tokenizer's chat template, if it has one.")
+    chat_template_args: dict[str, bool | int | float | str] = Field(
+        default_factory=dict,
+        description="Variables for the chat template, such as `{enable_thinking: false}` for Qwen3.",
+    )
     max_prompt_tokens: int = Field(
-        2048,
-        ge=1,
-        description="Longest prompt, in training, evaluation and judging; longer ones are dropped, counted.",
+        2048, ge=1, description="Longest prompt, in training, evaluation and judging; see long_prompts."
+    )
+    long_prompts: LongPromptsRule = Field(
+        "drop",
+        description="Longer prompts are dropped, or lose their beginning (but for a begin-of-sequence token); they are "
+        "counted. `judge` reports rows that it drops.",
     )
     max_response_tokens: int = Field(
         1024,
@@ -382,6 +397,12 @@ class DataConfig(Section):
             raise ValueError(
                 f"eval: {bad[0]!r} names files of results: use letters, digits, `_`, `-` and `.`, and begin with one "
                 "of the first three"
+            )
+        reserved = sorted(RESERVED_TEMPLATE_ARGS & self.chat_template_args.keys())
+        if reserved:
+            raise ValueError(
+                f"chat_template_args: {reserved[0]!r} is an argument of apply_chat_template and set already: remove it "
+                "and give variables of the template only"
             )
         return self
 
@@ -419,6 +440,7 @@ class EvaluationConfig(Section):
     every: int = Field(0, ge=0, description="Evaluate every N steps and before the first; 0: at the end only.")
     samples: int = Field(1, ge=1, description="CoTs per example.")
     temperature: float = Field(1.0, ge=0, description="Sampling temperature of evaluation CoTs; 0: greedy.")
+    top_p: float = Field(1.0, gt=0, le=1, description="Nucleus sampling mass of evaluation CoTs.")
     batch_size: int = Field(256, ge=1, description="Examples judged at a time, here and by `judge`.")
     bootstrap: int = Field(1000, ge=1, description="Bootstrap resamples for the confidence intervals.")
     no_anchor: JudgedNoAnchorRule = Field(

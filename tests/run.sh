@@ -13,6 +13,16 @@ bash tools/setup_env.sh requirements-dev.txt
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 .venv/bin/mypy
+# Tokenizers of real models, as files only: transformers changes its behaviour where mistral_common can be imported.
+real=.venv/share/real_tokenizers
+if ! cmp -s tests/real_tokenizers.txt "$real/installed.txt"; then
+    if .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-compile --upgrade \
+        --target "$real" -r tests/real_tokenizers.txt; then
+        cp tests/real_tokenizers.txt "$real/installed.txt"
+    else
+        echo "The packages of tests/real_tokenizers.txt cannot be downloaded: tests on real tokenizers are skipped." >&2
+    fi
+fi
 if [ -z "$markers" ]; then
     bash tools/install_sglang_cpu.sh
 fi

@@ -82,3 +82,13 @@ def test_no_key_of_another_section_is_suggested_for_a_likeness() -> None:
         RunConfig.from_yaml(None, ["rollout.max_tokens=4"])
     with pytest.raises(ConfigError, match="`rollout.max_response_token`; did you mean `data.max_response_tokens`"):
         RunConfig.from_yaml(None, ["rollout.max_response_token=4"])
+
+
+def test_arguments_of_the_chat_template_do_not_replace_those_of_transformers() -> None:
+    own = inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters.keys() - {"self", "kwargs"}
+    assert own <= RESERVED_TEMPLATE_ARGS
+    for name in RESERVED_TEMPLATE_ARGS:
+        with pytest.raises(ConfigError, match=f"chat_template_args: '{name}' is an argument of apply_chat_template"):
+            RunConfig.from_yaml(None, [f"data.chat_template_args.{name}=false"])
+    config = RunConfig.from_yaml(None, ["data.chat_template_args={enable_thinking: false}"])
+    assert config.data.chat_template_args == {"enable_thinking": False}

@@ -1,6 +1,13 @@
 """Judge data: published data sets and plain JSONL, prompt templates, prompts and supervised targets as tokens."""
 
-from real_megatron.data.encode import encode_prompt, encode_prompts, encode_target, encode_targets, prompt_text
+from real_megatron.data.encode import (
+    EncodedPrompts,
+    encode_prompt,
+    encode_prompts,
+    encode_target,
+    encode_targets,
+    fit_prompt,
+)
 from real_megatron.data.example import JudgeExample
 from real_megatron.data.formats import BadRecord, Record, register_format
 from real_megatron.data.load import example_from_record, label_column, load_examples
@@ -8,6 +15,7 @@ from real_megatron.data.template import Template, load_template
 
 __all__ = [
     "BadRecord",
+    "EncodedPrompts",
     "JudgeExample",
     "Record",
     "Template",
@@ -16,9 +24,9 @@ __all__ = [
     "encode_target",
     "encode_targets",
     "example_from_record",
+    "fit_prompt",
     "label_column",
     "load_examples",
     "load_template",
-    "prompt_text",
     "register_format",
 ]

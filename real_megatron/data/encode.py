@@ -1,11 +1,16 @@
 """Examples as tokens: prompts, and supervised targets."""
 
 import logging
+import re
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
 
 from transformers import PreTrainedTokenizerBase
 
 from real_megatron.batch.types import Group, Trajectory
+from real_megatron.config import DataConfig
+from real_megatron.data.control_tokens import ControlTokens, encode_plain
 from real_megatron.data.example import JudgeExample
 from real_megatron.errors import DataError
 from real_megatron.scores import CONTEXT, ScoreScale
@@ -13,59 +18,78 @@ from real_megatron.scores import CONTEXT, ScoreScale
 logger = logging.getLogger(__name__)
 
 _MARK = "@answer@"
+THINKING = re.compile(r"<([\w:]*think[\w:]*)>\s*$|\[(THINK)\]\s*$")
+"""The beginning of a thinking block, at the end of a prompt."""
 
 
-def prompt_text(tokenizer: PreTrainedTokenizerBase, example: JudgeExample, chat_template: bool = True) -> str:
-    """The prompt as text, up to where the response begins.
+@dataclass(frozen=True)
+class EncodedPrompts:
+    """Examples with the token ids of their prompts, and how many prompts were too long."""
 
-    Written with the tokenizer's chat template if it has one and `chat_template` is true; else the messages' contents,
-    separated by blank lines. Raises DataError if the chat template refuses the messages.
+    kept: list[tuple[JudgeExample, list[int]]]
+    dropped: int
+    cut: int
+    """Of the kept ones, those that lost their beginning."""
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, example: JudgeExample, data: DataConfig) -> list[int]:
+    """Token ids of the prompt, to be continued by a response, at any length.
+
+    Written with the tokenizer's chat template and `data.chat_template_args`, if it has one and `data.chat_template` is
+    true; else the messages' contents, separated by blank lines. A thinking block that the template begins at the end is
+    closed there as Qwen3's prompts without thinking do, so that critique and score stand behind it.
+
+    Control tokens come from the chat template alone (see `ControlTokens`). Begin-of-sequence tokens come from it too,
+    or without one from the tokenizer; an end-of-sequence token is never added.
+
+    Raises DataError for an empty prompt, for messages that the chat template refuses, and for control tokens in the
+    text that the tokenizer cannot read as text.
     """
-    messages = example.messages
-    if not _templated(tokenizer, chat_template):
-        return "\n\n".join(message["content"] for message in messages)
-    begun = messages[-1]["role"] == "assistant"
-    try:
-        return tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=not begun, continue_final_message=begun
-        )
-    except Exception as error:  # whatever a Jinja template raises
-        roles = ", ".join(message["role"] for message in messages)
-        raise DataError(
-            f"example {example.id}: the tokenizer's chat template refuses messages of the roles {roles}: {error}; "
-            "use other roles, for example write the system message's text at the beginning of the user's"
-        ) from error
+    return _encode(tokenizer, [example], data)[0][0]
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, example: JudgeExample, chat_template: bool = True) -> list[int]:
-    """Token ids of the prompt, to be continued by a response.
-
-    Begin-of-sequence tokens come from the chat template, or without one from the tokenizer; an end-of-sequence token is
-    never added. Raises DataError for an empty prompt, and as `prompt_text`.
-    """
-    return _encode_prompts(tokenizer, [example], chat_template)[0]
+def fit_prompt(tokenizer: PreTrainedTokenizerBase, ids: list[int], data: DataConfig) -> list[int] | None:
+    """A prompt of at most `data.max_prompt_tokens`: itself, or its end behind its begin-of-sequence token
+    (`data.long_prompts: cut_left`), or None (`drop`)."""
+    longest = data.max_prompt_tokens
+    if len(ids) <= longest:
+        return ids
+    if data.long_prompts == "drop":
+        return None
+    begin = ids[:1] if ids[0] == tokenizer.bos_token_id and longest > 1 else []
+    return begin + ids[len(ids) - longest + len(begin) :]
 
 
 def encode_prompts(
-    tokenizer: PreTrainedTokenizerBase,
-    examples: Sequence[JudgeExample],
-    max_tokens: int,
-    chat_template: bool = True,
-) -> list[tuple[JudgeExample, list[int]]]:
-    """The examples whose prompt has at most `max_tokens` tokens, each with its ids; the others are counted and logged.
+    tokenizer: PreTrainedTokenizerBase, examples: Sequence[JudgeExample], data: DataConfig
+) -> EncodedPrompts:
+    """The examples with their prompts (see `encode_prompt`) of at most `data.max_prompt_tokens`; longer ones are
+    dropped or cut (`data.long_prompts`), counted and logged.
 
     Tokenises in one batch, on all cores.
     """
-    encoded = zip(examples, _encode_prompts(tokenizer, examples, chat_template), strict=True)
-    kept = [(example, ids) for example, ids in encoded if len(ids) <= max_tokens]
-    if len(kept) < len(examples):
+    rows, careful = _encode(tokenizer, examples, data)
+    fitted = [(example, fit_prompt(tokenizer, row, data)) for example, row in zip(examples, rows, strict=True)]
+    kept = [(example, ids) for example, ids in fitted if ids is not None]
+    long = sum(len(row) > data.max_prompt_tokens for row in rows)
+    dropped = len(examples) - len(kept)
+    if long:
         logger.warning(
-            "dropped %d of %d examples whose prompt is longer than %d tokens (data.max_prompt_tokens)",
-            len(examples) - len(kept),
+            "%s %d of %d examples whose prompt is longer than %d tokens (data.max_prompt_tokens)",
+            "dropped" if dropped else "cut the beginning of",
+            long,
             len(examples),
-            max_tokens,
+            data.max_prompt_tokens,
         )
-    return kept
+    if careful:
+        logger.warning(
+            "the prompts of %d of %d examples contain control tokens of the model, the first is %s: they are encoded "
+            "as ordinary text",
+            len(careful),
+            len(examples),
+            careful[0],
+        )
+    return EncodedPrompts(kept, dropped, long - dropped)
 
 
 def end_of_response(
@@ -99,8 +123,9 @@ def encode_target(
 
     A CoT that contains the anchor ends before it; the CoT stands on a line of its own before the anchor. Anchor and
     score are the scale's own tokens and not those of the whole text tokenised at once, so that training and generation
-    agree on them. The score is the one nearest to the label. Its token carries no token loss (its
-    likelihood is that of the answer position, the last anchor token); every other token does.
+    agree on them. Texts of special tokens in the CoT are ordinary text; other added tokens, such as `<think>`, stay
+    tokens, since the model may write them itself. The score is the one nearest to the label. Its token carries no token
+    loss (its likelihood is that of the answer position, the last anchor token); every other token does.
 
     Raises DataError for an example without a CoT or a label.
     """
@@ -109,7 +134,7 @@ def encode_target(
     if not example.has_label:
         raise DataError(f"example {example.id} has no label: supervised training needs one in every record")
     cot = example.cot.partition(scale.anchor_text.strip())[0].strip()
-    cot_ids = tokenizer.encode(cot + CONTEXT, add_special_tokens=False) if cot else []
+    cot_ids = encode_plain(tokenizer, cot + CONTEXT, f"example {example.id}") if cot else []
     score = scale.score_ids[scale.label_index(example.label)]
     end = tokenizer.eos_token_id if end is None else end
     ending = [] if end is None else [end]
@@ -126,47 +151,105 @@ def encode_targets(
     tokenizer: PreTrainedTokenizerBase,
     scale: ScoreScale,
     examples: Sequence[JudgeExample],
-    max_prompt_tokens: int,
-    max_response_tokens: int,
-    chat_template: bool = True,
+    data: DataConfig,
     stop_ids: Sequence[int] = (),
 ) -> list[Group]:
-    """Groups of one supervised response each; too long prompts and responses are dropped, counted and logged.
+    """Groups of one supervised response each. Too long prompts are dropped or cut (`data.long_prompts`), responses
+    beyond `data.max_response_tokens` are dropped; both are counted and logged.
 
     stop_ids: the tokens at which the checkpoint's generation stops (see `end_of_response`)
     """
     groups = []
-    end = end_of_response(tokenizer, stop_ids, chat_template)
-    short = encode_prompts(tokenizer, examples, max_prompt_tokens, chat_template)
+    end = end_of_response(tokenizer, stop_ids, data.chat_template)
+    short = encode_prompts(tokenizer, examples, data).kept
     for example, prompt_ids in short:
         target = encode_target(tokenizer, scale, example, end)
-        if len(target.response_ids) <= max_response_tokens:
+        if len(target.response_ids) <= data.max_response_tokens:
             groups.append(Group(prompt_ids, [target], example.label, example.id))
     if len(groups) < len(short):
         logger.warning(
             "dropped %d of %d examples whose response is longer than %d tokens (data.max_response_tokens)",
             len(short) - len(groups),
             len(short),
-            max_response_tokens,
+            data.max_response_tokens,
         )
     return groups
 
 
-def _templated(tokenizer: PreTrainedTokenizerBase, chat_template: bool) -> bool:
-    return chat_template and bool(tokenizer.chat_template)
-
-
-def _encode_prompts(
-    tokenizer: PreTrainedTokenizerBase, examples: Sequence[JudgeExample], chat_template: bool
-) -> list[list[int]]:
+def _encode(
+    tokenizer: PreTrainedTokenizerBase, examples: Sequence[JudgeExample], data: DataConfig
+) -> tuple[list[list[int]], list[str]]:
+    """Token ids of every prompt; and the ids of those examples whose text contains control tokens."""
     if not examples:
-        return []
-    texts = [prompt_text(tokenizer, example, chat_template) for example in examples]
-    special = not _templated(tokenizer, chat_template)
-    rows = tokenizer(texts, add_special_tokens=special, return_attention_mask=False)["input_ids"]
-    for example, row in zip(examples, rows, strict=True):
-        if special and row and row[-1] == tokenizer.eos_token_id:
+        return [], []
+    templated = data.chat_template and bool(tokenizer.chat_template)
+    control = ControlTokens.of(tokenizer)
+    careful: dict[int, str] = {}
+    texts = []
+    for index, example in enumerate(examples):
+        messages = example.messages
+        if any(control.find(text, _shown(m, templated)) for m in messages for text in m.values()):
+            careful[index] = example.id
+            messages = [{k: control.hide(text, _shown(m, templated)) for k, text in m.items()} for m in messages]
+        texts.append(_prompt_text(tokenizer, messages, example.id, data) if templated else _plain_text(messages))
+    ordinary = [text for index, text in enumerate(texts) if index not in careful]
+    add = not templated
+    rows = iter(_encode_ordinary(tokenizer, ordinary, add))
+    encoded = []
+    for index, (example, text) in enumerate(zip(examples, texts, strict=True)):
+        where = f"example {example.id}"
+        row = control.encode(text, where, add) if index in careful else next(rows)
+        if add and row and row[-1] == tokenizer.eos_token_id:
             row.pop()  # some tokenizers end every text with it
         if not row:
-            raise DataError(f"example {example.id}: the prompt is empty; give it a text")
+            raise DataError(f"{where}: the prompt is empty; give it a text")
+        encoded.append(row)
+    return encoded, list(careful.values())
+
+
+def _encode_ordinary(tokenizer: PreTrainedTokenizerBase, texts: list[str], add_special_tokens: bool) -> list[list[int]]:
+    if not texts:
+        return []
+    rows: list[list[int]] = tokenizer(texts, add_special_tokens=add_special_tokens, return_attention_mask=False)[
+        "input_ids"
+    ]
     return rows
+
+
+def _shown(message: dict[str, str], templated: bool) -> bool:
+    """Whether a message shows the judge a text of others. In its own turns, `<think>` may be its own."""
+    return templated and message["role"] != "assistant"
+
+
+def _plain_text(messages: Sequence[dict[str, str]]) -> str:
+    return "\n\n".join(message["content"] for message in messages)
+
+
+def _prompt_text(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], id: str, data: DataConfig) -> str:
+    """The messages in the tokenizer's chat template, up to where the response begins."""
+    begun = messages[-1]["role"] == "assistant"
+    try:
+        text: str = tokenizer.apply_chat_template(
+            messages,
+            tokenize=False,
+            add_generation_prompt=not begun,
+            continue_final_message=begun,
+            **data.chat_template_args,
+        )
+    except Exception as error:  # whatever a Jinja template raises
+        roles = ", ".join(message["role"] for message in messages)
+        raise DataError(
+            f"example {id}: the tokenizer's chat template refuses messages of the roles {roles}: {error}; "
+            "use other roles, for example write the system message's text at the beginning of the user's"
+        ) from error
+    opened = None if THINKING.search(messages[-1]["content"]) else THINKING.search(text)
+    if opened is None:
+        return text
+    end = f"</{opened[1]}>" if opened[1] else f"[/{opened[2]}]"
+    _log_closed(opened[0].strip(), end)
+    return text.rstrip() + f"\n\n{end}\n\n"
+
+
+@cache
+def _log_closed(begin: str, end: str) -> None:
+    logger.info("the chat template ends prompts with %s: %s follows, so that responses begin behind it", begin, end)

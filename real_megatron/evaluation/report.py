@@ -196,7 +196,7 @@ def _test_set(name: str, evaluations: Mapping[str, Evaluation]) -> list[str]:
             for run, e in evaluations.items()
         ],
     )
-    return lines + _settings(evaluations)
+    return lines + _long_prompts(evaluations) + _settings(evaluations)
 
 
 def _differences(evaluations: Mapping[str, Evaluation]) -> list[str]:
@@ -240,6 +240,16 @@ def _unit(evaluation: Evaluation) -> str:
     column = evaluation.config.get("cluster")
     count = len(set(clusters_of([p for p in evaluation.predictions if p.rail is not None])))
     return f"{count} clusters of examples (`{column}`)" if column else "the examples"
+
+
+def _long_prompts(evaluations: Mapping[str, Evaluation]) -> list[str]:
+    counts = [
+        (run, e.counts.get("prompts_dropped", 0), e.counts.get("prompts_cut", 0)) for run, e in evaluations.items()
+    ]
+    lines = [
+        f"- {run}: {dropped} dropped, {cut} cut at their beginning." for run, dropped, cut in counts if dropped or cut
+    ]
+    return ["Prompts beyond the length limit:", "", *lines, ""] if lines else []
 
 
 def _settings(evaluations: Mapping[str, Evaluation]) -> list[str]:

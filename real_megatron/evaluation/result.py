@@ -54,7 +54,8 @@ class Evaluation:
     """Decoding (`rail`, `sampled`) → metric → estimate."""
     counts: dict[str, int]
     """`examples`, `responses`; of the responses: `no_anchor` (of which `truncated` by length), `forced`; `unanswered`:
-    examples without any score, which no metric covers."""
+    examples without any score, which no metric covers. Of the test set's prompts beyond the length limit:
+    `prompts_dropped`, `prompts_cut`; absent where the caller chose the prompts."""
     means: dict[str, float]
     """Over the responses: `response_tokens`; over those with a score: `score_mass`, `score_entropy` (nats)."""
     config: dict[str, Any]

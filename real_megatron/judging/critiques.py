@@ -39,9 +39,9 @@ def write_critiques(
     model: a directory, or a name on the hub (with `revision`: a branch, tag or commit)
 
     Sampled with `rollout.temperature` and `rollout.top_p`, at most `data.max_response_tokens` long. A critique without
-    an anchor is dropped and counted, as are prompts that are too long. Written in chunks: the same call goes on behind
-    the last whole chunk of a job that was killed, and does nothing when the file is complete. Collective under
-    torchrun: ranks with an embedded engine share the prompts.
+    an anchor is dropped and counted; too long prompts are dropped or cut (`data.long_prompts`) and counted. Written in
+    chunks: the same call goes on behind the last whole chunk of a job that was killed, and does nothing when the file
+    is complete. Collective under torchrun: ranks with an embedded engine share the prompts.
 
     Raises ConfigError when the output was begun with other settings, or when no critique has an anchor.
     """
@@ -78,7 +78,10 @@ def _settings(config: RunConfig, samples: int) -> dict[str, Any]:
         "data_digests": [source_digest(source) for source in config.data.train],
         **{
             f"data.{key}": data[key]
-            for key in ("train", "template", "chat_template", "max_prompt_tokens", "max_response_tokens")
+            for key in (
+                *("train", "template", "chat_template", "chat_template_args"),
+                *("max_prompt_tokens", "long_prompts", "max_response_tokens"),
+            )
         },
         **{f"rollout.{key}": rollout[key] for key in ("temperature", "top_p")},
     }
@@ -96,7 +99,7 @@ def _sample(judge: Judge, samples: int, partial: Path) -> None:
     # Ids may repeat in other data sets.
     examples = [(f"{number}/{e.id}" if len(sources) > 1 else e.id, e) for number, s in enumerate(sources) for e in s]
     ids = {id(example): name for name, example in examples}
-    kept = encode_prompts(tokenizer, [e for _, e in examples], data.max_prompt_tokens, data.chat_template)
+    kept = encode_prompts(tokenizer, [e for _, e in examples], data).kept
     params = SamplingParams(samples, rollout.temperature, rollout.top_p, data.max_response_tokens)
     done, dropped = from_rank_0(lambda: _go_on(partial)), 0
     for begin in range(done, len(kept), CHUNK):

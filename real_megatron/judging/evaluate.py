@@ -40,6 +40,15 @@ class EvaluationPrompt:
     """The group within which correlation is computed too."""
 
 
+@dataclass(frozen=True)
+class EvaluationSet:
+    """The prompts of a test set, and what became of those beyond `data.max_prompt_tokens`."""
+
+    prompts: list[EvaluationPrompt]
+    dropped: int = 0
+    cut: int = 0
+
+
 def evaluate(
     config: RunConfig,
     model: str | Path | None = None,
@@ -68,26 +77,32 @@ def evaluate(
 
 def load_evaluation_sets(
     config: RunConfig, tokenizer: PreTrainedTokenizerBase, scale: ScoreScale
-) -> dict[str, list[EvaluationPrompt]]:
-    """Every set of `data.eval`; too long prompts are dropped and counted. Raises ConfigError when none is left."""
+) -> dict[str, EvaluationSet]:
+    """Every set of `data.eval`; too long prompts are dropped or cut (`data.long_prompts`) and counted. Raises
+    ConfigError when none is left."""
     data = config.data
     sets = {}
     for name, source in data.eval.items():
         keys = source.cluster or CLUSTER, source.within
         keep = [key for key in (source.cluster, source.within) if key]
         examples = load_examples(source, data.template, scale.values, keep)
-        kept = encode_prompts(tokenizer, examples, data.max_prompt_tokens, data.chat_template)
-        if not kept:
+        encoded = encode_prompts(tokenizer, examples, data)
+        if not encoded.kept:
             raise ConfigError(
-                f"data.eval.{name}: no prompt of {source.path} is short enough: raise data.max_prompt_tokens"
+                f"data.eval.{name}: no prompt of {source.path} is short enough: raise data.max_prompt_tokens, or "
+                "set data.long_prompts=cut_left"
             )
-        sets[name] = [EvaluationPrompt(e.id, e.label, ids, *(_text(e.meta, key) for key in keys)) for e, ids in kept]
+        prompts = [
+            EvaluationPrompt(example.id, example.label, ids, *(_text(example.meta, key) for key in keys))
+            for example, ids in encoded.kept
+        ]
+        sets[name] = EvaluationSet(prompts, encoded.dropped, encoded.cut)
     return sets
 
 
 def evaluate_sets(
     judge: Judge,
-    sets: Mapping[str, Sequence[EvaluationPrompt]],
+    sets: Mapping[str, EvaluationSet],
     directory: Path,
     *,
     step: int | None = None,
@@ -99,10 +114,11 @@ def evaluate_sets(
         set of `data.eval` has its labels from (`label_column`; null where the format's reader decides).
     """
     results = {}
-    for name, examples in sets.items():
+    for name, test_set in sets.items():
         source = judge.config.data.eval.get(name)
         labels = {} if source is None else {"label_column": label_column(source)}
-        results[name] = evaluate_set(judge, examples, name, step=step, about={**(about or {}), **labels})
+        results[name] = evaluate_set(judge, test_set.prompts, name, step=step, about={**(about or {}), **labels})
+        results[name].counts |= {"prompts_dropped": test_set.dropped, "prompts_cut": test_set.cut}
         if rank() == 0:
             results[name].save(evaluation_path(directory, name, step))
     return results

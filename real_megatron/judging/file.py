@@ -35,6 +35,8 @@ class JudgeSummary:
     """Reported in the errors file."""
     no_anchor: int = 0
     """Critiques that did not come to the anchor."""
+    cut: int = 0
+    """Rows whose prompt lost its beginning (`data.long_prompts: cut_left`), of those that this run read."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,7 @@ def judge_file(
     written, EngineError when the engine fails or the model cannot score. What is finished then stays on disk.
     """
     output.parent.mkdir(parents=True, exist_ok=True)
+    cut_before = judge.prompts_cut
     begun = output.exists() and output.stat().st_size > 0
     keep_settings(output, {**_about(judge), "input": str(source.resolve())}, begun)
     done = _finished(output)
@@ -116,6 +119,9 @@ def judge_file(
                 waiting = []
         if waiting:
             flush(waiting)
+    summary.cut = judge.prompts_cut - cut_before
+    if summary.cut:
+        logger.warning("%s: cut the beginning of %d prompts", source, summary.cut)
     if not summary.bad:
         errors_path(output).unlink()
     else:
@@ -170,6 +176,8 @@ def _about(judge: Judge) -> dict[str, Any]:
         "template": data.template,
         "template_digest": template_digest(data.template),
         "chat_template": data.chat_template,
+        "chat_template_args": data.chat_template_args,
+        "cut_left_to": data.max_prompt_tokens if data.long_prompts == "cut_left" else None,
         **settings.pop("scale"),
         **settings,
     }

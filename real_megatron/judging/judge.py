@@ -1,6 +1,7 @@
 """A judge: a checkpoint behind an engine, with the scale, prompts and sampling of its configuration."""
 
 import hashlib
+import logging
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -12,7 +13,7 @@ from typing import Any, Self
 from transformers import PreTrainedTokenizerBase
 
 from real_megatron.config import RunConfig
-from real_megatron.data import Template, encode_prompt, example_from_record, load_template
+from real_megatron.data import Template, encode_prompt, example_from_record, fit_prompt, load_template
 from real_megatron.errors import DataError
 from real_megatron.hf.directory import checkpoint_directory, load_tokenizer
 from real_megatron.judging.reading import Reading, answers_of, example_seed, mean_answer, read_response
@@ -23,6 +24,8 @@ from real_megatron.rollout.factory import build_engine, check_servers
 from real_megatron.rollout.scoring import sample_scored
 from real_megatron.runtime import default_device, default_dtype, host_group
 from real_megatron.scores import ScoreScale
+
+logger = logging.getLogger(__name__)
 
 Prompt = str | Sequence[Mapping[str, str]] | Mapping[str, Any]
 """A text; chat messages, each with `role` and `content`; or a record with the fields of the judge's template."""
@@ -72,6 +75,8 @@ class Judge:
         self.name = name
         self.directory: Path | None = None
         """Of the checkpoint, where the judge was loaded from one."""
+        self.prompts_cut = 0
+        """How many prompts `encode` has cut (`data.long_prompts: cut_left`)."""
         self._template: Template | None = None
         self._scratch: Path | None = None
 
@@ -136,11 +141,17 @@ class Judge:
         A prompt is a text, a list of chat messages, or a record with the fields of the template. The same prompt gets
         the same critiques wherever it stands in the list (engines that seed their sampling: transformers).
 
+        Prompts beyond `data.max_prompt_tokens` lose their beginning if `data.long_prompts` is `cut_left`, which is
+        logged.
+
         Raises DataError, naming the prompt's number from 0, for one that is empty or too long.
         """
         if isinstance(prompts, (str, bytes, Mapping)):
             raise TypeError("score() takes a list of prompts: put this one into a list")
+        before = self.prompts_cut
         encoded = [self.encode(_record(prompt), f"prompt {i}") for i, prompt in enumerate(prompts)]
+        if self.prompts_cut > before:
+            logger.warning("cut the beginning of %d of %d prompts", self.prompts_cut - before, len(prompts))
         ids = [hashlib.blake2b(repr(prompt).encode(), digest_size=8).hexdigest() for prompt in encoded]
         with naming_prompts([f"prompt {i}" for i in range(len(encoded))]):
             return [self.summary(readings) for readings in self.read(encoded, ids, critiques)]
@@ -148,15 +159,21 @@ class Judge:
     def encode(self, record: Mapping[str, Any], where: str) -> list[int]:
         """Token ids of a record's prompt (`prompt`, `messages` or the template's fields).
 
-        Raises DataError that begins with `where` for a record without a prompt, or with too long a one.
+        Raises DataError that begins with `where` for a record without a prompt, or with too long a one (unless
+        `data.long_prompts` is `cut_left`, which is counted in `prompts_cut`).
         """
         if self._template is None:
             self._template = load_template(self.config.data.template)
         example = example_from_record(record, self._template, where, where)
-        ids = encode_prompt(self.tokenizer, example, self.config.data.chat_template)
-        limit = self.config.data.max_prompt_tokens
-        if len(ids) > limit:
-            raise DataError(f"{where}: the prompt has {len(ids)} tokens, more than data.max_prompt_tokens = {limit}")
+        data = self.config.data
+        whole = encode_prompt(self.tokenizer, example, data)
+        ids = fit_prompt(self.tokenizer, whole, data)
+        if ids is None:
+            raise DataError(
+                f"{where}: the prompt has {len(whole)} tokens, more than data.max_prompt_tokens = "
+                f"{data.max_prompt_tokens}"
+            )
+        self.prompts_cut += len(ids) < len(whole)
         return ids
 
     def params(self, critiques: int | None = None) -> SamplingParams:
@@ -165,6 +182,7 @@ class Judge:
         return SamplingParams(
             n=config.evaluation.samples if critiques is None else critiques,
             temperature=config.evaluation.temperature,
+            top_p=config.evaluation.top_p,
             max_new_tokens=config.data.max_response_tokens,
         )
 

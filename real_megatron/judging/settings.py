@@ -14,8 +14,11 @@ RUN_FILE = "real_megatron.yaml"
 # may have been downloaded.
 FOLLOWED = {
     "scale": ("scores", "values", "anchor", "probabilities"),
-    "data": ("template", "chat_template", "max_prompt_tokens", "max_response_tokens"),
-    "evaluation": ("samples", "temperature", "no_anchor"),
+    "data": (
+        *("template", "chat_template", "chat_template_args"),
+        *("max_prompt_tokens", "long_prompts", "max_response_tokens"),
+    ),
+    "evaluation": ("samples", "temperature", "top_p", "no_anchor"),
 }
 
 

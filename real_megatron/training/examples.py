@@ -14,20 +14,20 @@ from real_megatron.scores import ScoreScale
 
 
 def prompt_groups(config: RunConfig, tokenizer: PreTrainedTokenizerBase, scale: ScoreScale) -> list[Group]:
-    """Prompt and label of every training example, without responses yet. Too long prompts are dropped and counted."""
+    """Prompt and label of every training example, without responses yet. Too long prompts: `data.long_prompts`."""
     examples = _load(config, scale)
-    kept = encode_prompts(tokenizer, examples, config.data.max_prompt_tokens, config.data.chat_template)
+    kept = encode_prompts(tokenizer, examples, config.data).kept
     return _some([Group(ids, [], example.label, example.id, example.meta) for example, ids in kept])
 
 
 def target_groups(config: RunConfig, tokenizer: PreTrainedTokenizerBase, scale: ScoreScale) -> list[Group]:
-    """Every training example with its CoT, or without one (`sft.cots`). Too long ones are dropped and counted."""
+    """Every training example with its CoT, or without one (`sft.cots`). Too long ones are dropped or cut, and
+    counted (`encode_targets`)."""
     examples = _load(config, scale)
     if config.sft.cots == "none":
         examples = [replace(example, cot="") for example in examples]
-    limits = config.data.max_prompt_tokens, config.data.max_response_tokens
     stops = stop_ids(checkpoint_directory(config.model.path, config.model.revision, weights=False), tokenizer)
-    return _some(encode_targets(tokenizer, scale, examples, *limits, config.data.chat_template, stops))
+    return _some(encode_targets(tokenizer, scale, examples, config.data, stops))
 
 
 def _load(config: RunConfig, scale: ScoreScale) -> list[JudgeExample]:
@@ -39,6 +39,7 @@ def _load(config: RunConfig, scale: ScoreScale) -> list[JudgeExample]:
 def _some(groups: list[Group]) -> list[Group]:
     if not groups:
         raise ConfigError(
-            "no training example is left: raise data.max_prompt_tokens or data.max_response_tokens, or use other data"
+            "no training example is left: raise data.max_prompt_tokens or data.max_response_tokens, set "
+            "data.long_prompts=cut_left, or use other data"
         )
     return groups

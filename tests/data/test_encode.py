@@ -4,6 +4,7 @@ import pytest
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
+from real_megatron.config import DataConfig
 from real_megatron.data import JudgeExample, encode_prompt, encode_prompts, encode_target, encode_targets
 from real_megatron.data.byte_model import byte_tokenizer
 from real_megatron.data.encode import end_of_response
@@ -16,6 +17,7 @@ CHAT = (
     "<{{ m['role'] }}>{{ m['content'] }}{% if not loop.last %}</>{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}</><assistant>{% endif %}"
 )
+DATA = DataConfig()
 Make = Callable[[], PreTrainedTokenizerFast]
 
 
@@ -33,37 +35,90 @@ def closing_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def test_prompt_without_chat_template() -> None:
-    assert encode_prompt(byte_tokenizer(), user("äb ")) == list("äb ".encode())
+    assert encode_prompt(byte_tokenizer(), user("äb "), DATA) == list("äb ".encode())
     both = JudgeExample("x", [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}])
-    assert encode_prompt(byte_tokenizer(), both) == list(b"s\n\nu")
+    assert encode_prompt(byte_tokenizer(), both, DATA) == list(b"s\n\nu")
 
 
 def test_prompt_keeps_the_beginning_and_never_an_end_of_sequence() -> None:
-    assert encode_prompt(closing_tokenizer(), user("a")) == [256, 97]
+    assert encode_prompt(closing_tokenizer(), user("a"), DATA) == [256, 97]
 
 
 def test_prompt_with_chat_template() -> None:
     tokenizer = closing_tokenizer()
     tokenizer.chat_template = CHAT
-    assert encode_prompt(tokenizer, user("a")) == list(b"<user>a</><assistant>")
+    assert encode_prompt(tokenizer, user("a"), DATA) == list(b"<user>a</><assistant>")
     begun = JudgeExample("x", [{"role": "user", "content": "a"}, {"role": "assistant", "content": "Feedback:"}])
-    assert encode_prompt(tokenizer, begun) == list(b"<user>a</><assistant>Feedback:")
-    assert encode_prompt(tokenizer, user("a"), chat_template=False) == [256, 97]
+    assert encode_prompt(tokenizer, begun, DATA) == list(b"<user>a</><assistant>Feedback:")
+    assert encode_prompt(tokenizer, user("a"), DataConfig(chat_template=False)) == [256, 97]
     with pytest.raises(DataError, match="example x: the tokenizer's chat template refuses .* system, user: no system"):
-        encode_prompt(tokenizer, JudgeExample("x", [{"role": "system", "content": "s"}, *user("a").messages]))
+        encode_prompt(tokenizer, JudgeExample("x", [{"role": "system", "content": "s"}, *user("a").messages]), DATA)
 
 
 def test_empty_prompts_are_refused() -> None:
     with pytest.raises(DataError, match="example x: the prompt is empty"):
-        encode_prompt(byte_tokenizer(), user(""))
+        encode_prompt(byte_tokenizer(), user(""), DATA)
 
 
 def test_long_prompts_are_dropped_and_counted(caplog: pytest.LogCaptureFixture) -> None:
     examples = [user("a" * n) for n in (1, 5, 6, 9)]
-    kept = encode_prompts(byte_tokenizer(), examples, max_tokens=5)
-    assert [(e, len(ids)) for e, ids in kept] == [(examples[0], 1), (examples[1], 5)]
+    prompts = encode_prompts(byte_tokenizer(), examples, DataConfig(max_prompt_tokens=5))
+    assert (prompts.dropped, prompts.cut) == (2, 0)
+    assert [(e, len(ids)) for e, ids in prompts.kept] == [(examples[0], 1), (examples[1], 5)]
     assert "dropped 2 of 4 examples whose prompt is longer than 5 tokens (data.max_prompt_tokens)" in caplog.text
-    assert encode_prompts(byte_tokenizer(), [], max_tokens=5) == []
+    assert encode_prompts(byte_tokenizer(), [], DATA).kept == []
+
+
+def test_long_prompts_are_cut_behind_their_begin_of_sequence(caplog: pytest.LogCaptureFixture) -> None:
+    data = DataConfig(max_prompt_tokens=5, long_prompts="cut_left")
+    examples = [user("abcdefg"[:n]) for n in (4, 5, 6, 7)]
+    prompts = encode_prompts(byte_tokenizer(), examples, data)
+    assert [bytes(ids) for _, ids in prompts.kept] == [b"abcd", b"abcde", b"bcdef", b"cdefg"]
+    assert (prompts.dropped, prompts.cut) == (0, 2)
+    assert "cut the beginning of 2 of 4 examples whose prompt is longer than 5 tokens" in caplog.text
+    tokenizer = closing_tokenizer()
+    tokenizer.bos_token = "<pad>"
+    cut = [ids for _, ids in encode_prompts(tokenizer, examples, data).kept]
+    assert cut == [[256, *b"abcd"], [256, *b"bcde"], [256, *b"cdef"], [256, *b"defg"]]
+
+
+def test_variables_of_the_chat_template() -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{{ messages[0]['content'] }}{% if not enable_thinking %}|{% endif %}"
+    assert (
+        bytes(encode_prompt(tokenizer, user("a"), DataConfig(chat_template_args={"enable_thinking": False}))) == b"a|"
+    )
+    assert bytes(encode_prompt(tokenizer, user("a"), DataConfig(chat_template_args={"enable_thinking": True}))) == b"a"
+
+
+@pytest.mark.parametrize(
+    ("generation", "closed"),
+    [
+        ("<think>\\n", "<think>\n\n</think>\n\n"),
+        ("<think>", "<think>\n\n</think>\n\n"),
+        ("[THINK]", "[THINK]\n\n[/THINK]\n\n"),
+        ("<seed:think>\\n\\n", "<seed:think>\n\n</seed:think>\n\n"),
+        ("<think>\\n\\n</think>\\n\\n", "<think>\n\n</think>\n\n"),
+        ("<|im_start|>", "<|im_start|>"),
+    ],
+)
+def test_a_thinking_block_that_the_template_begins_is_closed(generation: str, closed: str) -> None:
+    """Prompts of training, judging and evaluation all come from here: the response begins behind the block."""
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = (
+        "{{ messages[0]['content'] }}!{% if add_generation_prompt %}{{ '" + generation + "' }}{% endif %}"
+    )
+    assert bytes(encode_prompt(tokenizer, user("a"), DATA)).decode() == f"a!{closed}"
+    (group,) = encode_targets(
+        tokenizer, ScoreScale.resolve(tokenizer, ["1", "2"]), [user("a", cot="c", label=1.0)], DATA
+    )
+    assert bytes(group.prompt_ids).decode() == f"a!{closed}"
+
+
+def test_a_thinking_block_in_the_data_is_the_datas_own() -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    assert bytes(encode_prompt(tokenizer, user("a<think>"), DATA)) == b"a<think>"
 
 
 def test_target_by_hand() -> None:
@@ -113,7 +168,7 @@ def test_targets_are_groups_and_long_ones_are_dropped(caplog: pytest.LogCaptureF
     tokenizer = byte_tokenizer()
     scale = ScoreScale.resolve(tokenizer, ["1", "2"], anchor="=")
     examples = [user(p, cot=c, label=1.4) for p, c in (("a", "c"), ("bb", "c"), ("a", "cc"))]
-    groups = encode_targets(tokenizer, scale, examples, max_prompt_tokens=1, max_response_tokens=5)
+    groups = encode_targets(tokenizer, scale, examples, DataConfig(max_prompt_tokens=1, max_response_tokens=5))
     (group,) = groups
     assert (group.prompt_ids, group.label, group.example_id) == ([97], 1.4, "x")
     assert group.trajectories[0].response_ids == [*b"c\n=1", 257]

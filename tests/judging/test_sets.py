@@ -19,11 +19,17 @@ def test_a_set_whose_prompts_are_all_too_long_is_refused_at_once(tmp_path: Path)
     tokenizer = byte_tokenizer()
     scale = ScoreScale.resolve(tokenizer, list("12345"))
     config = RunConfig.from_yaml(None, [f"data.eval.dev.path={path}", "data.max_prompt_tokens=5"])
-    (prompt,) = load_evaluation_sets(config, tokenizer, scale)["dev"]
+    dev = load_evaluation_sets(config, tokenizer, scale)["dev"]
+    (prompt,) = dev.prompts
+    assert (dev.dropped, dev.cut) == (1, 0)
     assert (prompt.id, prompt.label, bytes(prompt.prompt_ids)) == ("dev-2", 3.0, b"short")
     config.data.max_prompt_tokens = 4
     with pytest.raises(ConfigError, match=r"data\.eval\.dev: no prompt of .*dev\.jsonl is short enough"):
         load_evaluation_sets(config, tokenizer, scale)
+    config.data.long_prompts = "cut_left"
+    dev = load_evaluation_sets(config, tokenizer, scale)["dev"]
+    assert [bytes(prompt.prompt_ids) for prompt in dev.prompts] == [b" one", b"hort"]
+    assert (dev.dropped, dev.cut) == (0, 2)
 
 
 def test_evaluations_of_steps_that_will_be_done_again_are_removed(tmp_path: Path) -> None:

@@ -32,6 +32,7 @@ def make_judge(
         "evaluation": {
             "samples": params.n,
             "temperature": params.temperature,
+            "top_p": params.top_p,
             "no_anchor": rule,
             "bootstrap": bootstrap,
             "batch_size": batch,

@@ -6,6 +6,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from real_megatron.batch.types import Group
+from real_megatron.config import DataConfig
 from real_megatron.data import JudgeExample, encode_prompt, encode_target
 from real_megatron.data.byte_model import make_byte_model
 from real_megatron.rollout.embedded.engine import TransformersEngine
@@ -24,7 +25,7 @@ def test_policy_and_engine_read_the_end_of_sequence_tokens_of_a_prompt(tmp_path:
     scale = ScoreScale.resolve(tokenizer, list("12345"))
     turns = [{"role": role, "content": role[:3]} for role in ("user", "assistant", "user")]
     example = JudgeExample("x", turns, label=4.0, cot="so so")
-    prompt, eos = encode_prompt(tokenizer, example), tokenizer.eos_token_id
+    prompt, eos = encode_prompt(tokenizer, example, DataConfig()), tokenizer.eos_token_id
     assert prompt == [*b"use", eos, *b"ass", eos, *b"use", eos]
     target = encode_target(tokenizer, scale, example)
     assert target.answer_index is not None

@@ -35,6 +35,8 @@ def test_what_changes_no_update_may_change(override: str) -> None:
     [
         ("objective.beta=0.5", "objective.beta: 1.0 in the checkpoint, 0.5 now"),
         ("rollout.top_p=0.5", "rollout.top_p: 1.0 in the checkpoint, 0.5 now"),
+        ("data.long_prompts=cut_left", "data.long_prompts: 'drop' in the checkpoint, 'cut_left' now"),
+        ("data.chat_template_args.enable_thinking=false", "data.chat_template_args.enable_thinking: None in"),
         ("seed=3", "seed: 0 in the checkpoint, 3 now"),
         ("batch.prompts=8", "batch.prompts: 256 in the checkpoint, 8 now"),
         ("data.train.0.path=x", "data.train: "),
@@ -160,5 +162,6 @@ def test_every_other_key_decides_the_run() -> None:
         *(f"objective.{key}" for key in ObjectiveConfig.model_fields),
         *("rollout.n", "rollout.temperature", "rollout.top_p", "rollout.staleness"),
         "sft.cots",
-        *("data.train", "data.chat_template", "data.max_prompt_tokens", "data.max_response_tokens"),
+        *("data.train", "data.chat_template", "data.chat_template_args"),
+        *("data.max_prompt_tokens", "data.long_prompts", "data.max_response_tokens"),
     }
