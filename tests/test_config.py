@@ -1,10 +1,12 @@
 """The run configuration: defaults are valid, contradictions between sections are refused, it survives a file."""
 
+import inspect
 from pathlib import Path
 
 import pytest
+from transformers import PreTrainedTokenizerBase
 
-from real_megatron.config import RunConfig
+from real_megatron.config import RESERVED_TEMPLATE_ARGS, RunConfig
 from real_megatron.errors import ConfigError
 
 

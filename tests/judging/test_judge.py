@@ -102,6 +102,9 @@ def test_a_checkpoint_says_how_it_is_asked_and_nothing_else(tmp_path: Path) -> N
             "data.template=prometheus",
             "data.max_prompt_tokens=77",
             "evaluation.samples=3",
+            "evaluation.top_p=0.9",
+            "data.chat_template_args.enable_thinking=false",
+            "data.long_prompts=cut_left",
             "evaluation.batch_size=5",
             "rollout.python=/tmp/evil",
             "rollout.server_args=[--trust-remote-code]",
@@ -113,8 +116,10 @@ def test_a_checkpoint_says_how_it_is_asked_and_nothing_else(tmp_path: Path) -> N
     (tmp_path / "real_megatron.yaml").write_text(saved.to_yaml())
     config = judge_config(tmp_path, ["rollout.engine=sglang"])
     assert config.scale == saved.scale and config.data.template == "prometheus"
-    assert (config.data.max_prompt_tokens, config.evaluation.samples) == (77, 3)
+    assert (config.data.max_prompt_tokens, config.evaluation.samples, config.evaluation.top_p) == (77, 3, 0.9)
+    assert (config.data.chat_template_args, config.data.long_prompts) == ({"enable_thinking": False}, "cut_left")
     rest = config.model_copy(update={"scale": RunConfig().scale, "data": RunConfig().data})
+    rest.evaluation.top_p = 1.0
     rest.evaluation.samples, rest.rollout.engine = 1, "transformers"
     assert rest == RunConfig()
 
