@@ -13,7 +13,7 @@ from real_megatron.errors import DataError
 from real_megatron.evaluation.metrics import agreement
 from real_megatron.evaluation.report import read_run, write_report
 from real_megatron.evaluation.result import Evaluation, predictions_path
-from real_megatron.judging.evaluate import evaluate_set, evaluate_sets
+from real_megatron.judging.evaluate import EvaluationSet, evaluate_set, evaluate_sets
 from real_megatron.rollout.engine import SamplingParams
 from tests.support.judges import make_judge
 from tests.support.rollout_fakes import ScriptedEngine
@@ -177,8 +177,35 @@ def test_a_result_says_which_column_its_labels_are(engine, tokenizer, scale, exa
         "human": DataSource(format="flask", path="flask.json", score="human_score"),
         "gpt4": DataSource(format="flask", path="flask.json"),
     }
-    sets = {name: examples[:2] for name in ("human", "gpt4", "own")}
+    sets = {name: EvaluationSet(examples[:2]) for name in ("human", "gpt4", "own")}
     results = evaluate_sets(judge, sets, tmp_path, about={"model": "m"})
     assert [results[name].config.get("label_column") for name in sets] == ["human_score", "gpt4_score", None]
     assert Evaluation.load(tmp_path / "evaluation/human.json").config["label_column"] == "human_score"
     assert all(result.config["model"] == "m" for result in results.values())
+
+
+def test_the_nucleus_reaches_the_engine_and_the_result(engine, tokenizer, scale, examples) -> None:
+    """A nucleus of one token is greedy."""
+    narrow = SamplingParams(n=1, top_p=1e-6, max_new_tokens=12)
+    greedy = SamplingParams(n=1, temperature=0.0, max_new_tokens=12)
+    ours, theirs, wide = (
+        evaluate(engine, tokenizer, scale, examples, params, name="set", bootstrap=1)
+        for params in (narrow, greedy, SamplingParams(n=1, max_new_tokens=12))
+    )
+    assert [p.critiques for p in ours.predictions] == [p.critiques for p in theirs.predictions]
+    assert [p.critiques for p in ours.predictions] != [p.critiques for p in wide.predictions]
+    assert ours.config["top_p"] == 1e-6
+
+
+def test_prompts_that_were_too_long_are_counted_in_result_and_report(
+    engine, tokenizer, scale, examples, tmp_path
+) -> None:
+    judge = make_judge(engine, tokenizer, scale, PARAMS, bootstrap=5)
+    sets = {"dev": EvaluationSet(examples, dropped=3, cut=2), "other": EvaluationSet(examples)}
+    evaluate_sets(judge, sets, tmp_path)
+    run = read_run("run", tmp_path)
+    counts = {e.name: (e.counts["prompts_dropped"], e.counts["prompts_cut"]) for e in run.evaluations}
+    assert counts == {"dev": (3, 2), "other": (0, 0)}
+    text = write_report(tmp_path / "report", [run]).read_text()
+    assert text.count("Prompts beyond the length limit") == 1
+    assert "- run: 3 dropped, 2 cut at their beginning." in text.split("## other")[0]

@@ -258,3 +258,13 @@ def test_an_output_of_something_else_is_refused(run, tmp_path) -> None:
     output.write_text('{"score": 1}\n')
     with pytest.raises(ConfigError, match="line 1: not a row of this job"):
         run()
+
+
+def test_long_prompts_are_cut_and_counted(run, tmp_path) -> None:
+    """Rows have 3 to 9 tokens."""
+    summary = run(max_prompt_tokens=4, long_prompts="cut_left")
+    assert (summary.judged, summary.bad, summary.cut) == (7, 0, 5)
+    with pytest.raises(ConfigError, match="cut_left_to was 4, is 5"):
+        run(max_prompt_tokens=5, long_prompts="cut_left")
+    dropped = run(tmp_path / "dropped.jsonl", max_prompt_tokens=4)
+    assert (dropped.judged, dropped.bad, dropped.cut) == (2, 5, 0)

@@ -62,6 +62,13 @@ def test_several_critiques_are_listed_and_averaged(judge: Judge) -> None:
     assert score.score == pytest.approx(sum(sample.score for sample in score.samples) / 3)
 
 
+def test_a_long_prompt_is_judged_by_its_end(judge: Judge, caplog: pytest.LogCaptureFixture) -> None:
+    config = judge.config.with_overrides(["data.long_prompts=cut_left"])
+    cutting = Judge(judge.engine, judge.tokenizer, judge.scale, config)
+    assert cutting.score(["x" * 70 + "y" * 40])[0] == judge.score(["y" * 40])[0]
+    assert cutting.prompts_cut == 1 and "cut the beginning of 1 of 1 prompts" in caplog.text
+
+
 def test_what_cannot_be_judged_is_named(judge: Judge) -> None:
     with pytest.raises(DataError, match=r"prompt 1: the prompt has 100 tokens, more than data\.max_prompt_tokens = 40"):
         judge.score(["a", "b" * 100])
