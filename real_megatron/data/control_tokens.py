@@ -142,9 +142,17 @@ def _is_marker(text: str, template: str) -> bool:
 
 
 def _any_of(texts: list[str]) -> re.Pattern[str]:
-    """Finds the texts, the longest first, as the tokenizers library does."""
-    longest_first = sorted(filter(None, texts), key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+    """Finds the texts, the longest first, as the tokenizers library does.
+
+    Grouped by how they begin: Python tries alternatives one by one, and there may be a thousand (`<SPECIAL_12>`, …).
+    """
+    groups: dict[str, list[str]] = {}
+    for text in sorted(filter(None, texts), key=len, reverse=True):
+        groups.setdefault(text[:3], []).append(text[3:])
+    # Long beginnings first: one of fewer letters is a whole text, which may begin others.
+    ordered = sorted(groups.items(), key=lambda item: len(item[0]), reverse=True)
+    options = [re.escape(begin) + f"(?:{'|'.join(map(re.escape, rests))})" for begin, rests in ordered]
+    return re.compile("|".join(options) or "(?!)")
 
 
 def _rename(tree: dict[str, Any], names: dict[str, str]) -> None:

@@ -1,14 +1,17 @@
 """Control tokens in text from data are ordinary text; those of the chat template stay tokens, in every family."""
 
+import re
 from collections.abc import Callable
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models, normalizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from real_megatron.config import DataConfig
 from real_megatron.data import JudgeExample, encode_prompt, encode_prompts, encode_target
-from real_megatron.data.control_tokens import ControlTokens
+from real_megatron.data.control_tokens import ControlTokens, _any_of
 from real_megatron.errors import DataError
 from real_megatron.scores import ScoreScale, decode
 from tests.support import chat_templates
@@ -194,3 +197,9 @@ def test_changed_tokens_and_templates_are_noticed() -> None:
     assert ControlTokens.of(tokenizer).find("<tool_call>", shown=True) == "<tool_call>"
     tokenizer.add_special_tokens({"additional_special_tokens": ["<new>"]})
     assert ControlTokens.of(tokenizer).find("<new>", shown=False) == "<new>"
+
+
+@given(st.lists(st.text("<a|", min_size=1, max_size=6), max_size=8), st.text("<a|b", max_size=30))
+def test_the_longest_control_token_is_found_first(texts: list[str], text: str) -> None:
+    one_by_one = re.compile("|".join(map(re.escape, sorted(set(texts), key=len, reverse=True))) or "(?!)")
+    assert _any_of(texts).findall(text) == one_by_one.findall(text)
