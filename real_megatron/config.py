@@ -370,7 +370,11 @@ class DataConfig(Section):
 
     train: list[DataSource] = Field(default_factory=list, description="Training data sets.")
     eval: dict[str, EvaluationSource] = Field(default_factory=dict, description="Named evaluation data sets.")
-    template: str = Field("plain", description="Prompt template: a built-in name (plain, prometheus) or a file.")
+    template: str = Field(
+        "plain",
+        description="Prompt template: a built-in name (plain, prometheus) or a file. Control tokens in it, as in data, "
+        "are ordinary text: they come from the chat template alone.",
+    )
     chat_template: bool = Field(True, description="Write prompts with the tokenizer's chat template, if it has one.")
     chat_template_args: dict[str, bool | int | float | str] = Field(
         default_factory=dict,
