@@ -92,9 +92,7 @@ def encode_prompts(
     return EncodedPrompts(kept, dropped, long - dropped)
 
 
-def end_of_response(
-    tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int], chat_template: bool = True
-) -> int | None:
+def end_of_response(tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int], data: DataConfig) -> int | None:
     """The token that ends a response: what the chat template writes behind an assistant's turn, if generation stops at
     it, else the tokenizer's end of sequence (None without one).
 
@@ -102,10 +100,11 @@ def end_of_response(
     own end of sequence may be <|end_of_text|>. A base model's template may end turns with a token at which its
     generation does not stop: then its end of sequence is the right one.
     """
-    if _templated(tokenizer, chat_template):
+    if _templated(tokenizer, data):
         turns = [{"role": "user", "content": _MARK}, {"role": "assistant", "content": _MARK}]
         try:
-            behind = tokenizer.apply_chat_template(turns, tokenize=False).rpartition(_MARK)[2]
+            written: str = tokenizer.apply_chat_template(turns, tokenize=False, **data.chat_template_args)
+            behind = written.rpartition(_MARK)[2]
         except Exception:  # whatever a Jinja template raises: it takes other roles only
             behind = ""
         for token in tokenizer.encode(behind, add_special_tokens=False):
@@ -160,7 +159,7 @@ def encode_targets(
     stop_ids: the tokens at which the checkpoint's generation stops (see `end_of_response`)
     """
     groups = []
-    end = end_of_response(tokenizer, stop_ids, data.chat_template)
+    end = end_of_response(tokenizer, stop_ids, data)
     short = encode_prompts(tokenizer, examples, data).kept
     for example, prompt_ids in short:
         target = encode_target(tokenizer, scale, example, end)
@@ -182,7 +181,7 @@ def _encode(
     """Token ids of every prompt; and the ids of those examples whose text contains control tokens."""
     if not examples:
         return [], []
-    templated = data.chat_template and bool(tokenizer.chat_template)
+    templated = _templated(tokenizer, data)
     control = ControlTokens.of(tokenizer)
     careful: dict[int, str] = {}
     texts = []
@@ -214,6 +213,10 @@ def _encode_ordinary(tokenizer: PreTrainedTokenizerBase, texts: list[str], add_s
         "input_ids"
     ]
     return rows
+
+
+def _templated(tokenizer: PreTrainedTokenizerBase, data: DataConfig) -> bool:
+    return data.chat_template and bool(tokenizer.chat_template)
 
 
 def _shown(message: dict[str, str], templated: bool) -> bool:

@@ -196,10 +196,11 @@ def test_a_target_ends_as_the_template_ends_a_turn(
 ) -> None:
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = template
-    assert end_of_response(tokenizer, stops, chat_template) == end
+    data = DataConfig(chat_template=chat_template, max_prompt_tokens=100, max_response_tokens=100)
+    assert end_of_response(tokenizer, stops, data) == end
     if template != "{{ raise_exception('no') }}":
         scale = ScoreScale.resolve(tokenizer, list("12345"))
         example = user("p", cot="ok", label=4)
-        (group,) = encode_targets(tokenizer, scale, [example], 100, 100, chat_template, stops)
+        (group,) = encode_targets(tokenizer, scale, [example], data, stops)
         assert group.trajectories[0].response_ids[-2:] == [scale.score_ids[3], end]
         assert group.trajectories[0].loss_mask[-2:] == [False, True]

@@ -1,6 +1,5 @@
 import csv
 import json
-import logging
 import os
 import sys
 from pathlib import Path
@@ -225,7 +224,7 @@ def test_columns_that_are_kept(tmp_path: Path) -> None:
     data = source(tmp_path, rows, "mt_bench")
     assert load_examples(data)[0].meta == {"gpt4_score": 3, "group": 7}
     (example,) = load_examples(data, keep=["x", "orig_instruction"])
-    assert example.meta == {"gpt4_score": 3, "group": 7, "x": "y", "orig_instruction": "Q"}
+    assert example.meta == {"gpt4_score": 3, "group": 7, "x": "y", "orig_instruction": "Q\n"}
     with pytest.raises(DataError, match=r"line 1: no value in the column 'z', .*; the columns are instruction, gpt4_"):
         load_examples(data, keep=["z"])
 

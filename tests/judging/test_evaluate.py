@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from real_megatron.config import DataSource
+from real_megatron.config import EvaluationSource
 from real_megatron.errors import DataError
 from real_megatron.evaluation.metrics import agreement
 from real_megatron.evaluation.report import read_run, write_report
@@ -174,8 +174,8 @@ def test_examples_that_cannot_be_told_apart_are_refused(tokenizer, scale, exampl
 def test_a_result_says_which_column_its_labels_are(engine, tokenizer, scale, examples, tmp_path) -> None:
     judge = make_judge(engine, tokenizer, scale, SamplingParams(n=1, max_new_tokens=1), bootstrap=1)
     judge.config.data.eval = {
-        "human": DataSource(format="flask", path="flask.json", score="human_score"),
-        "gpt4": DataSource(format="flask", path="flask.json"),
+        "human": EvaluationSource(format="flask", path="flask.json", score="human_score"),
+        "gpt4": EvaluationSource(format="flask", path="flask.json"),
     }
     sets = {name: EvaluationSet(examples[:2]) for name in ("human", "gpt4", "own")}
     results = evaluate_sets(judge, sets, tmp_path, about={"model": "m"})
