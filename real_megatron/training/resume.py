@@ -3,8 +3,7 @@
 import copy
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,9 +78,9 @@ def inputs(config: RunConfig, model_dir: Path, groups: Sequence[Group]) -> dict[
     are left out, as they may come from a file's name. `model_files` says what is covered of large weights.
     """
     found = {f"data.train.{i}": source_digest(source) for i, source in enumerate(config.data.train)}
-    found["data.template"] = _digest(load_template(config.data.template).text)
+    found["data.template"] = _digest([load_template(config.data.template).text])
     found |= {f"model.path: {name}": digest for name, digest in model_files(model_dir).items()}
-    found["training examples as tokens"] = _digest([{**asdict(group), "example_id": None} for group in groups])
+    found["training examples as tokens"] = _digest(_content(group) for group in groups)
     return found
 
 
@@ -121,9 +120,17 @@ def _without_places(saved: dict[str, Any]) -> dict[str, Any]:
     return tree
 
 
-def _digest(plain: Any) -> str:
-    text = json.dumps(plain, sort_keys=True, default=str)
-    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+def _content(group: Group) -> dict[str, Any]:
+    # Not `asdict`, which copies every token by itself.
+    return {**vars(group), "example_id": None, "trajectories": [vars(target) for target in group.trajectories]}
+
+
+def _digest(items: Iterable[Any]) -> str:
+    """A digest of plain data, item by item: all training examples at once would be a text of gigabytes."""
+    digest = hashlib.blake2b(digest_size=16)
+    for item in items:
+        digest.update(json.dumps(item, sort_keys=True, default=str).encode("utf-8", "surrogatepass") + b"\n")
+    return digest.hexdigest()
 
 
 def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
