@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from real_megatron.sections import Section, describe_keys
 
@@ -348,6 +348,26 @@ class DataSource(Section):
         description="Numbers of labels that are words or class numbers, as `text: number`; when set, any other label "
         "is an error.",
     )
+    score_statement: Literal["cut", "keep"] = Field(
+        "cut",
+        description="What becomes of a critique's own score statement at its end (So the overall score is 4.): "
+        "it is cut off (counted), and supervised training refuses critiques whose last sentences still say the label; "
+        "or it is kept, and nothing is checked.",
+    )
+    critique_end: str | None = Field(
+        None, description="Regular expression: a critique ends where it first matches, beside score_statement."
+    )
+
+    @field_validator("critique_end")
+    @classmethod
+    def _compiles(cls, value: str | None) -> str | None:
+        try:
+            empty = value is not None and re.search(value, "")
+        except re.error as error:
+            raise ValueError(f"{value!r} is no regular expression: {error}") from None
+        if empty:
+            raise ValueError(f"{value!r} matches the empty text, so that no critique would be left: make it longer")
+        return value
 
 
 class EvaluationSource(DataSource):

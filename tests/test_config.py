@@ -1,6 +1,7 @@
 """The run configuration: defaults are valid, contradictions between sections are refused, it survives a file."""
 
 import inspect
+import re
 from pathlib import Path
 
 import pytest
@@ -94,3 +95,11 @@ def test_arguments_of_the_chat_template_do_not_replace_those_of_transformers() -
             RunConfig.from_yaml(None, [f"data.chat_template_args.{name}=false"])
     config = RunConfig.from_yaml(None, ["data.chat_template_args={enable_thinking: false}"])
     assert config.data.chat_template_args == {"enable_thinking": False}
+
+
+@pytest.mark.parametrize(
+    ("end", "message"), [("(So", "'(So' is no regular expression"), ("x*", "'x*' matches the empty text")]
+)
+def test_an_end_of_critiques_that_cannot_be_meant_is_refused(end: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        RunConfig.from_yaml(None, [f'data.train=[{{path: a.jsonl, critique_end: "{end}"}}]'])

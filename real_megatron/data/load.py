@@ -8,6 +8,7 @@ from typing import Any
 
 from real_megatron.config import DataSource
 from real_megatron.data.columns import map_columns
+from real_megatron.data.critiques import without_end
 from real_megatron.data.example import JudgeExample
 from real_megatron.data.files import read_records
 from real_megatron.data.formats import BadRecord, Reader, find_format, read_jsonl, score_columns
@@ -42,7 +43,8 @@ def load_examples(
     Several annotations of one record are averaged, as Prometheus' and TRACT's evaluations do; `source.score` chooses
     their column (`label_column`). Records without any annotation are left out, counted and logged, as in those
     evaluations; in a format that needs labels, such as plain JSONL, they are an error, as is a file in which no record
-    has the column. `values` are the scale's numeric values: a label outside their range is an error.
+    has the column. `values` are the scale's numeric values: a label outside their range is an error. Critiques end
+    before their own score statement (`source.score_statement`, `source.critique_end`); cut ones are counted and logged.
     `keep` names columns, or fields that the format makes, which must be in `meta` beside what the format puts there.
 
     Raises DataError, naming file, row and the fix, at the first record that does not fit, and ConfigError for an
@@ -63,7 +65,7 @@ def load_examples(
     name = Path(source.path).stem.encode("utf-8", "backslashreplace").decode("utf-8")
     examples: list[JudgeExample] = []
     places: dict[str, str] = {}
-    unlabelled = 0
+    unlabelled = critiques = cut = emptied = 0
     for number, (where, record) in enumerate(records, 1):
         example = _example(record, read, template, where, f"{name}-{number}", keep)
         if not example.has_label:
@@ -79,7 +81,21 @@ def load_examples(
         if example.id in places:
             raise DataError(f"{where}: id {example.id!r} was given before, in {places[example.id]}; make ids unique")
         places[example.id] = where
+        if example.cot is not None:
+            before, example.cot = example.cot, _ended(example.cot, source)
+            critiques += 1
+            cut += example.cot != before
+            emptied += bool(before.strip()) and not example.cot.strip()
         examples.append(example)
+    if cut:
+        logger.info(
+            "%s: cut the end of %d of %d critiques, which said the score; %d had nothing else (score_statement, "
+            "critique_end)",
+            source.path,
+            cut,
+            critiques,
+            emptied,
+        )
     if unlabelled:
         logger.warning("%s: left out %d records without any score annotation", source.path, unlabelled)
     if not examples:
@@ -100,6 +116,10 @@ def example_from_record(
     except DataError as error:
         raise DataError(f"{where}: {error}") from None
     return _example(plain, read_jsonl, load_template(template), where, default_id)
+
+
+def _ended(critique: str, source: DataSource) -> str:
+    return without_end(critique, source.critique_end, statements=source.score_statement == "cut")
 
 
 def _example(

@@ -1,13 +1,15 @@
 """Training examples as groups of tokens: prompts alone for reinforcement learning, with CoTs for supervision."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 from transformers import PreTrainedTokenizerBase
 
 from real_megatron.batch.types import Group
-from real_megatron.config import RunConfig
+from real_megatron.config import DataSource, RunConfig
 from real_megatron.data import JudgeExample, encode_prompts, encode_targets, load_examples
-from real_megatron.errors import ConfigError
+from real_megatron.data.critiques import find_leak
+from real_megatron.errors import ConfigError, DataError
 from real_megatron.hf.directory import checkpoint_directory
 from real_megatron.hf.stop_ids import stop_ids
 from real_megatron.scores import ScoreScale
@@ -22,18 +24,47 @@ def prompt_groups(config: RunConfig, tokenizer: PreTrainedTokenizerBase, scale: 
 
 def target_groups(config: RunConfig, tokenizer: PreTrainedTokenizerBase, scale: ScoreScale) -> list[Group]:
     """Every training example with its CoT, or without one (`sft.cots`). Too long ones are dropped or cut, and
-    counted (`encode_targets`)."""
-    examples = _load(config, scale)
+    counted (`encode_targets`).
+
+    Raises DataError for a data set whose critiques say their label at the end, since the score token would copy it.
+    """
     if config.sft.cots == "none":
-        examples = [replace(example, cot="") for example in examples]
+        examples = [replace(example, cot="") for example in _load(config, scale)]
+    else:
+        examples = _load(config, scale, check=_check_critiques)
     stops = stop_ids(checkpoint_directory(config.model.path, config.model.revision, weights=False), tokenizer)
     return _some(encode_targets(tokenizer, scale, examples, config.data, stops))
 
 
-def _load(config: RunConfig, scale: ScoreScale) -> list[JudgeExample]:
+def _load(
+    config: RunConfig,
+    scale: ScoreScale,
+    check: Callable[[DataSource, list[JudgeExample], ScoreScale], None] = lambda *_: None,
+) -> list[JudgeExample]:
     if not config.data.train:
         raise ConfigError("data.train is empty: name at least one training data set")
-    return [e for source in config.data.train for e in load_examples(source, config.data.template, scale.values)]
+    loaded: list[JudgeExample] = []
+    for source in config.data.train:
+        examples = load_examples(source, config.data.template, scale.values)
+        check(source, examples, scale)
+        loaded += examples
+    return loaded
+
+
+def _check_critiques(source: DataSource, examples: list[JudgeExample], scale: ScoreScale) -> None:
+    if source.score_statement == "keep":
+        return
+    anchor = scale.anchor_text.strip()
+    given = [(e.id, e.cot.partition(anchor)[0], scale.label_index(e.label)) for e in examples if e.cot is not None]
+    leak = find_leak([cot for _, cot, _ in given], [label for *_, label in given], scale.texts, scale.values)
+    if leak.found:
+        shown = "; ".join(f"{given[i][0]}: {given[i][1].strip()[-80:]!r}" for i in leak.examples)
+        raise DataError(
+            f"{source.path}: the last sentence of {leak.stated} of {leak.critiques} critiques says the label (by "
+            f"chance: {leak.by_chance:.0f}), so that the judge would learn to copy it: {shown}; set critique_end of "
+            "this data set to a regular expression that matches where the statement begins, or score_statement: keep "
+            "if it is meant"
+        )
 
 
 def _some(groups: list[Group]) -> list[Group]:

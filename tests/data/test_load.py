@@ -9,6 +9,7 @@ import pytest
 
 from real_megatron.config import DataSource
 from real_megatron.data import JudgeExample, example_from_record, label_column, load_examples
+from real_megatron.data.critiques import without_end
 from real_megatron.data.formats import FORMATS
 from real_megatron.errors import ConfigError, DataError
 
@@ -281,3 +282,34 @@ def test_the_real_vicuna_bench() -> None:
     # The built-in template writes the published prompt from its parts, character for character.
     assert [e.messages for e in load_examples(data, "prometheus")] == [e.messages for e in examples]
     assert all(e.messages[0]["content"] == row["instruction"].strip() for e, row in zip(examples, raw, strict=True))
+
+
+@pytest.mark.parametrize("format", ["jsonl", "feedback_collection"])
+def test_critiques_end_before_their_score_statement(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, format: str
+) -> None:
+    cots = ["Good. So the overall score is 4.", "Fine.", "[RESULT] 4", "Long. Aside: a score of 5."]
+    key, label = ("orig_feedback", "orig_score") if format == "feedback_collection" else ("cot", "label")
+    rows = [{"prompt": "a", "instruction": "a", label: 4, key: cot} for cot in cots]
+    caplog.set_level("INFO")
+
+    def read(**fields: Any) -> list[str | None]:
+        return [example.cot for example in load_examples(source(tmp_path, rows, format, **fields))]
+
+    assert read() == ["Good.", "Fine.", "", "Long. Aside: a score of 5."]
+    assert "cut the end of 2 of 4 critiques, which said the score; 1 had nothing else" in caplog.text
+    assert read(score_statement="keep") == cots
+    assert read(critique_end=r"Aside:") == ["Good.", "Fine.", "", "Long."]
+    assert read(critique_end=r"Aside:", score_statement="keep") == [*cots[:3], "Long."]
+
+
+@pytest.mark.skipif(not VICUNA.exists(), reason=f"{VICUNA} is absent")
+def test_published_critiques_stay_and_statements_behind_them_go() -> None:
+    """GPT-4's 960 critiques of Vicuna Bench end without a statement; Feedback Collection's is put behind each."""
+    rows = json.loads(VICUNA.read_text())
+    critiques = [text.strip() for row in rows for text in row["gpt4_feedback"]]
+    assert [without_end(text) for text in critiques] == critiques
+    for text in critiques:
+        ended = without_end(f"{text} So the overall score is 3.")
+        assert text.startswith(ended)
+        assert set(text[len(ended) :]) <= set(":")  # some end "Feedback:"

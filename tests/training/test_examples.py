@@ -1,4 +1,6 @@
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -26,3 +28,29 @@ def test_without_cots_the_target_is_anchor_and_score_alone(tmp_path: Path) -> No
     given = tiny_config(task, tmp_path, objective={"name": "raft"}, data=data)
     with pytest.raises(DataError, match="has no critique"):
         target_groups(given, tokenizer, scale)
+
+
+def test_critiques_that_say_the_label_are_refused(tmp_path: Path) -> None:
+    """In words that are not known for a score statement, so that they cannot be cut."""
+    task = write_tiny_task(tmp_path / "task")
+    tokenizer = load_tokenizer(str(task / "model"))
+    scale = ScoreScale.resolve(tokenizer, list("12345"))
+    file = tmp_path / "said.jsonl"
+    rows = [{"prompt": "a", "label": 1 + i % 5, "cot": f"good. Note {1 + i % 5}."} for i in range(30)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def targets(objective: str = "raft", cots: str = "given", **source: Any) -> list[str]:
+        sources = [{"path": str(task / "train_sft.jsonl")}, {"path": str(file), **source}]
+        data = {"train": sources, "max_response_tokens": 64}
+        config = tiny_config(task, tmp_path, objective={"name": objective}, data=data, sft={"cots": cots})
+        return [tokenizer.decode(g.trajectories[0].response_ids) for g in target_groups(config, tokenizer, scale)]
+
+    with pytest.raises(
+        DataError, match=r"said.jsonl: the last sentence of 30 of 30 critiques says the label \(by chance: 6"
+    ):
+        targets()
+    with pytest.raises(DataError, match="said-1: 'good. Note 1.'; .*set critique_end .*, or score_statement: keep"):
+        targets("sft")
+    kept, ended, direct = targets(score_statement="keep"), targets(critique_end="Note"), targets(cots="none")
+    assert len(kept) == len(ended) == len(direct)
+    assert len(tokenizer.encode(kept[-1])) > len(tokenizer.encode(ended[-1])) > len(tokenizer.encode(direct[-1]))

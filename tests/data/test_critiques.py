@@ -1,0 +1,92 @@
+"""A critique ends before it states its score; what else it says of scores stays."""
+
+import random
+
+import pytest
+
+from real_megatron.data.critiques import find_leak, without_end
+from real_megatron.data.tiny_judge import IN_DOMAIN, Habits, draw_problem, human_critique
+
+BEFORE = "A Score 3 answer would be longer. The answer is clear."
+ENDS = """So the overall score is 1.
+So, the overall score is 4 out of 5.
+So the overall score is 1 as the response misses the point.
+Therefore, the overall score is 3, reflecting its shallow treatment.
+So overall score is **3**.
+So the score of the response is 2.
+So the overall score is a 3!
+The overall score is therefore 2.
+Therefore, the score is 3.
+Given these points, the overall score is 4.
+In conclusion, the score is two.
+Hence the final grade is B.
+Score: 4
+Score - 4
+(Score: 4)
+<score>4</score>
+Overall score: 4/5
+**Final rating:** 4
+**Overall Score: 4/5**
+Final rating: four
+Rating: 3.5/5
+My rating is 4 stars.
+[RESULT] 4
+[RESULT]
+So the overall score is 4. [RESULT] 4
+Thus, I would give this response a score of 3.
+Therefore the response deserves a 4.
+The response is rated 4/5.
+I rate this response 4 out of 5.
+Based on the rubric, the response earns a score of 3 out of 5."""
+KEPT = """It lacks the detail that a score of 5 needs.
+Of the four reasons, the response gives two.
+3 3 2 2 4 3
+seems fine overall
+The final score is 2 to 1 for the home team.
+The score is 3 on clarity. But it is good.
+It scores well on clarity.
+So the result is 4 apples.
+Therefore, it received a grade of distinction."""
+SCALE = (list("12345"), [1.0, 2.0, 3.0, 4.0, 5.0])
+
+
+@pytest.mark.parametrize("end", ENDS.split("\n"))
+def test_a_statement_at_the_end_is_cut(end: str) -> None:
+    for space in (" ", "\n", "\n\n"):
+        assert without_end(BEFORE + space + end) == BEFORE
+    assert without_end(end) == ""
+    assert without_end(f"{BEFORE} {end}", statements=False) == f"{BEFORE} {end}"
+
+
+@pytest.mark.parametrize(
+    "text", [*KEPT.split("\n"), "one\u2028line\x85 \x0b.", " x ", "", "### Score\n4 of its claims."]
+)
+def test_every_other_text_is_as_it_was(text: str) -> None:
+    assert without_end(text) == text
+
+
+def test_a_clause_and_a_heading_are_cut_and_the_users_end_decides_too() -> None:
+    assert without_end("Clear but shallow, so the overall score is 3.") == "Clear but shallow"
+    assert without_end(f"{BEFORE}\n\n### Score\n4") == BEFORE
+    assert without_end("Good. Points: VVV. Done. So the score is 3.", end="Points") == "Good."
+
+
+@pytest.mark.parametrize("form", ["It is a {}.", "Es bekommt {} von 5.", "{}", "I say {} out of 5."])
+@pytest.mark.parametrize("word", [str, lambda k: ("one", "two", "three", "four", "five")[k - 1]])
+def test_critiques_that_say_the_label_are_found(form: str, word) -> None:
+    labels = [k % 5 for k in range(40)]
+    said = [f"A 5 would be better. {form.format(word(k + 1))}" for k in labels]
+    assert find_leak(said[:20] + ["Good."] * 20, labels, *SCALE).found == (" von 5" not in form)
+    # The same sentences without regard to the labels.
+    rng = random.Random(0)
+    assert not find_leak(rng.sample(said, 40), labels, *SCALE).found
+
+
+def test_a_task_that_works_with_scores_states_none() -> None:
+    rng = random.Random(0)
+    problems = [draw_problem(rng, IN_DOMAIN) for _ in range(2000)]
+    labels = [problem.label - 1 for problem in problems]
+    for habits in (Habits(), Habits(0, 0, 0)):  # graders', and what a trained judge writes
+        critiques = [human_critique(rng, problem, habits) for problem in problems]
+        assert not find_leak(critiques, labels, *SCALE).found
+        assert [without_end(critique) for critique in critiques] == critiques
