@@ -136,7 +136,7 @@ def _test_set(name: str, evaluations: Mapping[str, Evaluation]) -> list[str]:
     lines = [
         f"## {name}",
         "",
-        f"{first.counts['examples']} examples; 95 % bootstrap intervals over {_unit(first)}.",
+        f"{first.counts['examples']} examples; 95 % bootstrap intervals (BCa) over {_unit(first)}.",
         "",
     ]
     lines += _table(

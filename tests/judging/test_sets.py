@@ -1,6 +1,7 @@
 """Evaluation sets of a run: what cannot be evaluated is found before training, and old results do not linger."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,9 +9,12 @@ import pytest
 from real_megatron.config import RunConfig
 from real_megatron.data.byte_model import byte_tokenizer
 from real_megatron.errors import ConfigError
-from real_megatron.evaluation.report import evaluation_path
-from real_megatron.judging.evaluate import forget_evaluations, load_evaluation_sets
+from real_megatron.evaluation.metrics import agreement
+from real_megatron.evaluation.report import evaluation_path, read_run, write_report
+from real_megatron.judging.evaluate import evaluate_sets, forget_evaluations, load_evaluation_sets
+from real_megatron.rollout.engine import SamplingParams
 from real_megatron.scores import ScoreScale
+from tests.support.judges import make_judge
 
 
 def test_a_set_whose_prompts_are_all_too_long_is_refused_at_once(tmp_path: Path) -> None:
@@ -46,3 +50,40 @@ def test_evaluations_of_steps_that_will_be_done_again_are_removed(tmp_path: Path
     left = [*kept, *(path.with_suffix(".predictions.jsonl") for path in kept)]
     assert sorted((tmp_path / "evaluation").iterdir()) == sorted(left)
     forget_evaluations(tmp_path / "absent", 0)
+
+
+def test_clusters_and_groups_reach_intervals_and_report(engine, tokenizer, scale, tmp_path: Path) -> None:
+    """From columns of the file to `report.md`: five questions with four answers each, judged on two aspects."""
+    path = tmp_path / "dev.jsonl"
+    rows = [
+        {"prompt": f"{1 + i % 3} {' '.join('abc'[: 1 + i % 2] * (1 + i // 6))}", "label": 1 + i % 3}
+        | {"question": i // 4, "aspect": "clarity" if i % 2 else "depth"}
+        for i in range(20)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    judge = make_judge(
+        *(engine, tokenizer, scale, SamplingParams(n=1, max_new_tokens=8)),
+        bootstrap=50,
+        eval={
+            "rows": {"path": str(path)},
+            "questions": {"path": str(path), "cluster": "question", "within": "aspect"},
+        },
+    )
+    evaluate_sets(judge, load_evaluation_sets(judge.config, tokenizer, scale), tmp_path)
+    run = read_run("run", tmp_path)
+    rows_, questions = sorted(run.evaluations, key=lambda e: e.name, reverse=True)
+    assert (questions.config["cluster"], questions.config["within"]) == ("question", "aspect")
+    predictions = questions.predictions
+    assert [(p.cluster, p.within) for p in predictions] == [(str(r["question"]), r["aspect"]) for r in rows]
+    assert predictions == [
+        replace(p, cluster=q.cluster, within=q.within) for p, q in zip(rows_.predictions, predictions, strict=True)
+    ]
+    numbers = [p.rail for p in predictions], [p.label for p in predictions], scale.values, 50, 0
+    clusters, aspects = [p.cluster for p in predictions], [p.within for p in predictions]
+    assert questions.metrics["rail"] == agreement(*numbers, clusters, aspects)
+    assert rows_.metrics["rail"] == agreement(*numbers)
+    text = write_report(tmp_path / "report", [run]).read_text()
+    of_questions, of_rows = text.split("## rows")
+    assert "95 % bootstrap intervals (BCa) over 5 clusters of examples (`question`)." in of_questions
+    assert "Within `aspect`, the mean over its groups of the correlation in each:" in of_questions
+    assert "95 % bootstrap intervals (BCa) over the examples." in of_rows and "Within" not in of_rows
