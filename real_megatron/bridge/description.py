@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from transformers import PretrainedConfig
+from real_megatron.hf.rotary import Rotary
 
 
 @dataclass(frozen=True)
@@ -13,7 +13,7 @@ class ModelDescription:
     transformer_config: keyword arguments of megatron.core.transformer.TransformerConfig; only what the architecture
         fixes, nothing about parallelism, precision or speed.
     sliding_window: per layer, the number of tokens that a token sees, itself included; None: all before it.
-    hf_config: kept for rotary embeddings, whose frequencies come from transformers' own formulas.
+    rotary: how queries and keys are turned by position, from `hf.rotary.rotary`.
     """
 
     family: str
@@ -22,7 +22,7 @@ class ModelDescription:
     tied: bool
     max_positions: int
     sliding_window: tuple[int | None, ...]
-    hf_config: PretrainedConfig = field(repr=False)
+    rotary: Rotary = field(repr=False, compare=False)
 
     @property
     def num_layers(self) -> int:

@@ -46,7 +46,7 @@ def load_tokenizer(directory: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a Hugging Face checkpoint; remote code is never run.
 
     Raises MissingCheckpoint without one, and for one that has tokens beyond the model's vocabulary (fewer are normal):
-    their embeddings would be padding in training, and out of range elsewhere.
+    their embeddings would be padding in training, and out of range elsewhere. Raises CheckpointError as `read_config`.
     """
     directory = Path(directory)
     if not any(any(directory.glob(pattern)) for pattern in _VOCABULARIES):
@@ -57,6 +57,8 @@ def load_tokenizer(directory: str | Path) -> PreTrainedTokenizerBase:
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises plain Exception for a damaged file
+        if (directory / "config.json").is_file():
+            read_config(directory)  # transformers reads it for the tokenizer's class: it may be what is damaged
         raise MissingCheckpoint(f"{directory}: its tokenizer cannot be loaded: {error}") from error
     _check_vocabulary(directory, tokenizer)
     return tokenizer

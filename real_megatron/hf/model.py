@@ -18,10 +18,11 @@ def load_model(directory: str | Path, dtype: torch.dtype) -> PreTrainedModel:
     """The causal language model of a Hugging Face checkpoint, on the host; remote code is never run.
 
     Raises CheckpointError for a checkpoint that is damaged or not complete (transformers alone would fill what is
-    missing with random numbers), and as `weight_files`.
+    missing with random numbers), and as `read_config` and
+    `weight_files`.
     """
-    weight_files(Path(directory))
     config = read_config(Path(directory))
+    weight_files(Path(directory))
     try:
         model, found = AutoModelForCausalLM.from_pretrained(
             directory,

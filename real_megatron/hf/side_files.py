@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PretrainedConfig
 
 from real_megatron.errors import MissingCheckpoint
+from real_megatron.hf.rotary import check_rotary
 
 log = logging.getLogger(__name__)
 
@@ -54,14 +56,20 @@ def carry(source: Path, target: Path, dtype: torch.dtype | None = None) -> list[
 
 
 def read_config(directory: Path) -> PretrainedConfig:
-    """The configuration in `config.json`; remote code is never run. Raises MissingCheckpoint if it cannot be used."""
+    """The configuration in `config.json`; remote code is never run.
+
+    Raises MissingCheckpoint if it cannot be used, UnsupportedModel as `check_rotary`.
+    """
     file = directory / "config.json"
     if not file.is_file():
         raise MissingCheckpoint(f"{file} is missing")
     try:
-        return AutoConfig.from_pretrained(directory, trust_remote_code=False)
-    except (ValueError, KeyError, OSError) as error:
-        raise MissingCheckpoint(f"{file} cannot be used: {error}") from error
+        config: PretrainedConfig = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    except (ValueError, KeyError, OSError, StrictDataclassError) as error:
+        reason = str(error.args[0] if isinstance(error, KeyError) else error)
+        raise MissingCheckpoint(f"{file} cannot be used: {' '.join(reason.split())}") from error
+    check_rotary(config)
+    return config
 
 
 def _set_dtype(file: Path, dtype: torch.dtype) -> None:

@@ -19,6 +19,7 @@ from real_megatron.batch.context import Exchange
 from real_megatron.batch.segments import SegmentTree
 from real_megatron.batch.shards import TokenShard
 from real_megatron.head import GatherRows
+from real_megatron.hf.rotary import Rotary
 from real_megatron.policy.context import gather_keys_values
 from real_megatron.policy.flex import flex_segment_attention
 
@@ -57,7 +58,8 @@ class PackedParams(PackedSeqParams):
 class PackedAttention(nn.Module):
     """Grouped-query attention under a `SegmentTree`.
 
-    `windows` holds, per layer of the whole model, the number of keys a query sees at most (itself included), or None.
+    windows: per layer of the whole model, the number of keys a query sees at most (itself included), or None.
+    rotary: what has rotated queries and keys. Megatron has not applied its `scaling`, which is done here.
     """
 
     def __init__(
@@ -71,10 +73,14 @@ class PackedAttention(nn.Module):
         cp_comm_type: str | None = None,
         pg_collection: ProcessGroupCollection | None = None,
         windows: tuple[int | None, ...] = (),
+        rotary: Rotary | None = None,
     ) -> None:
         super().__init__()
         self.scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
         self.window = windows[layer_number - 1] if windows else None
+        # Of queries and of keys: their products have its square.
+        self.rotary_scale = rotary.scaling**2 if rotary else 1.0
+        self.rotary_dim = rotary.dim if rotary else 0
 
     def forward(
         self,
@@ -91,13 +97,19 @@ class PackedAttention(nn.Module):
 
         T counts this rank's tokens; under context parallelism they attend to those of the other ranks as well.
         """
-        key, value = key[:, 0], value[:, 0]
+        query, key, value = query[:, 0], key[:, 0], value[:, 0]
+        scale = self.scale
+        if self.rotary_dim == query.size(-1):
+            scale *= self.rotary_scale
+        elif self.rotary_scale != 1:
+            rotated, rest = query.tensor_split([self.rotary_dim], dim=-1)
+            query = torch.cat((rotated * self.rotary_scale, rest), dim=-1)
         exchange, shard = packed_seq_params.exchange, None
         if exchange is not None:
             key, value = gather_keys_values(key, value, exchange.token_slots)
             shard = exchange.shard
         attend = flex_segment_attention if query.is_cuda else segment_attention
-        out = attend(query[:, 0], key, value, packed_seq_params.tree, self.scale, self.window, shard)
+        out = attend(query, key, value, packed_seq_params.tree, scale, self.window, shard)
         return out.reshape(out.size(0), 1, -1)
 
 

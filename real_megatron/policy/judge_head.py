@@ -38,7 +38,7 @@ class JudgeHead(nn.Module):
     def __init__(self, *args: Any, description: ModelDescription, model: ModelConfig, **kwargs: Any) -> None:
         super().__init__(*args, position_embedding_type="none", **kwargs)
         self.true_vocab_size = description.vocab_size
-        self.frequencies = rope.inverse_frequencies(description.hf_config)
+        self.frequencies = description.rotary.frequencies
         self.head_form = "linear" if model.head == "auto" else model.head
         self.head_memory_bytes = model.head_memory_mib * 2**20
         self.fp32_logits = model.fp32_logits

@@ -41,7 +41,9 @@ def layer_spec(config: TransformerConfig, description: ModelDescription, model: 
     experts = description.num_experts if moe else None
     layer = build(num_experts=experts, moe_grouped_gemm=use_te, qk_layernorm=config.qk_layernorm)
     attention = layer.submodules.self_attention.submodules
-    attention.core_attention = ModuleSpec(module=PackedAttention, params={"windows": description.sliding_window})
+    attention.core_attention = ModuleSpec(
+        module=PackedAttention, params={"windows": description.sliding_window, "rotary": description.rotary}
+    )
     if not use_te:
         if moe:  # Transformer Engine has no linear layer to fuse this norm into: stored under its own name there
             del layer.submodules.sharded_state_dict_keys_map["pre_mlp_layernorm."]

@@ -70,8 +70,9 @@ class Policy:
     total_updates: optimizer updates of the whole run, for the learning-rate schedule.
     model_dir: the directory of that checkpoint, where the caller has found it already.
 
-    Raises ConfigError for parallel sizes that do not divide the ranks or the model, and for a warm-up longer than the
-    run; UnsupportedModel and CheckpointError for a checkpoint that cannot be trained.
+    Raises ConfigError for parallel sizes that do not divide the ranks or the model, for a warm-up longer than the run,
+    and where `data` admits longer sequences than the model's rotary embedding; UnsupportedModel and CheckpointError for
+    a checkpoint that cannot be trained.
     """
 
     def __init__(
@@ -90,6 +91,8 @@ class Policy:
         self.values = torch.tensor(score_values, dtype=torch.float32, device=self.runtime.device)
         self.model_dir = model_dir or checkpoint_directory(config.model.path, config.model.revision)
         self.description = bridge.describe(read_config(self.model_dir), config.model.family)
+        longest = config.data.max_prompt_tokens + config.data.max_response_tokens
+        self.description.rotary.check_length("data.max_prompt_tokens + data.max_response_tokens", longest)
         self.planner = Planner(
             self.description,
             self.score_ids,

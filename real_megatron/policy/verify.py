@@ -66,6 +66,7 @@ def verify(
     parallel_groups.initialize(parallel, seed)
     hf_path = checkpoint_directory(hf_path)
     description = bridge.describe(read_config(hf_path), family)
+    description.rotary.check_length("length", length)
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(description.vocab_size, (sequences, length), generator=generator)
     expected = hf_logits(hf_path, tokens)

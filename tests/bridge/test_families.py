@@ -62,8 +62,8 @@ def test_mixtures_of_experts() -> None:
         (AutoConfig.for_model("qwen3_moe", attention_bias=True), "attention_bias"),
         (AutoConfig.for_model("llama", quantization_config={"quant_method": "fp8"}), "quantization_config"),
         (
-            AutoConfig.for_model("llama", rope_parameters=dict(rope_type="dynamic", rope_theta=1e4, factor=2.0)),
-            "rope_type='dynamic'",
+            AutoConfig.for_model("llama", rope_parameters=dict(rope_type="proportional", rope_theta=1e4, factor=2.0)),
+            "config.json: rope_parameters .*rope_type 'proportional' is not supported; supported are default, linear",
         ),
         (
             AutoConfig.for_model("llama", rope_parameters=dict(rope_theta=1e4, partial_rotary_factor=0.5)),

@@ -86,4 +86,4 @@ def test_an_unknown_parameter_is_named() -> None:
 def test_weights_of_another_model_are_refused_before_any_is_loaded(tmp_path: Path) -> None:
     tiny_model("qwen3").save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match="q_proj.weight' has shape"):
-        load_hf([], describe(tiny_config("qwen3", head_dim=32)), tmp_path)
+        load_hf([], describe(tiny_config("qwen3", head_dim=32, rope_parameters=None)), tmp_path)

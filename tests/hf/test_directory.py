@@ -17,7 +17,7 @@ from real_megatron.hf.directory import checkpoint_directory, load_tokenizer
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
     (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "config.json").write_text("{}")
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "llama"}')
     return tmp_path / "model"
 
 

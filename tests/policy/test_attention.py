@@ -2,10 +2,13 @@
 
 import pytest
 import torch
+from megatron.core.models.common.embeddings.rope_utils import _apply_rotary_pos_emb_bshd
 
 from real_megatron.batch.segments import Segment, SegmentTree
-from real_megatron.policy.attention import segment_attention
+from real_megatron.hf.rotary import Rotary
+from real_megatron.policy.attention import PackedAttention, PackedParams, segment_attention
 from real_megatron.policy.flex import flex_segment_attention
+from real_megatron.policy.rope import rotary_embedding
 
 TREE = SegmentTree((Segment(5), Segment(3, 0), Segment(1, 0), Segment(4, 0), Segment(6), Segment(2), Segment(3, 5)))
 
@@ -90,3 +93,18 @@ def test_flex_gradients_equal_dense_attention_on_a_gpu(window, heads, kv_heads):
     expected = run(dense, tensors, torch.float64, window)
     found = run(flex_segment_attention, [x.cuda() for x in tensors], torch.float32, window)
     assert close([x.cpu() for x in found], expected)
+
+
+@pytest.mark.parametrize("dim", [16, 10], ids=["whole head", "part of a head"])
+def test_a_scaled_rotation_is_that_of_scaled_cosines_and_sines(dim):
+    """transformers multiplies both by the scaling, which leaves dimensions that are not rotated as they are. float64:
+    the two differ in the order of three products."""
+    rotary = Rotary("yarn", torch.rand(dim // 2), scaling=1.3)
+    angles = rotary_embedding(rotary.frequencies, TREE.positions()).double()
+    q, k, v, _ = (x[:, None] for x in inputs(4, 2))
+    params, results = PackedParams(tree=TREE), []
+    for applied, left in ((rotary.scaling, None), (1.0, rotary)):
+        module = PackedAttention(None, 1, None, "self", softmax_scale=0.3, rotary=left)
+        turned = [_apply_rotary_pos_emb_bshd(x, angles, mscale=applied) for x in (q, k)]
+        results.append(module(*turned, v, None, packed_seq_params=params))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-12, atol=1e-12)

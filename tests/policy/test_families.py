@@ -26,11 +26,23 @@ LLAMA3_ROPE = {
     "original_max_position_embeddings": 32,
     "rope_theta": 500000.0,
 }
+# The longest rows have 20 tokens, 12 more than the model had before its context was extended.
+YARN = {"rope_type": "yarn", "factor": 16.0, "original_max_position_embeddings": 8, "rope_theta": 10000.0}
+LONGROPE = {
+    "rope_type": "longrope",
+    "short_factor": [1.0, 1.1, 1.3, 1.7, 2.0, 2.5, 3.0, 4.0],
+    "long_factor": [10.0] * 8,
+    "original_max_position_embeddings": 40,
+    "rope_theta": 10000.0,
+}
+DYNAMIC = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
 FAMILIES = {
-    "qwen2, biases, tied": Qwen2Config(**SIZES, tie_word_embeddings=True),
-    "qwen3, QK-norm": Qwen3Config(**SIZES, head_dim=16, tie_word_embeddings=False),
+    "qwen2, biases, tied, yarn": Qwen2Config(**SIZES, tie_word_embeddings=True, rope_parameters=YARN),
+    "qwen3, QK-norm, longrope": Qwen3Config(**SIZES, head_dim=16, tie_word_embeddings=False, rope_parameters=LONGROPE),
     "llama 3, scaled rope": LlamaConfig(**SIZES, rope_parameters=LLAMA3_ROPE),
-    "mistral, window shorter than the prompts": MistralConfig(**SIZES, sliding_window=5),
+    "mistral, window shorter than the prompts, dynamic": MistralConfig(
+        **SIZES, sliding_window=5, rope_parameters=DYNAMIC
+    ),
 }
 LAYOUTS = [
     {},

@@ -179,6 +179,19 @@ def test_out_of_range_requests_never_leave(make, flavour):
     assert fake.generations == 0
 
 
+def test_a_server_takes_no_sequence_whose_frequencies_depend_on_others(make, flavour, tmp_path):
+    """With longrope those beyond 20 tokens here. A vLLM server that is sized for more has other frequencies for all."""
+    half = CONFIG.head_dim // 2
+    rope = {"rope_type": "longrope", "short_factor": [1.0] * half, "long_factor": [4.0] * half}
+    longrope = tiny_qwen3(VOCABULARY, rope_parameters=rope | {"original_max_position_embeddings": 20})
+    longrope.save_pretrained(tmp_path / "model")
+    engine, _ = make(1, flavour)
+    longest = {"sglang": 18, "vllm": 19}[flavour]
+    engine.next_token_logprobs([[1] * longest], [1])
+    with pytest.raises(PromptRefused, match=f"{longest + 1} tokens; with 0 new ones it exceeds the {longest} "):
+        engine.next_token_logprobs([[1] * (longest + 1)], [1])
+
+
 def test_scores_are_read_in_the_order_asked_for(make, flavour):
     engine, _ = make(2, flavour)
     scored = engine.next_token_logprobs(PROMPTS, [7, 3, 50])

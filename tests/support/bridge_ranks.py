@@ -27,6 +27,15 @@ LLAMA3_ROPE = dict(
     high_freq_factor=4.0,
     original_max_position_embeddings=16,
 )
+# The tokens that logits are compared on go beyond the 16 positions that the model had before it was extended.
+YARN = dict(rope_type="yarn", rope_theta=10000.0, factor=4.0, original_max_position_embeddings=16)
+LONGROPE = dict(
+    rope_type="longrope",
+    rope_theta=10000.0,
+    short_factor=[1.0 + i / 4 for i in range(12)],
+    long_factor=[8.0] * 12,
+    original_max_position_embeddings=48,
+)
 VARIANTS: dict[str, dict[str, Any]] = {
     "qwen2": dict(
         model_type="qwen2",
@@ -36,8 +45,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
         use_sliding_window=True,
         sliding_window=5,
         max_window_layers=2,
+        rope_parameters=YARN,
     ),
-    "qwen3": dict(model_type="qwen3", intermediate_size=96, num_key_value_heads=2, head_dim=24),
+    "qwen3": dict(
+        model_type="qwen3", intermediate_size=96, num_key_value_heads=2, head_dim=24, rope_parameters=LONGROPE
+    ),
     "llama3": dict(
         model_type="llama",
         intermediate_size=96,
@@ -52,9 +64,21 @@ VARIANTS: dict[str, dict[str, Any]] = {
         num_key_value_heads=8,
         rope_parameters=dict(rope_type="linear", rope_theta=10000.0, factor=2.0),
     ),
-    "mistral": dict(model_type="mistral", intermediate_size=96, num_key_value_heads=2, sliding_window=5),
+    "mistral": dict(
+        model_type="mistral",
+        intermediate_size=96,
+        num_key_value_heads=2,
+        sliding_window=5,
+        rope_parameters=dict(rope_type="dynamic", rope_theta=10000.0, factor=2.0),
+    ),
     "mixtral": dict(
-        model_type="mixtral", intermediate_size=40, num_key_value_heads=4, num_local_experts=4, sliding_window=5
+        model_type="mixtral",
+        intermediate_size=40,
+        num_key_value_heads=4,
+        num_local_experts=4,
+        sliding_window=5,
+        head_dim=8,  # transformers' formula for yarn needs it, and Mixtral's configuration leaves it out
+        rope_parameters=YARN | dict(mscale=2.0, mscale_all_dim=0.5),
     ),
     "qwen3_moe": dict(
         model_type="qwen3_moe",
@@ -66,6 +90,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         num_experts_per_tok=3,
         norm_topk_prob=True,
         mlp_only_layers=[1],
+        rope_parameters=YARN | dict(attention_factor=0.7, truncate=False),
     ),
     "qwen3_moe_tied": dict(
         model_type="qwen3_moe",

@@ -8,9 +8,7 @@ from transformers import PretrainedConfig
 
 from real_megatron.bridge.description import ModelDescription
 from real_megatron.errors import UnsupportedModel
-
-# "dynamic" and "longrope" change the frequencies with the length of the sequence.
-ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+from real_megatron.hf.rotary import rotary
 
 
 def refuse(config: PretrainedConfig, feature: str, why: str) -> None:
@@ -19,16 +17,14 @@ def refuse(config: PretrainedConfig, feature: str, why: str) -> None:
 
 
 def check_shared_features(config: PretrainedConfig) -> None:
-    """Refuse what no family here supports: other activations, other rotary embeddings, quantised weights."""
+    """Refuse what no family here supports: other activations, heads that are rotated in part, quantised weights."""
     if config.hidden_act != "silu":
         refuse(config, f"hidden_act='{config.hidden_act}'", "only 'silu' is")
     if getattr(config, "quantization_config", None):
         refuse(config, "quantization_config", "convert the checkpoint to bfloat16 or float32 first")
-    rope = config.rope_parameters or {}
-    if rope.get("rope_type", "default") not in ROPE_TYPES:
-        refuse(config, f"rope_type='{rope['rope_type']}'", f"only {', '.join(ROPE_TYPES)} are")
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        refuse(config, f"partial_rotary_factor={rope['partial_rotary_factor']}", "the whole head must be rotated")
+    partial = (config.rope_parameters or {}).get("partial_rotary_factor", 1.0)
+    if partial != 1.0:
+        refuse(config, f"partial_rotary_factor={partial}", "the whole head must be rotated")
 
 
 def describe_dense(
@@ -69,7 +65,7 @@ def describe_dense(
         tied=bool(config.tie_word_embeddings),
         max_positions=config.max_position_embeddings,
         sliding_window=tuple(sliding_window) if sliding_window is not None else (None,) * layers,
-        hf_config=config,
+        rotary=rotary(config),
     )
 
 

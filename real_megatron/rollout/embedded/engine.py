@@ -22,6 +22,7 @@ from transformers.generation import LogitsProcessorList, StoppingCriteriaList
 
 from real_megatron.errors import EngineError, PromptRefused
 from real_megatron.hf.model import load_model
+from real_megatron.hf.rotary import longest_sequence
 from real_megatron.hf.stop_ids import stop_ids
 from real_megatron.rollout.embedded.seeded import SeededTokens, uniforms
 from real_megatron.rollout.embedded.stop import StopAutomaton, StopTexts
@@ -224,7 +225,7 @@ class TransformersEngine:
         return torch.from_numpy(tokens).to(self._device), torch.from_numpy(mask).to(self._device)
 
     def _check_lengths(self, sequences: Sequence[list[int]], more: int) -> None:
-        limit = getattr(self.model.config, "max_position_embeddings", None) or math.inf
+        limit = longest_sequence(self.model.config) or math.inf
         for i, sequence in enumerate(sequences):
             if not sequence:
                 raise PromptRefused(i, "the sequence is empty")
@@ -232,7 +233,8 @@ class TransformersEngine:
                 raise PromptRefused(
                     i,
                     f"the sequence has {len(sequence)} tokens; with {more} new ones it exceeds the model's {limit} "
-                    "positions: lower data.max_prompt_tokens or data.max_response_tokens",
+                    "positions (config.json: max_position_embeddings, or what rope_type allows): lower "
+                    "data.max_prompt_tokens or data.max_response_tokens",
                 )
 
 

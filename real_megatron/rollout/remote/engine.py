@@ -13,6 +13,7 @@ from torch import Tensor
 
 from real_megatron.errors import EngineError, PromptRefused
 from real_megatron.hf.checkpoint import check_servers_read_the_same
+from real_megatron.hf.rotary import longest_sequence
 from real_megatron.rollout.engine import EngineSpec, Response, SamplingParams, WeightSyncError
 from real_megatron.rollout.remote.client import RequestClient
 from real_megatron.rollout.remote.errors import Retryable
@@ -43,7 +44,7 @@ class RemoteEngine(ABC):
         if spec.serve_loaded or not spec.config.servers:
             check_servers_read_the_same(spec.model_dir)
         hf_config = spec.hf_config()
-        positions = getattr(hf_config, "max_position_embeddings", None) or sys.maxsize
+        positions = longest_sequence(hf_config) or sys.maxsize
         self._config = spec.config
         self._model_dir = spec.model_dir
         self._dtype = spec.dtype

@@ -35,6 +35,7 @@ class VLLMEngine(RemoteEngine):
 
     _name = "vllm"
     _path = "/v1/completions"
+    _reserved_tokens = 1  # for the token that a scoring request generates (vllm/command.py)
 
     def __init__(self, spec: EngineSpec) -> None:
         """As SGLangEngine. Raises ConfigError for a `rollout.weight_sync` other than auto and disk."""

@@ -189,3 +189,25 @@ def test_trained_and_judged_responses_end_at_every_end_of_sequence(model, tmp_pa
         assert ends.isdisjoint(response.token_ids[:-1])
         assert (response.token_ids[-1] in ends) == (response.finish_reason == "eos")
     assert groups[0] == groups[1]
+
+
+def test_no_sequence_whose_frequencies_depend_on_the_others_of_its_batch():
+    """With longrope those beyond 20 tokens here: transformers then takes the long factors for the whole batch."""
+    config = tiny_qwen3(len(TOKENIZER))
+    half = config.head_dim // 2
+    config.rope_parameters = {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "short_factor": [1.0] * half,
+        "long_factor": [4.0] * half,
+        "original_max_position_embeddings": 20,
+    }
+    model = random_model(config)
+    engine = TransformersEngine(config, TOKENIZER)
+    engine.update_weights(model.state_dict().items(), version=1)
+    params = SamplingParams(n=1, temperature=0.8, top_p=0.9, max_new_tokens=8)
+    ((response,),) = engine.generate([PROMPTS[2][:12]], params, [3])
+    assert response.token_ids == expected(model, PROMPTS[2][:12], 3, 0, params)[0]
+    with pytest.raises(PromptRefused, match="13 tokens; with 8 new ones it exceeds the model's 20 pos") as refused:
+        engine.generate([[5], [5] * 13], params, [3, 3])
+    assert refused.value.index == 1
