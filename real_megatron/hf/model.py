@@ -18,8 +18,7 @@ def load_model(directory: str | Path, dtype: torch.dtype) -> PreTrainedModel:
     """The causal language model of a Hugging Face checkpoint, on the host; remote code is never run.
 
     Raises CheckpointError for a checkpoint that is damaged or not complete (transformers alone would fill what is
-    missing with random numbers), and as `read_config` and
-    `weight_files`.
+    missing with random numbers), and as `read_config` and `weight_files`.
     """
     config = read_config(Path(directory))
     weight_files(Path(directory))
