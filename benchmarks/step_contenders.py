@@ -60,13 +60,13 @@ def make_groups(k: int, prompts: int, vocab: int, seed: int = 0) -> list[Group]:
 class MegatronStep:
     """This package's training step."""
 
-    def __init__(self, checkpoint: Path, args: argparse.Namespace, share_prompt: bool, objective: str) -> None:
+    def __init__(self, checkpoint: Path, args: argparse.Namespace, share_prompt: bool, reward: str) -> None:
         config = RunConfig.model_validate(
             {
                 "model": {"path": str(checkpoint)},
                 "optimizer": {"lr": 1e-6, "clip_grad": 0.0},
                 "batch": {"max_tokens": args.max_tokens, "share_prompt": share_prompt},
-                "objective": {"name": objective},
+                "objective": {"reward": reward},
             }
         )
         self.policy = Policy(config, SCORE_IDS, [1.0, 2.0, 3.0, 4.0, 5.0], total_updates=10_000)
@@ -164,4 +164,4 @@ def build(contender: str, checkpoint: Path, args: argparse.Namespace) -> Megatro
     """One of CONTENDERS, with the checkpoint's weights."""
     if contender == "a":
         return TransformersStep(checkpoint, args)
-    return MegatronStep(checkpoint, args, contender != "b", "rloo" if contender == "binary" else "real")
+    return MegatronStep(checkpoint, args, contender != "b", "binary_expected" if contender == "binary" else "real")

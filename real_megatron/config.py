@@ -181,15 +181,18 @@ class ObjectiveConfig(Section):
 
     `name` also chooses the defaults of the other fields: grpo, rloo and jepo are the same code as real with another
     reward and advantage. Fields that are given win over the name's defaults; a run's saved `config.yaml` gives all of
-    them. grpo is GRPO's normalised advantage and clipping without its division by the response's length and, unless
-    `kl` is set, without its KL term; jepo is the single-sample bound.
+    them. rloo and grpo sample the score as one more token, an action like any other, and reward it with 0 or 1; with
+    reward binary_expected rloo has the sampled score integrated out. grpo is GRPO's normalised advantage and clipping
+    without its division by the response's length and, unless `kl` is set, without its KL term; jepo is the
+    single-sample bound.
     """
 
     name: Literal["real", "rloo", "grpo", "jepo", "raft", "tract", "sft"] = Field("real", description="Objective.")
     reward: str = Field(
         "real",
-        description="Reward: real, binary (default of rloo and grpo), binary_greedy, answer_logprob (default of jepo), "
-        "or module:name for one of your own (docs/extending.md).",
+        description="Reward: real; binary (default of rloo and grpo), 1 if the sampled score is the label's, else 0; "
+        "binary_expected, its mean π(y*), without sampling the score; binary_greedy, 1 if the most probable score is "
+        "the label's; answer_logprob (default of jepo); or module:name for one of your own (docs/extending.md).",
     )
     beta: float = Field(1.0, ge=0, description="β, weight of Term 2; 1 is the exact gradient.")
     lam: float = Field(
@@ -203,7 +206,9 @@ class ObjectiveConfig(Section):
     term1: bool = Field(True, description="Include Term 1 (policy gradient on the CoT).")
     baseline: Baseline = Field("rloo", description="Baseline of the advantage; default of grpo: group_mean.")
     std_normalize: bool = Field(
-        False, description="Divide advantages by the group's standard deviation; default of grpo: true."
+        False,
+        description="Divide advantages by the group's standard deviation; default of grpo: true. A reward that has a "
+        "Term 2 also needs beta 0.",
     )
     clamp: float | None = Field(None, gt=0, description="Clamp advantages to [-clamp, clamp].")
     token_mean: bool = Field(
@@ -222,12 +227,14 @@ class ObjectiveConfig(Section):
         "whole responses (unbiased below the cap, for short responses: docs/mathematics.md).",
     )
     no_anchor: NoAnchorRule = Field(
-        "penalize", description="Response without an anchor: lowest reward and no Term 2; anchor appended; dropped."
+        "penalize",
+        description="Response without an anchor: lowest reward of its group and no Term 2; anchor appended "
+        "(better where the length limit cuts off many); dropped.",
     )
     no_anchor_reward: float | None = Field(
         None,
-        description="Reward of a response without an anchor under penalize; unset: the reward's own floor, "
-        "for real -(max - min)^2 of the scale plus lam * log(0.001).",
+        description="Reward of a response without an anchor under penalize; unset: for real and answer_logprob less "
+        "than the worst answer of its group by a margin (docs/mathematics.md), for the binary rewards 0.",
     )
 
     @model_validator(mode="after")

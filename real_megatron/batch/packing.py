@@ -44,6 +44,8 @@ class PackedMicrobatch:
     """Log-probability under the reference policy per token row, float32 `[N_tok]`."""
     advantages: Tensor | None
     """Precomputed advantages `[N]`, when the group is split over micro-batches."""
+    sampled: Tensor | None
+    """Index of the score behind each trajectory's anchor, int64 `[N]`; see `sampled_scores`."""
     responses: list[tuple[str, dict[str, Any]]] | None
     """Text of each trajectory and metadata of its data row; None unless every trajectory has a text."""
     shards: tuple[TokenShard, ...] | None = None
@@ -127,6 +129,7 @@ def pack(
         old_logprobs=_per_token(trajectories, "old_logprobs"),
         ref_logprobs=_per_token(trajectories, "ref_logprobs"),
         advantages=_advantages(trajectories),
+        sampled=sampled_scores(groups, score_ids),
         responses=responses_of(groups),
     )
 
@@ -149,6 +152,24 @@ def tokens_of(group: Group, share_prompt: bool = True) -> int:
 def rows_of(group: Group) -> int:
     """Rows of a group that reach the output head: loss-carrying tokens and answers."""
     return sum(sum(t.loss_mask) + (t.answer_index is not None) for t in group.trajectories)
+
+
+def sampled_scores(groups: Sequence[Group], score_ids: Sequence[int]) -> Tensor | None:
+    """Index in `score_ids` of the token behind each trajectory's answer position, int64 `[N]`, in order.
+
+    -1 where that token is no score, and where there is no answer position. None where an answer position is a
+    response's last token: no score was sampled.
+    """
+    index = {score: k for k, score in enumerate(score_ids)}
+    found = []
+    for trajectory in (t for group in groups for t in group.trajectories):
+        if trajectory.answer_index is None:
+            found.append(-1)
+        elif trajectory.answer_index + 1 < len(trajectory.response_ids):
+            found.append(index.get(trajectory.response_ids[trajectory.answer_index + 1], -1))
+        else:
+            return None
+    return torch.tensor(found, dtype=torch.long)
 
 
 def responses_of(groups: Sequence[Group]) -> list[tuple[str, dict[str, Any]]] | None:

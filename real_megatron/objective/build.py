@@ -39,9 +39,21 @@ def build_objective(
 
 def check(config: ObjectiveConfig, *, mini_batches: int, responses: int) -> None:
     """Raise ConfigError when the objective does not fit the batch: `mini_batches`, optimizer updates per rollout batch
-    (batch.mini_batches), and `responses` per prompt (rollout.n)."""
+    (batch.mini_batches), and `responses` per prompt (rollout.n); or when its two terms do not fit each other."""
     if config.name in SUPERVISED:
         return
+    if config.std_normalize and config.term1 and config.beta and find_reward(config.reward).has_gradient:
+        raise ConfigError(
+            "objective.std_normalize divides Term 1 by the standard deviation of each group's rewards, but not Term 2, "
+            f"the gradient of the reward {config.reward}: their sum would be the gradient of nothing. Set "
+            "objective.std_normalize to false, objective.beta to 0, or objective.reward to one without a Term 2, such "
+            "as binary"
+        )
+    if not config.term1 and not find_reward(config.reward).has_gradient:
+        raise ConfigError(
+            f"objective.term1 is false and the reward {config.reward} has no gradient: nothing would be learnt; set "
+            "objective.term1 to true, or objective.reward to one that has a Term 2, such as binary_expected"
+        )
     if mini_batches > 1 and config.ratio == "none":
         raise ConfigError(
             f"batch.mini_batches is {mini_batches}: after the first update the responses are no longer the policy's "

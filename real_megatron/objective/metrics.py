@@ -33,8 +33,8 @@ def loss_pair(contribution: Tensor, fraction: float) -> Tensor:
 def score_metrics(scored: ScoredBatch, probabilities: Probabilities) -> MetricSums:
     """How good the score distributions are.
 
-    Means are over the responses that have an answer. Two are over all responses: `valid`, the fraction that has an
-    answer, and `response_tokens`, the number of loss-carrying tokens.
+    Means are over the responses that have an answer, as is that of the metric `reward`. Two are over all responses:
+    `valid`, the fraction that has an answer, and `response_tokens`, the number of loss-carrying tokens.
     """
     with torch.no_grad():
         has, values, labels = scored.has_answer, scored.values, scored.labels

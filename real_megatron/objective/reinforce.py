@@ -11,7 +11,7 @@ from real_megatron.objective.advantages import advantages, minimum_group_size
 from real_megatron.objective.kl import k3
 from real_megatron.objective.metrics import loss_pair, pair, score_metrics
 from real_megatron.objective.mismatch import mismatch_metrics
-from real_megatron.objective.rewards import Reward, RewardOptions, compute_rewards
+from real_megatron.objective.rewards import Reward, RewardOptions, below_the_worst, compute_rewards
 from real_megatron.objective.types import MetricSums, ScoredBatch, Totals
 
 
@@ -25,10 +25,11 @@ class ReinforceObjective:
     themselves. With β = 1, the baseline `rloo` or `none` and neither normalisation nor clamping, the expected gradient
     is that of −E[r].
 
-    Both terms take the same rewards, computed once. A response without an answer has the reward's floor, a constant: it
-    takes part in the baseline and has no Term 2. One with a forced anchor counts like any other; its anchor tokens
-    have no loss because they were not sampled. Dropped ones are not in the batch. With `token_mean` Term 1 and the KL
-    term are averaged over the batch's tokens; Term 2 is always a mean over responses, whatever their length.
+    Both terms take the same rewards, computed once. A response without an answer has a constant reward, below those of
+    its group or `floor`: it takes part in the baseline and has no Term 2. One with a forced anchor counts like any
+    other; its anchor tokens have no loss because they were not sampled. Dropped ones are not in the batch. A score that
+    the reward samples is one more of the c_{i,t}. A reward without a gradient has no Term 2. With `token_mean` Term 1
+    and the KL term are averaged over the batch's tokens; Term 2 is always a mean over responses, whatever their length.
     """
 
     reward: Reward
@@ -46,7 +47,8 @@ class ReinforceObjective:
     is_level: RatioLevel = "token"
     """`sequence`: a response's weight π(c)/μ(c) multiplies all its terms; `token`: each token's own, not Term 2."""
     floor: float | None = None
-    """Reward of a response without an answer; None: the reward function's own floor."""
+    """Reward of a response without an answer; None: the reward's margin below the worst answer of its group, or where
+    it has none, or responses are not compared, the reward's own floor."""
 
     @property
     def needs_advantages(self) -> bool:
@@ -68,6 +70,11 @@ class ReinforceObjective:
         """`ScoredBatch.responses` must be given."""
         return self.reward.reads_responses
 
+    @property
+    def needs_sampled_scores(self) -> bool:
+        """`ScoredBatch.sampled` must be given: responses end with a score token that was sampled."""
+        return self.reward.samples_score
+
     def _rewards(self, scored: ScoredBatch) -> Tensor:
         return compute_rewards(
             self.reward,
@@ -78,13 +85,21 @@ class ReinforceObjective:
             self.options,
             self.floor,
             scored.responses,
+            scored.sampled,
         )
 
     def rewards(self, scored: ScoredBatch) -> Tensor:
-        """[N] rewards without gradient: the scoring pass of groups that are split over micro-batches."""
+        """[N] rewards of whole groups, without gradient, as advantages compare them: the scoring pass of groups that
+        are split over micro-batches."""
         scored.validate()
         with torch.no_grad():
-            return self._rewards(scored)
+            return self._compared(self._rewards(scored), scored)
+
+    def _compared(self, rewards: Tensor, scored: ScoredBatch) -> Tensor:
+        margin = self.reward.margin
+        if self.floor is not None or margin is None or minimum_group_size(self.baseline, self.std_normalize) < 2:
+            return rewards.detach()
+        return below_the_worst(rewards.detach(), scored.has_answer, scored.group, margin(scored.values, self.options))
 
     def advantages(self, rewards: Tensor, group: Tensor) -> Tensor:
         """[N] advantages of rewards [N] of whole groups [N], as this objective is configured."""
@@ -110,9 +125,11 @@ class ReinforceObjective:
         # The zeros keep both inputs in the graph when a term is off or no response is valid: backward always works.
         answers = torch.where(scored.has_answer[:, None], scored.score_logprobs, 0.0)
         loss = 0.0 * tokens.sum() + 0.0 * answers.sum()
-        metrics: MetricSums = {"reward": pair(r)} | score_metrics(scored, self.options.probabilities)
+        metrics: MetricSums = {"reward": pair(r, scored.has_answer)} | score_metrics(scored, self.options.probabilities)
         if self.term1:
-            a = self.advantages(r, scored.group) if scored.advantages is None else scored.advantages
+            a = scored.advantages
+            if a is None:
+                a = self.advantages(self._compared(r, scored), scored.group)
             token_a = a.to(tokens.dtype)[trajectory]
             if self.ratio == "ppo":
                 term, clipped = pg.ppo_loss(tokens, self._sampler_logprobs(scored), token_a, self.clip)
@@ -122,8 +139,9 @@ class ReinforceObjective:
             loss = loss + term1
             metrics |= {"loss_term1": loss_pair(term1, fraction), "advantage": pair(a), "advantage_abs": pair(a.abs())}
             metrics["advantage_square"] = pair(a**2)
-        if self.beta:
-            term2 = -self.beta * (weights.trajectory * r).sum() * per_trajectory
+        if self.beta and self.reward.has_gradient:
+            answered = torch.where(scored.has_answer, r, 0.0)
+            term2 = -self.beta * (weights.trajectory * answered).sum() * per_trajectory
             loss = loss + term2
             metrics["loss_term2"] = loss_pair(term2, fraction)
         if self.kl:

@@ -27,7 +27,7 @@ class ResponseView:
     """What a reward may read of a response besides its score distribution and label."""
 
     text: str
-    """The response as the tokenizer decodes it, CoT and anchor included."""
+    """The response as the tokenizer decodes it: CoT, anchor and, where it is sampled, the score."""
     meta: Mapping[str, Any]
     """The further columns of its data row."""
 
@@ -62,6 +62,9 @@ class ScoredBatch:
     """[N]: precomputed by a scoring pass, when groups are split over micro-batches; used as they are."""
     responses: Sequence[ResponseView] | None = None
     """[N]: what rewards with `reads_responses` read."""
+    sampled: Tensor | None = None
+    """[N] int64: index of the score that was sampled behind the anchor, what rewards with `samples_score` read; -1
+    where the sampled token is no score."""
 
     @property
     def size(self) -> int:
@@ -100,7 +103,7 @@ class ScoredBatch:
             "score_logprobs": (n, scores),
             "values": (scores,),
             **dict.fromkeys(("token_logprobs", "token_trajectory", "old_logprobs", "ref_logprobs"), (tokens,)),
-            **dict.fromkeys(("has_answer", "labels", "group", "advantages"), (n,)),
+            **dict.fromkeys(("has_answer", "labels", "group", "advantages", "sampled"), (n,)),
         }
         for name, tensor in tensors.items():
             if tuple(tensor.shape) != shapes[name]:

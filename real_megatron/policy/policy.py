@@ -27,7 +27,7 @@ from megatron.core.distributed import finalize_model_grads
 from torch import Tensor
 
 from real_megatron import bridge
-from real_megatron.batch.packing import PackedMicrobatch, responses_of
+from real_megatron.batch.packing import PackedMicrobatch, responses_of, sampled_scores
 from real_megatron.batch.types import Group
 from real_megatron.config import RunConfig
 from real_megatron.hf.directory import checkpoint_directory
@@ -232,6 +232,7 @@ class Policy:
             old_logprobs=move(microbatch.old_logprobs),
             ref_logprobs=move(microbatch.ref_logprobs),
             advantages=move(microbatch.advantages),
+            sampled=move(microbatch.sampled),
             responses=_views(microbatch.responses),
         )
 
@@ -255,6 +256,7 @@ class Policy:
             labels=torch.tensor([group.label for group in large for _ in group.trajectories]),
             group=group_index,
             values=self.values.cpu(),
+            sampled=sampled_scores(large, self.score_ids),
             responses=_views(responses_of(large)),
         )
         advantages = iter(objective.advantages(objective.rewards(scored), group_index).tolist())

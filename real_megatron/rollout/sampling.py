@@ -1,4 +1,5 @@
-"""From an engine's responses to trajectories: cut at the score anchor, with a stated rule for those without one."""
+"""From an engine's responses to trajectories: cut at the score anchor or behind the sampled score, with a stated rule
+for those without one."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -8,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from real_megatron.batch.types import Trajectory
 from real_megatron.config import NoAnchorRule
-from real_megatron.errors import EngineError
+from real_megatron.errors import EngineError, PromptRefused
 from real_megatron.rollout.engine import Response, RolloutEngine, SamplingParams
 from real_megatron.scores import ScoreScale
 
@@ -21,7 +22,8 @@ class Sampled:
     """`n` per prompt; fewer, possibly none, under the rule `drop`."""
     metrics: dict[str, float]
     """Fractions of all responses: `no_anchor` (of which `truncated` by length, `split_anchor`: the anchor ends inside a
-    token), `forced`, `dropped`; `empty_groups` (count); `response_tokens` (mean) and `response_tokens_max`."""
+    token), `forced`, `dropped`, and where scores are sampled `off_scale` (the sampled token is no score);
+    `empty_groups` (count); `response_tokens` (mean) and `response_tokens_max`."""
 
 
 def sample_trajectories(
@@ -32,18 +34,25 @@ def sample_trajectories(
     params: SamplingParams,
     rule: NoAnchorRule = "penalize",
     seeds: Sequence[int] | None = None,
+    score: bool = False,
 ) -> Sampled:
     """Sample `params.n` responses per prompt, stopped at the score anchor, as trajectories.
 
     A response that has no anchor at a token boundary: `penalize` keeps it whole, without an answer position; `force`
     appends the anchor, without token loss (see `with_anchor`); `drop` leaves it out.
 
+    With `score` the token behind the anchor is sampled too, be it a score or another one. It is the trajectory's last
+    token and carries a token loss. A response without room for it counts as one without an anchor; behind a forced
+    anchor a second request samples it.
+
     Raises EngineError when the engine does not return exactly what was asked for, PromptRefused for a prompt that it
     cannot take.
     """
     if rule not in get_args(NoAnchorRule):
         raise ValueError(f"no-anchor rule {rule!r}: use one of {', '.join(get_args(NoAnchorRule))}")
-    groups = engine.generate(prompts, replace(params, stop=(scale.anchor_text,)), seeds)
+    # Where the token behind the anchor is no score, the response goes on, and is cut.
+    stop = score_stop_texts(tokenizer, scale) if score else (scale.anchor_text,)
+    groups = engine.generate(prompts, replace(params, stop=stop), seeds)
     check_complete(groups, len(prompts), params.n)
     counts = dict.fromkeys(("no_anchor", "truncated", "split_anchor", "forced", "dropped"), 0)
     trajectories: list[list[Trajectory]] = []
@@ -51,6 +60,8 @@ def sample_trajectories(
         kept = []
         for response in group:
             cut = scale.cut(tokenizer, response.token_ids)
+            if score and cut == len(response.token_ids):
+                cut = None
             if cut is None:
                 counts["no_anchor"] += 1
                 counts["truncated"] += response.finish_reason == "length"
@@ -59,12 +70,17 @@ def sample_trajectories(
                     counts["dropped"] += 1
                     continue
                 counts["forced"] += rule == "force"
-            forced = with_anchor(response, scale, params.max_new_tokens) if cut is None and rule == "force" else None
-            kept.append(_trajectory(response, cut, forced))
+            longest = params.max_new_tokens - score
+            forced = with_anchor(response, scale, longest) if cut is None and rule == "force" else None
+            kept.append(_trajectory(response, cut, forced, score))
         trajectories.append(kept)
+    if score:
+        _sample_behind_forced_anchors(engine, prompts, trajectories, params, seeds)
     total = max(1, len(prompts) * params.n)
     lengths = [len(response.token_ids) for group in groups for response in group]
     metrics = {name: count / total for name, count in counts.items()}
+    if score:
+        metrics["off_scale"] = sum(_off_scale(t, scale) for group in trajectories for t in group) / total
     metrics["empty_groups"] = float(sum(not group for group in trajectories))
     metrics["response_tokens"] = sum(lengths) / total
     metrics["response_tokens_max"] = float(max(lengths, default=0))
@@ -97,7 +113,15 @@ def with_anchor(response: Response, scale: ScoreScale, longest: int) -> tuple[li
     return response.token_ids[:own] + scale.anchor_ids, own
 
 
-def _trajectory(response: Response, cut: int | None, forced: tuple[list[int], int] | None) -> Trajectory:
+def score_stop_texts(tokenizer: PreTrainedTokenizerBase, scale: ScoreScale) -> tuple[str, ...]:
+    """The anchor followed by each score, as the tokenizer writes them."""
+    start = len(tokenizer.decode(scale.anchor_ids))
+    return tuple(scale.anchor_text + tokenizer.decode([*scale.anchor_ids, score])[start:] for score in scale.score_ids)
+
+
+def _trajectory(
+    response: Response, cut: int | None, forced: tuple[list[int], int] | None, score: bool = False
+) -> Trajectory:
     ids, logprobs = response.token_ids, response.logprobs
     if forced is not None:
         ids, own = forced
@@ -105,15 +129,47 @@ def _trajectory(response: Response, cut: int | None, forced: tuple[list[int], in
         logprobs = logprobs[:own] + [0.0] * (len(ids) - own)
         mask = [True] * own + [False] * (len(ids) - own)
     else:
-        ids, logprobs = ids[:cut], logprobs[:cut]
+        end = None if cut is None else cut + score
+        ids, logprobs = ids[:end], logprobs[:end]
         mask = [True] * len(ids)
     reason = "stop" if cut is not None else "length" if response.finish_reason == "length" else "eos"
     return Trajectory(
         response_ids=ids,
-        answer_index=None if cut is None and forced is None else len(ids) - 1,
+        answer_index=cut - 1 if cut is not None else len(ids) - 1 if forced is not None else None,
         loss_mask=mask,
         old_logprobs=logprobs,
         finish_reason=reason,
         forced_anchor=forced is not None,
         weight_version=response.weight_version,
     )
+
+
+def _sample_behind_forced_anchors(
+    engine: RolloutEngine,
+    prompts: Sequence[list[int]],
+    trajectories: list[list[Trajectory]],
+    params: SamplingParams,
+    seeds: Sequence[int] | None,
+) -> None:
+    """Sample one token behind each forced anchor and add it, with its log-prob, to the trajectory."""
+    places = [(i, k) for i, group in enumerate(trajectories) for k, t in enumerate(group) if t.forced_anchor]
+    if not places:
+        return
+    sequences = [prompts[i] + trajectories[i][k].response_ids for i, k in places]
+    # Seeds that no sample of the prompt's first request has drawn from: engines give sample k the seed, or seed + k.
+    further = None if seeds is None else [seeds[i] + params.n + k for i, k in places]
+    try:
+        sampled = engine.generate(sequences, replace(params, n=1, max_new_tokens=1, stop=()), further)
+    except PromptRefused as refusal:
+        raise PromptRefused(places[refusal.index][0], str(refusal)) from refusal
+    check_complete(sampled, len(sequences), 1)
+    for (i, k), (response,) in zip(places, sampled, strict=True):
+        trajectory = trajectories[i][k]
+        trajectory.response_ids = [*trajectory.response_ids, response.token_ids[0]]
+        trajectory.loss_mask = [*trajectory.loss_mask, True]
+        trajectory.old_logprobs = [*(trajectory.old_logprobs or []), response.logprobs[0]]
+        trajectory.weight_version = min(trajectory.weight_version, response.weight_version)
+
+
+def _off_scale(trajectory: Trajectory, scale: ScoreScale) -> bool:
+    return trajectory.answer_index is not None and trajectory.response_ids[-1] not in scale.score_ids

@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 from real_megatron.config import JudgedNoAnchorRule
 from real_megatron.errors import EngineError, PromptRefused
 from real_megatron.rollout.engine import RolloutEngine, SamplingParams
-from real_megatron.rollout.sampling import check_complete, with_anchor
+from real_megatron.rollout.sampling import check_complete, score_stop_texts, with_anchor
 from real_megatron.scores import ScoreScale
 
 
@@ -49,7 +49,7 @@ def sample_scored(
     """
     one_pass = params.temperature in (0, 1)
     watch = tuple(scale.score_ids) if one_pass else ()
-    stop = _stop_texts(tokenizer, scale) if one_pass else (scale.anchor_text,)
+    stop = score_stop_texts(tokenizer, scale) if one_pass else (scale.anchor_text,)
     groups = engine.generate(prompts, replace(params, stop=stop, watch_ids=watch), seeds)
     check_complete(groups, len(prompts), params.n)
     results: list[list[ScoredResponse]] = []
@@ -85,9 +85,3 @@ def sample_scored(
         for (scored, _), values in zip(unread, logprobs.tolist(), strict=True):
             scored.score_logprobs = values
     return results
-
-
-def _stop_texts(tokenizer: PreTrainedTokenizerBase, scale: ScoreScale) -> tuple[str, ...]:
-    """The anchor followed by each score, as the tokenizer writes them."""
-    start = len(tokenizer.decode(scale.anchor_ids))
-    return tuple(scale.anchor_text + tokenizer.decode([*scale.anchor_ids, score])[start:] for score in scale.score_ids)

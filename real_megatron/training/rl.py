@@ -13,7 +13,13 @@ from real_megatron.training.batch_order import rollout_seed
 from real_megatron.training.examples import prompt_groups
 from real_megatron.training.one_step_off import OneStepOff
 from real_megatron.training.reference import ReferenceWeights
-from real_megatron.training.rollouts import cot_metrics, trainable, with_policy_logprobs, with_texts
+from real_megatron.training.rollouts import (
+    cot_metrics,
+    steps_without_answer,
+    trainable,
+    with_policy_logprobs,
+    with_texts,
+)
 from real_megatron.training.session import Session, naming_step, open_session
 from real_megatron.training.update import update
 
@@ -44,6 +50,7 @@ def train(config: RunConfig) -> None:
             with timer.phase("sync"):
                 run.publish(done)
 
+        unanswered = run.metrics_of_start.get("rollout/steps_without_answer", 0.0)
         ahead: OneStepOff[Batch] | None = None
         if config.rollout.staleness:
             ahead = OneStepOff(lambda step: generate(run, objective, step), publish, range(run.start, run.steps))
@@ -57,6 +64,8 @@ def train(config: RunConfig) -> None:
                             groups, metrics = generate(run, objective, step)
                         else:
                             groups, metrics = ahead.take(step)
+                    unanswered = steps_without_answer(groups, unanswered)
+                    metrics["rollout/steps_without_answer"] = unanswered
                     # Annotate: log-probs that the objective compares with, where it needs them.
                     if reference is not None:
                         with timer.phase("reference"):
@@ -126,6 +135,7 @@ def generate(run: Session, objective: ReinforceObjective, step: int) -> Batch:
             params,
             config.objective.no_anchor,
             seeds,
+            score=objective.needs_sampled_scores,
         )
         if config.rollout.colocate:
             run.engine.sleep()

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from real_megatron.batch.types import Group
+from real_megatron.batch.types import Group, Trajectory
 from real_megatron.errors import UserError
 from real_megatron.objective import mismatch_metrics, summarize
 from real_megatron.policy.policy import Policy
@@ -15,9 +15,12 @@ from real_megatron.scores import decode
 from real_megatron.training.metrics import distinct_n
 from real_megatron.training.reference import spread
 
+PATIENCE = 10
+"""Steps in a row without a single answer after which a run ends: with hundreds of responses a step, no accident."""
+
 
 class NothingToTrain(UserError):
-    """No group of a step's rollouts can be trained on."""
+    """No group of a step's rollouts, or of many steps in a row, can be trained on."""
 
     on_every_rank = True
 
@@ -31,6 +34,21 @@ def trainable(groups: Sequence[Group], smallest: int) -> list[Group]:
             "`real-megatron sft`, raise data.max_response_tokens, or set objective.no_anchor to penalize or force"
         )
     return kept
+
+
+def steps_without_answer(groups: Sequence[Group], before: float) -> float:
+    """How many steps in a row, this one included, had no response with an answer, after `before` such steps.
+
+    Raises NothingToTrain at `PATIENCE`: rewards are equal then, and no term has a gradient.
+    """
+    if any(t.answer_index is not None for group in groups for t in group.trajectories):
+        return 0.0
+    if before + 1 >= PATIENCE:
+        raise NothingToTrain(
+            f"no response of the last {PATIENCE} steps has a score anchor, so that none is better than another: warm "
+            "the model up with `real-megatron sft`, raise data.max_response_tokens, or set objective.no_anchor to force"
+        )
+    return before + 1
 
 
 def with_texts(tokenizer: PreTrainedTokenizerBase, groups: Sequence[Group]) -> list[Group]:
@@ -66,8 +84,14 @@ def with_policy_logprobs(policy: Policy, groups: Sequence[Group]) -> tuple[list[
 
 def cot_metrics(groups: Sequence[Group]) -> dict[str, float]:
     """How varied the CoTs of a batch are: distinct-n over all of them, and the share of exact copies within groups."""
-    responses = [t.response_ids for group in groups for t in group.trajectories]
-    copies = sum(len(group.trajectories) - len({tuple(t.response_ids) for t in group.trajectories}) for group in groups)
+    cots = [[_cot(t) for t in group.trajectories] for group in groups]
+    responses = [cot for row in cots for cot in row]
+    copies = sum(len(row) - len(set(map(tuple, row))) for row in cots)
     metrics = {f"cot/distinct_{n}": distinct_n(responses, n) for n in (1, 2, 3)}
     metrics["cot/copies"] = copies / len(responses) if responses else math.nan
     return metrics
+
+
+def _cot(trajectory: Trajectory) -> list[int]:
+    """CoT and anchor, without a sampled score."""
+    return trajectory.response_ids[: None if trajectory.answer_index is None else trajectory.answer_index + 1]

@@ -64,7 +64,8 @@ class Session:
         self.steps = self.order.steps_of(config.epochs) if config.epochs is not None else config.steps
         self.start = 0
         """Steps done before: those of the checkpoint that was resumed."""
-        self._metrics_of_start: dict[str, float] = {}
+        self.metrics_of_start: dict[str, float] = {}
+        """Metrics of the last of those steps."""
         total_updates = self.steps * config.batch.mini_batches
         self.policy = Policy(config, self.scale.score_ids, self.scale.values, total_updates, self.model_dir)
         self.inputs = from_rank_0(lambda: inputs(config, self.model_dir, self.groups))
@@ -144,7 +145,7 @@ class Session:
             check_same_run(state["config"], self.config, str(path))
             check_same_inputs(state.get("inputs"), self.inputs, self.config, str(path))
             self.policy.load(path)
-        self.start, self._metrics_of_start = state["step"], state["metrics"]
+        self.start, self.metrics_of_start = state["step"], state["metrics"]
         logger.info("resumed from %s: %d of %d steps are done", path, self.start, self.steps)
 
     def finished(self) -> bool:
@@ -168,7 +169,7 @@ class Session:
                 log.row(0, self.evaluate(0))
             elif self.start and log.last_step() != self.start:
                 evaluation = self.evaluate(self.start) if self.evaluation_due(self.start) else {}
-                log.row(self.start, self._metrics_of_start | evaluation)
+                log.row(self.start, self.metrics_of_start | evaluation)
             self.timer.finish()
             yield log
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from real_megatron.batch.packing import pack, responses_of, rows_of, tokens_of
+from real_megatron.batch.packing import pack, responses_of, rows_of, sampled_scores, tokens_of
 from real_megatron.batch.types import Group, Trajectory
 
 SCORES = [7, 8, 9]
@@ -28,10 +28,21 @@ def groups() -> list[Group]:
     ]
 
 
-def expected_rows() -> list[tuple[int, tuple[int, ...], list[int]]]:
+def with_sampled_scores() -> list[Group]:
+    """The same groups with a token sampled behind each anchor: a score, and, behind a forced anchor, none."""
+    found = groups()
+    scored, forced = found[0].trajectories[0], found[1].trajectories[0]
+    found[0].trajectories[0] = Trajectory([*scored.response_ids, 9], 2, old_logprobs=[-1.0, -2.0, -3.0, -7.0])
+    found[1].trajectories[0] = Trajectory(
+        [*forced.response_ids, 20], 2, loss_mask=[True, False, False, True], old_logprobs=[-6.0, 0.0, 0.0, -8.0]
+    )
+    return found
+
+
+def expected_rows(groups: list[Group]) -> list[tuple[int, tuple[int, ...], list[int]]]:
     """(trajectory, tokens up to and including the row, ids asked) for every row, token rows first."""
     token_rows, answer_rows, index = [], [], 0
-    for group in groups():
+    for group in groups:
         for t in group.trajectories:
             sequence = group.prompt_ids + t.response_ids
             for i, keep in enumerate(t.loss_mask):
@@ -44,8 +55,9 @@ def expected_rows() -> list[tuple[int, tuple[int, ...], list[int]]]:
 
 
 @pytest.mark.parametrize("share_prompt", [True, False])
-def test_rows_read_the_context_that_predicts_them(share_prompt):
-    packed = pack(groups(), SCORES, share_prompt)
+@pytest.mark.parametrize("make", [groups, with_sampled_scores])
+def test_rows_read_the_context_that_predicts_them(make, share_prompt):
+    packed = pack(make(), SCORES, share_prompt)
     mask = packed.tree.mask()
     found = []
     trajectories = torch.cat((packed.token_trajectory, packed.answer_trajectory)).tolist()
@@ -53,11 +65,20 @@ def test_rows_read_the_context_that_predicts_them(share_prompt):
         context = tuple(packed.tokens[mask[position]].tolist())
         ids = packed.ids[packed.offsets[r] : packed.offsets[r + 1]].tolist()
         found.append((trajectories[r], context, ids))
-    assert found == expected_rows()
+    assert found == expected_rows(make())
     assert packed.group.tolist() == [0, 0, 0, 1]
     assert packed.labels.tolist() == [2.0, 2.0, 2.0, 1.0]
-    assert packed.old_logprobs.tolist() == [-1, -2, -3, -4, -5, -6]
+    sampled = make is with_sampled_scores
+    assert packed.old_logprobs.tolist() == ([-1, -2, -3, -7, -4, -5, -6, -8] if sampled else [-1, -2, -3, -4, -5, -6])
     assert packed.advantages is None
+
+
+def test_the_sampled_score_is_the_token_behind_the_answer_position():
+    """-1 for a token that is no score, and without an answer; None where a response ends at its anchor."""
+    assert pack(with_sampled_scores(), SCORES).sampled.tolist() == [2, -1, -1, -1]
+    assert pack(groups(), SCORES).sampled is None
+    assert sampled_scores([groups()[1], with_sampled_scores()[0]], SCORES) is None
+    assert pack([], SCORES).sampled.tolist() == []
 
 
 def test_a_shared_prompt_runs_once():
@@ -68,7 +89,9 @@ def test_a_shared_prompt_runs_once():
 
 def test_rows_of_a_group_are_those_that_it_packs_to():
     assert [rows_of(group) for group in groups()] == [6, 2]
-    assert all(rows_of(group) == pack([group], SCORES).row_positions.numel() for group in groups())
+    assert [rows_of(group) for group in with_sampled_scores()] == [7, 3]
+    for group in groups() + with_sampled_scores():
+        assert rows_of(group) == pack([group], SCORES).row_positions.numel()
 
 
 def test_padding_is_a_segment_that_no_row_reads():

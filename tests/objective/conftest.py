@@ -15,7 +15,8 @@ VOCABULARY = 9
 def random_batch(
     sizes: tuple[int, ...] = (3, 2, 4), *, invalid: tuple[int, ...] = (1,), seed: int = 0, lengths: int = 5
 ) -> ScoredBatch:
-    """Groups of `sizes` responses of 0..lengths-1 tokens; the trajectories `invalid` have no answer."""
+    """Groups of `sizes` responses of 0..lengths-1 tokens; the trajectories `invalid` have no answer. The sampled score
+    is the label's for every second trajectory, any score or none (-1) for the others."""
     g = torch.Generator().manual_seed(seed)
     n = sum(sizes)
     per_trajectory = torch.randint(0, lengths, (n,), generator=g)
@@ -25,6 +26,8 @@ def random_batch(
     token_logprobs = -torch.rand(tokens, generator=g, dtype=torch.float64) * 3
     group_labels = torch.randint(10, 51, (len(sizes),), generator=g).double() / 10
     group = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
+    sampled = torch.randint(-1, 5, (n,), generator=g)
+    sampled[::2] = (group_labels[group][::2] - 0.01).round().long() - 1
     has_answer = torch.ones(n, dtype=torch.bool)
     has_answer[list(invalid)] = False
     return ScoredBatch(
@@ -37,6 +40,7 @@ def random_batch(
         values=VALUES,
         old_logprobs=token_logprobs.detach() + 0.3 * torch.randn(tokens, generator=g, dtype=torch.float64),
         ref_logprobs=token_logprobs.detach() + 0.5 * torch.randn(tokens, generator=g, dtype=torch.float64),
+        sampled=sampled,
     )
 
 

@@ -75,10 +75,32 @@ def test_several_updates_need_an_importance_ratio() -> None:
 
 
 def test_a_baseline_needs_responses_to_compare() -> None:
-    normalised = ObjectiveConfig(baseline="none", std_normalize=True)
+    normalised = ObjectiveConfig(baseline="none", std_normalize=True, beta=0)
     grouped = (ObjectiveConfig(), ObjectiveConfig(baseline="group_mean"), ObjectiveConfig(name="grpo"), normalised)
     for config in grouped:
         with pytest.raises(ConfigError, match="rollout.n is 1.*rollout.n to 2 or more"):
             check(config, mini_batches=1, responses=1)
     for config in (ObjectiveConfig(baseline="none"), ObjectiveConfig(term1=False), ObjectiveConfig(name="raft")):
         check(config, mini_batches=1, responses=1)
+
+
+def test_a_normalised_term_1_and_a_term_2_do_not_add_up() -> None:
+    """Term 2 would need the same 1/std to be part of any gradient."""
+    both = [ObjectiveConfig(std_normalize=True), ObjectiveConfig(name="jepo", std_normalize=True)]
+    both += [ObjectiveConfig(name="grpo", reward=reward) for reward in ("real", "binary_expected")]
+    for config in both:
+        with pytest.raises(ConfigError, match=f"std_normalize divides Term 1 .* reward {config.reward}: .*beta to 0"):
+            check(config, mini_batches=1, responses=8)
+        check(config.model_copy(update={"beta": 0.0}), mini_batches=1, responses=8)
+        check(config.model_copy(update={"term1": False}), mini_batches=1, responses=8)
+        check(config.model_copy(update={"std_normalize": False}), mini_batches=1, responses=8)
+    for reward in ("binary", "binary_greedy"):
+        check(ObjectiveConfig(name="grpo", reward=reward), mini_batches=1, responses=8)
+    check(ObjectiveConfig(name="raft", std_normalize=True), mini_batches=1, responses=8)
+
+
+def test_a_reward_without_a_gradient_needs_term_1() -> None:
+    for reward in ("binary", "binary_greedy"):
+        with pytest.raises(ConfigError, match=f"the reward {reward} has no gradient: nothing would be learnt"):
+            check(ObjectiveConfig(reward=reward, term1=False), mini_batches=1, responses=8)
+    check(ObjectiveConfig(reward="binary_expected", term1=False), mini_batches=1, responses=8)

@@ -100,14 +100,14 @@ def test_real(case: Case, lam: float, probabilities: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "d_reward"),
+    ("reward", "d_reward"),
     [
-        ("jepo", lambda c: c.d_label),
-        ("rloo", lambda c: c.p.gather(1, NEAREST[:, None]) * c.d_label),
+        ("answer_logprob", lambda c: c.d_label),
+        ("binary_expected", lambda c: c.p.gather(1, NEAREST[:, None]) * c.d_label),
     ],
 )
-def test_other_rewards(case: Case, name: str, d_reward: Callable[[Case], Tensor]) -> None:
-    _, d_answers = case.gradients(name=name)
+def test_other_rewards(case: Case, reward: str, d_reward: Callable[[Case], Tensor]) -> None:
+    _, d_answers = case.gradients(reward=reward)
     torch.testing.assert_close(d_answers, -d_reward(case) * VALID[:, None] / N, **TOLERANCE)
 
 

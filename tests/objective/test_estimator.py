@@ -86,7 +86,7 @@ CASES: dict[str, tuple[dict, Callable[[Tensor], Tensor]]] = {
     ),
     "real-lambda0": ({"lam": 0.0}, lambda a: reward_real(a, 0.0, False)),
     "jepo": ({"name": "jepo"}, lambda a: a[:, NEAREST]),
-    "rloo": ({"name": "rloo"}, reward_binary_sampled),
+    "rloo-integrated-out": ({"name": "rloo", "reward": "binary_expected"}, reward_binary_sampled),
 }
 
 
@@ -190,6 +190,81 @@ def test_the_mean_estimator_is_the_gradient_of_the_exact_objective(case: str, k:
     settings, reward = CASES[case]
     got = expected_gradient(build(**settings), theta, k)
     want = -central_differences(lambda t: exact(t, reward), theta)
+    assert want.norm() > 1e-2
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-7)
+
+
+def actions() -> tuple[Tensor, Tensor]:
+    """Every response of a sampled score: its CoT [A], and the token sampled behind it [A], -1 where there is none."""
+    pairs = [(c, k) for c in range(len(COTS)) for k in (range(ANSWER_VOCABULARY) if VALID[c] else (-1,))]
+    cot, score = torch.tensor(pairs).unbind(1)
+    return cot, score
+
+
+@pytest.mark.parametrize("off_policy", [False, True], ids=["on-policy", "off-policy"])
+@pytest.mark.parametrize("k", [2, 3])
+def test_rloo_has_the_gradient_of_its_0_1_reward_over_cot_and_sampled_score(
+    k: int, off_policy: bool, theta: Tensor, other: Tensor
+) -> None:
+    """The exact sum over all K-tuples of (CoT, score) against the gradient of J = E 1[y = y*], the score an action like
+    any other token: 36 responses, with scores, tokens that are none, and truncated CoTs. Central differences, 1e-7."""
+    settings = {"ratio": "truncated_is", "is_level": "sequence", "is_cap": 1e9} if off_policy else {}
+    objective = build(name="rloo", no_anchor_reward=None, **settings)
+    assert objective.needs_sampled_scores and not objective.floor
+    cot, score = actions()
+    groups = torch.cartesian_prod(*[torch.arange(len(cot))] * k)
+    flat = groups.flatten()
+
+    def rows(tokens: Tensor, answers: Tensor) -> tuple[Tensor, Tensor]:
+        """The log-probs of each action's tokens, score included, and the action of each."""
+        values, owner = [], []
+        for a, (c, s) in enumerate(zip(cot.tolist(), score.tolist(), strict=True)):
+            own = torch.cat([tokens[c == TRAJECTORY], answers[c, s : s + 1] if s >= 0 else tokens[:0]])
+            values.append(own)
+            owner += [a] * len(own)
+        return torch.cat(values), torch.tensor(owner)
+
+    sampler = other if off_policy else theta
+    leaf = theta.clone().requires_grad_()
+    tokens, answers = policy(leaf)
+    logp, owner = rows(tokens, answers)
+    old, _ = rows(*policy(sampler))
+    mu = torch.zeros(len(cot), dtype=torch.float64).index_add(0, owner, old).exp()
+    torch.testing.assert_close(mu.sum(), torch.ones((), dtype=torch.float64))
+
+    # One row per token of every response of every group.
+    lengths = owner.bincount(minlength=len(cot))
+    starts = lengths.cumsum(0) - lengths
+    counts = lengths[flat]
+    first = (counts.cumsum(0) - counts).repeat_interleave(counts)
+    index = starts[flat].repeat_interleave(counts) + torch.arange(int(counts.sum())) - first
+    token_logprobs = logp.detach()[index].requires_grad_()
+    score_logprobs = answers.detach()[cot[flat], :3].clone().requires_grad_()
+    scored = ScoredBatch(
+        token_logprobs=token_logprobs,
+        token_trajectory=torch.arange(len(flat)).repeat_interleave(counts),
+        score_logprobs=score_logprobs,
+        has_answer=VALID[cot[flat]],
+        labels=torch.full((len(flat),), LABEL, dtype=torch.float64),
+        group=torch.arange(len(groups)).repeat_interleave(k),
+        values=VALUES,
+        old_logprobs=old.detach()[index],
+        sampled=torch.where(score < 3, score, -1)[flat],
+    )
+    loss, _ = objective(scored, Totals(len(groups), len(flat), len(index)))
+    d_tokens, d_scores = torch.autograd.grad(loss, (token_logprobs, score_logprobs))
+    assert not d_scores.any(), "the score is trained as a token, not through its distribution"
+    weight = (mu.detach()[groups].prod(1) * len(groups)).repeat_interleave(k)
+    per_row = torch.zeros(len(logp), dtype=torch.float64).index_add(
+        0, index, d_tokens * weight[scored.token_trajectory]
+    )
+    (got,) = torch.autograd.grad(logp, leaf, per_row)
+
+    def exact_objective(t: Tensor) -> Tensor:
+        tokens, answers = policy(t)
+        return (cot_logprobs(tokens).exp() * VALID * reward_binary_sampled(answers)).sum()
+
+    want = -central_differences(exact_objective, theta)
     assert want.norm() > 1e-2
     torch.testing.assert_close(got, want, rtol=0, atol=1e-7)
 

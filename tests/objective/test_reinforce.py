@@ -22,6 +22,7 @@ EXACT = {"rtol": 0, "atol": 1e-12}
 VARIANTS: dict[str, dict] = {
     "paper": {},
     "authors": {"std_normalize": True, "clamp": 1.0, "token_mean": True, "beta": 0.5},
+    "floor": {"no_anchor_reward": -8.0},
     "kl": {"kl": 0.1, "probabilities": "renormalized", "lam": 0.0},
     "ppo": {"ratio": "ppo", "kl": 0.1},
     "sequence-is": {"ratio": "truncated_is", "is_level": "sequence"},
@@ -58,6 +59,7 @@ def micro_batch(scored: ScoredBatch, trajectories: list[int], advantages: Tensor
         ref_logprobs=scored.ref_logprobs[rows],
         advantages=None if advantages is None else advantages[keep],
         responses=None if scored.responses is None else [scored.responses[i] for i in trajectories],
+        sampled=scored.sampled[keep],
     )
 
 
@@ -126,7 +128,8 @@ def test_one_source_of_reward_is_normalised_and_clamped_once(batch: Batch, total
 
 def test_term_2_weighs_the_same_at_any_response_length(batch: Batch, totals: TotalsOf) -> None:
     """With β on a token and a token mean over it, long CoTs would refine their prediction less."""
-    for settings in ({}, {"token_mean": True}, {"ratio": "ppo"}, {"name": "grpo", "token_mean": True}):
+    expected = {"name": "rloo", "reward": "binary_expected", "token_mean": True}
+    for settings in ({}, {"token_mean": True}, {"ratio": "ppo"}, expected):
         gradients = []
         for lengths in (1, 40):
             scored = batch(lengths=lengths, seed=5)
@@ -138,7 +141,7 @@ def test_term_2_weighs_the_same_at_any_response_length(batch: Batch, totals: Tot
 
 
 def test_term_1_and_beta_keep_their_balance_in_the_reported_losses(batch: Batch, totals: TotalsOf) -> None:
-    scored = batch()
+    scored = batch(invalid=())
     _, metrics = build(beta=0.5, kl=0.2)(scored, totals(scored))
     numbers = summarize(metrics)
     assert numbers["loss"] == pytest.approx(numbers["loss_term1"] + numbers["loss_term2"] + numbers["loss_kl"])
@@ -152,7 +155,8 @@ def test_truncated_responses_are_punished_and_not_trained_as_answers(batch: Batc
     scored.score_logprobs = garbage.requires_grad_()
     objective = build()
     rewards = objective.rewards(scored)
-    assert float(rewards[2]) == pytest.approx(-25 + LOGPROB_FLOOR) and rewards.argmin() == 2
+    # One squared step of the scale, 1, below the worst answer: the group's spread, and not the scale's, sets the size.
+    assert float(rewards[2]) == pytest.approx(float(rewards[[0, 1, 3]].min()) - 1.0)
     loss, (d_tokens, d_scores), pairs = contributions(objective, [scored], totals(scored), scored)
     assert (
         math.isfinite(loss)
@@ -166,7 +170,14 @@ def test_truncated_responses_are_punished_and_not_trained_as_answers(batch: Batc
     advantages = objective.advantages(rewards, scored.group)
     assert float(advantages[0]) == pytest.approx(float(rewards[0] - rewards[1:].mean()))
     assert summarize(pairs)["valid"] == pytest.approx(0.75)
+    assert summarize(pairs)["reward"] == pytest.approx(float(rewards[[0, 1, 3]].mean()))
     assert float(build(no_anchor_reward=-9.0).rewards(scored)[2]) == -9.0
+    # Without a comparison there is no worst answer of a group.
+    assert float(build(baseline="none").rewards(scored)[2]) == pytest.approx(-25 + LOGPROB_FLOOR)
+    answered = garbage.detach()[[0, 1, 3]].gather(1, (scored.labels[:3] - 0.01).round().long()[:, None] - 1)
+    assert float(build(name="jepo").rewards(scored)[2]) == pytest.approx(float(answered.min()) - 1.0)
+    # A reward with a lowest value: no answer is as good as a wrong one.
+    assert float(build(name="rloo", reward="binary_expected").rewards(scored)[2]) == 0.0
 
 
 def test_a_batch_without_a_single_answer_still_learns_to_give_one_and_runs_backward(
@@ -182,9 +193,8 @@ def test_a_batch_without_a_single_answer_still_learns_to_give_one_and_runs_backw
 @pytest.mark.parametrize("settings", [*VARIANTS.values(), TEXT_REWARD], ids=[*VARIANTS, "text"])
 def test_a_micro_batch_of_padding_alone_contributes_zero(settings: dict, batch: Batch) -> None:
     full = batch()
-    empty = replace(
-        micro_batch(full, [0]), **{name: getattr(full, name)[:0] for name in ("has_answer", "labels", "group")}
-    )
+    names = ("has_answer", "labels", "group", "sampled")
+    empty = replace(micro_batch(full, [0]), **{name: getattr(full, name)[:0] for name in names})
     empty = replace(
         empty,
         token_logprobs=full.token_logprobs[:0],
@@ -237,8 +247,12 @@ def test_presets_are_the_published_combinations(batch: Batch, totals: TotalsOf) 
     scored = batch(invalid=())
     p = scored.score_logprobs.detach().gather(1, (scored.labels - 0.01).round().long()[:, None] - 1)[:, 0]
     torch.testing.assert_close(build(name="jepo").rewards(scored), p, **EXACT)
+    expected = build(name="rloo", reward="binary_expected")
+    torch.testing.assert_close(expected.rewards(scored), p.exp(), **EXACT)
+    hit = (scored.sampled == (scored.labels - 0.01).round().long() - 1).double()
+    assert 0 < hit.sum() < 9
     for name in ("rloo", "grpo"):
-        torch.testing.assert_close(build(name=name).rewards(scored), p.exp(), **EXACT)
+        torch.testing.assert_close(build(name=name).rewards(scored), hit, **EXACT)
     rewards = build(name="grpo").rewards(scored)
     want = torch.cat([(r - r.mean()) / (r.std() + 1e-6) for r in rewards.split([3, 2, 4])])
     torch.testing.assert_close(build(name="grpo").advantages(rewards, scored.group), want, **EXACT)
@@ -259,7 +273,7 @@ def test_metrics_by_hand(batch: Batch, totals: TotalsOf) -> None:
     nearest = (scored.values - scored.labels[has][:, None]).abs().argmin(1)
     correct = (logp.argmax(1) == nearest).double()
     want = {
-        "reward": objective.rewards(scored).mean(),
+        "reward": objective.rewards(scored)[has].mean(),
         "squared_error": (error**2).mean(),
         "absolute_error": error.abs().mean(),
         "expected_score": (logp.exp() @ scored.values).mean(),
@@ -317,6 +331,17 @@ def test_a_reward_of_text_and_metadata_moves_the_right_responses(batch: Batch, t
     _, (d_changed, _), _ = contributions(objective, [changed], totals(scored), scored)
     other = scored.group[scored.token_trajectory] != scored.group[3]
     assert torch.equal(d_changed[other], d_tokens[other]) and (d_changed[~other] != d_tokens[~other]).all()
+
+
+def test_a_sampled_score_is_trained_as_a_token_and_not_through_its_distribution(batch: Batch, totals: TotalsOf) -> None:
+    scored = batch()
+    for name in ("rloo", "grpo"):
+        objective = build(name=name)
+        assert objective.needs_sampled_scores and not build(name=name, reward="binary_expected").needs_sampled_scores
+        _, (d_tokens, d_scores), pairs = contributions(objective, [scored], totals(scored), scored)
+        assert d_tokens.any() and not d_scores.any() and "loss_term2" not in pairs
+        with pytest.raises(ValueError, match="the reward needs sampled scores"):
+            objective(replace(scored, sampled=None), totals(scored))
 
 
 def test_a_reward_of_text_needs_responses(batch: Batch, totals: TotalsOf) -> None:

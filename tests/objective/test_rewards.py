@@ -13,6 +13,7 @@ from real_megatron.objective.rewards import (
     LOGPROB_FLOOR,
     REWARDS,
     RewardOptions,
+    below_the_worst,
     compute_rewards,
     find_reward,
     register_reward,
@@ -41,13 +42,13 @@ def test_values_by_hand() -> None:
     assert value("real", 4.0, lam=0.0) == pytest.approx(-2.25)
     assert value("real", 4.0, probabilities="renormalized") == pytest.approx(-((3.125 - 4) ** 2) + math.log(0.5))
     assert value("answer_logprob", 2.0) == pytest.approx(math.log(0.2))
-    assert value("binary", 2.0) == pytest.approx(0.2)
+    assert value("binary_expected", 2.0) == pytest.approx(0.2)
     assert (value("binary_greedy", 4.0), value("binary_greedy", 2.0)) == (1.0, 0.0)
 
 
 def test_a_fractional_label_keeps_its_error_and_reads_the_nearest_score() -> None:
     assert value("real", 3.4) == pytest.approx(-0.81 + math.log(0.5))
-    assert value("binary", 2.9) == pytest.approx(0.2)
+    assert value("binary_expected", 2.9) == pytest.approx(0.2)
     assert value("binary_greedy", 3.4) == 1.0
 
 
@@ -70,7 +71,7 @@ def test_a_response_without_an_answer_gets_the_floor_and_nothing_of_its_row() ->
         ("real", {"lam": 0.0, "probabilities": "renormalized"}, -9),
         ("real", {"lam": 2.0}, -16 + 2 * LOGPROB_FLOOR),
         ("answer_logprob", {}, LOGPROB_FLOOR),
-        ("binary", {}, 0),
+        ("binary_expected", {}, 0),
         ("binary_greedy", {}, 0),
     ],
 )
@@ -87,6 +88,34 @@ def test_the_floor_of_negative_values_counts_zero_too() -> None:
     for probabilities, floor in (("full", -25.0), ("renormalized", -16.0)):
         options = RewardOptions(lam=0.0, probabilities=probabilities)
         assert float(find_reward("real").floor(values, options)) == floor
+
+
+def test_the_binary_reward_is_that_of_the_sampled_score() -> None:
+    """Score by score, a token that is no score, and a response without an answer; the distribution plays no part."""
+    sampled, has = torch.tensor([0, 1, 2, -1, 1]), torch.tensor([True, True, True, True, False])
+    labels = torch.tensor([2.0, 2.9, 4.0, 1.0, 2.0])
+    logp = LOGP.expand(5, 3).clone().requires_grad_()
+    arguments = (find_reward("binary"), logp, has, VALUES, labels, RewardOptions())
+    r = compute_rewards(*arguments, sampled=sampled)
+    assert r.tolist() == [0, 1, 1, 0, 0] and not r.requires_grad
+    with pytest.raises(ValueError, match="needs sampled scores, but responses end at their anchor"):
+        compute_rewards(*arguments)
+
+
+def test_a_response_without_an_answer_is_below_the_worst_of_its_group() -> None:
+    """By hand: margins from the worst answer, none from another group; a group without answers is left as it is."""
+    r = torch.tensor([-1.0, -9.0, -3.0, -0.5, -9.0, -9.0, -9.0])
+    has = torch.tensor([True, False, True, True, False, False, False])
+    group = torch.tensor([0, 0, 0, 1, 1, 2, 2])
+    assert below_the_worst(r, has, group, 2.0).tolist() == [-1, -5, -3, -0.5, -2.5, -9, -9]
+    assert below_the_worst(r[:0], has[:0], group[:0], 2.0).shape == (0,)
+
+
+def test_margins() -> None:
+    """real: the squared mean step of the scale, (4 - 1) / 2 here; answer_logprob: one nat; the binary rewards: none."""
+    margins = {name: REWARDS[name].margin for name in ("real", "answer_logprob", "binary", "binary_expected")}
+    found = {name: None if m is None else float(m(VALUES, RewardOptions())) for name, m in margins.items()}
+    assert found == {"real": 2.25, "answer_logprob": 1.0, "binary": None, "binary_expected": None}
 
 
 def test_no_valid_response_can_do_worse_than_the_squared_error_floor() -> None:

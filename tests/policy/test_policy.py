@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, Qwen3Config
 
 from real_megatron.config import OptimizerConfig
 from real_megatron.errors import ConfigError
-from real_megatron.objective import Totals, build_objective
+from real_megatron.objective import Totals, build_objective, summarize
 from real_megatron.policy import policy as policy_module
 from real_megatron.policy.forward import run_microbatches
 from real_megatron.policy.optimizer import build_scheduler
@@ -50,7 +50,7 @@ OPTIMIZER = {"clip_grad": 0.3, "weight_decay": 1.0, "beta1": 0.8, "beta2": 0.99,
     "sections",
     [
         {},
-        {"objective": {"name": "grpo", "kl": 0.1}},
+        {"objective": {"name": "grpo", "kl": 0.1}, "rollout": {"temperature": 0.8}},
         {"objective": {"name": "jepo"}, "rollout": {"temperature": 1.4}},
         {"optimizer": OPTIMIZER},
     ],
@@ -77,10 +77,10 @@ def test_a_step_equals_hugging_face_autograd_and_torch_adam(checkpoint, sections
     up = torch.optim.lr_scheduler.LinearLR(adam, 1 / 2, total_iters=1)
     schedule = torch.optim.lr_scheduler.SequentialLR(adam, [up, down], milestones=[1])
     for step, metrics in enumerate(curve):
-        groups = make_groups(seed=step)
+        groups = make_groups(seed=step, sampled=objective.needs_sampled_scores)
         scored = hf_scored(model, groups, config.rollout.temperature)
         totals = Totals(len(groups), scored.size, scored.token_logprobs.numel())
-        loss, _ = objective(scored, totals)
+        loss, reference = objective(scored, totals)
         adam.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), optimizer.clip_grad)
@@ -89,6 +89,8 @@ def test_a_step_equals_hugging_face_autograd_and_torch_adam(checkpoint, sections
             loss.item(), abs=1e-5 * max(abs(metrics["loss_term1"]), abs(loss.item()))
         )
         assert metrics["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
+        # The score distribution is read at the answer position, whether or not a sampled score follows.
+        assert metrics["squared_error"] == pytest.approx(summarize(reference)["squared_error"], rel=1e-4)
         assert metrics["lr"] == pytest.approx(adam.param_groups[0]["lr"], rel=1e-12)
         adam.step()
         schedule.step()
@@ -100,7 +102,7 @@ def test_a_step_equals_hugging_face_autograd_and_torch_adam(checkpoint, sections
 def same_curve(found, expected, rel=1e-5):
     """Equal training: the loss is a difference of two large terms, so its error is measured in theirs."""
     for a, b in zip(found[0], expected[0], strict=True):
-        size = abs(b["loss_term1"]) + abs(b["loss_term2"])
+        size = abs(b["loss_term1"]) + abs(b.get("loss_term2", 0.0))
         assert a["loss"] == pytest.approx(b["loss"], abs=rel * size)
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=10 * rel)
         assert a["reward"] == pytest.approx(b["reward"], rel=rel)
@@ -167,6 +169,19 @@ def test_every_layout_of_four_ranks_trains_the_same(checkpoint, one_rank):
     configs.append(make_config(checkpoint, parallel=LAYOUTS["PP2 CP2"], batch={"share_prompt": False}))
     for result in run_ranks(4, train_all, configs)[0]:
         same_curve(result, one_rank)
+
+
+def test_sampled_scores_train_the_same_at_every_layout(checkpoint):
+    """With whole groups and with ones split over micro-batches; transformers is compared with above."""
+    rloo = {"objective": {"name": "rloo"}}
+    layouts = ("DP4", "TP2 SP CP2", "PP2 DP2")
+    configs = [make_config(checkpoint, parallel=LAYOUTS[layout], **rloo) for layout in layouts]
+    configs[-1].batch.__dict__["max_tokens"] = 16
+    expected, *found = run_ranks(4, train_all, configs, 2)[0]
+    assert all(metrics["split_groups"] > 0 for metrics in found[-1][0])
+    assert all(metrics["advantage_abs"] > 0 and "loss_term2" not in metrics for metrics in expected[0])
+    for result in found:
+        same_curve(result, expected)
 
 
 def test_gradients_reduced_during_backward_are_the_same(checkpoint, one_rank):

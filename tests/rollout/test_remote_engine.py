@@ -15,10 +15,12 @@ from real_megatron.config import RolloutConfig
 from real_megatron.errors import ConfigError, EngineError, PromptRefused
 from real_megatron.rollout.engine import SamplingParams, WeightSyncError
 from real_megatron.rollout.remote import client
+from real_megatron.rollout.sampling import sample_trajectories
 from real_megatron.rollout.sglang.engine import SGLangEngine
 from real_megatron.rollout.vllm.engine import VLLMEngine
+from real_megatron.scores import ScoreScale
 from tests.support.rollout_fake_server import VOCABULARY, WATCHED, FakeServer, expected_ids, logprob
-from tests.support.rollout_models import tiny_qwen3
+from tests.support.rollout_models import tiny_qwen3, word_level
 from tests.support.rollout_specs import engine_spec
 
 CONFIG = tiny_qwen3(VOCABULARY, max_position_embeddings=64)
@@ -75,6 +77,30 @@ def test_every_prompt_gets_its_own_responses_in_order(make, flavour):
     engine, fakes = make(2, flavour, concurrency=4)
     check(engine.generate(PROMPTS, PARAMS))
     assert sum(fake.generations for fake in fakes) == len(PROMPTS)
+
+
+class CutAtTheThird(ScoreScale):
+    """An anchor that ends at the third token of even samples of a prompt and is missing in the others."""
+
+    def cut(self, tokenizer, ids):
+        return None if ids[0] % 2 else 3
+
+
+def test_scores_are_sampled_behind_own_and_forced_anchors(make, flavour):
+    engine, (fake,) = make(1, flavour)
+    scale = CutAtTheThird([7, 8], [1.0, 2.0], [7, 8], [20, 21], "c [RESULT]")
+    sampled = sample_trajectories(engine, word_level(), scale, PROMPTS[:4], PARAMS, "force", [5, 6, 7, 8], score=True)
+    forced = 0
+    for prompt, group in zip(PROMPTS, sampled.trajectories, strict=False):
+        for k, t in enumerate(group):
+            source = expected_ids(prompt, k, 6)
+            assert t.forced_anchor == bool(source[0] % 2)
+            forced += t.forced_anchor
+            before = source[:5] + [20, 21] if t.forced_anchor else source[:3]
+            token = expected_ids(prompt + before, 0, 1) if t.forced_anchor else source[3:4]
+            assert t.response_ids == before + token and t.answer_index == len(before) - 1
+            assert t.old_logprobs[-1] == logprob(token[0]) and t.loss_mask[-1]
+    assert 0 < forced < 12 and fake.generations == 4 + forced
 
 
 def test_single_samples_and_no_prompts(make, flavour):

@@ -2,15 +2,13 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 from real_megatron.errors import EngineError, PromptRefused
-from real_megatron.rollout.embedded.engine import TransformersEngine
 from real_megatron.rollout.engine import Response, SamplingParams
 from real_megatron.rollout.scoring import sample_scored
 from real_megatron.scores import ScoreScale
-from tests.support.rollout_fakes import ScriptedEngine
-from tests.support.rollout_models import byte_level, tiny_qwen3
+from tests.support.rollout_fakes import ScriptedEngine, anchoring_engine
+from tests.support.rollout_models import byte_level
 
 TOKENIZER = byte_level()
 SCALE = ScoreScale.resolve(TOKENIZER, ["1", "4", "5"], None, "[RESULT] ")
@@ -20,23 +18,7 @@ SEEDS = [1, 2, 3]
 
 @pytest.fixture(scope="module")
 def engine():
-    """A model that likes to say the anchor and then a score: nearly a bigram model, its layers contribute little."""
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(tiny_qwen3(len(TOKENIZER), tie_word_embeddings=False)).eval()
-    with torch.no_grad():
-        for layer in model.model.layers:
-            layer.self_attn.o_proj.weight.mul_(0.1)
-            layer.mlp.down_proj.weight.mul_(0.1)
-        embeddings, head = model.model.embed_tokens.weight, model.lm_head.weight
-        embeddings[:, 0] = 0.5
-        head[SCALE.anchor_ids[0], 0] += 3.0
-        for previous, following in zip(SCALE.anchor_ids, [*SCALE.anchor_ids[1:], SCALE.score_ids[0]], strict=True):
-            direction = embeddings[previous].clone()
-            direction[0] = 0
-            head[following] += 4.0 * direction
-    engine = TransformersEngine(model.config, TOKENIZER)
-    engine.update_weights(model.named_parameters(), 0)
-    return engine
+    return anchoring_engine(TOKENIZER, SCALE)
 
 
 def second_pass(engine, prompt, scored):

@@ -1,7 +1,7 @@
 """Policies for tests: a tiny checkpoint, fixed groups, and functions that run on spawned ranks."""
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +47,9 @@ def write_checkpoint(directory: Path, hf_config: PretrainedConfig | None = None)
     return directory
 
 
-def make_groups(count: int = 5, responses: int = 3, seed: int = 0) -> list[Group]:
-    """Groups of uneven lengths; one response per group has no answer."""
+def make_groups(count: int = 5, responses: int = 3, seed: int = 0, sampled: bool = False) -> list[Group]:
+    """Groups of uneven lengths; one response per group has no answer. With `sampled` a token follows each answer
+    position: in every group the label's score, behind a forced anchor, and in others another score or no score."""
     rng = random.Random(seed)
 
     def draw(low: int, high: int) -> list[int]:
@@ -68,7 +69,25 @@ def make_groups(count: int = 5, responses: int = 3, seed: int = 0) -> list[Group
                 )
             )
         groups.append(Group(draw(3, 12), trajectories, label=float(rng.randint(1, 3))))
-    return groups
+    return [_with_scores(group, rng) for group in groups] if sampled else groups
+
+
+def _with_scores(group: Group, rng: random.Random) -> Group:
+    def scored(k: int, t: Trajectory) -> Trajectory:
+        if t.answer_index is None:
+            return t
+        token = SCORE_IDS[int(group.label) - 1] if k == 0 else rng.choice([*SCORE_IDS, 3])
+        mask = [i < len(t.response_ids) - 1 for i in range(len(t.response_ids))] if k == 0 else t.loss_mask
+        return replace(
+            t,
+            response_ids=[*t.response_ids, token],
+            loss_mask=[*mask, True],
+            old_logprobs=[*t.old_logprobs, -2.2],
+            ref_logprobs=[*t.ref_logprobs, -2.7],
+            forced_anchor=k == 0,
+        )
+
+    return replace(group, trajectories=[scored(k, t) for k, t in enumerate(group.trajectories)])
 
 
 def make_config(checkpoint: Path, **sections: Any) -> RunConfig:
@@ -93,7 +112,8 @@ def train(config: RunConfig, steps: int = 3) -> tuple[list[dict[str, float]], di
     """Metrics of each step, and the weights after the last one."""
     policy = make_policy(config)
     objective = build_objective(config.objective)
-    curve = [policy.train_step(make_groups(seed=step), objective) for step in range(steps)]
+    sampled = getattr(objective, "needs_sampled_scores", False)
+    curve = [policy.train_step(make_groups(seed=step, sampled=sampled), objective) for step in range(steps)]
     return curve, {name: tensor.clone() for name, tensor in policy.export()}
 
 

@@ -2,8 +2,19 @@
 
 import torch
 
+from real_megatron.batch.types import Trajectory
 from real_megatron.objective import ScoredBatch
 from tests.support.policy_ranks import SCORE_IDS, SCORE_VALUES
+
+
+def sampled_only(trajectory: Trajectory, values: list[float]) -> list[float]:
+    return [value for value, keep in zip(values, trajectory.loss_mask, strict=True) if keep]
+
+
+def sampled_score(trajectory: Trajectory) -> int:
+    """Index of the response's last token in the scale where it has an answer, -1 where that is no score."""
+    last = trajectory.response_ids[-1]
+    return SCORE_IDS.index(last) if trajectory.answer_index is not None and last in SCORE_IDS else -1
 
 
 def hf_scored(model: torch.nn.Module, groups, temperature: float = 1.0) -> ScoredBatch:
@@ -32,6 +43,7 @@ def hf_scored(model: torch.nn.Module, groups, temperature: float = 1.0) -> Score
         labels=torch.tensor([group.label for group, _ in trajectories]),
         group=torch.tensor([g for g, group in enumerate(groups) for _ in group.trajectories]),
         values=torch.tensor(SCORE_VALUES),
-        old_logprobs=torch.tensor([x for _, t in trajectories for x in t.old_logprobs]),
-        ref_logprobs=torch.tensor([x for _, t in trajectories for x in t.ref_logprobs]),
+        old_logprobs=torch.tensor([x for _, t in trajectories for x in sampled_only(t, t.old_logprobs)]),
+        ref_logprobs=torch.tensor([x for _, t in trajectories for x in sampled_only(t, t.ref_logprobs)]),
+        sampled=torch.tensor([sampled_score(t) for _, t in trajectories]),
     )

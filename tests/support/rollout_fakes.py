@@ -3,9 +3,12 @@
 from dataclasses import dataclass, field
 
 import torch
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
+from real_megatron.rollout.embedded.engine import TransformersEngine
 from real_megatron.rollout.engine import Response
 from real_megatron.scores import ScoreScale
+from tests.support.rollout_models import tiny_qwen3
 
 
 class DecodingScale(ScoreScale):
@@ -53,3 +56,23 @@ class ScriptedEngine:
 
     def close(self):
         self.asked.append("close")
+
+
+def anchoring_engine(tokenizer: PreTrainedTokenizerBase, scale: ScoreScale) -> TransformersEngine:
+    """A model that likes to say the anchor and then a score: nearly a bigram model, its layers contribute little."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(tiny_qwen3(len(tokenizer), tie_word_embeddings=False)).eval()
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.mul_(0.1)
+            layer.mlp.down_proj.weight.mul_(0.1)
+        embeddings, head = model.model.embed_tokens.weight, model.lm_head.weight
+        embeddings[:, 0] = 0.5
+        head[scale.anchor_ids[0], 0] += 3.0
+        for previous, following in zip(scale.anchor_ids, [*scale.anchor_ids[1:], scale.score_ids[0]], strict=True):
+            direction = embeddings[previous].clone()
+            direction[0] = 0
+            head[following] += 4.0 * direction
+    engine = TransformersEngine(model.config, tokenizer)
+    engine.update_weights(model.named_parameters(), 0)
+    return engine

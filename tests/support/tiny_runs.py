@@ -26,9 +26,10 @@ from real_megatron.judging.judge import Judge
 from real_megatron.objective import Objective
 from real_megatron.policy.policy import Policy
 from real_megatron.rollout.embedded.engine import TransformersEngine
-from real_megatron.training import rl, sft
+from real_megatron.training import rl, rollouts, sft
 from real_megatron.training.session import Session
 from real_megatron.training.stop import Terminated
+from tests.support.ranks import forget_policies
 
 
 def write_tiny_task(directory: Path) -> Path:
@@ -98,6 +99,17 @@ def train_until(config: RunConfig, step: int) -> None:
         pass
     finally:
         Session.publish = real_publish
+
+
+def without_answers(config: RunConfig, stop: int, patience: int) -> str:
+    """A run whose responses have no anchors, stopped while step `stop` runs and resumed: the error that ends it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rollouts, "PATIENCE", patience)
+        train_until(config, stop)
+        forget_policies()
+        with pytest.raises(rollouts.NothingToTrain) as error:
+            train(config)
+    return with_notes(error.value)
 
 
 def order_of_work(config: RunConfig) -> list[str]:

@@ -16,6 +16,7 @@ from tests.support.tiny_runs import (
     train_until,
     train_with_broken_evaluation,
     weights,
+    without_answers,
     write_tiny_task,
 )
 
@@ -55,6 +56,21 @@ def test_resumed_at_another_layout_it_goes_on_alike(task: Path, whole: Path, tmp
     for resumed, expected in zip(rows(tmp_path), rows(whole), strict=True):
         assert resumed["loss"] == pytest.approx(expected["loss"], rel=1e-5)
         assert resumed["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
+
+
+def test_steps_without_an_answer_are_counted_across_a_resume(task: Path, tmp_path: Path) -> None:
+    """Two before the stop and two after it make four; a count from 0 would go on to the sixth step. The anchor has two
+    tokens and a response has one."""
+    changes = {
+        "objective": {"no_anchor": "penalize"},
+        "data": {"max_response_tokens": 1},
+        "scale": {"anchor": "good [RESULT] "},
+    }
+    config = tiny_config(task, tmp_path, steps=8, **changes)
+    (message,) = run_ranks(1, without_answers, config, 2, 4)
+    assert "no response of the last 4 steps has a score anchor" in message and "real-megatron sft" in message
+    assert [(row["step"], row["rollout/steps_without_answer"]) for row in rows(tmp_path)] == [(1, 1), (2, 2), (3, 3)]
+    assert all("reward" not in row and row["advantage_abs"] == 0 for row in rows(tmp_path))
 
 
 def test_another_run_is_not_resumed_and_a_finished_one_is_left_alone(task: Path, whole: Path) -> None:

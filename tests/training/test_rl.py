@@ -3,7 +3,7 @@
 import pytest
 
 from real_megatron.batch.types import Group, Trajectory
-from real_megatron.training.rollouts import NothingToTrain, cot_metrics, trainable
+from real_megatron.training.rollouts import PATIENCE, NothingToTrain, cot_metrics, steps_without_answer, trainable
 from real_megatron.training.update import mini_batches
 from tests.support.policy_ranks import make_config, make_groups, write_checkpoint
 from tests.support.ranks import run_ranks
@@ -19,6 +19,18 @@ def test_groups_too_small_to_compare_are_left_out_and_none_left_is_an_error() ->
     assert trainable(groups, 2) == [groups[1]]
     with pytest.raises(NothingToTrain, match="none of the 2 prompts kept 2 responses"):
         trainable([groups[0], groups[2]], 2)
+
+
+def test_a_run_ends_after_many_steps_in_a_row_without_an_answer() -> None:
+    silent = [Group([1], [Trajectory([1, 2], None)] * 2, label=1.0)]
+    count = 0.0
+    for step in range(1, PATIENCE):
+        count = steps_without_answer(silent, count)
+        assert count == step
+    with pytest.raises(NothingToTrain, match=f"no response of the last {PATIENCE} steps .* `real-megatron sft`"):
+        steps_without_answer(silent, count)
+    # One answer in the batch starts the count again.
+    assert steps_without_answer([*silent, group([1], [2])], count) == 0
 
 
 def test_mini_batches_cover_the_batch_in_order_and_are_balanced() -> None:
@@ -41,3 +53,9 @@ def test_copies_and_distinct_n_show_degeneration() -> None:
     copied = cot_metrics([group([1, 2, 3], [1, 2, 3])])
     assert varied["cot/copies"] == 0.0 and copied["cot/copies"] == 0.5
     assert varied["cot/distinct_2"] == 1.0 and copied["cot/distinct_2"] == 0.5
+
+
+def test_a_sampled_score_is_no_part_of_the_cot() -> None:
+    """Else copies with other scores would count as varied."""
+    copies = [Trajectory([1, 2, 3, score], 2) for score in (7, 8)]
+    assert cot_metrics([Group([1], copies, label=1.0)]) == cot_metrics([group([1, 2, 3], [1, 2, 3])])

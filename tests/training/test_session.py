@@ -39,6 +39,18 @@ def test_the_next_batch_can_be_sampled_while_this_one_trains(task: Path, tmp_pat
     assert fresh[2]["ratio"] == pytest.approx(1.0, abs=1e-4) and abs(stale[2]["ratio"] - 1.0) > 1e-4
 
 
+def test_a_sampled_score_is_rolled_out_and_trained_as_every_other_token(task: Path, tmp_path: Path) -> None:
+    """Engine and policy agree about every sampled token (fp32, another batch shape), which counts in ratio and KL."""
+    changes = {"objective": {"name": "grpo", "no_anchor": "force", "kl": 0.1}, "rollout": {"temperature": 1.3}}
+    run_ranks(2, train, tiny_config(task, tmp_path, steps=2, batch={"mini_batches": 2}, **changes))
+    for row in rows(tmp_path):
+        assert row["valid"] == 1.0 and row["rollout/forced"] > 0 and 0 < row["rollout/off_scale"] < 1
+        assert 0 <= row["reward"] <= 1 and "loss_term2" not in row
+    # The engine's log-probs are of the weights before the step: the second mini-batch is one update away.
+    first = rows(tmp_path)[0]
+    assert first["mismatch/mean"] < 0.1 and first["ratio"] == pytest.approx(1.0, abs=0.1)
+
+
 def test_each_batch_is_generated_with_the_newest_weights(task: Path, tmp_path: Path) -> None:
     """And a run whose steps are all done starts no engine."""
     config = tiny_config(task, tmp_path, steps=2)
