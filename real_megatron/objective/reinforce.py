@@ -23,8 +23,8 @@ class ReinforceObjective:
 
     over all N responses of the batch. Term 1 is the policy gradient of the CoTs, Term 2 the gradient of the rewards
     themselves. With β = 1, the baseline `rloo` or `none` and neither normalisation nor clamping, the expected gradient
-    is that of −E[r], as long as the reward of a response without an answer is a constant: a margin below the worst answer
-    compares it with the group, a bias where there are such responses.
+    is that of −E[r], as long as the reward of a response without an answer is a constant: a margin below the worst
+    answer compares it with the group, a bias where there are such responses.
 
     Both terms take the same rewards, computed once. A response without an answer has a constant reward, below those of
     its group or `floor`: it takes part in the baseline and has no Term 2. One with a forced anchor counts like any
