@@ -346,9 +346,8 @@ def to_hf(
         from real_megatron import bridge
 
         if dry_run:
-            CONSOLE_OUT.print(
-                bridge.dry_run(hf or source / "hf", dtype=torch_dtype(dtype), family=family, revision=revision)
-            )
+            directory = bridge.side_directory(source, hf, revision)
+            CONSOLE_OUT.print(bridge.dry_run(directory, dtype=torch_dtype(dtype), family=family))
             return
         if output is None:
             raise ConfigError("convert to-hf: name the OUTPUT directory, or add --dry-run")

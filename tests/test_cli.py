@@ -64,6 +64,7 @@ def test_help_imports_neither_torch_nor_megatron() -> None:
         (["convert", "to-megatron", "nowhere"], "name the OUTPUT directory, or add --dry-run"),
         (["convert", "to-megatron", "nowhere", "out"], "nowhere: no such directory"),
         (["convert", "to-hf", "nowhere"], "name the OUTPUT directory, or add --dry-run"),
+        (["convert", "to-hf", "step-000100", "--dry-run"], "name the original Hugging Face checkpoint (hf_path, --hf)"),
         (["convert", "to-hf", "nowhere", "out", "--dtype", "fp8"], "--dtype fp8: use one of float32, bfloat16"),
     ],
 )

@@ -16,6 +16,7 @@ _LATER = {
     "dry_run": "mapping",
     "export_hf": "export",
     "load_hf": "live",
+    "side_directory": "convert",
 }
 
 __all__ = [

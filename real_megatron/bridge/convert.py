@@ -131,7 +131,7 @@ def convert_megatron_to_hf(
     start = time.monotonic()
     megatron_path = Path(megatron_path)
     source = TorchDistCheckpoint(megatron_path)
-    side = _side_directory(megatron_path, hf_path, revision)
+    side = side_directory(megatron_path, hf_path, revision)
     description = describe(side_files.read_config(side), family)
     table, places = _locate(source, description)
     dtypes = [dtype or source.tensors[place.key].properties.dtype for place in places]
@@ -236,8 +236,9 @@ class _ToHF:
             yield from self.source.row_blocks(place.key, place.index, (start, start + shape[0]))
 
 
-def _side_directory(megatron_path: Path, hf_path: str | Path | None, revision: str | None) -> Path:
-    """Where config.json and the tokenizer files of a Megatron checkpoint are."""
+def side_directory(megatron_path: Path, hf_path: str | Path | None = None, revision: str | None = None) -> Path:
+    """Where config.json and the tokenizer files of a Megatron checkpoint are; the arguments are those of
+    `convert_megatron_to_hf`. Raises CheckpointError without them, as for a training checkpoint."""
     if hf_path is not None:
         return checkpoint_directory(hf_path, revision, weights=False)
     side = megatron_path / side_files.FOLDER

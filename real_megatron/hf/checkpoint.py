@@ -5,6 +5,7 @@ A directory may hold further sets of weights: `weight_files` says which one is t
 """
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +20,8 @@ Range = tuple[int, int]
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# All experts of a layer in one tensor, as transformers 5 holds them in memory. transformers reads such files too.
+_FUSED = re.compile(r"\.experts\.(gate_up_proj|down_proj)$")
 # Files are memory-mapped; what has been read counts as resident until the mapping is closed.
 REMAP_BYTES = 32 * 2**20
 
@@ -68,6 +71,7 @@ class HFCheckpoint:
         Rotary frequencies, which old checkpoints hold, are ignored. So is the output layer of a model with tied
         embeddings, if it equals them.
         """
+        _refuse_fused(self.directory, self.entries.keys() - expected.keys())
         for name, shape in expected.items():
             if name not in self.entries:
                 raise CheckpointError(f"{self.directory}: tensor '{name}' is missing")
@@ -134,13 +138,16 @@ def weight_files(directory: Path) -> list[Path]:
 
 
 def check_servers_read_the_same(directory: Path) -> None:
-    """Raise CheckpointError as `weight_files`, and where SGLang and vLLM would load more than those: without an index
-    they read every safetensors file there is. A directory without weights passes."""
+    """Raise CheckpointError as `weight_files`, where SGLang and vLLM would load more than those (without an index they
+    read every safetensors file there is), and for experts under names that servers do not know. A directory without
+    weights passes."""
     if not any((directory / name).is_file() for name in (INDEX, SINGLE)):
         return
-    weight_files(directory)
-    if (directory / INDEX).is_file():
+    _, listed = _choose(directory)
+    if listed is not None:
+        _refuse_fused(directory, listed)
         return
+    _refuse_fused(directory, _read_names(directory / SINGLE))
     others = sorted(file.name for file in directory.glob("*.safetensors") if file.name != SINGLE)
     if others:
         raise CheckpointError(
@@ -191,6 +198,17 @@ def _refuse_redirected(directory: Path) -> None:
         )
 
 
+def _refuse_fused(directory: Path, names: Iterable[str]) -> None:
+    fused = sorted(name for name in names if _FUSED.search(name))
+    if fused:
+        raise CheckpointError(
+            f"{directory}: tensor '{fused[0]}' and {len(fused) - 1} others hold all experts of a layer in one, as "
+            "transformers 5 does in memory, where a checkpoint has a tensor for each expert. Save the model with "
+            "save_pretrained's default, save_original_format=True. A model that was loaded from such files keeps their "
+            "names even so: copy its state_dict() into AutoModelForCausalLM.from_config(model.config), and save that"
+        )
+
+
 def _none_found(directory: Path) -> str:
     others = sorted(file.name for pattern in ("*.safetensors", "*.bin") for file in directory.glob(pattern))
     if others and all(name.endswith(".bin") for name in others):
@@ -208,6 +226,14 @@ def _read_index(index: Path) -> dict[str, str]:
     for name in outside:
         raise CheckpointError(f"{index}: tensor '{name}' points outside the directory: {weight_map[name]}")
     return weight_map
+
+
+def _read_names(file: Path) -> list[str]:
+    try:
+        with safe_open(file, framework="pt") as handle:
+            return list(handle.keys())
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file} is damaged or not a safetensors file: {error}") from error
 
 
 def _read_header(file: Path) -> Iterable[tuple[str, Entry]]:

@@ -15,10 +15,10 @@ _HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _SIDE_FILES = [*PATTERNS, "real_megatron.yaml"]
 _WEIGHTS = ["*.safetensors", "*.safetensors.index.json"]
 # Sets of weights that are no part of the checkpoint (hf/checkpoint.py): Mistral's own format, adapters, and what lies
-# in subfolders. They can be as large as the checkpoint.
-_NOT_READ = ["consolidated*", "adapter_*", "*/*"]
+# in subfolders. They can be as large as the checkpoint. Additional chat templates lie in a subfolder too.
+_NOT_READ = ["consolidated*", "adapter_*", *(f"*/*.{kind}" for kind in ("safetensors", "json", "model", "tiktoken"))]
 # One of them holds a tokenizer's vocabulary. Without any, transformers may build an empty tokenizer.
-_VOCABULARIES = ("tokenizer.json", "*.model", "vocab*", "*.tiktoken")
+_VOCABULARIES = ("tokenizer.json", "*.model", "tokenizer.model.*", "vocab*", "*.tiktoken", "tekken.json")
 
 
 def checkpoint_directory(path: str | Path, revision: str | None = None, weights: bool = True) -> Path:

@@ -28,8 +28,10 @@ PATTERNS = (
     "merges.txt",
     "*.model",
     "*.tiktoken",
+    "tekken.json",  # Mistral's own format, which transformers reads where mistral-common is installed
     "chat_template*",
     "additional_chat_templates/*",  # those besides the default one, which transformers reads by name
+    "*processor_config.json",  # of images and audio: a judge reads texts, but the checkpoint may have other readers
     "LICENSE*",
     "NOTICE*",
 )

@@ -17,7 +17,8 @@ from real_megatron.bridge import convert as convert_module
 from real_megatron.bridge import convert_hf_to_megatron, convert_megatron_to_hf, describe, dry_run, parameter_count
 from real_megatron.bridge.torch_dist import TorchDistCheckpoint
 from real_megatron.errors import CheckpointError, ConfigError, UnsupportedModel
-from real_megatron.hf.checkpoint import HFCheckpoint
+from real_megatron.hf.checkpoint import HFCheckpoint, check_servers_read_the_same
+from real_megatron.hf.model import load_model
 from real_megatron.hf.side_files import read_config
 from tests.support.bridge_ranks import VARIANTS, tiny_model
 
@@ -172,6 +173,28 @@ def test_report(models: Path, tmp_path: Path) -> None:
 def test_missing_config(models: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"no config.json there"):
         convert_hf_to_megatron(tmp_path, tmp_path / "m", **QUIET)
+
+
+@pytest.mark.parametrize("variant", ["qwen3_moe", "mixtral"])
+def test_fused_experts_are_refused_and_saving_again_helps(variant: str, tmp_path: Path) -> None:
+    """transformers 5 writes them where it is told not to undo its conversion of names, and reads them."""
+    model = tiny_model(variant, num_hidden_layers=1, mlp_only_layers=[])
+    model.save_pretrained(tmp_path / "fused", save_original_format=False)
+    message = rf"^{tmp_path}/fused: tensor 'model\.layers\.0\.mlp\.experts\.down_proj' and 1 others .*save_pretrained"
+    with pytest.raises(CheckpointError, match=message):
+        convert_hf_to_megatron(tmp_path / "fused", tmp_path / "megatron", workers=1, progress=False)
+    with pytest.raises(CheckpointError, match=message):
+        check_servers_read_the_same(tmp_path / "fused")
+    loaded = load_model(tmp_path / "fused", torch.float32)
+    again = AutoModelForCausalLM.from_config(loaded.config)
+    again.load_state_dict(loaded.state_dict())
+    again.save_pretrained(tmp_path / "again")
+    convert_hf_to_megatron(tmp_path / "again", tmp_path / "megatron", workers=1, progress=False)
+    check_servers_read_the_same(tmp_path / "again")
+    model.save_pretrained(tmp_path / "plain")
+    first, second = HFCheckpoint(tmp_path / "plain"), HFCheckpoint(tmp_path / "again")
+    assert first.entries.keys() == second.entries.keys()
+    assert all(torch.equal(first.tensor(name), second.tensor(name)) for name in first.entries)
 
 
 def test_existing_output(models: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from real_megatron.bridge import convert_megatron_to_hf
+from real_megatron.errors import CheckpointError
 from real_megatron.hf.checkpoint import HFCheckpoint
 from tests.support.bridge_ranks import tiny_config, train_and_save
 from tests.support.policy_ranks import VOCAB, make_config, write_checkpoint
@@ -29,6 +30,9 @@ def test_experts_train_alike_and_their_checkpoint_converts(tmp_path: Path) -> No
         assert losses == pytest.approx(alone, abs=1e-4)
         for name, tensor in weights.items():
             torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+    # A training checkpoint has no configuration of the model beside it.
+    with pytest.raises(CheckpointError, match=r"name the original Hugging Face checkpoint \(hf_path, --hf\)"):
+        convert_megatron_to_hf(tmp_path / "last", tmp_path / "back", workers=1, progress=False)
     # The optimizer's state is in the checkpoint too, and is ignored.
     convert_megatron_to_hf(tmp_path / "last", tmp_path / "back", hf_path=hf, workers=1, progress=False)
     back = HFCheckpoint(tmp_path / "back")

@@ -74,6 +74,8 @@ def test_a_hub_name_is_downloaded(model: Path, downloads: list[dict[str, Any]]) 
                 "adapter_model.safetensors",
                 "original/model.safetensors",
                 "original/tokenizer.model",
+                "original/processor_config.json",
+                "original/model.safetensors.index.json",
             ],
             allow_patterns=patterns,
             ignore_patterns=downloads[0]["ignore_patterns"],
