@@ -205,7 +205,7 @@ def _refuse_fused(directory: Path, names: Iterable[str]) -> None:
             f"{directory}: tensor '{fused[0]}' and {len(fused) - 1} others hold all experts of a layer in one, as "
             "transformers 5 does in memory, where a checkpoint has a tensor for each expert. Save the model with "
             "save_pretrained's default, save_original_format=True. A model that was loaded from such files keeps their "
-            "names even so: copy its state_dict() into AutoModelForCausalLM.from_config(model.config), and save that"
+            "names even so: copy its state_dict() into AutoModelForCausalLM.from_config of its config, and save that"
         )
 
 
