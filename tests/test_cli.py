@@ -1,9 +1,11 @@
 """The command line: help that teaches, errors that say what to fix."""
 
 import json
+import logging
 import math
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,6 +23,18 @@ from real_megatron.errors import (
 )
 
 COMMANDS = ["train", "sft", "critiques", "evaluate", "judge", "report", "convert"]
+
+
+@pytest.fixture(autouse=True)
+def own_logging() -> Iterator[None]:
+    """Commands set up the logging of their process, which here is that of other tests too."""
+    root, torch_extension = logging.getLogger(), logging.getLogger("torch.utils.cpp_extension")
+    handlers, levels = list(root.handlers), (root.level, torch_extension.level)
+    yield
+    logging.captureWarnings(False)
+    root.handlers[:] = handlers
+    root.setLevel(levels[0])
+    torch_extension.setLevel(levels[1])
 
 
 def run(*arguments: str) -> Result:
