@@ -22,6 +22,8 @@ SINGLE = "model.safetensors"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # All experts of a layer in one tensor, as transformers 5 holds them in memory. transformers reads such files too.
 _FUSED = re.compile(r"\.experts\.(gate_up_proj|down_proj)$")
+ROTARY = "rotary_emb.inv_freq"
+"""End of the names of rotary frequencies, which old checkpoints hold though they are no weights."""
 # Files are memory-mapped; what has been read counts as resident until the mapping is closed.
 REMAP_BYTES = 32 * 2**20
 
@@ -81,7 +83,7 @@ class HFCheckpoint:
                     f"{entry.file}: tensor '{name}' has shape {entry.shape}, but config.json asks for {shape}"
                 )
         for name, entry in self.entries.items():
-            if name in expected or name.endswith("rotary_emb.inv_freq"):
+            if name in expected or name.endswith(ROTARY):
                 continue
             if tied and name == "lm_head.weight":
                 self._require_equal(name, "model.embed_tokens.weight")

@@ -4,6 +4,7 @@ import hashlib
 from fnmatch import fnmatch
 from pathlib import Path
 
+from real_megatron.hf.checkpoint import INDEX, weight_files
 from real_megatron.hf.side_files import PATTERNS
 
 WHOLE_BYTES = 64 * 2**20
@@ -17,12 +18,14 @@ def model_files(directory: Path) -> dict[str, str]:
     weights; by name. Two directories with equal digests hold the same model, wherever they are.
 
     Small files are read whole. Of a large file of weights the digest covers the size, the safetensors header (every
-    tensor's name, dtype, shape and place) and 16 samples of 64 KiB, not each value. Raises OSError.
+    tensor's name, dtype, shape and place) and 16 samples of 64 KiB, not each value. Raises OSError, and as
+    `weight_files`.
     """
     wanted = [pattern for pattern in PATTERNS if not pattern.startswith(("LICENSE", "NOTICE"))]
-    wanted += ["*.safetensors", "*.safetensors.index.json"]
-    names = sorted(path.name for path in directory.iterdir() if path.is_file())
-    return {name: file_digest(directory / name) for name in names if any(fnmatch(name, p) for p in wanted)}
+    names = {path.name for path in directory.iterdir() if path.is_file()}
+    names = {name for name in names if any(fnmatch(name, pattern) for pattern in wanted)}
+    names |= {path.name for path in weight_files(directory)} | ({INDEX} & {path.name for path in directory.iterdir()})
+    return {name: file_digest(directory / name) for name in sorted(names)}
 
 
 def file_digest(path: Path, whole: int = WHOLE_BYTES) -> str:

@@ -129,6 +129,8 @@ def _compute(hf_config: PretrainedConfig, kind: str) -> Rotary:
         longest = _longest(hf_config)
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         reason = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else str(error)
+        if getattr(hf_config, "head_dim", 0) is None:  # Mixtral's class, which computes with it
+            reason += "; write head_dim, hidden_size / num_attention_heads, into config.json"
         raise _refusal(hf_config, f"rope_type '{kind}' gives no frequencies ({reason})") from error
     if kind != "proportional" and not bool((numbers > 0).logical_and(numbers.isfinite()).all()):
         raise _refusal(hf_config, f"rope_type '{kind}' gives frequencies or a scaling that are no positive numbers")

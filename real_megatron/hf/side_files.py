@@ -11,7 +11,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PretrainedConfig
 
-from real_megatron.errors import MissingCheckpoint
+from real_megatron.errors import MissingCheckpoint, UnsupportedModel
 from real_megatron.hf.rotary import check_rotary
 
 log = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ def carry(source: Path, target: Path, dtype: torch.dtype | None = None) -> list[
 def read_config(directory: Path) -> PretrainedConfig:
     """The configuration in `config.json`; remote code is never run.
 
-    Raises MissingCheckpoint if it cannot be used, UnsupportedModel as `check_rotary`.
+    Raises MissingCheckpoint if it cannot be used, UnsupportedModel as `check_rotary` and for two rotary settings.
     """
     file = directory / "config.json"
     if not file.is_file():
@@ -70,8 +70,19 @@ def read_config(directory: Path) -> PretrainedConfig:
     except (ValueError, KeyError, OSError, StrictDataclassError) as error:
         reason = str(error.args[0] if isinstance(error, KeyError) else error)
         raise MissingCheckpoint(f"{file} cannot be used: {' '.join(reason.split())}") from error
+    _refuse_two_rotary_settings(file)
     check_rotary(config)
     return config
+
+
+def _refuse_two_rotary_settings(file: Path) -> None:
+    """transformers takes `rope_scaling` in place of the whole of `rope_parameters`, and so forgets its `rope_theta`."""
+    raw = json.loads(file.read_text(encoding="utf-8"))
+    if raw.get("rope_scaling") and raw.get("rope_parameters") and raw["rope_scaling"] != raw["rope_parameters"]:
+        raise UnsupportedModel(
+            f"{file}: it has both rope_parameters and rope_scaling, of which transformers reads the latter alone, "
+            "without the former's rope_theta: write all rotary settings into rope_parameters and remove rope_scaling"
+        )
 
 
 def _set_dtype(file: Path, dtype: torch.dtype) -> None:

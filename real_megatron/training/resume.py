@@ -84,17 +84,22 @@ def inputs(config: RunConfig, model_dir: Path, groups: Sequence[Group]) -> dict[
     return found
 
 
-def check_same_inputs(saved: dict[str, str] | None, now: dict[str, str], config: RunConfig, where: str) -> None:
-    """Raise ConfigError, naming each data set and file that is not as it was when the checkpoint was written.
-
-    saved, now: `inputs` of the run that wrote the checkpoint, and of this start. Raises CheckpointError for a
-    checkpoint without them.
-    """
-    if saved is None:
+def saved_inputs(state: dict[str, Any], where: str) -> dict[str, str]:
+    """The `inputs` of the run that wrote a checkpoint; raises CheckpointError where it does not say them."""
+    if "inputs" not in state:
         raise CheckpointError(
             f"{where} does not say which data and model it was trained with: an older version has written it. Start a "
             "new run with another output directory"
         )
+    found: dict[str, str] = state["inputs"]
+    return found
+
+
+def check_same_inputs(saved: dict[str, str], now: dict[str, str], config: RunConfig, where: str) -> None:
+    """Raise ConfigError, naming each data set and file that is not as it was when the checkpoint was written.
+
+    saved, now: `inputs` of the run that wrote the checkpoint, and of this start.
+    """
     what = {f"data.train.{i}": source.path for i, source in enumerate(config.data.train)}
     what["data.template"] = config.data.template
     what |= {name: config.model.path for name in saved.keys() | now.keys() if name.startswith("model.path: ")}

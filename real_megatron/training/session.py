@@ -29,7 +29,7 @@ from real_megatron.training.batch_order import BatchOrder
 from real_megatron.training.checkpoints import CheckpointStore, explain_checkpoint_errors
 from real_megatron.training.export import save_hf
 from real_megatron.training.metrics import check_sinks
-from real_megatron.training.resume import check_same_inputs, check_same_run, inputs
+from real_megatron.training.resume import check_same_inputs, check_same_run, inputs, saved_inputs
 from real_megatron.training.step_log import StepLog
 from real_megatron.training.stop import StopSignal, Terminated
 from real_megatron.training.timer import PhaseTimer
@@ -142,8 +142,10 @@ class Session:
         ):
             state = read_state(path)
             # Before the load: another run's tensors may have other shapes, and Megatron's error would say only that.
+            # Its inputs first: an older version had other keys, which nobody could change back.
+            saved = saved_inputs(state, str(path))
             check_same_run(state["config"], self.config, str(path))
-            check_same_inputs(state.get("inputs"), self.inputs, self.config, str(path))
+            check_same_inputs(saved, self.inputs, self.config, str(path))
             self.policy.load(path)
         self.start, self.metrics_of_start = state["step"], state["metrics"]
         logger.info("resumed from %s: %d of %d steps are done", path, self.start, self.steps)

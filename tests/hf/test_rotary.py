@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, GlmConfig, LlamaConfig, PretrainedConfig
+from transformers import AutoConfig, GlmConfig, LlamaConfig, MixtralConfig, PretrainedConfig
 from transformers.models.glm.modeling_glm import GlmRotaryEmbedding
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
@@ -166,3 +166,19 @@ def test_a_copy_keeps_the_settings_as_they_are_written(key: str, tmp_path: Path)
     assert after == before | {"torch_dtype": "bfloat16"}
     both = [AutoConfig.from_pretrained(tmp_path / name).rope_parameters for name in ("source", "target")]
     assert both[0] == both[1] == YARN
+
+
+def test_two_sections_are_refused_and_a_missing_head_width_is_named(tmp_path: Path) -> None:
+    """transformers would read the second section alone, with the default rope_theta."""
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+    LlamaConfig(**SIZES, rope_parameters={"rope_type": "default", "rope_theta": 1e6}).save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    raw = json.loads(file.read_text())
+    file.write_text(json.dumps(raw | {"rope_scaling": yarn}))
+    with pytest.raises(UnsupportedModel, match="both rope_parameters and rope_scaling.* remove rope_scaling"):
+        read_config(tmp_path)
+    file.write_text(json.dumps(raw | {"rope_parameters": yarn | {"rope_theta": 1e6}}))
+    assert rotary(read_config(tmp_path)).frequencies[-1] < 1e-5
+    MixtralConfig(**SIZES, rope_parameters=yarn | {"rope_theta": 1e6}).save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedModel, match="write head_dim, hidden_size / num_attention_heads, into config.json"):
+        read_config(tmp_path)

@@ -1,6 +1,8 @@
 """The stream's names against the checkpoint's headers."""
 
 import pytest
+import torch
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from real_megatron.errors import EngineError
@@ -45,6 +47,16 @@ def test_an_untied_head_must_come(tmp_path):
     del shapes["lm_head.weight"]
     with pytest.raises(EngineError, match="missing: lm_head.weight"):
         check_names(tmp_path, shapes, tied=False)
+
+
+def test_rotary_frequencies_of_old_checkpoints_are_no_weights(directory):
+    path, shapes = directory
+    (path / "model.safetensors.index.json").unlink()
+    for file in path.glob("*.safetensors"):
+        file.unlink()
+    tensors = {name: torch.zeros(shape) for name, shape in shapes.items()}
+    save_file(tensors | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}, path / "model.safetensors")
+    check_names(path, shapes, tied=True)
 
 
 def test_a_directory_without_safetensors_passes(tmp_path):

@@ -13,7 +13,7 @@ from real_megatron.config import ObjectiveConfig, OptimizerConfig, RunConfig, Sc
 from real_megatron.errors import CheckpointError, ConfigError
 from real_megatron.hf.identity import file_digest
 from real_megatron.sections import known_keys
-from real_megatron.training.resume import FREE, check_same_inputs, check_same_run, inputs
+from real_megatron.training.resume import FREE, check_same_inputs, check_same_run, inputs, saved_inputs
 
 
 def resumed(*overrides: str, base: tuple[str, ...] = ()) -> None:
@@ -99,6 +99,7 @@ def test_what_a_run_reads_is_known_by_its_content(file: str, name: str, task: Pa
     data = path.read_bytes()
     os.utime(path, (1e9, 1e9))
     (task / "model/README.md").write_text("another")
+    (task / "model/consolidated.safetensors").write_text("no part of the checkpoint, and not downloaded from the hub")
     check_same_inputs(saved, digests(task)[0], config, "step-000004")
     data = b" " + data
     path.write_bytes(data)
@@ -123,7 +124,8 @@ def test_examples_that_are_read_otherwise_and_old_checkpoints_are_refused(task: 
     with pytest.raises(ConfigError, match="  training examples as tokens: its content has changed"):
         check_same_inputs(saved, digests(task, [Group([1, 2], [], 2.0, "train-1")])[0], config, "step-000004")
     with pytest.raises(CheckpointError, match="step-000004 does not say which data and model"):
-        check_same_inputs(None, saved, config, "step-000004")
+        saved_inputs({"config": {}}, "step-000004")
+    assert saved_inputs({"inputs": saved}, "step-000004") == saved
     (task / "model/tokenizer.json").unlink()
     with pytest.raises(ConfigError, match=r"model.path: tokenizer.json \(.*\): is gone"):
         check_same_inputs(saved, digests(task)[0], config, "step-000004")
