@@ -27,6 +27,8 @@ METADATA = {
     "distrib_optim_fully_reshardable_mem_efficient": True,
     "chained_optim_avoid_prefix": True,
 }
+# Megatron's name of the float32 copies of weights, in the state of its optimizer that is not distributed.
+_COPIES = "fp32_from_fp16_params"
 
 
 def save(
@@ -104,11 +106,20 @@ def _sharded_state(chunks: Sequence[MegatronModule], optimizer: MegatronOptimize
         if is_loading
         else {f"model{i}": chunk.sharded_state_dict(metadata=dict(METADATA)) for i, chunk in enumerate(chunks)}
     )
-    return {
-        **models,
-        "optimizer": optimizer.sharded_state_dict(models, is_loading=is_loading, metadata=dict(METADATA)),
-        "random": _random_state(),
-    }
+    state = optimizer.sharded_state_dict(models, is_loading=is_loading, metadata=dict(METADATA))
+    _keep_empty_copies_local(state)
+    return {**models, "optimizer": state, "random": _random_state()}
+
+
+def _keep_empty_copies_local(state: dict[Any, Any]) -> None:
+    """Leave out the float32 copies of 16-bit weights where an optimizer has no parameters on this rank.
+
+    They are empty lists there, which Megatron would save for all ranks, and could not merge with those of ranks that
+    have some. state: of one optimizer, or of several by their number in the chain
+    """
+    for one in (state, *state.values()):
+        if isinstance(one, dict) and _COPIES in one and not any(one[_COPIES]):
+            one[_COPIES] = LocalNonpersistentObject(one[_COPIES])
 
 
 @contextlib.contextmanager

@@ -277,14 +277,15 @@ def test_a_checkpoint_continues_bit_identically_and_at_other_layouts(checkpoint,
 
 
 @pytest.mark.parametrize(
-    "layouts",
+    ("dtype", "layouts"),
     [
-        [{}, {"expert": 2}, {"pipeline": 2}, {}],
-        [{"pipeline": 2, "distributed_optimizer": False}, {"expert": 2, "distributed_optimizer": False}],
+        ("float32", [{}, {"expert": 2}, {"pipeline": 2}, {}]),
+        ("float32", [{"pipeline": 2, "distributed_optimizer": False}, {"expert": 2, "distributed_optimizer": False}]),
+        ("bfloat16", [{"pipeline": 2, "distributed_optimizer": False}, {"distributed_optimizer": False}]),
     ],
-    ids=["distributed optimizer", "plain optimizer"],
+    ids=["distributed optimizer", "plain optimizer", "plain optimizer, 16-bit weights"],
 )
-def test_a_checkpoint_of_experts_continues_with_other_expert_parallelism(layouts, tmp_path):
+def test_a_checkpoint_of_experts_continues_with_other_expert_parallelism(dtype, layouts, tmp_path):
     """Each layout reads what the one before it has written. The first layer is dense: with PP2 a stage has no experts.
 
     Metrics relative 1e-4, weights 1e-5 of steps of 1e-3 (the order of fp32 sums), as for dense models.
@@ -292,7 +293,8 @@ def test_a_checkpoint_of_experts_continues_with_other_expert_parallelism(layouts
     small = tiny_config("qwen3_moe", vocab_size=VOCAB, num_hidden_layers=2, num_experts=4, mlp_only_layers=[0])
     hf, expected = write_checkpoint(tmp_path / "hf", small), None
     for index, parallel in enumerate(layouts):
-        config, ranks = make_config(hf, parallel=parallel), 2 if {"expert", "pipeline"} & parallel.keys() else 1
+        config = make_config(hf, parallel=parallel, model={"dtype": dtype})
+        ranks = 2 if {"expert", "pipeline"} & parallel.keys() else 1
         if expected:
             state, found = run_ranks(ranks, load_and_continue, config, tmp_path / str(index - 1))[0]
             assert state == {"step": 2}
