@@ -14,7 +14,7 @@ import datasets
 import pyarrow.parquet
 
 from real_megatron.config import DataSource
-from real_megatron.data.record import check_text, decode_json, parse_json, plain_record
+from real_megatron.data.record import check_text, decode_json, naming, parse_json, plain_record
 from real_megatron.errors import DataError
 
 HUB_NAME = re.compile(r"([\w-][\w.-]*/)?[\w-][\w.-]*", re.ASCII)
@@ -68,10 +68,8 @@ def source_digest(source: DataSource) -> str:
 
 def _plain(records: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
     for where, record in records:
-        try:
+        with naming(where):
             plain = plain_record(record)
-        except DataError as error:
-            raise DataError(f"{where}: {error}") from None
         yield where, plain
 
 
@@ -92,20 +90,16 @@ def _lines(path: Path, lines: Iterable[str]) -> Iterator[tuple[str, Any]]:
         if line.isspace():
             continue
         where = f"{path}, line {number}"
-        try:
+        with naming(where):
             record = parse_json(line)
-        except DataError as error:
-            raise DataError(f"{where}: {error}") from None
         yield where, record
 
 
 def _list(path: Path, text: str) -> Iterator[tuple[str, Any]]:
     """The items of a JSON list, parsed one by one, so that a faulty one is known by its number."""
     for number, line in enumerate(text.split("\n"), 1):
-        try:
+        with naming(f"{path}, line {number}"):
             check_text(line)
-        except DataError as error:
-            raise DataError(f"{path}, line {number}: {error}") from None
     number, at = 0, _skip(text, text.index("[") + 1)
     try:
         while text[at : at + 1] != "]":
@@ -115,10 +109,8 @@ def _list(path: Path, text: str) -> Iterator[tuple[str, Any]]:
                 at = _skip(text, at + 1)
             number += 1
             where = f"{path}, row {number}"
-            try:
+            with naming(where):
                 record, at = decode_json(text, at)
-            except DataError as error:
-                raise DataError(f"{where}: {error}") from None
             yield where, record
             at = _skip(text, at)
         if (end := _skip(text, at + 1)) < len(text):
@@ -153,10 +145,8 @@ def _csv(path: Path, dialect: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
                 ) from None
             if row is None:
                 break
-            try:
+            with naming(where):
                 check_text("\n".join(row))
-            except DataError as error:
-                raise DataError(f"{where}: {error}") from None
             if not names:
                 names = row
                 repeated = [name for i, name in enumerate(names) if name in names[:i]]

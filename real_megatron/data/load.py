@@ -12,7 +12,7 @@ from real_megatron.data.critiques import without_end
 from real_megatron.data.example import JudgeExample
 from real_megatron.data.files import read_records
 from real_megatron.data.formats import BadRecord, Reader, find_format, read_jsonl, score_columns
-from real_megatron.data.record import plain_record
+from real_megatron.data.record import naming, plain_record
 from real_megatron.data.template import PLAIN, Template, load_template
 from real_megatron.errors import ConfigError, DataError
 
@@ -111,10 +111,8 @@ def example_from_record(
 
     For callers that read a file themselves and continue after bad rows. Raises a DataError that begins with `where`.
     """
-    try:
+    with naming(where):
         plain = plain_record(record)
-    except DataError as error:
-        raise DataError(f"{where}: {error}") from None
     return _example(plain, read_jsonl, load_template(template), where, default_id)
 
 

@@ -1,6 +1,8 @@
 """A record in plain JSON types, as readers of formats get it, whatever file it is from."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import date, time, timedelta
 from decimal import Decimal
 from typing import Any
@@ -12,6 +14,15 @@ DEPTH = 100
 """Deepest nesting of a record: far from Python's recursion limit, which depends on who calls."""
 DIGIT_BITS = 14_000
 """Longest whole number, in bits: Python refuses to write more than 4300 digits."""
+
+
+@contextmanager
+def naming(where: str) -> Iterator[None]:
+    """Put the place of a record before the message of a DataError that does not say it."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from None
 
 
 def parse_json(text: str) -> Any:

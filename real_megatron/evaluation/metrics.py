@@ -13,12 +13,10 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
-from real_megatron.evaluation.weighted import Agreement, Array
+from real_megatron.evaluation.weighted import CELLS, Agreement, Array
 
 LOWER_IS_BETTER = ("mse", "mae")
 LEVEL = 0.95
-CELLS = 4_000_000
-"""Numbers held at once by a bootstrap array: bounds memory for large test sets."""
 ROUNDING = 1e-12
 """Difference of metrics that float64 sums in another order can make."""
 Groups = Sequence[Hashable] | None
@@ -91,31 +89,36 @@ def _estimates(
     """statistic: weights [resamples, n] → [names, resamples]; parts: what it is made of, which say why it is NaN."""
     numbers = _numbers(clusters, n)
     members = np.arange(n) if numbers is None else numbers
-    values = statistic(np.ones((1, n)))[:, 0]
+    values = statistic(np.ones((1, n)))
     whys = [next((why for part in parts if (why := part.why(name))), "") for name in names]
     notes = [next((note for part in parts if (note := part.note(name))), "") for name in names]
     if (count := int(members.max()) + 1) < 2:
         one = "one example only" if n == 1 else "one cluster only"
         return {
             name: Estimate(float(value), math.nan, math.nan, why or f"{one}: no interval")
-            for name, value, why in zip(names, values, whys, strict=True)
+            for name, value, why in zip(names, values[:, 0], whys, strict=True)
         }
-    replicates, low, high = _bootstrap(statistic, members, count, resamples, seed)
+    replicates, low, high = _bootstrap(statistic, values, members, count, resamples, seed)
     found = {}
     for i, name in enumerate(names):
         if whys[i]:
             found[name] = Estimate(math.nan, math.nan, math.nan, whys[i])
             continue
-        interval, note = _interval(float(values[i]), replicates[i], float(low[i]), float(high[i]))
-        found[name] = Estimate(float(values[i]), *interval, "; ".join(filter(None, [notes[i], note])))
+        interval, note = _interval(float(values[i, 0]), replicates[i], float(low[i]), float(high[i]))
+        found[name] = Estimate(float(values[i, 0]), *interval, "; ".join(filter(None, [notes[i], note])))
     return found
 
 
 def _bootstrap(
-    statistic: Callable[[Array], Array], members: NDArray[np.int64], count: int, resamples: int, seed: int
+    statistic: Callable[[Array], Array],
+    values: Array,
+    members: NDArray[np.int64],
+    count: int,
+    resamples: int,
+    seed: int,
 ) -> tuple[Array, Array, Array]:
-    """Replicates [names, resamples] and the ends of the BCa intervals [names], NaN where undefined."""
-    values = statistic(np.ones((1, len(members))))
+    """Replicates [names, resamples] and the ends of the BCa intervals [names], NaN where undefined; values [names, 1]:
+    the statistic of the data."""
 
     def of(drawn: NDArray[np.int64], axis: int) -> Array:
         rows = drawn.reshape(-1, drawn.shape[-1])

@@ -26,7 +26,6 @@ TITLES = {
     "spearman_within": "Spearman within",
     "kendall_within": "Kendall within",
 }
-UNDEFINED = Estimate(math.nan, math.nan, math.nan)
 DECODING_TITLES = {"rail": "RAIL", "sampled": "sampled score"}
 
 
@@ -164,11 +163,10 @@ def _test_set(name: str, evaluations: Mapping[str, Evaluation]) -> list[str]:
             ],
         )
     notes = [
-        f"- {run}, {DECODING_TITLES[d]}, {TITLES[m]}: {estimate.note}."
+        note
         for run, e in evaluations.items()
         for d in DECODINGS
-        for m, estimate in e.metrics[d].items()
-        if estimate.note
+        for note in _notes(run, DECODING_TITLES[d], e.metrics[d])
     ]
     lines += [*notes, ""] if notes else []
     lines += _differences(evaluations)
@@ -222,17 +220,17 @@ def _differences(evaluations: Mapping[str, Evaluation]) -> list[str]:
             label = f"{run} − {base_name} ({len(pairs)})"
             cells = (cell(difference[m], signed=True) if m in difference else "" for m in (*NAMES, *WITHIN))
             rows.append([label, DECODING_TITLES[decoding], *cells])
-            notes += [
-                f"- {label}, {DECODING_TITLES[decoding]}, {TITLES[m]}: {d.note}."
-                for m, d in difference.items()
-                if d.note
-            ]
+            notes += _notes(label, DECODING_TITLES[decoding], difference)
     if not rows:
         return []
     shown = len(NAMES) if not any(any(row[2 + len(NAMES) :]) for row in rows) else len(NAMES) + len(WITHIN)
     header = ["difference (examples)", "decoding", *(TITLES[m] for m in (*NAMES, *WITHIN)[:shown])]
     table = _table(header, [row[: 2 + shown] for row in rows])
     return ["Differences on the same examples, resampled together:", "", *table, *notes, *([""] if notes else [])]
+
+
+def _notes(label: str, decoding: str, estimates: Mapping[str, Estimate]) -> list[str]:
+    return [f"- {label}, {decoding}, {TITLES[m]}: {e.note}." for m, e in estimates.items() if e.note]
 
 
 def _unit(evaluation: Evaluation) -> str:

@@ -12,7 +12,7 @@ CORRELATIONS = ("pearson", "spearman", "kendall")
 NAMES = (*CORRELATIONS, "mse", "mae", "accuracy")
 WITHIN = tuple(f"{name}_within" for name in CORRELATIONS)
 CELLS = 4_000_000
-"""Numbers held at once of the matrix of pairs: bounds memory for large test sets."""
+"""Numbers held at once, of the matrix of pairs or of resamples: bounds memory for large test sets."""
 
 
 class Agreement:

@@ -6,7 +6,8 @@ A directory may hold further sets of weights: `weight_files` says which one is t
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -125,6 +126,11 @@ class HFCheckpoint:
         return {**self.__dict__, "_handles": {}, "_read_bytes": 0}
 
 
+def has_weights(directory: Path) -> bool:
+    """Whether a directory holds the weights of a checkpoint, whole or not."""
+    return any((directory / name).is_file() for name in (INDEX, SINGLE))
+
+
 def weight_files(directory: Path) -> list[Path]:
     """The files that hold the checkpoint's weights: `model.safetensors`, or those that the index lists.
 
@@ -143,7 +149,7 @@ def check_servers_read_the_same(directory: Path) -> None:
     """Raise CheckpointError as `weight_files`, where SGLang and vLLM would load more than those (without an index they
     read every safetensors file there is), and for experts under names that servers do not know. A directory without
     weights passes."""
-    if not any((directory / name).is_file() for name in (INDEX, SINGLE)):
+    if not has_weights(directory):
         return
     _, listed = _choose(directory)
     if listed is not None:
@@ -230,25 +236,28 @@ def _read_index(index: Path) -> dict[str, str]:
     return weight_map
 
 
-def _read_names(file: Path) -> list[str]:
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
     try:
         with safe_open(file, framework="pt") as handle:
-            return list(handle.keys())
+            yield handle
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{file} is damaged or not a safetensors file: {error}") from error
+
+
+def _read_names(file: Path) -> list[str]:
+    with _opened(file) as handle:
+        return list(handle.keys())
 
 
 def _read_header(file: Path) -> Iterable[tuple[str, Entry]]:
-    try:
-        with safe_open(file, framework="pt") as handle:
-            for name in handle.keys():  # noqa: SIM118 (not a dict)
-                stored = handle.get_slice(name)
-                dtype = stored.get_dtype()
-                if dtype not in DTYPES:
-                    raise CheckpointError(
-                        f"{file}: tensor '{name}' has dtype {dtype}; supported: {', '.join(DTYPES)}. "
-                        "Quantised weights must be converted first"
-                    )
-                yield name, Entry(file, tuple(stored.get_shape()), DTYPES[dtype])
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{file} is damaged or not a safetensors file: {error}") from error
+    with _opened(file) as handle:
+        for name in handle.keys():  # noqa: SIM118 (not a dict)
+            stored = handle.get_slice(name)
+            dtype = stored.get_dtype()
+            if dtype not in DTYPES:
+                raise CheckpointError(
+                    f"{file}: tensor '{name}' has dtype {dtype}; supported: {', '.join(DTYPES)}. "
+                    "Quantised weights must be converted first"
+                )
+            yield name, Entry(file, tuple(stored.get_shape()), DTYPES[dtype])

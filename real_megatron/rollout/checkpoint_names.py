@@ -5,7 +5,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from real_megatron.errors import EngineError
-from real_megatron.hf.checkpoint import INDEX, ROTARY, SINGLE, HFCheckpoint, Shape
+from real_megatron.hf.checkpoint import ROTARY, HFCheckpoint, Shape, has_weights
 
 _SHOWN = 5
 _HEAD = "lm_head.weight"
@@ -14,7 +14,7 @@ _HEAD = "lm_head.weight"
 @lru_cache(maxsize=4)
 def checkpoint_shapes(model_dir: Path) -> dict[str, Shape]:
     """Name and shape of every tensor of a checkpoint; none where a directory holds no weights."""
-    return HFCheckpoint(model_dir).shapes if any((model_dir / name).is_file() for name in (INDEX, SINGLE)) else {}
+    return HFCheckpoint(model_dir).shapes if has_weights(model_dir) else {}
 
 
 def check_names(model_dir: Path, sent: Mapping[str, list[int]], tied: bool) -> None:

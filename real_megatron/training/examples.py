@@ -1,7 +1,8 @@
 """Training examples as groups of tokens: prompts alone for reinforcement learning, with CoTs for supervision."""
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
@@ -10,45 +11,43 @@ from real_megatron.config import DataSource, RunConfig
 from real_megatron.data import JudgeExample, encode_prompts, encode_targets, load_examples
 from real_megatron.data.critiques import find_leak
 from real_megatron.errors import ConfigError, DataError
-from real_megatron.hf.directory import checkpoint_directory
 from real_megatron.hf.stop_ids import stop_ids
 from real_megatron.scores import ScoreScale
 
 
-def prompt_groups(config: RunConfig, tokenizer: PreTrainedTokenizerBase, scale: ScoreScale) -> list[Group]:
+def prompt_groups(
+    config: RunConfig, model_dir: Path, tokenizer: PreTrainedTokenizerBase, scale: ScoreScale
+) -> list[Group]:
     """Prompt and label of every training example, without responses yet. Too long prompts: `data.long_prompts`."""
-    examples = _load(config, scale)
+    examples = [example for _, loaded in _load(config, scale) for example in loaded]
     kept = encode_prompts(tokenizer, examples, config.data).kept
     return _some([Group(ids, [], example.label, example.id, example.meta) for example, ids in kept])
 
 
-def target_groups(config: RunConfig, tokenizer: PreTrainedTokenizerBase, scale: ScoreScale) -> list[Group]:
+def target_groups(
+    config: RunConfig, model_dir: Path, tokenizer: PreTrainedTokenizerBase, scale: ScoreScale
+) -> list[Group]:
     """Every training example with its CoT, or without one (`sft.cots`). Too long ones are dropped or cut, and
     counted (`encode_targets`).
 
     Raises DataError for a data set whose critiques say their label at the end, since the score token would copy it.
     """
-    if config.sft.cots == "none":
-        examples = [replace(example, cot="") for example in _load(config, scale)]
-    else:
-        examples = _load(config, scale, check=_check_critiques)
-    stops = stop_ids(checkpoint_directory(config.model.path, config.model.revision, weights=False), tokenizer)
-    return _some(encode_targets(tokenizer, scale, examples, config.data, stops))
+    examples: list[JudgeExample] = []
+    for source, loaded in _load(config, scale):
+        if config.sft.cots == "none":
+            loaded = [replace(example, cot="") for example in loaded]
+        else:
+            _check_critiques(source, loaded, scale)
+        examples += loaded
+    return _some(encode_targets(tokenizer, scale, examples, config.data, stop_ids(model_dir, tokenizer)))
 
 
-def _load(
-    config: RunConfig,
-    scale: ScoreScale,
-    check: Callable[[DataSource, list[JudgeExample], ScoreScale], None] = lambda *_: None,
-) -> list[JudgeExample]:
+def _load(config: RunConfig, scale: ScoreScale) -> Iterator[tuple[DataSource, list[JudgeExample]]]:
+    """Every training data set with its examples."""
     if not config.data.train:
         raise ConfigError("data.train is empty: name at least one training data set")
-    loaded: list[JudgeExample] = []
     for source in config.data.train:
-        examples = load_examples(source, config.data.template, scale.values)
-        check(source, examples, scale)
-        loaded += examples
-    return loaded
+        yield source, load_examples(source, config.data.template, scale.values)
 
 
 def _check_critiques(source: DataSource, examples: list[JudgeExample], scale: ScoreScale) -> None:

@@ -36,7 +36,8 @@ from real_megatron.training.timer import PhaseTimer
 
 logger = logging.getLogger(__name__)
 
-Load = Callable[[RunConfig, PreTrainedTokenizerBase, ScoreScale], list[Group]]
+Load = Callable[[RunConfig, Path, PreTrainedTokenizerBase, ScoreScale], list[Group]]
+"""From the configuration, the start model's directory, its tokenizer and the score scale."""
 
 
 class Session:
@@ -58,7 +59,7 @@ class Session:
         self.tokenizer = load_tokenizer(self.model_dir)
         scale = config.scale
         self.scale = ScoreScale.resolve(self.tokenizer, scale.scores, scale.values, scale.anchor)
-        self.groups = load(config, self.tokenizer, self.scale)
+        self.groups = load(config, self.model_dir, self.tokenizer, self.scale)
         self.evaluation_sets = load_evaluation_sets(config, self.tokenizer, self.scale)
         self.order = BatchOrder(len(self.groups), config.batch.prompts, config.seed)
         self.steps = self.order.steps_of(config.epochs) if config.epochs is not None else config.steps

@@ -19,7 +19,7 @@ def test_without_cots_the_target_is_anchor_and_score_alone(tmp_path: Path) -> No
     for name in ("train_sft", "train_rl"):
         data = {"train": [{"path": str(task / f"{name}.jsonl"), "limit": 5}]}
         config = tiny_config(task, tmp_path, objective={"name": "raft"}, data=data, sft={"cots": "none"})
-        groups = target_groups(config, tokenizer, scale)
+        groups = target_groups(config, task / "model", tokenizer, scale)
         assert len(groups) == 5
         for group in groups:
             (target,) = group.trajectories
@@ -27,7 +27,7 @@ def test_without_cots_the_target_is_anchor_and_score_alone(tmp_path: Path) -> No
             assert target.answer_index == len(scale.anchor_ids) - 1
     given = tiny_config(task, tmp_path, objective={"name": "raft"}, data=data)
     with pytest.raises(DataError, match="has no critique"):
-        target_groups(given, tokenizer, scale)
+        target_groups(given, task / "model", tokenizer, scale)
 
 
 def test_critiques_that_say_the_label_are_refused(tmp_path: Path) -> None:
@@ -43,7 +43,10 @@ def test_critiques_that_say_the_label_are_refused(tmp_path: Path) -> None:
         sources = [{"path": str(task / "train_sft.jsonl")}, {"path": str(file), **source}]
         data = {"train": sources, "max_response_tokens": 64}
         config = tiny_config(task, tmp_path, objective={"name": objective}, data=data, sft={"cots": cots})
-        return [tokenizer.decode(g.trajectories[0].response_ids) for g in target_groups(config, tokenizer, scale)]
+        return [
+            tokenizer.decode(g.trajectories[0].response_ids)
+            for g in target_groups(config, task / "model", tokenizer, scale)
+        ]
 
     with pytest.raises(
         DataError, match=r"said.jsonl: the last sentence of 30 of 30 critiques says the label \(by chance: 6"
