@@ -358,8 +358,8 @@ class DataSource(Section):
     score_statement: Literal["cut", "keep"] = Field(
         "cut",
         description="What becomes of a critique's own score statement at its end (So the overall score is 4.): "
-        "it is cut off (counted), and supervised training refuses critiques whose last sentences still say the label; "
-        "or it is kept, and nothing is checked.",
+        "it is cut off (counted), and supervised training refuses critiques whose first or last sentences say the "
+        "label; or it is kept, and nothing is checked.",
     )
     critique_end: str | None = Field(
         None, description="Regular expression: a critique ends where it first matches, beside score_statement."

@@ -9,67 +9,15 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
-WINDOW = 600
-"""A statement begins within so many characters of the critique's end."""
+from real_megatron.data.score_statements import OPENERS, WORDS, plain_text, sentences, statement_begin
 
-_MARK = r"[*_`#>\"'“”‘’()\[\]{}\s]*"  # Markdown, quotes, brackets
-_NUMBER = rf"(?:\d+(?:\.\d+)?|{'|'.join(WORDS)})"
-_OF = rf"(?:{_MARK}(?:/|out\s+of){_MARK}{_NUMBER}|{_MARK}(?:points?|stars?)\b|\s+on\s+a\s+scale\s+[^.!?\n]{{1,30}})"
-_SCORE = r"(?:score|rating|grade|mark|verdict|result)"
-_KIND = r"(?:overall|final|total|resulting|appropriate|assigned|suggested|numerical|numeric)"
-# The number, or a letter; then at most a subordinate clause up to the end of the text.
-_VALUE = rf"(?:{_MARK}(?:an?\s+)?(?:{_SCORE}\s+of\s+)?{_MARK}(?:{_NUMBER}(?![\w-])|[A-J][+-]?(?![\w-])))"
-_END = (
-    rf"{_OF}*{_MARK}(?:</?\w+>)?"
-    r"(?:(?:[,;–—-]|\b(?:as|because|since|due|given|for|reflecting|indicating|based|according|under|per)\b)[^.!?\n]*)?"
-    r"[.!?\s*_`\"'”’)\]}]*\Z"
-)
-_THEREFORE = (
-    r"(?:and\s+)?(?:so|thus|hence|therefore|overall|accordingly|consequently|as\s+a\s+result|finally|"
-    r"in\s+(?:conclusion|summary)|to\s+sum\s+up|for\s+(?:these|this)\s+reasons?|"
-    r"(?:based\s+on|given|considering)\s+(?:this|these|the|all)\b[^.,;:!?\n]{0,80})\b,?\s+"
-)
-_BEGIN = r"(?:\A|(?<=[.!?:;,\n])|(?<=[.!?][\"'”’)*])|(?<=\s))"
-_SENTENCE = r"(?:\A|(?<=[.!?\n])|(?<=[.!?][\"'”’)*]))"
-
-# "So the overall score is 4.", "**Final rating:** 4/5", "Score 4", "[RESULT] 4"
-_NAMED = (
-    rf"(?:{_BEGIN}{_MARK}(?:{_THEREFORE})+|{_SENTENCE}{_MARK}){_MARK}"
-    rf"(?:(?:the|my|its|this|their|your|an?)\s+)?(?:(?:response|answer)['’]s\s+)?(?:{_KIND}\s+){{0,3}}{_MARK}<?{_SCORE}"
-    rf"(?:\s+(?:of|for|given\s+to|assigned\s+to)\s+(?:the|this)\s+\w+)?{_MARK}"
-    rf"(?:[:=→–—-]+|\b(?:is|would\s+be|will\s+be|should\s+be|must\s+be|was)\b(?:\s+(?:therefore|thus|hence|only))?:?)?"
-)
-# "Therefore, I would give this response a score of 4.", "The response deserves a 4."
-_GIVEN = (
-    rf"(?:{_BEGIN}{_MARK}(?:{_THEREFORE})+|{_SENTENCE}{_MARK})"
-    r"(?:i|we|it|this|(?:the|this)\s+\w+)(?:['’]d)?(?:\s+(?:would|will|should|can|could|must|have|has|to|be|is|was|been|"
-    r"therefore|thus|only|hereby)){0,4}\s+"
-)
-_GIVE = (
-    r"(?:gives?|given|assign(?:s|ed)?|award(?:s|ed)?|deserve[sd]?|receive[sd]?|earn(?:s|ed)?|gets?|merit(?:s|ed)?|"
-    r"warrant(?:s|ed)?|rate[sd]?|score[sd]?|grade[sd]?)"
-)
-_OBJECT = r"(?:\s+(?:it|this|that|(?:the|this)\s+\w+))?(?:\s+(?:as|at|with))?"
-_STATEMENTS = tuple(
-    re.compile(pattern, re.IGNORECASE)
-    for pattern in (
-        _NAMED + _VALUE + _END,
-        # A verb of giving needs the word score, an article, or the scale: "the response gives two" is about something
-        # else.
-        _GIVEN
-        + rf"{_GIVE}{_OBJECT}\s+{_MARK}(?:(?:an?\s+)?(?:{_KIND}\s+)?{_SCORE}(?:\s+of)?\s+{_MARK}{_NUMBER}"
-        + rf"|an?\s+{_MARK}{_NUMBER}|{_NUMBER}(?={_OF}))(?![\w-])"
-        + _END,
-        # A line of its own: "4/5"
-        rf"(?:\A|(?<=\n)){_MARK}{_NUMBER}{_OF}{_MARK}[.!]?{_MARK}\Z",
-        # The anchor of the published data, with or without its score
-        rf"\[RESULT\]{_MARK}(?:{_NUMBER}|[A-J])?{_MARK}[.!]?{_MARK}\Z",
-    )
-)
+_SHOWN = 600
+"""Characters of a critique's beginning and of its end in which its sentences are read."""
 
 
-def without_end(critique: str, end: str | None = None, statements: bool = True) -> str:
+def without_end(
+    critique: str, end: str | None = None, statements: bool = True, values: Sequence[float] | None = None
+) -> str:
     """The critique up to where its own score statement begins, without the blanks and commas before it.
 
     A statement is one at the end: "So the overall score is 4.", "**Final rating:** 4/5", "I give it a score of four.",
@@ -77,25 +25,33 @@ def without_end(critique: str, end: str | None = None, statements: bool = True) 
 
     end: a regular expression of the user's; the critique ends where it first matches
     statements: whether to cut statements; else `end` alone decides
+    values: the scale's; numbers outside their range are no scores
     """
     found = re.search(end, critique) if end else None
     text = critique if found is None else _trimmed(critique[: found.start()])
-    while statements:
-        begin = max(0, len(text) - WINDOW)
-        starts = [match.start() for s in _STATEMENTS if (match := s.search(text, begin)) is not None]
-        if not starts:
-            return text
-        text = _trimmed(text[: min(starts)])
+    while statements and (begin := statement_begin(text, values)) is not None:
+        text = _trimmed(text[:begin])
     return text
 
 
 def _trimmed(text: str) -> str:
-    return text.rstrip().rstrip(",;:*_#([-–—").rstrip()
+    """Without what led to the rest: opening marks, the mark of a heading or of a list, a comma, a colon or a dash."""
+    text = text.rstrip()
+    body = text.rstrip(OPENERS)
+    if body and not body[-1].isspace():  # marks that may close the word before belong to it
+        marks = text[len(body) :]
+        body += marks[: len(marks) - len(marks.lstrip("*_`\"'’#>|"))]
+    body = body.rstrip()
+    lines, _, last = body.rpartition("\n")
+    if not last.strip("-*#>| \t"):
+        body = lines.rstrip()
+    return body.removesuffix(" -").rstrip().rstrip(",;:–—").rstrip()
 
 
 @dataclass(frozen=True)
 class Leak:
-    """How many critiques of a set spell out their label in the last sentence, and no other score of the scale."""
+    """How many critiques of a set spell out their label, and no other score of the scale, in a sentence at their end or
+    in their first one."""
 
     critiques: int
     stated: int
@@ -112,12 +68,13 @@ class Leak:
 
 
 def find_leak(critiques: Sequence[str], labels: Sequence[int], scores: Sequence[str], values: Sequence[float]) -> Leak:
-    """Whether the last sentences say the labels: as score text, as number or as number word.
+    """Whether the critiques' first and last sentences say the labels: as score text, as number or as number word.
 
-    Only a sentence that names one score of the scale alone counts. So a critique that works with numbers, such as the
-    running scores "3 3 2 4" of the tiny judge, states nothing. What chance would give follows from how often each label
-    occurs and each score is named: sentences that name scores for other reasons ("one of them", "A good answer")
-    exceed it only as far as they know the label.
+    The last three count, since a closing tag or a polite word may stand behind the statement. Only a sentence that
+    names one score of the scale alone counts. So a critique that works with numbers, such as the running scores
+    "3 3 2 4" of the tiny judge, states nothing. What chance would give follows from how often each label occurs and
+    each score is named: sentences that name scores for other reasons ("one of them", "A good answer") exceed it only as
+    far as they know the label.
 
     labels: per critique the index of its score
     """
@@ -125,25 +82,28 @@ def find_leak(critiques: Sequence[str], labels: Sequence[int], scores: Sequence[
     lowest, highest = patterns[0].pattern, patterns[-1].pattern
     # "out of 5" and "from 1 to 5" name the scale, no score.
     scale = re.compile(rf"(?:/|\bout\s+of)\s*(?:{highest})|(?:{lowest})\s*(?:-|–|to|and)\s*(?:{highest})")
-    named: list[int | None] = []
-    for critique in critiques:
-        sentence = scale.sub(" ", _last_sentence(critique))
-        present = [k for k, pattern in enumerate(patterns) if pattern.search(sentence)]
-        named.append(present[0] if len(present) == 1 else None)
-    right = [i for i, (k, label) in enumerate(zip(named, labels, strict=True)) if k == label]
-    share, occurrences = Counter(labels), Counter(k for k in named if k is not None)
+    named = [_named(critique, patterns, scale) for critique in critiques]
+    right = [i for i, (alone, label) in enumerate(zip(named, labels, strict=True)) if label in alone]
+    share, occurrences = Counter(labels), Counter(k for alone in named for k in alone)
     by_chance = sum(count * share[k] for k, count in occurrences.items()) / max(1, len(labels))
     return Leak(len(critiques), len(right), by_chance, right[:3])
 
 
+def _named(critique: str, patterns: Sequence[re.Pattern[str]], scale: re.Pattern[str]) -> set[int]:
+    """Indices of the scores that one of the first and last sentences names alone."""
+    alone = set()
+    for sentence in {*sentences(critique[:_SHOWN])[:1], *sentences(critique[-_SHOWN:])[-3:]}:
+        text = scale.sub(" ", sentence)
+        present = [k for k, pattern in enumerate(patterns) if pattern.search(text)]
+        if len(present) == 1:
+            alone.add(present[0])
+    return alone
+
+
 def _spelled(text: str, value: float) -> re.Pattern[str]:
-    forms = {text, f"{value:g}"}
+    forms = {text, plain_text(text) or text, f"{value:g}"}
     if value in range(len(WORDS)):
         word = WORDS[int(value)]
         forms |= {word, word.capitalize()}
     choice = "|".join(map(re.escape, sorted(forms, key=len, reverse=True)))
     return re.compile(rf"(?<![\w.])(?:{choice})(?!\w|\.\d)")
-
-
-def _last_sentence(critique: str) -> str:
-    return re.split(r"(?<=[.!?])[\"'”’)*]*\s+|\n+", critique.strip())[-1]

@@ -82,7 +82,7 @@ def load_examples(
             raise DataError(f"{where}: id {example.id!r} was given before, in {places[example.id]}; make ids unique")
         places[example.id] = where
         if example.cot is not None:
-            before, example.cot = example.cot, _ended(example.cot, source)
+            before, example.cot = example.cot, _ended(example.cot, source, values)
             critiques += 1
             cut += example.cot != before
             emptied += bool(before.strip()) and not example.cot.strip()
@@ -116,8 +116,8 @@ def example_from_record(
     return _example(plain, read_jsonl, load_template(template), where, default_id)
 
 
-def _ended(critique: str, source: DataSource) -> str:
-    return without_end(critique, source.critique_end, statements=source.score_statement == "cut")
+def _ended(critique: str, source: DataSource, values: Sequence[float] | None) -> str:
+    return without_end(critique, source.critique_end, source.score_statement == "cut", values)
 
 
 def _example(

@@ -30,7 +30,7 @@ def target_groups(
     """Every training example with its CoT, or without one (`sft.cots`). Too long ones are dropped or cut, and
     counted (`encode_targets`).
 
-    Raises DataError for a data set whose critiques say their label at the end, since the score token would copy it.
+    Raises DataError for a data set whose critiques say their label, since the score token would copy it.
     """
     examples: list[JudgeExample] = []
     for source, loaded in _load(config, scale):
@@ -59,10 +59,10 @@ def _check_critiques(source: DataSource, examples: list[JudgeExample], scale: Sc
     if leak.found:
         shown = "; ".join(f"{given[i][0]}: {given[i][1].strip()[-80:]!r}" for i in leak.examples)
         raise DataError(
-            f"{source.path}: the last sentence of {leak.stated} of {leak.critiques} critiques says the label (by "
-            f"chance: {leak.by_chance:.0f}), so that the judge would learn to copy it: {shown}; set critique_end of "
-            "this data set to a regular expression that matches where the statement begins, or score_statement: keep "
-            "if it is meant"
+            f"{source.path}: {leak.stated} of {leak.critiques} critiques say the label in their first or last "
+            f"sentences (by chance: {leak.by_chance:.0f}), so that the judge would learn to copy it: {shown}; set "
+            "critique_end of this data set to a regular expression that matches where the statement begins, or "
+            "score_statement: keep if it is meant"
         )
 
 

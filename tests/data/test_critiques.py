@@ -1,6 +1,7 @@
 """A critique ends before it states its score; what else it says of scores stays."""
 
 import random
+import signal
 
 import pytest
 
@@ -37,7 +38,27 @@ Thus, I would give this response a score of 3.
 Therefore the response deserves a 4.
 The response is rated 4/5.
 I rate this response 4 out of 5.
-Based on the rubric, the response earns a score of 3 out of 5."""
+Based on the rubric, the response earns a score of 3 out of 5.
+Given these points the score is 3.
+All in all, the overall score is 4.
+Taking everything into account, the score is 3.
+A score of 3 is warranted.
+For these reasons, a score of 3 is appropriate.
+This corresponds to a score of 3.
+Consequently, this response falls under score 2.
+So the overall score is four (4).
+So the overall score is 4, e.g. because the tone fits.
+**Verdict**: 4 - solid work
+Overall: 4/5
+Result: 4
+Score: 8/10
+Score: 80%
+| Score | 4 |
+<final_rating>4</final_rating>
+So the overall score is 4. I hope this helps!
+So the overall score is 4. [END]
+So the overall score is 4. (end)
+So the overall score is 4.</feedback>"""
 KEPT = """It lacks the detail that a score of 5 needs.
 Of the four reasons, the response gives two.
 3 3 2 2 4 3
@@ -46,14 +67,26 @@ The final score is 2 to 1 for the home team.
 The score is 3 on clarity. But it is good.
 It scores well on clarity.
 So the result is 4 apples.
-Therefore, it received a grade of distinction."""
+Therefore, it received a grade of distinction.
+The result is 12.
+Therefore, the final result is 5.
+The score is 12.
+The final score of the match was 3.
+I would rate the plot 4 stars.
+The model scores 4 points.
+The response gives 4 points in favour.
+Overall, the response gets three of the facts wrong.
+Therefore, this response aligns well with the criteria for a score of 5.
+Positive sentiment, sentiment score: 9.5 out of 10
+Total: 3"""
 SCALE = (list("12345"), [1.0, 2.0, 3.0, 4.0, 5.0])
 
 
 @pytest.mark.parametrize("end", ENDS.split("\n"))
 def test_a_statement_at_the_end_is_cut(end: str) -> None:
     for space in (" ", "\n", "\n\n"):
-        assert without_end(BEFORE + space + end) == BEFORE
+        for behind in ("", "\n", "\n</feedback>", "\n---\n"):
+            assert without_end(BEFORE + space + end + behind, values=SCALE[1]) == BEFORE
     assert without_end(end) == ""
     assert without_end(f"{BEFORE} {end}", statements=False) == f"{BEFORE} {end}"
 
@@ -62,7 +95,53 @@ def test_a_statement_at_the_end_is_cut(end: str) -> None:
     "text", [*KEPT.split("\n"), "one\u2028line\x85 \x0b.", " x ", "", "### Score\n4 of its claims."]
 )
 def test_every_other_text_is_as_it_was(text: str) -> None:
-    assert without_end(text) == text
+    assert without_end(text, values=SCALE[1]) == text
+
+
+def test_a_number_is_a_score_if_it_is_on_the_scale() -> None:
+    assert without_end("Good. The score is 7.") == "Good."
+    assert without_end("Good. The score is 7.", values=[0.0, 10.0]) == "Good."
+    assert without_end("Good. The score is 7.", values=SCALE[1]) == "Good. The score is 7."
+    assert without_end("Good. The score is 7 out of 10.", values=SCALE[1]) == "Good."
+    assert without_end("Good. The score is 7 out of 5.", values=SCALE[1]) == "Good. The score is 7 out of 5."
+
+
+@pytest.mark.parametrize(
+    ("before", "kept"),
+    [
+        ('He said "good."', 'He said "good."'),
+        ("It is *good*", "It is *good*"),
+        ("It is in C#\n", "It is in C#"),
+        ("Good -", "Good"),
+        ("Good.\n\n### **", "Good."),
+        ("Good.\n- ", "Good."),
+    ],
+)
+def test_what_led_to_the_statement_goes_with_it(before: str, kept: str) -> None:
+    assert without_end(f"{before} So the score is 3.") == kept
+
+
+@pytest.mark.parametrize(
+    "run",
+    ["\n", " ", "    }\n", "> ", '"', "(", "---\n", "<a", "e.g. ", "so ", "and so ", "given the ", "to be ", "end "]
+    + ["a\n", "score of ", "So the overall score is ", "final ", "stars ", "Score: 4, as "],
+)
+def test_no_run_of_marks_or_words_takes_long(run: str) -> None:
+    """A pattern that tries every way to share a run between its parts needs minutes for these; all take under 1 s."""
+
+    def stop(*_: object) -> None:
+        raise TimeoutError(f"runs of {run!r} take longer than a minute")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(60)
+    try:
+        for behind in ("", "x", "4 x"):
+            text = f"{BEFORE} Score: 4 {run * (3000 // len(run))}{behind}"
+            without_end(text)
+            find_leak([text], [3], *SCALE)
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def test_a_clause_and_a_heading_are_cut_and_the_users_end_decides_too() -> None:
@@ -77,6 +156,11 @@ def test_critiques_that_say_the_label_are_found(form: str, word) -> None:
     labels = [k % 5 for k in range(40)]
     said = [f"A 5 would be better. {form.format(word(k + 1))}" for k in labels]
     assert find_leak(said[:20] + ["Good."] * 20, labels, *SCALE).found == (" von 5" not in form)
+    for behind in ("\n</feedback>", "\n---", " [END]", " I hope this helps!"):
+        ended = [text + behind for text in said]
+        assert find_leak(ended[:20] + ["Good."] * 20, labels, *SCALE).found == (" von 5" not in form)
+    first = [f"{form.format(word(k + 1))}\n\nIt is clear. It is short. It is kind. It is sound." for k in labels]
+    assert find_leak(first[:20] + ["Good."] * 20, labels, *SCALE).found == (" von 5" not in form)
     # The same sentences without regard to the labels.
     rng = random.Random(0)
     assert not find_leak(rng.sample(said, 40), labels, *SCALE).found

@@ -49,7 +49,7 @@ def test_critiques_that_say_the_label_are_refused(tmp_path: Path) -> None:
         ]
 
     with pytest.raises(
-        DataError, match=r"said.jsonl: the last sentence of 30 of 30 critiques says the label \(by chance: 6"
+        DataError, match=r"said.jsonl: 30 of 30 critiques say the label in their first or last sentences \(by chance: 6"
     ):
         targets()
     with pytest.raises(DataError, match="said-1: 'good. Note 1.'; .*set critique_end .*, or score_statement: keep"):
