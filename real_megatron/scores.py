@@ -5,6 +5,7 @@ tokenizer, never by rules about model names.
 """
 
 import bisect
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +16,10 @@ from real_megatron.errors import ConfigError
 CONTEXT = "\n"
 """Text before the anchor when it is tokenised. A response's anchor stands in the middle of a text; tokenizers that mark
 the start of a text would mark the anchor too if it were tokenised alone."""
+
+TIE = 1e-3
+"""Two scores are equally near to a label where their distances differ by at most this part of the smallest step between
+scores. So 0.15 is half-way between 0.1 and 0.2 in float32 and float64, though none of the three is a binary number."""
 
 
 @dataclass(frozen=True)
@@ -101,8 +106,11 @@ class ScoreScale:
         return None
 
     def label_index(self, label: float) -> int:
-        """Index of the score whose value is nearest to `label`; the first of two equally near ones."""
-        return min(range(len(self.values)), key=lambda k: abs(self.values[k] - label))
+        """Index of the score whose value is nearest to `label`; the first of two equally near ones (see `TIE`)."""
+        distances = [abs(value - label) for value in self.values]
+        steps = [upper - lower for lower, upper in itertools.pairwise(sorted(self.values))]
+        farthest = min(distances) + TIE * min(steps)
+        return next(k for k, distance in enumerate(distances) if distance <= farthest)
 
 
 def _values(texts: list[str], values: Sequence[float] | None) -> list[float]:

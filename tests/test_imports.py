@@ -19,7 +19,7 @@ ALLOWED: dict[str, set[str]] = {
     "config": {"sections"},
     "scores": {"errors"},
     "head": set(),
-    "objective": {"config", "registry", "errors"},
+    "objective": {"scores", "config", "registry", "errors"},
     "batch": set(),
     "hf": {"errors"},
     "bridge": {"hf", "registry", "errors"},

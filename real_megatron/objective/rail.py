@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from real_megatron.config import Probabilities
+from real_megatron.scores import TIE
 
 
 def expected_score(score_logprobs: Tensor, values: Tensor, probabilities: Probabilities = "full") -> Tensor:
@@ -33,8 +34,11 @@ def score_entropy(score_logprobs: Tensor) -> Tensor:
 
 def label_index(labels: Tensor, values: Tensor) -> Tensor:
     """[N] index of the score nearest to each label; the first of two equally near ones (labels averaged over
-    annotators may lie between scores)."""
-    return (values[None, :] - labels[:, None]).abs().argmin(dim=-1)
+    annotators may lie between scores). Equal as in `ScoreScale.label_index`, whatever the dtype."""
+    distances = (values[None, :] - labels[:, None]).abs()
+    nearest = distances.amin(dim=-1, keepdim=True)
+    step = values.sort().values.diff().min()
+    return (distances <= nearest + TIE * step).int().argmax(dim=-1)
 
 
 def label_logprob(score_logprobs: Tensor, values: Tensor, labels: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from real_megatron.objective.rail import expected_score, label_index, label_logprob, score_entropy, score_mass
+from real_megatron.scores import ScoreScale
 
 VALUES = torch.tensor([1.0, 2.0, 4.0])
 LOGP = torch.tensor([[0.1, 0.2, 0.5], [0.25, 0.0625, 0.0625]]).log()
@@ -31,6 +32,30 @@ def test_a_label_between_scores_reads_the_nearest_and_a_tie_the_first(label: flo
     labels = torch.tensor([float(label)])
     assert label_index(labels, VALUES).tolist() == [index]
     torch.testing.assert_close(label_logprob(LOGP[:1], VALUES, labels), LOGP[0, index][None])
+
+
+@pytest.mark.parametrize("step", [0.1, 0.25, 1.0, 10.0])
+def test_ties_are_the_same_in_training_and_in_targets(step: float) -> None:
+    """The target of supervised training has the score of `ScoreScale`, its squared error and log-prob that of tensors.
+
+    0.15 - 0.1 and 0.2 - 0.15 differ in float64 and in float32, each in its own direction.
+    """
+    values = [step * k for k in range(11)]
+    scale = ScoreScale([str(k) for k in range(11)], values, list(range(11)), [0], "")
+    labels = [step * k / 2 for k in range(21)] + [step * (k + e) for k in range(11) for e in (-0.498, 0.498)]
+    expected = [k // 2 for k in range(21)] + [k for k in range(11) for _ in range(2)]
+    assert [scale.label_index(label) for label in labels] == expected
+    for dtype in (torch.float32, torch.float64):
+        tensors = torch.tensor(labels, dtype=dtype), torch.tensor(values, dtype=dtype)
+        assert label_index(*tensors).tolist() == expected
+
+
+def test_steps_of_a_scale_may_differ_by_orders_of_magnitude() -> None:
+    values = [0.0, 1.0, 1e6]
+    scale = ScoreScale(["a", "b", "c"], values, [0, 1, 2], [0], "")
+    labels = [0.4, 0.6, 1.0, 1e6]
+    assert [scale.label_index(label) for label in labels] == [0, 1, 1, 2]
+    assert label_index(torch.tensor(labels), torch.tensor(values)).tolist() == [0, 1, 1, 2]
 
 
 def test_values_in_any_order() -> None:
