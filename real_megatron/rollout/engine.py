@@ -146,6 +146,8 @@ class EngineKind:
     """The Python package that its servers run, where it attaches to `rollout.servers` or starts its own."""
     broadcasts: bool = False
     """Weights can reach its servers by a broadcast from this host, the default where they do not share its GPUs."""
+    reserved_tokens: int = 0
+    """Of a model's positions, how many it keeps free."""
 
 
 ENGINES: Registry[EngineKind] = Registry(
@@ -163,18 +165,24 @@ Builder = TypeVar("Builder", bound=Callable[[EngineSpec], RolloutEngine])
 
 
 def register_engine(
-    name: str, *, on_every_rank: bool = False, server_package: str = "", broadcasts: bool = False
+    name: str,
+    *,
+    on_every_rank: bool = False,
+    server_package: str = "",
+    broadcasts: bool = False,
+    reserved_tokens: int = 0,
 ) -> Callable[[Builder], Builder]:
     """Decorator for a class or function that builds a `RolloutEngine` from an `EngineSpec`. See docs/extending.md.
 
     on_every_rank: each rank builds one and serves some of the prompts; else rank 0 builds the only one
     server_package: the Python package that its servers run: `rollout.servers`, or those that it starts
     broadcasts: weights can reach these servers by a broadcast from this host (`rollout.sync_host`)
+    reserved_tokens: of a model's positions, how many it keeps free: prompts and responses have no room there
     """
     module = calling_module()
 
     def add(build: Builder) -> Builder:
-        ENGINES.register(name, EngineKind(build, on_every_rank, server_package, broadcasts), module)
+        ENGINES.register(name, EngineKind(build, on_every_rank, server_package, broadcasts, reserved_tokens), module)
         return build
 
     return add

@@ -64,7 +64,8 @@ def train(config: RunConfig) -> None:
                             groups, metrics = generate(run, objective, step)
                         else:
                             groups, metrics = ahead.take(step)
-                    unanswered = steps_without_answer(groups, unanswered)
+                    scores = run.scale.score_ids if objective.needs_sampled_scores else None
+                    unanswered = steps_without_answer(groups, unanswered, scores)
                     metrics["rollout/steps_without_answer"] = unanswered
                     # Annotate: log-probs that the objective compares with, where it needs them.
                     if reference is not None:

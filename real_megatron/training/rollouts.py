@@ -36,17 +36,21 @@ def trainable(groups: Sequence[Group], smallest: int) -> list[Group]:
     return kept
 
 
-def steps_without_answer(groups: Sequence[Group], before: float) -> float:
+def steps_without_answer(groups: Sequence[Group], before: float, scores: Sequence[int] | None = None) -> float:
     """How many steps in a row, this one included, had no response with an answer, after `before` such steps.
+
+    scores: token ids of the scores, where the reward needs a sampled one: the anchor alone is no answer then
 
     Raises NothingToTrain at `PATIENCE`: rewards are equal then, and no term has a gradient.
     """
-    if any(t.answer_index is not None for group in groups for t in group.trajectories):
+    answers = (t for group in groups for t in group.trajectories if t.answer_index is not None)
+    if any(scores is None or t.response_ids[-1] in scores for t in answers):
         return 0.0
     if before + 1 >= PATIENCE:
         raise NothingToTrain(
-            f"no response of the last {PATIENCE} steps has a score anchor, so that none is better than another: warm "
-            "the model up with `real-megatron sft`, raise data.max_response_tokens, or set objective.no_anchor to force"
+            f"no response of the last {PATIENCE} steps has a score anchor{'' if scores is None else ' and a score'}, "
+            "so that none is better than another: warm the model up with `real-megatron sft`, raise "
+            "data.max_response_tokens, or set objective.no_anchor to force"
         )
     return before + 1
 

@@ -28,6 +28,7 @@ from real_megatron.scores import ScoreScale
 from real_megatron.training.batch_order import BatchOrder
 from real_megatron.training.checkpoints import CheckpointStore, explain_checkpoint_errors
 from real_megatron.training.export import save_hf
+from real_megatron.training.lengths import check_lengths
 from real_megatron.training.metrics import check_sinks
 from real_megatron.training.resume import check_same_inputs, check_same_run, inputs, saved_inputs
 from real_megatron.training.step_log import StepLog
@@ -61,6 +62,7 @@ class Session:
         self.scale = ScoreScale.resolve(self.tokenizer, scale.scores, scale.values, scale.anchor)
         self.groups = load(config, self.model_dir, self.tokenizer, self.scale)
         self.evaluation_sets = load_evaluation_sets(config, self.tokenizer, self.scale)
+        check_lengths(config, self.model_dir, self.groups, self.evaluation_sets)
         self.order = BatchOrder(len(self.groups), config.batch.prompts, config.seed)
         self.steps = self.order.steps_of(config.epochs) if config.epochs is not None else config.steps
         self.start = 0

@@ -29,6 +29,12 @@ def test_a_run_ends_after_many_steps_in_a_row_without_an_answer() -> None:
         assert count == step
     with pytest.raises(NothingToTrain, match=f"no response of the last {PATIENCE} steps .* `real-megatron sft`"):
         steps_without_answer(silent, count)
+    # Where the score is sampled, an anchor with another token behind it is no answer.
+    anchored = [Group([1], [Trajectory([1, 2, 7], 1)], label=1.0)]
+    assert steps_without_answer(anchored, 0.0) == steps_without_answer(anchored, 4.0, scores=[6, 7]) == 0
+    assert steps_without_answer(anchored, 0.0, scores=[6, 8]) == 1
+    with pytest.raises(NothingToTrain, match="steps has a score anchor and a score, so that"):
+        steps_without_answer(anchored, count, scores=[6, 8])
     # One answer in the batch starts the count again.
     assert steps_without_answer([*silent, group([1], [2])], count) == 0
 

@@ -23,7 +23,7 @@ from real_megatron.rollout.sglang.tensor_transport import TensorTransport
 from real_megatron.rollout.sglang.transport import SyncTargets, Transport
 
 
-@register_engine("sglang", server_package="sglang", broadcasts=True)
+@register_engine("sglang", server_package="sglang", broadcasts=True, reserved_tokens=replies.RESERVED_TOKENS)
 class SGLangEngine(RemoteEngine):
     """RolloutEngine on SGLang servers (0.5.21), started here or attached to.
 

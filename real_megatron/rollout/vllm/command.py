@@ -10,6 +10,9 @@ from real_megatron.rollout.remote.servers import ServerCommand
 SERVED_NAME = "policy"
 """The model's name in requests."""
 
+RESERVED_TOKENS = 1
+"""A scoring request generates a token, which is not read, behind the longest sequence."""
+
 
 def server_command(spec: EngineSpec, index: int, port: int, context: int) -> ServerCommand:
     """Local server number `index`; `rollout.server_args` come last and win.
@@ -20,8 +23,7 @@ def server_command(spec: EngineSpec, index: int, port: int, context: int) -> Ser
     arguments = [config.python or sys.executable, str(LAUNCHER), "vllm.entrypoints.openai.api_server"]
     arguments += ["--model", str(spec.model_dir), "--served-model-name", SERVED_NAME, "--host", "127.0.0.1"]
     arguments += ["--port", str(port), "--dtype", str(spec.dtype).removeprefix("torch.")]
-    # One more than the longest sequence: scoring generates a token that is not read.
-    arguments += ["--max-model-len", str(context + 1), "--tensor-parallel-size", str(config.tensor)]
+    arguments += ["--max-model-len", str(context + RESERVED_TOKENS), "--tensor-parallel-size", str(config.tensor)]
     if config.colocate:
         arguments += ["--enable-sleep-mode"]
     first = config.first_gpu + index * config.tensor

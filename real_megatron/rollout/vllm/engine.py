@@ -21,10 +21,10 @@ from real_megatron.rollout.remote.replica import NoCurrentWeights, Replica
 from real_megatron.rollout.remote.servers import ServerCommand
 from real_megatron.rollout.remote.spool import CheckpointSpool
 from real_megatron.rollout.vllm import replies
-from real_megatron.rollout.vllm.command import SERVED_NAME, server_command
+from real_megatron.rollout.vllm.command import RESERVED_TOKENS, SERVED_NAME, server_command
 
 
-@register_engine("vllm", server_package="vllm")
+@register_engine("vllm", server_package="vllm", reserved_tokens=RESERVED_TOKENS)
 class VLLMEngine(RemoteEngine):
     """RolloutEngine on vLLM servers, started here or attached to.
 
@@ -35,7 +35,7 @@ class VLLMEngine(RemoteEngine):
 
     _name = "vllm"
     _path = "/v1/completions"
-    _reserved_tokens = 1  # for the token that a scoring request generates (vllm/command.py)
+    _reserved_tokens = RESERVED_TOKENS
 
     def __init__(self, spec: EngineSpec) -> None:
         """As SGLangEngine. Raises ConfigError for a `rollout.weight_sync` other than auto and disk."""
