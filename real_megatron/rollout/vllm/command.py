@@ -9,6 +9,9 @@ from real_megatron.rollout.remote.servers import ServerCommand
 
 SERVED_NAME = "policy"
 """The model's name in requests."""
+# Where a directory holds consolidated*.safetensors too, "auto" takes Mistral's format, whose config, weights and
+# tokenizer are not the files that this package reads, and whose weights have other names.
+_HF_FORMAT = ("--config-format", "hf", "--load-format", "safetensors", "--tokenizer-mode", "hf")
 
 
 def server_command(spec: EngineSpec, index: int, port: int, context: int) -> ServerCommand:
@@ -22,6 +25,7 @@ def server_command(spec: EngineSpec, index: int, port: int, context: int) -> Ser
     arguments += ["--port", str(port), "--dtype", str(spec.dtype).removeprefix("torch.")]
     # One more than the longest sequence: scoring generates a token that is not read.
     arguments += ["--max-model-len", str(context + 1), "--tensor-parallel-size", str(config.tensor)]
+    arguments += _HF_FORMAT
     if config.colocate:
         arguments += ["--enable-sleep-mode"]
     first = config.first_gpu + index * config.tensor
