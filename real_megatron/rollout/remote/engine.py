@@ -21,6 +21,7 @@ from real_megatron.rollout.remote.http import Http
 from real_megatron.rollout.remote.labels import Labels
 from real_megatron.rollout.remote.loop import LoopThread
 from real_megatron.rollout.remote.replica import Replica, ReplicaPool
+from real_megatron.rollout.remote.rotary import check_rotary
 from real_megatron.rollout.remote.servers import ServerCommand, configured_servers
 
 T = TypeVar("T")
@@ -30,7 +31,7 @@ class RemoteEngine(ABC):
     """RolloutEngine over one or more servers. Subclasses know the server's API and how weights reach it."""
 
     _name: str
-    """Of log files."""
+    """Of log files, and of `rollout.engine`."""
     _path: str
     """Where generation requests go."""
     _reserved_tokens = 0
@@ -39,11 +40,13 @@ class RemoteEngine(ABC):
     def __init__(self, spec: EngineSpec) -> None:
         """Everything but what weight syncs need: a subclass adds that, then calls `_start`.
 
-        Raises CheckpointError where servers would load other files of the checkpoint than this package.
+        Raises CheckpointError where servers would load other files of the checkpoint than this package, EngineError
+        where they would rotate queries and keys otherwise.
         """
         if spec.serve_loaded or not spec.config.servers:
             check_servers_read_the_same(spec.model_dir)
         hf_config = spec.hf_config()
+        check_rotary(self._name, hf_config)
         positions = longest_sequence(hf_config) or sys.maxsize
         self._config = spec.config
         self._model_dir = spec.model_dir
