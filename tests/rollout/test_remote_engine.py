@@ -189,8 +189,8 @@ def test_out_of_range_requests_never_leave(make, flavour):
     """An id beyond the vocabulary ends a real server."""
     engine, (fake,) = make(1, flavour)
     for bad, index, message in (
-        ([[1], [VOCABULARY]], 1, "the sequence has token ids outside the vocabulary of 100"),
-        ([[-1]], 0, "outside the vocabulary"),
+        ([[1], [VOCABULARY]], 1, "the sequence has the token id 100, outside the vocabulary of 100"),
+        ([[-1]], 0, "id -1, outside the vocabulary"),
         ([[]], 0, "the sequence is empty"),
         ([[1], [1], [1] * 41], 2, "the sequence has 41 tokens; with 8 new ones it exceeds the 48"),
     ):

@@ -14,7 +14,7 @@ from torch import Tensor
 from real_megatron.errors import EngineError, PromptRefused
 from real_megatron.hf.checkpoint import check_servers_read_the_same
 from real_megatron.hf.rotary import longest_sequence
-from real_megatron.rollout.engine import EngineSpec, Response, SamplingParams, WeightSyncError
+from real_megatron.rollout.engine import EngineSpec, Response, SamplingParams, WeightSyncError, check_ids
 from real_megatron.rollout.remote.client import RequestClient
 from real_megatron.rollout.remote.errors import Retryable
 from real_megatron.rollout.remote.http import Http
@@ -53,6 +53,7 @@ class RemoteEngine(ABC):
         self._dtype = spec.dtype
         self._serve_loaded = spec.serve_loaded
         self._tied = bool(hf_config.tie_word_embeddings)
+        self._tokenizer = spec.tokenizer
         self._vocab_size: int = hf_config.vocab_size
         """Ids at or above it never leave this process: an out-of-range id can end a server."""
         self._max_tokens = min(spec.max_tokens, positions - self._reserved_tokens)
@@ -232,11 +233,8 @@ class RemoteEngine(ABC):
 
     def _check(self, sequences: Sequence[list[int]], more: int) -> None:
         self._check_awake()
+        check_ids(sequences, self._vocab_size, self._tokenizer)
         for i, sequence in enumerate(sequences):
-            if not sequence:
-                raise PromptRefused(i, "the sequence is empty")
-            if min(sequence) < 0 or max(sequence) >= self._vocab_size:
-                raise PromptRefused(i, f"the sequence has token ids outside the vocabulary of {self._vocab_size}")
             if len(sequence) + more > self._max_tokens:
                 raise PromptRefused(
                     i,
