@@ -1,6 +1,7 @@
 """A checkpoint by its directory or by its name on the hub, and its tokenizer."""
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
@@ -45,8 +46,8 @@ def checkpoint_directory(path: str | Path, revision: str | None = None, weights:
 def load_tokenizer(directory: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a Hugging Face checkpoint; remote code is never run.
 
-    Raises MissingCheckpoint without one, and for one that has tokens beyond the model's vocabulary (fewer are normal):
-    their embeddings would be padding in training, and out of range elsewhere. Raises CheckpointError as `read_config`.
+    It may have tokens beyond the model's vocabulary (see `check_vocabulary`). Raises MissingCheckpoint without one,
+    CheckpointError as `read_config`.
     """
     directory = Path(directory)
     if not any(any(directory.glob(pattern)) for pattern in _VOCABULARIES):
@@ -60,21 +61,22 @@ def load_tokenizer(directory: str | Path) -> PreTrainedTokenizerBase:
         if (directory / "config.json").is_file():
             read_config(directory)  # transformers reads it for the tokenizer's class: it may be what is damaged
         raise MissingCheckpoint(f"{directory}: its tokenizer cannot be loaded: {error}") from error
-    _check_vocabulary(directory, tokenizer)
     return tokenizer
 
 
-def _check_vocabulary(directory: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+def check_vocabulary(directory: Path, tokenizer: PreTrainedTokenizerBase, ids: Iterable[int] | None = None) -> None:
+    """Raise MissingCheckpoint where a token is beyond the model's vocabulary: its embedding would be padding in
+    training, and out of range elsewhere. (Fewer tokens than rows are normal.)
+
+    ids: the tokens that matter; None: all. Gemma 3's tokenizer has one for images, which its text models lack.
+    """
     rows = getattr(read_config(directory).get_text_config(), "vocab_size", None)
-    vocabulary = tokenizer.get_vocab()
-    if rows is None or not vocabulary:
-        return
-    token = max(vocabulary, key=vocabulary.__getitem__)
-    if vocabulary[token] >= rows:
+    last = max(tokenizer.get_vocab().values() if ids is None else ids, default=0)
+    if rows is not None and last >= rows:
         raise MissingCheckpoint(
-            f"{directory}: the tokenizer's last token {token!r} has the id {vocabulary[token]}, but the model's "
-            f"vocab_size in config.json is {rows}: take the tokenizer that belongs to the model, or enlarge the model "
-            "(transformers' model.resize_token_embeddings(len(tokenizer))) and save both together"
+            f"{directory}: the tokenizer's token {tokenizer.convert_ids_to_tokens(last)!r} has the id {last}, but the "
+            f"model's vocab_size in config.json is {rows}: take the tokenizer that belongs to the model, or enlarge "
+            "the model (transformers' model.resize_token_embeddings(len(tokenizer))) and save both together"
         )
 
 

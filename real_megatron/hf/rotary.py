@@ -14,6 +14,8 @@ from real_megatron.errors import ConfigError, UnsupportedModel
 SUPPORTED = ("default", "linear", "llama3", "yarn", "longrope", "dynamic")
 # Types of single architectures, which transformers computes in the model itself.
 _OF_MODELS = ("axial",)
+HEAD_DIM_HINT = "write head_dim, hidden_size / num_attention_heads, into config.json"
+"""For classes whose head_dim is None by default (Mixtral's), with which transformers' formulas compute all the same."""
 _SECTION = "rope_parameters (in files of transformers 4: rope_scaling)"
 
 
@@ -129,8 +131,8 @@ def _compute(hf_config: PretrainedConfig, kind: str) -> Rotary:
         longest = _longest(hf_config)
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         reason = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else str(error)
-        if getattr(hf_config, "head_dim", 0) is None:  # Mixtral's class, which computes with it
-            reason += "; write head_dim, hidden_size / num_attention_heads, into config.json"
+        if getattr(hf_config, "head_dim", 0) is None:
+            reason += f"; {HEAD_DIM_HINT}"
         raise _refusal(hf_config, f"rope_type '{kind}' gives no frequencies ({reason})") from error
     if kind != "proportional" and not bool((numbers > 0).logical_and(numbers.isfinite()).all()):
         raise _refusal(hf_config, f"rope_type '{kind}' gives frequencies or a scaling that are no positive numbers")

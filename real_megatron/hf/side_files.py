@@ -12,7 +12,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PretrainedConfig
 
 from real_megatron.errors import MissingCheckpoint, UnsupportedModel
-from real_megatron.hf.rotary import check_rotary
+from real_megatron.hf.rotary import HEAD_DIM_HINT, check_rotary
 
 log = logging.getLogger(__name__)
 
@@ -69,6 +69,8 @@ def read_config(directory: Path) -> PretrainedConfig:
         config: PretrainedConfig = AutoConfig.from_pretrained(directory, trust_remote_code=False)
     except (ValueError, KeyError, OSError, StrictDataclassError) as error:
         reason = str(error.args[0] if isinstance(error, KeyError) else error)
+        if "validate_rope" in reason and "*: 'NoneType'" in reason:
+            reason += f"; {HEAD_DIM_HINT}"
         raise MissingCheckpoint(f"{file} cannot be used: {' '.join(reason.split())}") from error
     _refuse_two_rotary_settings(file)
     check_rotary(config)

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from real_megatron.config import RunConfig
 from real_megatron.data import Template, encode_prompt, example_from_record, fit_prompt, load_template
 from real_megatron.errors import DataError
-from real_megatron.hf.directory import checkpoint_directory, load_tokenizer
+from real_megatron.hf.directory import check_vocabulary, checkpoint_directory, load_tokenizer
 from real_megatron.judging.reading import Reading, answers_of, example_seed, mean_answer, read_response
 from real_megatron.judging.settings import judge_config
 from real_megatron.rollout.embedded.seeded import uniforms
@@ -111,6 +111,8 @@ class Judge:
         check_servers(config.rollout, trainer=False)
         tokenizer = load_tokenizer(directory)
         scale = ScoreScale.resolve(tokenizer, config.scale.scores, config.scale.values, config.scale.anchor)
+        # Other tokens beyond the vocabulary matter where a prompt has one, which the engine then refuses.
+        check_vocabulary(directory, tokenizer, [*scale.score_ids, *scale.anchor_ids])
         scratch = None
         if work_dir is None:  # removed by close(); left there if the engine fails, since its logs say why
             work_dir = scratch = Path(tempfile.mkdtemp(prefix="judge-"))

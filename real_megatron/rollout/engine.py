@@ -194,6 +194,22 @@ def drain(stream: Iterable[Any]) -> None:
         pass
 
 
+def check_ids(sequences: Sequence[list[int]], vocab_size: int, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise PromptRefused, naming the token, for the first sequence that is empty or has an id outside the model's
+    vocabulary."""
+    for i, sequence in enumerate(sequences):
+        if not sequence:
+            raise PromptRefused(i, "the sequence is empty")
+        if min(sequence) < 0 or max(sequence) >= vocab_size:
+            outside = next(id for id in sequence if not 0 <= id < vocab_size)
+            token = tokenizer.convert_ids_to_tokens(outside) if 0 <= outside < len(tokenizer) else None
+            raise PromptRefused(
+                i,
+                f"the sequence has the token {'' if token is None else f'{token!r}, '}id {outside}, outside the "
+                f"vocabulary of {vocab_size} (vocab_size in config.json): leave it out of the prompt",
+            )
+
+
 @contextmanager
 def naming_prompts(names: Sequence[str]) -> Iterator[None]:
     """Turn PromptRefused into a DataError with the prompt's name: for callers that do not go on without it."""

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from real_megatron.batch.types import Group
 from real_megatron.config import RunConfig
 from real_megatron.errors import ConfigError
-from real_megatron.hf.directory import checkpoint_directory, load_tokenizer
+from real_megatron.hf.directory import check_vocabulary, checkpoint_directory, load_tokenizer
 from real_megatron.judging.evaluate import evaluate_sets, forget_evaluations, load_evaluation_sets
 from real_megatron.judging.judge import Judge
 from real_megatron.judging.settings import RUN_FILE
@@ -58,6 +58,7 @@ class Session:
             check_servers(config.rollout, trainer=True)
         self.model_dir = checkpoint_directory(config.model.path, config.model.revision)
         self.tokenizer = load_tokenizer(self.model_dir)
+        check_vocabulary(self.model_dir, self.tokenizer)
         scale = config.scale
         self.scale = ScoreScale.resolve(self.tokenizer, scale.scores, scale.values, scale.anchor)
         self.groups = load(config, self.model_dir, self.tokenizer, self.scale)

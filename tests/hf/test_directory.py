@@ -11,7 +11,7 @@ from transformers import Qwen3Config
 from real_megatron.data.byte_model import byte_tokenizer
 from real_megatron.errors import CheckpointError
 from real_megatron.hf import directory as directory_module
-from real_megatron.hf.directory import checkpoint_directory, load_tokenizer
+from real_megatron.hf.directory import check_vocabulary, checkpoint_directory, load_tokenizer
 
 
 @pytest.fixture
@@ -186,9 +186,14 @@ def test_a_tokenizer_without_its_vocabulary_is_missing(model: Path) -> None:
 def test_a_tokenizer_must_fit_the_embedding(rows: int, fits: bool, model: Path) -> None:
     Qwen3Config(vocab_size=rows).save_pretrained(model)
     byte_tokenizer().save_pretrained(model)
+    tokenizer = load_tokenizer(model)
+    assert len(tokenizer) == 258
+    check_vocabulary(model, tokenizer, [])
+    check_vocabulary(model, tokenizer, [rows - 1, 0])
     if fits:
-        assert len(load_tokenizer(model)) == 258
+        check_vocabulary(model, tokenizer)
         return
-    message = rf"^{model}: the tokenizer's last token '<eos>' has the id 257, .* is 257: .*resize_token_embeddings"
-    with pytest.raises(CheckpointError, match=message):
-        load_tokenizer(model)
+    message = rf"^{model}: the tokenizer's token '<eos>' has the id 257, .* is 257: .*resize_token_embeddings"
+    for ids in (None, [0, 257]):
+        with pytest.raises(CheckpointError, match=message):
+            check_vocabulary(model, tokenizer, ids)

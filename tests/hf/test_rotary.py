@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, GlmConfig, LlamaConfig, MixtralConfig, PretrainedConfig
+from transformers import AutoConfig, GlmConfig, LlamaConfig, PretrainedConfig
 from transformers.models.glm.modeling_glm import GlmRotaryEmbedding
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from real_megatron.bridge import convert_hf_to_megatron, describe
+from real_megatron.bridge.families import FAMILIES
 from real_megatron.errors import ConfigError, MissingCheckpoint, UnsupportedModel
 from real_megatron.hf.directory import load_tokenizer
 from real_megatron.hf.rotary import longest_sequence, rotary
@@ -168,7 +169,21 @@ def test_a_copy_keeps_the_settings_as_they_are_written(key: str, tmp_path: Path)
     assert both[0] == both[1] == YARN
 
 
-def test_two_sections_are_refused_and_a_missing_head_width_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ROPES)
+def test_every_family_runs_every_type_and_mixtral_some_with_head_dim_only(name: str, tmp_path: Path) -> None:
+    """As docs/extending.md says."""
+    for family in FAMILIES:
+        path = written(tmp_path / family, model_type=family, rope_parameters=ROPES[name], head_dim=32)
+        assert rotary(read_config(path)).type == ROPES[name]["rope_type"]
+    path = written(tmp_path / "without", model_type="mixtral", rope_parameters=ROPES[name])
+    if ROPES[name]["rope_type"] not in ("yarn", "longrope", "dynamic"):
+        assert rotary(read_config(path)).dim == 32
+        return
+    with pytest.raises((UnsupportedModel, MissingCheckpoint), match="write head_dim, hidden_size / num_attention_h"):
+        read_config(path)
+
+
+def test_two_sections_are_refused(tmp_path: Path) -> None:
     """transformers would read the second section alone, with the default rope_theta."""
     yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
     LlamaConfig(**SIZES, rope_parameters={"rope_type": "default", "rope_theta": 1e6}).save_pretrained(tmp_path)
@@ -179,6 +194,3 @@ def test_two_sections_are_refused_and_a_missing_head_width_is_named(tmp_path: Pa
         read_config(tmp_path)
     file.write_text(json.dumps(raw | {"rope_parameters": yarn | {"rope_theta": 1e6}}))
     assert rotary(read_config(tmp_path)).frequencies[-1] < 1e-5
-    MixtralConfig(**SIZES, rope_parameters=yarn | {"rope_theta": 1e6}).save_pretrained(tmp_path)
-    with pytest.raises(UnsupportedModel, match="write head_dim, hidden_size / num_attention_heads, into config.json"):
-        read_config(tmp_path)

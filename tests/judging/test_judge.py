@@ -13,11 +13,13 @@ from safetensors.torch import load_file, save_file
 
 import real_megatron
 from real_megatron import Judge, RunConfig
-from real_megatron.data.byte_model import make_byte_model
+from real_megatron.data.byte_model import byte_tokenizer, make_byte_model
 from real_megatron.errors import CheckpointError, ConfigError, DataError, EngineError, PromptRefused
 from real_megatron.judging.judge import Score
 from real_megatron.judging.reading import _answer
 from real_megatron.judging.settings import judge_config
+from real_megatron.training.session import Session
+from tests.support.policy_ranks import make_config
 
 PROMPTS = ["Is it good?", "Is it bad?", "Is it?"]
 SHORT = ["data.max_response_tokens=16", "data.max_prompt_tokens=40"]
@@ -78,6 +80,28 @@ def test_what_cannot_be_judged_is_named(judge: Judge) -> None:
         judge.score([{"question": "a"}])
     with pytest.raises(TypeError, match="takes a list of prompts"):
         judge.score("one text")
+
+
+def test_a_token_that_the_model_lacks_matters_where_a_prompt_has_it(tmp_path: Path) -> None:
+    """As Gemma 3's text models, whose tokenizer has a token for images."""
+    model = make_byte_model(tmp_path / "model", initializer_range=0.2)
+    with Judge.from_pretrained(model, overrides=SHORT) as judge:
+        expected = judge.score(PROMPTS)
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    tokenizer.save_pretrained(model)
+    with Judge.from_pretrained(model, overrides=SHORT) as judge:
+        assert judge.score(PROMPTS) == expected
+        assert judge.score(["<image>"])[0].score is not None  # ordinary text, as all control tokens of the data
+        judge.tokenizer.chat_template = "{% for m in messages %}{{ m.content }}<image>{% endfor %}"
+        with pytest.raises(DataError, match=r"^prompt 0: .*'<image>', id 258, outside the vocabulary of 258 "):
+            judge.score(PROMPTS)
+        with pytest.raises(PromptRefused, match="'<image>'"):
+            judge.engine.next_token_logprobs([[1], [258]], [1])
+    with pytest.raises(CheckpointError, match="token '<image>' has the id 258, .* vocab_size in config.json is 258"):
+        Judge.from_pretrained(model, overrides=["scale.scores=[<image>, B]"])
+    with pytest.raises(CheckpointError, match="token '<image>' has the id 258"):  # training may meet any token
+        Session(make_config(model), lambda *_: [])
 
 
 def test_it_works_inside_a_running_event_loop(model: Path) -> None:

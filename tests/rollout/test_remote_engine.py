@@ -3,18 +3,20 @@
 Every response that was asked for arrives once, or one clear error does.
 """
 
+import math
 import resource
 import signal
 import threading
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig
 
 from real_megatron.config import RolloutConfig
 from real_megatron.errors import ConfigError, EngineError, PromptRefused
 from real_megatron.rollout.engine import SamplingParams, WeightSyncError
 from real_megatron.rollout.remote import client
+from real_megatron.rollout.remote.rotary import check_rotary
 from real_megatron.rollout.sampling import sample_trajectories
 from real_megatron.rollout.sglang.engine import SGLangEngine
 from real_megatron.rollout.vllm.engine import VLLMEngine
@@ -187,8 +189,8 @@ def test_out_of_range_requests_never_leave(make, flavour):
     """An id beyond the vocabulary ends a real server."""
     engine, (fake,) = make(1, flavour)
     for bad, index, message in (
-        ([[1], [VOCABULARY]], 1, "the sequence has token ids outside the vocabulary of 100"),
-        ([[-1]], 0, "outside the vocabulary"),
+        ([[1], [VOCABULARY]], 1, "the sequence has the token id 100, outside the vocabulary of 100"),
+        ([[-1]], 0, "id -1, outside the vocabulary"),
         ([[]], 0, "the sequence is empty"),
         ([[1], [1], [1] * 41], 2, "the sequence has 41 tokens; with 8 new ones it exceeds the 48"),
     ):
@@ -216,6 +218,49 @@ def test_a_server_takes_no_sequence_whose_frequencies_depend_on_others(make, fla
     engine.next_token_logprobs([[1] * longest], [1])
     with pytest.raises(PromptRefused, match=f"{longest + 1} tokens; with 0 new ones it exceeds the {longest} "):
         engine.next_token_logprobs([[1] * (longest + 1)], [1])
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+LONGROPE = {"rope_type": "longrope", "short_factor": [1.0] * 16, "long_factor": [4.0] * 16}
+LONGROPE |= {"original_max_position_embeddings": 20}
+
+
+@pytest.mark.parametrize(
+    ("rope", "sglang", "vllm"),
+    [
+        # Beside each setting the keys that a server reads otherwise, as measured (see rollout/remote/rotary.py).
+        (YARN, "", ""),
+        (YARN | {"mscale": 1.5, "mscale_all_dim": 0.5}, "", ""),
+        (YARN | {"attention_factor": 0.7}, "attention_factor", ""),
+        (YARN | {"attention_factor": 0.1 * math.log(4.0) + 1.0}, "", ""),  # what it is without the key
+        (YARN | {"attn_factor": 0.5}, "attn_factor", ""),
+        (LONGROPE, "", ""),
+        (LONGROPE | {"attention_factor": 1.3}, "attention_factor", "attention_factor"),
+        (LONGROPE | {"factor": 2.0}, "factor", "factor"),
+        ({"rope_type": "dynamic", "factor": 4.0}, "factor", ""),
+        ({"rope_type": "dynamic", "factor": 1.0}, "", ""),
+        ({"rope_type": "dynamic", "factor": 1.0, "alpha": 3.0}, "alpha", "alpha"),
+        ({"rope_type": "linear", "factor": 4.0}, "", ""),
+        ({"rope_type": "default"}, "", ""),
+    ],
+)
+def test_a_server_with_another_rotary_embedding_is_not_asked(rope, sglang, vllm):
+    config = LlamaConfig(hidden_size=64, num_attention_heads=2, max_position_embeddings=64, rope_parameters=rope)
+    for engine, keys in (("sglang", sglang), ("vllm", vllm)):
+        if not keys:
+            check_rotary(engine, config)
+            continue
+        right = "transformers or vllm" if not vllm else "transformers"
+        with pytest.raises(EngineError, match=f"^config.json: .*{engine} servers read {keys} .*engine to {right}$"):
+            check_rotary(engine, config)
+
+
+def test_the_rotary_embedding_is_checked_before_anything_is_asked(tmp_path):
+    mixtral = MixtralConfig(num_attention_heads=2, head_dim=32, rope_parameters=YARN | {"rope_theta": 1e6})
+    mixtral.save_pretrained(tmp_path / "mixtral")
+    config = RolloutConfig(engine="sglang", servers=["http://127.0.0.1:9"], start_timeout_s=0.1, restarts=0)
+    with pytest.raises(EngineError, match="mixtral/config.json: .*rope_type 'yarn' .*to transformers or vllm"):
+        SGLangEngine(engine_spec(config, tmp_path / "mixtral", tmp_path))
 
 
 def test_scores_are_read_in_the_order_asked_for(make, flavour):

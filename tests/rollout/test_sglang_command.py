@@ -81,3 +81,11 @@ def test_vllm_command():
     assert value(command, "--max-model-len") == "101" and value(command, "--tensor-parallel-size") == "4"
     assert value(command, "--dtype") == "bfloat16" and server.environment["VLLM_SERVER_DEV_MODE"] == "1"
     assert command[-2:] == ["--seed", "1"]
+
+
+def test_a_vllm_server_reads_the_files_that_the_policy_reads():
+    """Its "auto" prefers Mistral's format; what a user sets comes later and wins."""
+    config = RolloutConfig(engine="vllm", server_args=["--load-format", "dummy"])
+    command = vllm.server_command(spec(config), 0, 7000, 100).arguments
+    assert value(command, "--config-format") == "hf" and value(command, "--tokenizer-mode") == "hf"
+    assert value(command, "--load-format") == "safetensors" and command[-2:] == ["--load-format", "dummy"]

@@ -27,7 +27,7 @@ from real_megatron.hf.stop_ids import stop_ids
 from real_megatron.rollout.embedded.seeded import SeededTokens, uniforms
 from real_megatron.rollout.embedded.stop import StopAutomaton, StopTexts
 from real_megatron.rollout.embedded.weights import copy_weights
-from real_megatron.rollout.engine import EngineSpec, Response, SamplingParams, register_engine
+from real_megatron.rollout.engine import EngineSpec, Response, SamplingParams, check_ids, register_engine
 
 logger = logging.getLogger(__name__)
 
@@ -100,7 +100,7 @@ class TransformersEngine:
         seeds = [secrets.randbits(63) for _ in prompts] if seeds is None else seeds
         if len(seeds) != len(prompts):
             raise ValueError(f"{len(prompts)} prompts, but {len(seeds)} seeds")
-        self._check_lengths(prompts, params.max_new_tokens)
+        self._check(prompts, params.max_new_tokens)
         results: list[list[Response]] = [[] for _ in prompts]
         # Prompts of one length together, so that little is padded; a prompt is prefilled once for all its samples.
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
@@ -116,7 +116,7 @@ class TransformersEngine:
 
     def next_token_logprobs(self, sequences: Sequence[list[int]], ids: Sequence[int]) -> Tensor:
         self.health()
-        self._check_lengths(sequences, 0)
+        self._check(sequences, 0)
         result = torch.empty(len(sequences), len(ids))
         index = torch.tensor(ids, device=self._device)
         order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
@@ -224,11 +224,10 @@ class TransformersEngine:
             mask[row, width - len(sequence) :] = 1
         return torch.from_numpy(tokens).to(self._device), torch.from_numpy(mask).to(self._device)
 
-    def _check_lengths(self, sequences: Sequence[list[int]], more: int) -> None:
+    def _check(self, sequences: Sequence[list[int]], more: int) -> None:
         limit = longest_sequence(self.model.config) or math.inf
+        check_ids(sequences, self.model.config.get_text_config().vocab_size, self.tokenizer)
         for i, sequence in enumerate(sequences):
-            if not sequence:
-                raise PromptRefused(i, "the sequence is empty")
             if len(sequence) + more > limit:
                 raise PromptRefused(
                     i,

@@ -14,13 +14,14 @@ from torch import Tensor
 from real_megatron.errors import EngineError, PromptRefused
 from real_megatron.hf.checkpoint import check_servers_read_the_same
 from real_megatron.hf.rotary import longest_sequence
-from real_megatron.rollout.engine import EngineSpec, Response, SamplingParams, WeightSyncError
+from real_megatron.rollout.engine import EngineSpec, Response, SamplingParams, WeightSyncError, check_ids
 from real_megatron.rollout.remote.client import RequestClient
 from real_megatron.rollout.remote.errors import Retryable
 from real_megatron.rollout.remote.http import Http
 from real_megatron.rollout.remote.labels import Labels
 from real_megatron.rollout.remote.loop import LoopThread
 from real_megatron.rollout.remote.replica import Replica, ReplicaPool
+from real_megatron.rollout.remote.rotary import check_rotary
 from real_megatron.rollout.remote.servers import ServerCommand, configured_servers
 
 T = TypeVar("T")
@@ -30,7 +31,7 @@ class RemoteEngine(ABC):
     """RolloutEngine over one or more servers. Subclasses know the server's API and how weights reach it."""
 
     _name: str
-    """Of log files."""
+    """Of log files, and of `rollout.engine`."""
     _path: str
     """Where generation requests go."""
     _reserved_tokens = 0
@@ -39,17 +40,20 @@ class RemoteEngine(ABC):
     def __init__(self, spec: EngineSpec) -> None:
         """Everything but what weight syncs need: a subclass adds that, then calls `_start`.
 
-        Raises CheckpointError where servers would load other files of the checkpoint than this package.
+        Raises CheckpointError where servers would load other files of the checkpoint than this package, EngineError
+        where they would rotate queries and keys otherwise.
         """
         if spec.serve_loaded or not spec.config.servers:
             check_servers_read_the_same(spec.model_dir)
         hf_config = spec.hf_config()
+        check_rotary(self._name, hf_config)
         positions = longest_sequence(hf_config) or sys.maxsize
         self._config = spec.config
         self._model_dir = spec.model_dir
         self._dtype = spec.dtype
         self._serve_loaded = spec.serve_loaded
         self._tied = bool(hf_config.tie_word_embeddings)
+        self._tokenizer = spec.tokenizer
         self._vocab_size: int = hf_config.vocab_size
         """Ids at or above it never leave this process: an out-of-range id can end a server."""
         self._max_tokens = min(spec.max_tokens, positions - self._reserved_tokens)
@@ -229,11 +233,8 @@ class RemoteEngine(ABC):
 
     def _check(self, sequences: Sequence[list[int]], more: int) -> None:
         self._check_awake()
+        check_ids(sequences, self._vocab_size, self._tokenizer)
         for i, sequence in enumerate(sequences):
-            if not sequence:
-                raise PromptRefused(i, "the sequence is empty")
-            if min(sequence) < 0 or max(sequence) >= self._vocab_size:
-                raise PromptRefused(i, f"the sequence has token ids outside the vocabulary of {self._vocab_size}")
             if len(sequence) + more > self._max_tokens:
                 raise PromptRefused(
                     i,

@@ -13,6 +13,10 @@ SERVED_NAME = "policy"
 RESERVED_TOKENS = 1
 """A scoring request generates a token, which is not read, behind the longest sequence."""
 
+# Where a directory holds consolidated*.safetensors too, "auto" takes Mistral's format, whose config, weights and
+# tokenizer are not the files that this package reads, and whose weights have other names.
+_HF_FORMAT = ("--config-format", "hf", "--load-format", "safetensors", "--tokenizer-mode", "hf")
+
 
 def server_command(spec: EngineSpec, index: int, port: int, context: int) -> ServerCommand:
     """Local server number `index`; `rollout.server_args` come last and win.
@@ -24,6 +28,7 @@ def server_command(spec: EngineSpec, index: int, port: int, context: int) -> Ser
     arguments += ["--model", str(spec.model_dir), "--served-model-name", SERVED_NAME, "--host", "127.0.0.1"]
     arguments += ["--port", str(port), "--dtype", str(spec.dtype).removeprefix("torch.")]
     arguments += ["--max-model-len", str(context + RESERVED_TOKENS), "--tensor-parallel-size", str(config.tensor)]
+    arguments += _HF_FORMAT
     if config.colocate:
         arguments += ["--enable-sleep-mode"]
     first = config.first_gpu + index * config.tensor

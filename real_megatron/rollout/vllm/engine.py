@@ -30,7 +30,9 @@ class VLLMEngine(RemoteEngine):
 
     Attached servers must serve the model as `policy`, in development mode (VLLM_SERVER_DEV_MODE=1: pause, reload and
     sleep are development endpoints) and with their default `--logprobs-mode raw_logprobs`. vLLM then reports
-    log-probabilities at temperature 1, so only temperatures 1 and 0 are taken.
+    log-probabilities at temperature 1, so only temperatures 1 and 0 are taken. Where the model's directory holds
+    Mistral's format too (consolidated*.safetensors), they need `--config-format hf --load-format safetensors
+    --tokenizer-mode hf`.
     """
 
     _name = "vllm"
