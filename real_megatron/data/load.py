@@ -22,12 +22,18 @@ logger = logging.getLogger(__name__)
 def label_column(source: DataSource) -> str | None:
     """The column whose mean is the label: `source.score`, else its format's own; None where the reader decides.
 
-    Raises ConfigError for an unknown format, and where the format's reader leaves no choice but one is made.
+    Raises ConfigError for an unknown format, and where the reader decides but `source.score` chooses a column, or
+    `source.labels` would map it.
     """
     own = find_format(source.format).score
     if source.score is not None and own is None:
         raise ConfigError(
             f"data.*.score: the format {source.format} has no choice of the label's column; remove {source.score!r}"
+        )
+    if source.labels and own is None:
+        raise ConfigError(
+            f"data.*.labels: the format {source.format} does not say which column holds the labels; remove labels and "
+            'map them in its reader, or register it with score="COLUMN"'
         )
     return own if source.score is None else source.score
 
@@ -52,8 +58,8 @@ def load_examples(
     """
     template = load_template(template)
     format = find_format(source.format)
-    records = map_columns(source, list(read_records(source)))
     column = label_column(source)
+    records = map_columns(source, list(read_records(source)), column)
     if column is not None and records and all(record.get(column) is None for _, record in records):
         found = ", ".join(score_columns(record for _, record in records)) or "none"
         raise DataError(

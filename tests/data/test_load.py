@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from real_megatron.config import DataSource
+from real_megatron.config import DataSource, RunConfig
 from real_megatron.data import JudgeExample, example_from_record, label_column, load_examples
 from real_megatron.data.critiques import without_end
 from real_megatron.data.formats import FORMATS
@@ -149,6 +149,9 @@ def test_a_format_lets_the_labels_column_be_chosen_or_not(tmp_path: Path, extens
     with pytest.raises(ConfigError, match=r"data\.\*\.score: the format .*:pairs has no choice of the label's column"):
         load_examples(fixed)
     assert label_column(fixed.model_copy(update={"score": None})) is None
+    words = source(tmp_path, rows, f"{extension_format}:pairs", labels={"good": 5})
+    with pytest.raises(ConfigError, match=r"data\.\*\.labels: the format .*:pairs does not say which column holds"):
+        load_examples(words)
 
 
 def test_an_attribute_that_reads_nothing_is_named(tmp_path: Path, extension_format: str) -> None:
@@ -218,6 +221,45 @@ def test_labels_that_are_words(tmp_path: Path) -> None:
         r"entailment, neutral, 0\)",
     ):
         load_examples(DataSource(path=str(path), columns={"label": "judged"}, labels=labels))
+
+
+@pytest.mark.parametrize(
+    ("format", "column"),
+    [
+        ("jsonl", "label"),
+        ("feedback_collection", "orig_score"),
+        ("feedback_bench", "orig_score"),
+        ("flask", "gpt4_score"),
+        ("vicuna_bench", "gpt4_score"),
+        ("mt_bench", "gpt4_score"),
+    ],
+)
+def test_labels_that_are_words_stand_in_the_column_of_the_format(tmp_path: Path, format: str, column: str) -> None:
+    """Its own, one under its name, or the one that is chosen; a column named `label` means nothing elsewhere."""
+    rows: list[dict[str, Any]] = [
+        {"prompt": "p", "instruction": "p", "label": 0, "orig_score": 0, "gpt4_score": 0, "cls": "good"},
+        {"prompt": "q", "instruction": "q", "label": 0, "orig_score": 0, "gpt4_score": 0, "cls": ["bad", "good"]},
+    ]
+    labels = {"good": 5, "bad": 2}
+
+    def read(rows: list[dict[str, Any]], **fields: Any) -> list[float]:
+        return [e.label for e in load_examples(source(tmp_path, rows, format, labels=labels, **fields))]
+
+    assert read([row | {column: row["cls"]} for row in rows]) == [5.0, 3.5]
+    assert read(rows, columns={column: "cls"}) == [5.0, 3.5]
+    assert read(rows, score="cls") == [5.0, 3.5]
+    with pytest.raises(DataError, match=r"line 1: the label '0' has no number in data\.\*\.labels \(it has good, bad\)"):
+        read(rows)
+
+
+def test_labels_that_are_true_or_class_numbers(tmp_path: Path) -> None:
+    """Numbers as text or not, and what JSON writes as true."""
+    rows = [{"prompt": "a", "label": label} for label in (1, "1", True, "no ", 2.5)]
+    (tmp_path / "run.yaml").write_text(
+        f"data:\n  train:\n  - path: {source(tmp_path, rows).path}\n    labels: {{1: 5, 2.5: 4, 'true': 3, 'no': 2}}\n"
+    )
+    data = RunConfig.from_yaml(tmp_path / "run.yaml").data.train[0]
+    assert [e.label for e in load_examples(data)] == [5.0, 5.0, 3.0, 2.0, 4.0]
 
 
 def test_columns_that_are_kept(tmp_path: Path) -> None:
