@@ -85,7 +85,7 @@ def load_evaluation_sets(
     for name, source in data.eval.items():
         keys = source.cluster or CLUSTER, source.within
         keep = [key for key in (source.cluster, source.within) if key]
-        examples = load_examples(source, data.template, scale.values, keep)
+        examples = load_examples(source, data.template, scale.values, keep, critiques=False)
         encoded = encode_prompts(tokenizer, examples, data)
         if not encoded.kept:
             raise ConfigError(

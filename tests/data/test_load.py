@@ -299,6 +299,26 @@ def test_a_real_data_set_by_its_own_columns(tmp_path: Path) -> None:
         )
 
 
+@pytest.mark.parametrize(
+    ("format", "row", "column"),
+    [
+        ("jsonl", {"prompt": "p", "label": 1}, "cot"),
+        ("feedback_collection", {"instruction": "p", "orig_score": 1}, "orig_feedback"),
+        ("flask", {"instruction": "p", "gpt4_score": 1}, "gpt4_feedback"),
+    ],
+)
+def test_a_critique_that_is_no_text_is_an_error_where_it_is_needed(
+    tmp_path: Path, format: str, row: dict[str, Any], column: str
+) -> None:
+    good = load_examples(source(tmp_path, [row | {column: " Good."}], format))[0].cot
+    assert good is not None and good.strip() == "Good."
+    for critique, shown in ((["a", 2], r"(2|\['a', 2\])"), (5, "5"), ({"a": 1}, r"\{'a': 1\}")):
+        data = source(tmp_path, [row | {column: critique}], format)
+        with pytest.raises(DataError, match=rf"rows\.jsonl, line 1: the critique is {shown}; it must be a text"):
+            load_examples(data)
+        assert [(e.label, e.cot) for e in load_examples(data, critiques=False)] == [(1.0, None)]
+
+
 def test_unknown_format(tmp_path: Path) -> None:
     message = r"data\.\*\.format: unknown record format 'csv'; known: feedback_bench, .*, or module:name"
     with pytest.raises(ConfigError, match=message):
@@ -308,7 +328,7 @@ def test_unknown_format(tmp_path: Path) -> None:
 def test_one_record_alone() -> None:
     with pytest.raises(DataError, match="^prompt 1: 'prompt' holds the lone surrogate"):
         example_from_record({"prompt": "\ud800"}, "plain", "prompt 1", "1")
-    example = example_from_record({"prompt": "a"}, "plain", "in.jsonl, line 4", "4")
+    example = example_from_record({"prompt": "a", "label": "?", "cot": 5}, "plain", "in.jsonl, line 4", "4")
     assert (example.id, example.has_label) == ("4", False)
     with pytest.raises(DataError, match=r"^in\.jsonl, line 4: template 'plain' needs 'prompt'"):
         example_from_record({}, "plain", "in.jsonl, line 4", "4")
