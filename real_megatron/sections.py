@@ -220,7 +220,7 @@ def _explain(
         return f"{where}: {key + ': ' if key else ''}{message}"
     if fault["type"] == "string_type" and (loc[-1] == "[key]" or isinstance(fault["input"], bool | date)):
         what, key = ("a key", ".".join(loc[:-2])) if loc[-1] == "[key]" else ("it", key)
-        return f"{where}: `{key}`: YAML reads {what} as {fault['input']}, not as text; put it in quotes, as in \"yes\""
+        return f'{where}: `{key}`: YAML reads {what} as {fault["input"]}, not as text; put it in quotes, as in "yes"'
     return f"{where}: `{key}`: {message} (got {fault['input']!r})"
 
 

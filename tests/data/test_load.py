@@ -248,7 +248,9 @@ def test_labels_that_are_words_stand_in_the_column_of_the_format(tmp_path: Path,
     assert read([row | {column: row["cls"]} for row in rows]) == [5.0, 3.5]
     assert read(rows, columns={column: "cls"}) == [5.0, 3.5]
     assert read(rows, score="cls") == [5.0, 3.5]
-    with pytest.raises(DataError, match=r"line 1: the label '0' has no number in data\.\*\.labels \(it has good, bad\)"):
+    with pytest.raises(
+        DataError, match=r"line 1: the label '0' has no number in data\.\*\.labels \(it has good, bad\)"
+    ):
         read(rows)
 
 
