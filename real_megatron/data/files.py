@@ -25,6 +25,8 @@ logger = logging.getLogger(__name__)
 Rows = Generator[tuple[str, Any], None, None]
 
 HUB_NAME = re.compile(r"([\w-][\w.-]*/)?[\w-][\w.-]*", re.ASCII)
+QUOTED = re.compile(r'"(?:[^"]|"")*"')
+"""A cell as RFC 4180 quotes it."""
 CELL = 2**31 - 1
 """Longest cell of a CSV file, in characters. Python's own limit, 131,072, is less than a long prompt has."""
 
@@ -178,9 +180,27 @@ def _csv(path: Path, dialect: Mapping[str, Any]) -> Rows:
                 yield where, {name: cell or None for name, cell in zip(names, row, strict=True)}
             elif row:  # a blank line is none
                 raise DataError(
-                    f"{where}: {len(row)} cells for {len(names)} columns ({', '.join(names)}); is the separator right, "
-                    "and each cell that holds one between quotes?"
+                    f"{where}: {len(row)} cells for {len(names)} columns ({', '.join(names)}); is the separator right? "
+                    "A cell may hold it, or a line break, between quotes in a .csv, and not at all in a .tsv"
                 )
+
+
+def _tsv(path: Path) -> Rows:
+    count, first = 0, ""
+    try:
+        for where, record in _csv(path, {"delimiter": "\t", "quoting": csv.QUOTE_NONE}):
+            cells = [*record.values(), *([] if count else record)]  # names of columns may be quoted too
+            found = sum(1 for cell in cells if cell and QUOTED.fullmatch(cell))
+            count, first = count + found, first or (where if found else "")
+            yield where, record
+    finally:  # also where a limit ends the reading, or what is wrong because of the quotes
+        if count:
+            logger.warning(
+                "%s: the first of %d cells that look quoted; in a .tsv quotes are part of the text: if that is not "
+                "meant, save the table as .csv, or without quotes (pandas: quoting=csv.QUOTE_NONE)",
+                first,
+                count,
+            )
 
 
 def _parquet(path: Path) -> Rows:
@@ -221,5 +241,5 @@ _READERS: dict[str, Callable[[Path], Rows]] = {
     ".jsonl": _json,
     ".parquet": _parquet,
     ".csv": partial(_csv, dialect={"delimiter": ","}),
-    ".tsv": partial(_csv, dialect={"delimiter": "\t", "quoting": csv.QUOTE_NONE}),
+    ".tsv": _tsv,
 }

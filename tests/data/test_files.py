@@ -128,6 +128,33 @@ def test_parquet_values_are_json(tmp_path: Path) -> None:
     ]
 
 
+def test_cells_of_a_tsv_that_look_quoted_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows = [["id", "text"], ["1", 'say "hi"'], ["2", "plain"], ["3", 'a "b" "c"'], ["4", '"x']]
+
+    def written(quoting: int, **fields: Any) -> tuple[list[dict[str, Any]], list[str]]:
+        caplog.clear()
+        path = tmp_path / "a.tsv"
+        with path.open("w", newline="") as file:
+            csv.writer(file, delimiter="\t", quoting=quoting, quotechar=fields.pop("quotechar", '"')).writerows(rows)
+        found = [row for _, row in read(path, **fields)]
+        return found, [record.getMessage().removeprefix(str(path)) for record in caplog.records]
+
+    found, warnings = written(csv.QUOTE_MINIMAL)  # as pandas does
+    assert [row["text"] for row in found] == ['"say ""hi"""', "plain", '"a ""b"" ""c"""', '"""x"']
+    (warning,) = warnings
+    assert warning.startswith(", line 2: the first of 3 cells that look quoted; in a .tsv quotes are part of the text")
+    _, (warning,) = written(csv.QUOTE_MINIMAL, limit=1)
+    assert warning.startswith(", line 2: the first of 1 cells")
+    _, (warning,) = written(csv.QUOTE_ALL)
+    assert warning.startswith(", line 2: the first of 10 cells")  # with the names of the two columns
+    found, warnings = written(csv.QUOTE_NONE, quotechar=None)
+    assert [row["text"] for row in found] == [text for _, text in rows[1:]] and not warnings
+    rows[2][1] = "two\nlines"
+    with pytest.raises(DataError, match=r"line 3: 2 cells|line 4: 1 cells for 2 columns .* not at all in a \.tsv"):
+        written(csv.QUOTE_MINIMAL)
+    assert "the first of 1 cells that look quoted" in caplog.text
+
+
 class Picture:
     """What a hub data set may hold."""
 

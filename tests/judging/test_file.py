@@ -115,7 +115,7 @@ def test_labels_and_critiques_of_the_rows_mean_nothing(run, source, tmp_path) ->
     held = [None, 7, -1e9, "good", [], [1e308, 1e308], {"a": 1}, True, int("1" * 400), ["a", 2]]
     rows = [{"prompt": "start"} | {key: value} for value in held for key in ("label", "cot")]
     source.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    summary = run()
+    summary = run(params=SamplingParams(n=1, max_new_tokens=1), batch=20)
     assert (summary.judged, summary.bad) == (20, 0)
 
 
