@@ -19,6 +19,9 @@ class Agreement:
     """The metrics `names` of predictions x [n] and labels y [n], as a function of weights.
 
     within: number of each example's group, from 0; with it the metrics `WITHIN` are added
+
+    `errors` [3, n]: what mse, mae and accuracy are the means of; `groups`: the examples of each group, and their
+    correlations.
     """
 
     def __init__(
