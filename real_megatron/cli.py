@@ -198,7 +198,8 @@ def judge(
     revision: Revision = None,
     overrides: Overrides = None,
 ) -> None:
-    """Score every row of a JSONL file: critique, expected score and score distribution.
+    """Score every row of a JSONL file: critique, expected score and score distribution. Columns `label` and `cot` are
+    not read.
 
     Run it again to go on where it stopped. A bad row does not stop the job: it is reported, with its line, in
     OUTPUT.errors.jsonl, and tried again by the next run.

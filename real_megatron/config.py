@@ -352,8 +352,8 @@ class DataSource(Section):
     )
     labels: dict[str, float] = Field(
         default_factory=dict,
-        description="Numbers of labels that are words or class numbers, as `text: number`; when set, any other label "
-        "is an error.",
+        description="Numbers of labels that are words or class numbers, in the label's column (see score), as "
+        "`text: number`; texts such as yes, no, true and false need quotes. When set, any other label is an error.",
     )
     score_statement: Literal["cut", "keep"] = Field(
         "cut",

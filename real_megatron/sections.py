@@ -7,6 +7,7 @@ import difflib
 import inspect
 import json
 from collections.abc import Sequence
+from datetime import date
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Self, Union, get_args, get_origin
@@ -217,6 +218,9 @@ def _explain(
     message = fault["msg"].removeprefix("Value error, ")
     if fault["type"] == "value_error":  # raised by a section's own check: it says itself what is wrong
         return f"{where}: {key + ': ' if key else ''}{message}"
+    if fault["type"] == "string_type" and (loc[-1] == "[key]" or isinstance(fault["input"], bool | date)):
+        what, key = ("a key", ".".join(loc[:-2])) if loc[-1] == "[key]" else ("it", key)
+        return f'{where}: `{key}`: YAML reads {what} as {fault["input"]}, not as text; put it in quotes, as in "yes"'
     return f"{where}: `{key}`: {message} (got {fault['input']!r})"
 
 

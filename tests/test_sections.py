@@ -108,6 +108,22 @@ def test_saved_yaml_reads_back_equal(tmp_path: Path) -> None:
             "override `items.-1.path=y`: `items`: Input should be a valid list (got {'-1': {'path': 'y'}})",
         ),
         ("optimizer: {lr: .inf}", (), "run.yaml:1: `optimizer.lr`: Input should be a finite number (got inf)"),
+        (
+            "optimizer:\n  texts: [a, yes]",
+            (),
+            'run.yaml:2: `optimizer.texts.1`: YAML reads it as True, not as text; put it in quotes, as in "yes"',
+        ),
+        (
+            "named:\n  no: {path: x}",
+            (),
+            'run.yaml:1: `named`: YAML reads a key as False, not as text; put it in quotes, as in "yes"',
+        ),
+        (
+            "",
+            ("named={2024-01-01: {path: x}}",),
+            "override `named={2024-01-01: {path: x}}`: `named`: YAML reads a key as 2024-01-01, not as text; put it in "
+            'quotes, as in "yes"',
+        ),
         ("items: &x [*x]", (), "run.yaml: nested too deeply, or an alias that holds itself"),
         ("- 1", (), "run.yaml: the file must hold `key: value` lines, not a list"),
     ],

@@ -1,5 +1,6 @@
 """Records whose columns have other names than ours, and whose labels are words."""
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,9 +10,10 @@ from real_megatron.errors import DataError
 Placed = list[tuple[str, dict[str, Any]]]
 
 
-def map_columns(source: DataSource, records: Placed) -> Placed:
-    """The records (place, columns) with `source.columns` under our names too, and `label` as a number by
-    `source.labels`. Columns keep their own names beside ours, except one whose name is taken by another.
+def map_columns(source: DataSource, records: Placed, label: str | None) -> Placed:
+    """The records (place, columns) with `source.columns` under our names too, and the column `label`, which holds the
+    labels, as numbers by `source.labels`. Columns keep their own names beside ours, except one whose name is taken by
+    another.
 
     Raises DataError for a column that no record has, listing those there are, and for a label without a number, naming
     the record.
@@ -24,20 +26,20 @@ def map_columns(source: DataSource, records: Placed) -> Placed:
                     f"{source.path}: data.*.columns takes {ours!r} from the column {theirs!r}, which no record has; "
                     f"the columns are {', '.join(known)}"
                 )
-    return [(where, _mapped(source, where, record)) for where, record in records]
+    return [(where, _mapped(source, where, record, label)) for where, record in records]
 
 
-def _mapped(source: DataSource, where: str, record: dict[str, Any]) -> dict[str, Any]:
+def _mapped(source: DataSource, where: str, record: dict[str, Any], label: str | None) -> dict[str, Any]:
     mapped = record | {ours: record.get(theirs) for ours, theirs in source.columns.items()}
-    if source.labels and (label := mapped.get("label")) is not None:
-        many = isinstance(label, list)
-        numbers = [_number(source.labels, where, text) for text in (label if many else [label]) if text is not None]
-        mapped["label"] = numbers if many else numbers[0]
+    if source.labels and label is not None and (given := mapped.get(label)) is not None:
+        many = isinstance(given, list)
+        numbers = [_number(source.labels, where, text) for text in (given if many else [given]) if text is not None]
+        mapped[label] = numbers if many else numbers[0]
     return mapped
 
 
 def _number(labels: Mapping[str, float], where: str, label: Any) -> float:
-    text = str(label).strip()
+    text = json.dumps(label) if isinstance(label, bool) else str(label).strip()  # as the file has it: true, false
     if text not in labels:
         known = ", ".join(labels)
         raise DataError(f"{where}: the label {text[:80]!r} has no number in data.*.labels (it has {known}); add it")

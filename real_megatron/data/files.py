@@ -3,8 +3,11 @@
 import csv
 import hashlib
 import json
+import logging
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from contextlib import closing
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -17,7 +20,13 @@ from real_megatron.config import DataSource
 from real_megatron.data.record import check_text, decode_json, naming, parse_json, plain_record
 from real_megatron.errors import DataError
 
+logger = logging.getLogger(__name__)
+
+Rows = Generator[tuple[str, Any], None, None]
+
 HUB_NAME = re.compile(r"([\w-][\w.-]*/)?[\w-][\w.-]*", re.ASCII)
+QUOTED = re.compile(r'"(?:[^"]|"")*"')
+"""A cell as RFC 4180 quotes it."""
 CELL = 2**31 - 1
 """Longest cell of a CSV file, in characters. Python's own limit, 131,072, is less than a long prompt has."""
 
@@ -29,15 +38,31 @@ def read_records(source: DataSource) -> Iterator[tuple[str, dict[str, Any]]]:
     the hub. Kinds of files, by the end of the name:
 
     - .jsonl: an object a line; .json: the same, or one list of objects
-    - .csv: commas, and quotes as in RFC 4180; .tsv: tabs, quotes have no meaning. The first line names the columns.
-      Values stay texts; an empty cell is null
+    - .csv: commas, and quotes as in RFC 4180; .tsv: tabs, quotes have no meaning (what looks quoted is counted and
+      logged). The first line names the columns. Values stay texts; an empty cell is null
     - .parquet
+
+    Columns that JSON cannot hold (bytes, pictures) are left out, counted and logged.
 
     Hub data goes through `datasets`. Local files do not: `datasets` takes paths for patterns, and its readers of text
     turn what looks like a date into a timestamp, merge types, and do not say which line is broken.
 
     Raises DataError, naming the place and the fix, for what cannot be read or not be written again (`plain_record`).
     """
+    lost: Counter[tuple[str, str]] = Counter()
+    yield from _records(source, lost)
+    for (column, kind), count in lost.items():
+        logger.warning(
+            "%s: left out the column %r of %d records: it holds %s, which JSON cannot; to use it, store it as text",
+            source.path,
+            column,
+            count,
+            kind,
+        )
+
+
+def _records(source: DataSource, lost: Counter[tuple[str, str]]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """`read_records`; the columns left out, each with its type, are counted in `lost`."""
     path = Path(source.path)
     read = _READERS.get(path.suffix.lower())
     if path.is_dir():  # also where it has the name of a data set on the hub: datasets would read whatever lies in it
@@ -46,12 +71,17 @@ def read_records(source: DataSource) -> Iterator[tuple[str, dict[str, Any]]]:
         raise DataError(f"{path}: unknown kind of file; use {', '.join(_READERS)}")
     if read is not None and not path.is_file():
         raise DataError(f"{path}: no such file; correct the path of this data set")
-    records = _hub(source) if read is None else read(path)
-    return islice(_plain(records), source.limit)
+    with closing(_hub(source) if read is None else read(path)) as rows:
+        for where, record in islice(rows, source.limit):
+            found: dict[str, str] = {}
+            with naming(where):
+                plain = plain_record(record, found)
+            lost.update(found.items())
+            yield where, plain
 
 
 def source_digest(source: DataSource) -> str:
-    """A digest of what a data set holds: of a local file's bytes, of a hub data set's records (the first `limit`).
+    """A digest of what a data set holds: of a local file's bytes, of a hub data set's first `limit` records.
 
     Equal for the same content under another path. Raises DataError as `read_records` does.
     """
@@ -61,16 +91,9 @@ def source_digest(source: DataSource) -> str:
             while chunk := file.read(2**20):
                 digest.update(chunk)
     else:
-        for _, record in read_records(source):
-            digest.update(json.dumps(record, sort_keys=True, default=str).encode())
+        for _, record in _records(source, Counter()):
+            digest.update(json.dumps(record, sort_keys=True).encode())
     return digest.hexdigest()
-
-
-def _plain(records: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
-    for where, record in records:
-        with naming(where):
-            plain = plain_record(record)
-        yield where, plain
 
 
 def _open(path: Path) -> TextIO:
@@ -78,7 +101,7 @@ def _open(path: Path) -> TextIO:
     return path.open(encoding="utf-8-sig", errors="surrogateescape", newline="")
 
 
-def _json(path: Path) -> Iterator[tuple[str, Any]]:
+def _json(path: Path) -> Rows:
     with _open(path) as file:
         first = next((char for line in file for char in line if not char.isspace()), None)
         file.seek(0)
@@ -128,7 +151,7 @@ def _skip(text: str, at: int) -> int:
     return at
 
 
-def _csv(path: Path, dialect: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+def _csv(path: Path, dialect: Mapping[str, Any]) -> Rows:
     csv.field_size_limit(CELL)
     with _open(path) as file:
         rows = csv.reader(file, strict=True, **dialect)
@@ -157,12 +180,30 @@ def _csv(path: Path, dialect: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
                 yield where, {name: cell or None for name, cell in zip(names, row, strict=True)}
             elif row:  # a blank line is none
                 raise DataError(
-                    f"{where}: {len(row)} cells for {len(names)} columns ({', '.join(names)}); is the separator right, "
-                    "and each cell that holds one between quotes?"
+                    f"{where}: {len(row)} cells for {len(names)} columns ({', '.join(names)}); is the separator right? "
+                    "A cell may hold it, or a line break, between quotes in a .csv, and not at all in a .tsv"
                 )
 
 
-def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
+def _tsv(path: Path) -> Rows:
+    count, first = 0, ""
+    try:
+        for where, record in _csv(path, {"delimiter": "\t", "quoting": csv.QUOTE_NONE}):
+            cells = [*record.values(), *([] if count else record)]  # names of columns may be quoted too
+            found = sum(1 for cell in cells if cell and QUOTED.fullmatch(cell))
+            count, first = count + found, first or (where if found else "")
+            yield where, record
+    finally:  # also where a limit ends the reading, or what is wrong because of the quotes
+        if count:
+            logger.warning(
+                "%s: the first of %d cells that look quoted; in a .tsv quotes are part of the text: if that is not "
+                "meant, save the table as .csv, or without quotes (pandas: quoting=csv.QUOTE_NONE)",
+                first,
+                count,
+            )
+
+
+def _parquet(path: Path) -> Rows:
     number = 0
     try:
         with path.open("rb") as file:
@@ -181,7 +222,7 @@ def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
         raise DataError(f"{path}: not readable as Parquet: {error}; write the file again") from error
 
 
-def _hub(source: DataSource) -> Iterator[tuple[str, Any]]:
+def _hub(source: DataSource) -> Rows:
     if not HUB_NAME.fullmatch(source.path):
         raise DataError(f"{source.path}: no such file, and no name of a data set on the hub (owner/name); correct it")
     try:
@@ -195,10 +236,10 @@ def _hub(source: DataSource) -> Iterator[tuple[str, Any]]:
         yield f"{source.path}, row {number}", record
 
 
-_READERS: dict[str, Callable[[Path], Iterator[tuple[str, Any]]]] = {
+_READERS: dict[str, Callable[[Path], Rows]] = {
     ".json": _json,
     ".jsonl": _json,
     ".parquet": _parquet,
     ".csv": partial(_csv, dialect={"delimiter": ","}),
-    ".tsv": partial(_csv, dialect={"delimiter": "\t", "quoting": csv.QUOTE_NONE}),
+    ".tsv": _tsv,
 }

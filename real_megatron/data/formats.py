@@ -58,7 +58,8 @@ class Record:
     scores: list[float] = field(default_factory=list)
     """Score annotations; their mean is the label."""
     critiques: list[str] = field(default_factory=list)
-    """Critiques; one per score, or any number where there is one score."""
+    """Critiques; one per score, or any number where there is one score. What is no text is an error only where
+    critiques are needed, which `load_examples` knows."""
     messages: list[dict[str, str]] | None = None
     """The prompt as chat messages (`role`, `content`), which the template `plain` takes as they are."""
     id: str | None = None
@@ -82,25 +83,31 @@ class Record:
         return self.critiques[0] if self.critiques else None
 
 
+def read_prompt(record: Mapping[str, Any]) -> Record:
+    """What a judge is asked by a plain record: `prompt` or `messages` (or whatever fields the template names), `id`.
+
+    Reads neither label nor critique, which other columns may be called.
+    """
+    messages, name = record.get("messages"), record.get("id")
+    return Record(
+        fields=_texts(record),
+        messages=None if messages is None else _messages(messages),
+        id=None if name is None else str(name),
+        meta={key: value for key, value in record.items() if key not in ("prompt", "messages", "id")},
+    )
+
+
 def read_jsonl(record: Mapping[str, Any], score: str = "label") -> Record:
     """Plain records: `prompt` or `messages` (or whatever fields the template names), `label`, `cot`, `id`.
 
     The column `score` may hold a list of annotations; it is optional, as are `cot` and `id`.
     """
-    known = ("prompt", "messages", score, "cot", "id")
-    messages = record.get("messages")
+    result = read_prompt(record)
     cot = record.get("cot")
-    if cot is not None and not isinstance(cot, str):
-        raise BadRecord(f"'cot' is {_shown(cot)}; it must be a string")
-    name = record.get("id")
-    return Record(
-        fields=_texts(record),
-        scores=_scores(record, score),
-        critiques=[] if cot is None else [cot],
-        messages=None if messages is None else _messages(messages),
-        id=None if name is None else str(name),
-        meta={key: value for key, value in record.items() if key not in known},
-    )
+    result.scores = _scores(record, score)
+    result.critiques = [] if cot is None else [cot]
+    result.meta = {key: value for key, value in result.meta.items() if key not in (score, "cot")}
+    return result
 
 
 def read_feedback(record: Mapping[str, Any], score: str = "orig_score") -> Record:
@@ -113,10 +120,12 @@ def read_feedback(record: Mapping[str, Any], score: str = "orig_score") -> Recor
     critique = record.get("orig_feedback")
     if not critique and isinstance(record.get("output"), str):
         critique = record["output"].partition(RESULT)[0].strip().removeprefix("Feedback:")
+    if isinstance(critique, str):
+        critique = critique.strip()
     return Record(
         fields=_prometheus_fields(record),
         scores=scores,
-        critiques=[critique.strip()] if isinstance(critique, str) and critique.strip() else [],
+        critiques=[critique] if critique else [],
         meta={key: record[key] for key in ("orig_criteria",) if record.get(key)},
     )
 
@@ -127,10 +136,8 @@ def read_evaluation(record: Mapping[str, Any], score: str = "gpt4_score") -> Rec
     `score` names the column whose mean is the label. Critiques are GPT-4's, each with its own score.
     """
     feedback = record.get("gpt4_feedback") or []
-    feedback = [feedback] if isinstance(feedback, str) else list(feedback)
+    feedback = list(feedback) if isinstance(feedback, list) else [feedback]
     scores = _scores(record, score)
-    if not all(isinstance(text, str) for text in feedback):
-        raise BadRecord("'gpt4_feedback' holds something other than strings")
     result = Record(fields=_prometheus_fields(record), scores=scores)
     given = _scores(record, "gpt4_score")
     if score == "gpt4_score" or len(given) != len(feedback):
@@ -278,7 +285,7 @@ def _number(value: Any, key: str) -> float:
             number = math.nan
         if math.isfinite(number):
             return number
-    raise BadRecord(f"{key!r} is {_shown(value)}; it must be a finite number, or a list of them")
+    raise BadRecord(f"{key!r} is {shown(value)}; it must be a finite number, or a list of them")
 
 
 def _messages(messages: Any) -> list[dict[str, str]]:
@@ -287,11 +294,11 @@ def _messages(messages: Any) -> list[dict[str, str]]:
     for message in messages:
         fits = isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))
         if not fits:
-            raise BadRecord(f"a message is {_shown(message)}; each needs the texts 'role' and 'content'")
+            raise BadRecord(f"a message is {shown(message)}; each needs the texts 'role' and 'content'")
     return [{"role": message["role"], "content": message["content"]} for message in messages]
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     """A value for a message, not longer than a line."""
     text = repr(value)
     return text if len(text) <= 100 else f"{text[:80]}… ({len(text)} characters)"

@@ -11,7 +11,7 @@ from real_megatron.data.columns import map_columns
 from real_megatron.data.critiques import without_end
 from real_megatron.data.example import JudgeExample
 from real_megatron.data.files import read_records
-from real_megatron.data.formats import BadRecord, Reader, find_format, read_jsonl, score_columns
+from real_megatron.data.formats import BadRecord, Reader, find_format, read_prompt, score_columns, shown
 from real_megatron.data.record import naming, plain_record
 from real_megatron.data.template import PLAIN, Template, load_template
 from real_megatron.errors import ConfigError, DataError
@@ -22,12 +22,18 @@ logger = logging.getLogger(__name__)
 def label_column(source: DataSource) -> str | None:
     """The column whose mean is the label: `source.score`, else its format's own; None where the reader decides.
 
-    Raises ConfigError for an unknown format, and where the format's reader leaves no choice but one is made.
+    Raises ConfigError for an unknown format, and where the reader decides but `source.score` chooses a column, or
+    `source.labels` would map it.
     """
     own = find_format(source.format).score
     if source.score is not None and own is None:
         raise ConfigError(
             f"data.*.score: the format {source.format} has no choice of the label's column; remove {source.score!r}"
+        )
+    if source.labels and own is None:
+        raise ConfigError(
+            f"data.*.labels: the format {source.format} does not say which column holds the labels; remove labels and "
+            'map them in its reader, or register it with score="COLUMN"'
         )
     return own if source.score is None else source.score
 
@@ -37,6 +43,7 @@ def load_examples(
     template: str | Template = PLAIN,
     values: Sequence[float] | None = None,
     keep: Sequence[str] = (),
+    critiques: bool = True,
 ) -> list[JudgeExample]:
     """All examples of a data set, their prompts written with `template` (a built-in name, a file, or a Template).
 
@@ -46,14 +53,15 @@ def load_examples(
     has the column. `values` are the scale's numeric values: a label outside their range is an error. Critiques end
     before their own score statement (`source.score_statement`, `source.critique_end`); cut ones are counted and logged.
     `keep` names columns, or fields that the format makes, which must be in `meta` beside what the format puts there.
+    Without `critiques` those of the records are left alone, whatever they are: `cot` is None.
 
     Raises DataError, naming file, row and the fix, at the first record that does not fit, and ConfigError for an
     unknown format or template.
     """
     template = load_template(template)
     format = find_format(source.format)
-    records = map_columns(source, list(read_records(source)))
     column = label_column(source)
+    records = map_columns(source, list(read_records(source)), column)
     if column is not None and records and all(record.get(column) is None for _, record in records):
         found = ", ".join(score_columns(record for _, record in records)) or "none"
         raise DataError(
@@ -65,9 +73,9 @@ def load_examples(
     name = Path(source.path).stem.encode("utf-8", "backslashreplace").decode("utf-8")
     examples: list[JudgeExample] = []
     places: dict[str, str] = {}
-    unlabelled = critiques = cut = emptied = 0
+    unlabelled = with_critique = cut = emptied = 0
     for number, (where, record) in enumerate(records, 1):
-        example = _example(record, read, template, where, f"{name}-{number}", keep)
+        example = _example(record, read, template, where, f"{name}-{number}", keep, critiques)
         if not example.has_label:
             if format.needs_label:
                 raise DataError(f"{where}: no label; training and evaluation need one in every record")
@@ -83,7 +91,7 @@ def load_examples(
         places[example.id] = where
         if example.cot is not None:
             before, example.cot = example.cot, _ended(example.cot, source, values)
-            critiques += 1
+            with_critique += 1
             cut += example.cot != before
             emptied += bool(before.strip()) and not example.cot.strip()
         examples.append(example)
@@ -93,7 +101,7 @@ def load_examples(
             "critique_end)",
             source.path,
             cut,
-            critiques,
+            with_critique,
             emptied,
         )
     if unlabelled:
@@ -107,13 +115,14 @@ def load_examples(
 def example_from_record(
     record: Mapping[str, Any], template: str | Template, where: str, default_id: str
 ) -> JudgeExample:
-    """One plain JSONL record as an example; label and critique are optional.
+    """The prompt of one plain JSONL record as an example without label and critique: judging needs neither, and columns
+    of these names are not read.
 
     For callers that read a file themselves and continue after bad rows. Raises a DataError that begins with `where`.
     """
     with naming(where):
         plain = plain_record(record)
-    return _example(plain, read_jsonl, load_template(template), where, default_id)
+    return _example(plain, read_prompt, load_template(template), where, default_id)
 
 
 def _ended(critique: str, source: DataSource, values: Sequence[float] | None) -> str:
@@ -127,11 +136,15 @@ def _example(
     where: str,
     default_id: str,
     keep: Sequence[str] = (),
+    critiques: bool = True,
 ) -> JudgeExample:
     try:
         parsed = read(record)
     except BadRecord as error:
         raise DataError(f"{where}: {error}") from None
+    bad = [critique for critique in parsed.critiques if not isinstance(critique, str)]
+    if critiques and bad:
+        raise DataError(f"{where}: the critique is {shown(bad[0])}; it must be a text")
     if parsed.messages is not None and template.name == PLAIN:
         messages = parsed.messages
     else:
@@ -154,4 +167,5 @@ def _example(
             f"{where}: no value in the column {missing[0]!r}, by which data.eval has rows belong together; the columns "
             f"are {', '.join(record)}; name another or complete it"
         )
-    return JudgeExample(parsed.id or default_id, messages, parsed.label, parsed.cot, {**parsed.meta, **kept})
+    cot = parsed.cot if critiques else None
+    return JudgeExample(parsed.id or default_id, messages, parsed.label, cot, {**parsed.meta, **kept})

@@ -8,12 +8,18 @@ from decimal import Decimal
 from typing import Any
 from uuid import UUID
 
+import numpy as np
+
 from real_megatron.errors import DataError
 
 DEPTH = 100
 """Deepest nesting of a record: far from Python's recursion limit, which depends on who calls."""
 DIGIT_BITS = 14_000
 """Longest whole number, in bits: Python refuses to write more than 4300 digits."""
+
+
+class _NotJson(Exception):
+    """A value that JSON cannot hold; its argument is the name of its type."""
 
 
 @contextmanager
@@ -65,15 +71,24 @@ def check_text(text: str) -> None:
         raise DataError(f"not UTF-8 text (column {error.start + 1}); save the file as UTF-8") from None
 
 
-def plain_record(value: Any) -> dict[str, Any]:
-    """A record in JSON types: dates, times and decimal numbers as texts, tuples as lists; what else is not JSON stays.
+def plain_record(value: Any, lost: dict[str, str] | None = None) -> dict[str, Any]:
+    """A record in JSON types: dates, times and decimal numbers as texts, tuples and arrays as lists.
+
+    A column that JSON cannot hold, such as one of bytes or pictures, is left out, and put into `lost` with the name of
+    the type.
 
     Raises DataError, which does not say where, for what is no record, and for what could be read but not written: lone
     surrogates, whole numbers of more than 4300 digits, nesting beyond `DEPTH`.
     """
-    plain = _plain(value, "", 0)
-    if not isinstance(plain, dict):
-        raise DataError(f"{json.dumps(plain)[:80]} is no object; each record is one JSON object")
+    if not isinstance(value, dict):
+        raise DataError(f"{json.dumps(value, default=str)[:80]} is no object; each record is one JSON object")
+    plain = {}
+    for key, item in value.items():
+        try:
+            plain[_plain(key, str(key), 0)] = _plain(item, str(key), 1)
+        except _NotJson as error:
+            if lost is not None:
+                lost[key] = str(error)
     return plain
 
 
@@ -92,8 +107,13 @@ def _plain(value: Any, key: str, depth: int) -> Any:
         if depth == DEPTH:
             raise DataError(f"{key!r} is nested too deeply, beyond {DEPTH} levels; flatten it")
         if isinstance(value, dict):
-            return {_plain(k, key or str(k), depth): _plain(v, key or str(k), depth + 1) for k, v in value.items()}
+            return {_plain(k, key, depth): _plain(v, key, depth + 1) for k, v in value.items()}
         return [_plain(item, key, depth + 1) for item in value]
     elif isinstance(value, (Decimal, date, time, timedelta, UUID)):
         return str(value)
+    elif isinstance(value, (np.ndarray, np.generic)) and not isinstance(value, (float, bytes)):
+        times = value.dtype.kind in "mM"  # their nanoseconds would become whole numbers
+        return _plain((value.astype(str) if times else value).tolist(), key, depth)
+    elif value is not None and not isinstance(value, float):
+        raise _NotJson(type(value).__name__)
     return value

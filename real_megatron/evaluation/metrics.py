@@ -5,14 +5,14 @@ docs/mathematics.md defines the metrics and intervals.
 """
 
 import math
-import warnings
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import stats
+from scipy import special
 
+from real_megatron.evaluation.left_out import agreement_without
 from real_megatron.evaluation.weighted import CELLS, Agreement, Array
 
 LOWER_IS_BETTER = ("mse", "mae")
@@ -56,7 +56,7 @@ def agreement(
     """
     x, y = _checked(predictions, labels)
     metrics = Agreement(x, y, scale_values, _numbers(within, len(y)))
-    return _estimates(metrics.names, metrics, [metrics], clusters, len(y), resamples, seed)
+    return _estimates([metrics], clusters, len(y), resamples, seed)
 
 
 def paired_difference(
@@ -74,22 +74,21 @@ def paired_difference(
     x, y = _checked(predictions, labels)
     b, _ = _checked(baseline, labels)
     new, old = (Agreement(a, y, scale_values, _numbers(within, len(y))) for a in (x, b))
-    return _estimates(new.names, lambda w: new(w) - old(w), [new, old], clusters, len(y), resamples, seed)
+    return _estimates([new, old], clusters, len(y), resamples, seed)
 
 
 def _estimates(
-    names: Sequence[str],
-    statistic: Callable[[Array], Array],
     parts: Sequence[Agreement],
     clusters: Groups,
     n: int,
     resamples: int,
     seed: int,
 ) -> dict[str, Estimate]:
-    """statistic: weights [resamples, n] → [names, resamples]; parts: what it is made of, which say why it is NaN."""
+    """parts: one judge, or the two whose difference is estimated."""
+    names = parts[0].names
     numbers = _numbers(clusters, n)
     members = np.arange(n) if numbers is None else numbers
-    values = statistic(np.ones((1, n)))
+    values = _difference([part(np.ones((1, n))) for part in parts])
     whys = [next((why for part in parts if (why := part.why(name))), "") for name in names]
     notes = [next((note for part in parts if (note := part.note(name))), "") for name in names]
     if (count := int(members.max()) + 1) < 2:
@@ -98,65 +97,67 @@ def _estimates(
             name: Estimate(float(value), math.nan, math.nan, why or f"{one}: no interval")
             for name, value, why in zip(names, values[:, 0], whys, strict=True)
         }
-    replicates, low, high = _bootstrap(statistic, values, members, count, resamples, seed)
+    with np.errstate(all="ignore"):  # of degenerate data: the notes say it, metric by metric
+        replicates = _near(values, _replicates(parts, members, count, resamples, seed))
+        left_out = _near(values, _difference([agreement_without(part, members) for part in parts]))
     found = {}
     for i, name in enumerate(names):
         if whys[i]:
             found[name] = Estimate(math.nan, math.nan, math.nan, whys[i])
             continue
-        interval, note = _interval(float(values[i, 0]), replicates[i], float(low[i]), float(high[i]))
+        interval, note = _interval(float(values[i, 0]), replicates[i], left_out[i])
         found[name] = Estimate(float(values[i, 0]), *interval, "; ".join(filter(None, [notes[i], note])))
     return found
 
 
-def _bootstrap(
-    statistic: Callable[[Array], Array],
-    values: Array,
-    members: NDArray[np.int64],
-    count: int,
-    resamples: int,
-    seed: int,
-) -> tuple[Array, Array, Array]:
-    """Replicates [names, resamples] and the ends of the BCa intervals [names], NaN where undefined; values [names, 1]:
-    the statistic of the data."""
-
-    def of(drawn: NDArray[np.int64], axis: int) -> Array:
-        rows = drawn.reshape(-1, drawn.shape[-1])
-        offsets = np.arange(len(rows))[:, None] * count
-        draws = np.bincount((rows + offsets).ravel(), minlength=len(rows) * count).reshape(len(rows), count)
-        result = statistic(draws[:, members].astype(np.float64))
-        # Replicates that equal the value but for rounding count as equal, or the bias correction would be a matter of
-        # the last bits.
-        result = np.where(np.abs(result - values) <= ROUNDING, values, result)
-        return result if drawn.ndim > 1 else result[:, 0]
-
-    with warnings.catch_warnings(), np.errstate(all="ignore"):
-        warnings.simplefilter("ignore")  # of degenerate data: the notes say it, metric by metric
-        result = stats.bootstrap(
-            (np.arange(count),),
-            of,
-            n_resamples=resamples,
-            batch=max(1, CELLS // len(members)),
-            vectorized=True,
-            confidence_level=LEVEL,
-            method="BCa",
-            rng=np.random.default_rng(seed),
-        )
-    return result.bootstrap_distribution, result.confidence_interval.low, result.confidence_interval.high
+def _difference(of: Sequence[Array]) -> Array:
+    """What is estimated: of one judge its metrics, of two the first's less the second's."""
+    return of[0] - of[1] if len(of) == 2 else of[0]
 
 
-def _interval(value: float, replicates: Array, low: float, high: float) -> tuple[tuple[float, float], str]:
+def _replicates(parts: Sequence[Agreement], members: NDArray[np.int64], count: int, resamples: int, seed: int) -> Array:
+    """[names, resamples]: the estimates of the examples of `count` clusters, drawn with replacement."""
+    rng, batch = np.random.default_rng(seed), max(1, CELLS // len(members))
+    found = []
+    for start in range(0, resamples, batch):
+        drawn = rng.integers(0, count, (min(batch, resamples - start), count))
+        offsets = np.arange(len(drawn))[:, None] * count
+        draws = np.bincount((drawn + offsets).ravel(), minlength=drawn.size).reshape(drawn.shape)
+        weights = draws[:, members].astype(np.float64)
+        found.append(_difference([part(weights) for part in parts]))
+    return np.concatenate(found, axis=-1)
+
+
+def _near(values: Array, found: Array) -> Array:
+    """`found` [names, many], in which what equals `values` [names, 1] but for rounding is equal: else the bias
+    correction and the acceleration would be a matter of the last bits."""
+    return np.where(np.abs(found - values) <= ROUNDING, values, found)
+
+
+def _bca(value: float, replicates: Array, left_out: Array) -> tuple[float, float]:
+    """The ends of the BCa interval, as of scipy.stats.bootstrap. NaN where it is undefined: where a replicate or a
+    value without a cluster is NaN, all the latter are equal, or all replicates lie on one side of the value."""
+    bias = special.ndtri(((replicates < value).mean() + (replicates <= value).mean()) / 2)
+    if not (np.isfinite(replicates).all() and np.isfinite(left_out).all() and np.ptp(left_out) and np.isfinite(bias)):
+        return math.nan, math.nan
+    deviations = left_out.mean() - left_out
+    acceleration = (deviations**3).sum() / (6 * (deviations**2).sum() ** 1.5)
+    z = bias + special.ndtri([(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    low, high = np.quantile(replicates, special.ndtr(bias + z / (1 - acceleration * z)))
+    return float(low), float(high)
+
+
+def _interval(value: float, replicates: Array, left_out: Array) -> tuple[tuple[float, float], str]:
     """The BCa interval where it is defined, else that of the percentiles, and a note."""
+    low, high = _bca(value, replicates, left_out)
     finite = replicates[np.isfinite(replicates)]
-    # With all resamples on one side the bias correction is infinite, and the ends scipy gives are an extreme resample.
-    sided = bool((finite > value + ROUNDING).all() or (finite < value - ROUNDING).all())
-    if math.isfinite(low) and math.isfinite(high) and len(finite) == len(replicates) and not sided:
+    if math.isfinite(low):
         return (low, high), ""
     if not len(finite):
         return (math.nan, math.nan), f"interval from 0 of {len(replicates)} resamples"
     if len(finite) < len(replicates):
         note = f"interval from {len(finite)} of {len(replicates)} resamples, of percentiles: BCa needs them all"
-    elif np.ptp(finite) == 0 and not sided:
+    elif (finite == value).all():
         note = ""  # every interval is this one value
     else:
         note = (

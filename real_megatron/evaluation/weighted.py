@@ -1,7 +1,7 @@
 """Agreement metrics of many weightings of the same examples at once: a resample is how often each example was drawn."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,53 +19,60 @@ class Agreement:
     """The metrics `names` of predictions x [n] and labels y [n], as a function of weights.
 
     within: number of each example's group, from 0; with it the metrics `WITHIN` are added
+
+    `errors` [3, n]: what mse, mae and accuracy are the means of; `groups`: the examples of each group, and their
+    correlations.
     """
 
     def __init__(
         self, x: Array, y: Array, scale_values: Sequence[float], within: NDArray[np.int64] | None = None
     ) -> None:
         self.names = NAMES if within is None else (*NAMES, *WITHIN)
-        self._x, self._y = x, y
+        self.x, self.y = x, y
         values = np.asarray(scale_values, dtype=np.float64)
         nearest = [np.abs(values - a[:, None]).argmin(-1) for a in (x, y)]
-        self._errors = np.stack([(x - y) ** 2, np.abs(x - y), nearest[0] == nearest[1]])
-        self._pooled = _Correlations(x, y)
+        self.errors = np.stack([(x - y) ** 2, np.abs(x - y), nearest[0] == nearest[1]])
+        self._pooled = Correlations(x, y)
         rows = [] if within is None else [np.flatnonzero(within == g) for g in range(int(within.max()) + 1)]
-        self._groups = [(own, _Correlations(x[own], y[own])) for own in rows]
+        self.groups = [(own, Correlations(x[own], y[own])) for own in rows]
         self._defined = sum(not _constant(x[own], y[own]) for own in rows)
 
     def __call__(self, weights: Array) -> Array:
         """weights [resamples, n], whole numbers → [names, resamples]; NaN where undefined."""
-        errors = self._errors @ weights.T / weights.sum(-1)
+        errors = self.errors @ weights.T / weights.sum(-1)
         parts = [self._pooled(weights), errors]
-        return np.concatenate([*parts, self._within(weights)] if self._groups else parts)
+        return np.concatenate([*parts, self._within(weights)] if self.groups else parts)
 
     def why(self, name: str) -> str:
         """Why the metric is undefined; empty when it is defined."""
         if name in WITHIN:
             return "" if self._defined else "all predictions or all labels are equal in each group"
-        return _constant(self._x, self._y) if name in CORRELATIONS else ""
+        return _constant(self.x, self.y) if name in CORRELATIONS else ""
 
     def note(self, name: str) -> str:
         """How many groups a mean over groups is of, where it is not of all."""
-        if name not in WITHIN or self._defined == len(self._groups):
+        if name not in WITHIN or self._defined == len(self.groups):
             return ""
-        return f"mean over {self._defined} of {len(self._groups)} groups; it is undefined in the others"
+        return f"mean over {self._defined} of {len(self.groups)} groups; it is undefined in the others"
 
     def _within(self, weights: Array) -> Array:
         """The mean over groups. A group counts by how often its examples were drawn on average: once in the data, and
         twice where it is itself a cluster that was drawn twice."""
-        total, shares = np.zeros((len(CORRELATIONS), len(weights))), np.zeros((len(CORRELATIONS), len(weights)))
-        for rows, correlations in self._groups:
-            own = weights[:, rows]
-            values = correlations(own)
-            share = np.where(np.isnan(values), 0.0, own.mean(-1))
-            total += share * np.nan_to_num(values)
-            shares += share
-        return np.where(shares > 0, total / np.where(shares > 0, shares, 1.0), math.nan)
+        return mean_over_groups(
+            (correlations(weights[:, rows]), weights[:, rows].mean(-1)) for rows, correlations in self.groups
+        )
 
 
-class _Correlations:
+def mean_over_groups(groups: Iterable[tuple[Array, Array]]) -> Array:
+    """The mean of each group's correlations [3, resamples] with weights [resamples], where it has them; NaN of none."""
+    total, shares = np.zeros(()), np.zeros(())
+    for values, weight in groups:
+        share = np.where(np.isnan(values), 0.0, weight)
+        total, shares = total + share * np.nan_to_num(values), shares + share
+    return np.where(shares > 0, total / np.where(shares > 0, shares, 1.0), math.nan)
+
+
+class Correlations:
     """Pearson, Spearman (average ranks) and Kendall (tau-b).
 
     Kendall: with w_i the weights, the sum over drawn pairs of C = sign(Δx)·sign(Δy) is ½ wᵀCw: one matrix product, in
@@ -85,9 +92,9 @@ class _Correlations:
         n = weights.sum(-1)
         untied = [n**2 - (own**2).sum(-1) for own in draws]
         found = [
-            _ratio(*_moments(self._x, self._y, weights)),
-            _ratio(*_moments(rank_x, rank_y, weights)),
-            _ratio(self._pairs(weights), *untied),
+            ratio(*moments(self._x, self._y, weights)),
+            ratio(*moments(rank_x, rank_y, weights)),
+            ratio(self._pairs(weights), *untied),
         ]
         return np.where(constant, math.nan, np.stack(found))
 
@@ -118,7 +125,7 @@ class _Ties:
         return (draws.cumsum(-1) - (draws - 1) / 2)[:, self._inverse]
 
 
-def _moments(x: Array, y: Array, weights: Array) -> tuple[Array, Array, Array]:
+def moments(x: Array, y: Array, weights: Array) -> tuple[Array, Array, Array]:
     """Weighted sums of xy, xx and yy about the means: [resamples] each."""
     n = np.maximum(weights.sum(-1, keepdims=True), 1.0)
     x = x - (weights * x).sum(-1, keepdims=True) / n
@@ -127,7 +134,7 @@ def _moments(x: Array, y: Array, weights: Array) -> tuple[Array, Array, Array]:
     return (weighted * y).sum(-1), (weighted * x).sum(-1), (weights * y * y).sum(-1)
 
 
-def _ratio(both: Array, own: Array, other: Array) -> Array:
+def ratio(both: Array, own: Array, other: Array) -> Array:
     norm = np.sqrt(own * other)
     # Deviations so small that their squares vanish are constant to float64, too.
     return np.where(norm == 0, math.nan, both / np.where(norm == 0, 1.0, norm)).clip(-1.0, 1.0)

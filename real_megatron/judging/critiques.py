@@ -95,7 +95,7 @@ def _begin(output: Path, partial: Path, settings: dict[str, Any]) -> None:
 def _sample(judge: Judge, samples: int, partial: Path) -> None:
     config, tokenizer, scale = judge.config, judge.tokenizer, judge.scale
     data, rollout = config.data, config.rollout
-    sources = [load_examples(source, data.template, scale.values) for source in data.train]
+    sources = [load_examples(source, data.template, scale.values, critiques=False) for source in data.train]
     # Ids may repeat in other data sets.
     examples = [(f"{number}/{e.id}" if len(sources) > 1 else e.id, e) for number, s in enumerate(sources) for e in s]
     ids = {id(example): name for name, example in examples}

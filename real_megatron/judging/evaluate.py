@@ -20,7 +20,7 @@ from real_megatron.evaluation.weighted import NAMES
 from real_megatron.judging.judge import Judge
 from real_megatron.judging.reading import Reading, answers_of, mean_answer
 from real_megatron.rollout.engine import naming_prompts
-from real_megatron.runtime import join_torchrun, rank
+from real_megatron.runtime import from_rank_0, join_torchrun, rank
 from real_megatron.scores import ScoreScale
 
 CLUSTER = "group"
@@ -85,7 +85,7 @@ def load_evaluation_sets(
     for name, source in data.eval.items():
         keys = source.cluster or CLUSTER, source.within
         keep = [key for key in (source.cluster, source.within) if key]
-        examples = load_examples(source, data.template, scale.values, keep)
+        examples = load_examples(source, data.template, scale.values, keep, critiques=False)
         encoded = encode_prompts(tokenizer, examples, data)
         if not encoded.kept:
             raise ConfigError(
@@ -138,8 +138,8 @@ def evaluate_set(
     RAIL and sampled decoding read the same critiques. A critique without an anchor gets one appended
     (`evaluation.no_anchor: force`, the default: every example is judged) or is left out (`drop`: an example that loses
     all of them is counted as `unanswered`, and no metric covers it; where none is answered, every metric is NaN, with a
-    note). `about` is kept with the result; `on_progress` is called with the number of examples done. Every rank of a
-    distributed engine must call it; all get the same result.
+    note). `about` is kept with the result; `on_progress` is called with the number of examples done. Collective: every
+    rank gets the same result; rank 0 computes the metrics.
 
     Raises DataError when there is no example, an id occurs twice, or the engine cannot take a prompt.
     """
@@ -162,7 +162,8 @@ def evaluate_set(
     readings = [reading for row in rows for reading in row]
     return Evaluation(
         name=name,
-        metrics={decoding: _agreement(judge, answered, decoding) for decoding in DECODINGS},
+        # The resamples take the processors of a whole host: one rank is enough.
+        metrics=from_rank_0(lambda: {decoding: _agreement(judge, answered, decoding) for decoding in DECODINGS}),
         counts=_counts(readings, len(examples), len(examples) - len(answered)),
         means=_means(readings),
         config=dict(about or {})

@@ -5,12 +5,13 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
 
 from real_megatron.config import DataSource
-from real_megatron.data.files import read_records
+from real_megatron.data.files import read_records, source_digest
 from real_megatron.errors import DataError
 
 ROWS: list[dict[str, Any]] = [
@@ -125,6 +126,79 @@ def test_parquet_values_are_json(tmp_path: Path) -> None:
     assert read(path) == [
         (f"{path}, row 1", {"at": "2024-01-02 03:04:00", "n": "4.50", "parts": [{"day": "2024-01-02"}]})
     ]
+
+
+def test_cells_of_a_tsv_that_look_quoted_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows = [["id", "text"], ["1", 'say "hi"'], ["2", "plain"], ["3", 'a "b" "c"'], ["4", '"x']]
+
+    def written(quoting: int, **fields: Any) -> tuple[list[dict[str, Any]], list[str]]:
+        caplog.clear()
+        path = tmp_path / "a.tsv"
+        with path.open("w", newline="") as file:
+            csv.writer(file, delimiter="\t", quoting=quoting, quotechar=fields.pop("quotechar", '"')).writerows(rows)
+        found = [row for _, row in read(path, **fields)]
+        return found, [record.getMessage().removeprefix(str(path)) for record in caplog.records]
+
+    found, warnings = written(csv.QUOTE_MINIMAL)  # as pandas does
+    assert [row["text"] for row in found] == ['"say ""hi"""', "plain", '"a ""b"" ""c"""', '"""x"']
+    (warning,) = warnings
+    assert warning.startswith(", line 2: the first of 3 cells that look quoted; in a .tsv quotes are part of the text")
+    _, (warning,) = written(csv.QUOTE_MINIMAL, limit=1)
+    assert warning.startswith(", line 2: the first of 1 cells")
+    _, (warning,) = written(csv.QUOTE_ALL)
+    assert warning.startswith(", line 2: the first of 10 cells")  # with the names of the two columns
+    found, warnings = written(csv.QUOTE_NONE, quotechar=None)
+    assert [row["text"] for row in found] == [text for _, text in rows[1:]] and not warnings
+    rows[2][1] = "two\nlines"
+    with pytest.raises(DataError, match=r"line 3: 2 cells|line 4: 1 cells for 2 columns .* not at all in a \.tsv"):
+        written(csv.QUOTE_MINIMAL)
+    assert "the first of 1 cells that look quoted" in caplog.text
+
+
+class Picture:
+    """What a hub data set may hold."""
+
+
+@pytest.mark.parametrize("hub", [False, True])
+def test_columns_that_json_cannot_hold_are_left_out_and_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, hub: bool
+) -> None:
+    rows = [
+        {"prompt": str(i), "picture": {"bytes": b"\x89PNG"} if i else None, "parts": [b""] * i, "label": i}
+        for i in range(3)
+    ]
+    path, kind = tmp_path / "a.parquet", "bytes"
+    if hub:
+        path, kind = Path("owner/name"), "Picture"
+        rows = [row | {"picture": Picture() if row["picture"] else None} for row in rows]
+        monkeypatch.setattr("real_megatron.data.files.datasets.load_dataset", lambda *_, **__: rows)
+    else:
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    found = [row for _, row in read(path)]
+    assert found[1:] == [{"prompt": "1", "label": 1}, {"prompt": "2", "label": 2}]
+    json.dumps(found)
+    warnings = [record.getMessage() for record in caplog.records]
+    assert sorted(warnings) == [
+        f"{path}: left out the column {name!r} of 2 records: it holds {what}, which JSON cannot; to use it, store it "
+        "as text"
+        for name, what in (("parts", "bytes"), ("picture", kind))
+    ]
+    # What a run's data are does not depend on where an object lies in memory, and is said once.
+    digest = source_digest(DataSource(path=str(path)))
+    if hub:
+        rows[1]["picture"] = Picture()
+    assert source_digest(DataSource(path=str(path))) == digest and len(caplog.records) == 2
+
+
+def test_numbers_of_numpy_are_json(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = {"n": np.int64(3), "x": np.float32(0.5), "y": np.float64(2), "flag": np.True_, "rows": np.eye(2, dtype=int)}
+    times = {"at": np.datetime64("2024-01-02T03:04", "ns"), "days": np.array(["2024-01-02"], "M8[ns]")}
+    monkeypatch.setattr("real_megatron.data.files.datasets.load_dataset", lambda *_, **__: [row | times])
+    ((_, found),) = read(Path("owner/name"))
+    assert json.loads(json.dumps(found)) == {
+        **{"n": 3, "x": 0.5, "y": 2.0, "flag": True, "rows": [[1, 0], [0, 1]]},
+        **{"at": "2024-01-02T03:04:00.000000000", "days": ["2024-01-02T00:00:00.000000000"]},
+    }
 
 
 def test_faults_within_parquet_name_the_place(tmp_path: Path) -> None:

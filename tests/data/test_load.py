@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from real_megatron.config import DataSource
+from real_megatron.config import DataSource, RunConfig
 from real_megatron.data import JudgeExample, example_from_record, label_column, load_examples
 from real_megatron.data.critiques import without_end
 from real_megatron.data.formats import FORMATS
@@ -149,6 +149,9 @@ def test_a_format_lets_the_labels_column_be_chosen_or_not(tmp_path: Path, extens
     with pytest.raises(ConfigError, match=r"data\.\*\.score: the format .*:pairs has no choice of the label's column"):
         load_examples(fixed)
     assert label_column(fixed.model_copy(update={"score": None})) is None
+    words = source(tmp_path, rows, f"{extension_format}:pairs", labels={"good": 5})
+    with pytest.raises(ConfigError, match=r"data\.\*\.labels: the format .*:pairs does not say which column holds"):
+        load_examples(words)
 
 
 def test_an_attribute_that_reads_nothing_is_named(tmp_path: Path, extension_format: str) -> None:
@@ -220,6 +223,47 @@ def test_labels_that_are_words(tmp_path: Path) -> None:
         load_examples(DataSource(path=str(path), columns={"label": "judged"}, labels=labels))
 
 
+@pytest.mark.parametrize(
+    ("format", "column"),
+    [
+        ("jsonl", "label"),
+        ("feedback_collection", "orig_score"),
+        ("feedback_bench", "orig_score"),
+        ("flask", "gpt4_score"),
+        ("vicuna_bench", "gpt4_score"),
+        ("mt_bench", "gpt4_score"),
+    ],
+)
+def test_labels_that_are_words_stand_in_the_column_of_the_format(tmp_path: Path, format: str, column: str) -> None:
+    """Its own, one under its name, or the one that is chosen; a column named `label` means nothing elsewhere."""
+    rows: list[dict[str, Any]] = [
+        {"prompt": "p", "instruction": "p", "label": 0, "orig_score": 0, "gpt4_score": 0, "cls": "good"},
+        {"prompt": "q", "instruction": "q", "label": 0, "orig_score": 0, "gpt4_score": 0, "cls": ["bad", "good"]},
+    ]
+    labels = {"good": 5, "bad": 2}
+
+    def read(rows: list[dict[str, Any]], **fields: Any) -> list[float]:
+        return [e.label for e in load_examples(source(tmp_path, rows, format, labels=labels, **fields))]
+
+    assert read([row | {column: row["cls"]} for row in rows]) == [5.0, 3.5]
+    assert read(rows, columns={column: "cls"}) == [5.0, 3.5]
+    assert read(rows, score="cls") == [5.0, 3.5]
+    with pytest.raises(
+        DataError, match=r"line 1: the label '0' has no number in data\.\*\.labels \(it has good, bad\)"
+    ):
+        read(rows)
+
+
+def test_labels_that_are_true_or_class_numbers(tmp_path: Path) -> None:
+    """Numbers as text or not, and what JSON writes as true."""
+    rows = [{"prompt": "a", "label": label} for label in (1, "1", True, "no ", 2.5)]
+    (tmp_path / "run.yaml").write_text(
+        f"data:\n  train:\n  - path: {source(tmp_path, rows).path}\n    labels: {{1: 5, 2.5: 4, 'true': 3, 'no': 2}}\n"
+    )
+    data = RunConfig.from_yaml(tmp_path / "run.yaml").data.train[0]
+    assert [e.label for e in load_examples(data)] == [5.0, 5.0, 3.0, 2.0, 4.0]
+
+
 def test_columns_that_are_kept(tmp_path: Path) -> None:
     """`group` always, where a record has it, and those that an evaluation asks for, also fields that a format makes."""
     rows = [{"instruction": "###The instruction to evaluate:\nQ\n###Feedback:", "gpt4_score": 3, "group": 7, "x": "y"}]
@@ -257,6 +301,26 @@ def test_a_real_data_set_by_its_own_columns(tmp_path: Path) -> None:
         )
 
 
+@pytest.mark.parametrize(
+    ("format", "row", "column"),
+    [
+        ("jsonl", {"prompt": "p", "label": 1}, "cot"),
+        ("feedback_collection", {"instruction": "p", "orig_score": 1}, "orig_feedback"),
+        ("flask", {"instruction": "p", "gpt4_score": 1}, "gpt4_feedback"),
+    ],
+)
+def test_a_critique_that_is_no_text_is_an_error_where_it_is_needed(
+    tmp_path: Path, format: str, row: dict[str, Any], column: str
+) -> None:
+    good = load_examples(source(tmp_path, [row | {column: " Good."}], format))[0].cot
+    assert good is not None and good.strip() == "Good."
+    for critique, shown in ((["a", 2], r"(2|\['a', 2\])"), (5, "5"), ({"a": 1}, r"\{'a': 1\}")):
+        data = source(tmp_path, [row | {column: critique}], format)
+        with pytest.raises(DataError, match=rf"rows\.jsonl, line 1: the critique is {shown}; it must be a text"):
+            load_examples(data)
+        assert [(e.label, e.cot) for e in load_examples(data, critiques=False)] == [(1.0, None)]
+
+
 def test_unknown_format(tmp_path: Path) -> None:
     message = r"data\.\*\.format: unknown record format 'csv'; known: feedback_bench, .*, or module:name"
     with pytest.raises(ConfigError, match=message):
@@ -266,7 +330,7 @@ def test_unknown_format(tmp_path: Path) -> None:
 def test_one_record_alone() -> None:
     with pytest.raises(DataError, match="^prompt 1: 'prompt' holds the lone surrogate"):
         example_from_record({"prompt": "\ud800"}, "plain", "prompt 1", "1")
-    example = example_from_record({"prompt": "a"}, "plain", "in.jsonl, line 4", "4")
+    example = example_from_record({"prompt": "a", "label": "?", "cot": 5}, "plain", "in.jsonl, line 4", "4")
     assert (example.id, example.has_label) == ("4", False)
     with pytest.raises(DataError, match=r"^in\.jsonl, line 4: template 'plain' needs 'prompt'"):
         example_from_record({}, "plain", "in.jsonl, line 4", "4")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from real_megatron.evaluation import weighted
+from real_megatron.evaluation import left_out, weighted
 from real_megatron.evaluation.metrics import agreement, paired_difference
 from real_megatron.evaluation.weighted import CORRELATIONS, NAMES, WITHIN, Agreement
 
@@ -95,6 +95,41 @@ def test_intervals_are_scipys_bca_over_clusters() -> None:
     for estimate, low, high in zip(found.values(), expected.low, expected.high, strict=True):
         assert (estimate.low, estimate.high) == pytest.approx((low, high), abs=1e-10) and not estimate.note
     assert agreement(x, y, SCALE, 60, 4, clusters, within) == found != agreement(x, y, SCALE, 60, 5, clusters, within)
+
+
+def left_out_cases() -> list[tuple[str, np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]]:
+    """Predictions, labels, clusters, groups: many ties, no ties, equal examples left, and one cluster with all the
+    spread."""
+    rng, (x, y) = np.random.default_rng(7), data(45)
+    each, few = np.arange(45), rng.permutation(np.arange(45) % 11)
+    far, flat = x.copy(), y.copy()
+    far[3], flat[:] = 1e7, 4.0
+    flat[5] = 1.0
+    return [
+        ("each", x, y, each, None),
+        ("clusters", x, y, few, None),
+        ("no ties", rng.normal(size=45), rng.normal(size=45), few, None),
+        ("groups across clusters", x, y, few, np.arange(45) % 4),
+        ("groups of clusters", x, y, few, few % 3),
+        ("a group that is a cluster", x, y, few, np.where(few == 2, 1, 0)),
+        ("far away", far, y, each, None),
+        ("labels equal without one", x, flat, each, np.arange(45) % 2),
+        ("two clusters", x, y, np.arange(45) % 2, None),
+    ]
+
+
+@pytest.mark.parametrize("block", [left_out.BLOCK, 100])
+@pytest.mark.parametrize("case", left_out_cases(), ids=lambda case: case[0])
+def test_metrics_without_a_cluster_are_those_of_the_rest(monkeypatch, case, block) -> None:
+    """Against the same metrics with a weight of 0 for the cluster, which another test compares with scipy's."""
+    monkeypatch.setattr(left_out, "BLOCK", block)
+    _, x, y, members, within = case
+    metrics = Agreement(x, y, SCALE, within)
+    rest = np.stack([members != c for c in range(members.max() + 1)]).astype(float)
+    # float64 sums of 45 numbers in another order, 1e-12; of squares to 1e14, as much of their size.
+    np.testing.assert_allclose(
+        left_out.agreement_without(metrics, members), metrics(rest), rtol=1e-12, atol=1e-12, equal_nan=True
+    )
 
 
 def test_copies_of_examples_are_no_further_evidence() -> None:

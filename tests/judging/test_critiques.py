@@ -71,6 +71,13 @@ def test_each_critique_stays_with_its_example_whatever_is_in_it(write, tmp_path:
     assert write(config, ["never[RESULT] "] * 2) == want
 
 
+def test_critiques_that_the_data_have_are_not_read(write, tmp_path: Path) -> None:
+    config = config_of(tmp_path)
+    Path(config.data.train[0].path).write_text('{"prompt": "of a", "label": 1, "cot": ["no", "text"]}')
+    want = [("of a", 1.0, "one ."), ("of b", 5.0, "two .")]
+    assert write(config, ["one .[RESULT] ", "two .[RESULT] "]) == want
+
+
 def test_an_interrupted_job_goes_on_behind_its_last_whole_chunk(
     write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

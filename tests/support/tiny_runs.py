@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -172,9 +173,11 @@ def train_and_evaluate(config: RunConfig, output: Path) -> None:
     judging.evaluate(config, output=output)
 
 
-def evaluate(config: RunConfig, output: Path) -> None:
-    """The run's exported checkpoint, evaluated by all ranks."""
-    judging.evaluate(config, output=output)
+def evaluate(config: RunConfig, output: Path) -> tuple[int, dict[str, str]]:
+    """The run's exported checkpoint, evaluated by all ranks: how often this rank computed metrics, and what it got."""
+    with patch.object(judging, "agreement", wraps=judging.agreement) as computed:
+        results = judging.evaluate(config, output=output)
+    return computed.call_count, {name: str(result) for name, result in results.items()}
 
 
 def critiques(config: RunConfig, model: Path, output: Path, samples: int) -> int:

@@ -91,7 +91,8 @@ def test_the_exported_checkpoint_scores_like_the_run(pipeline: Path) -> None:
 
 def test_ranks_share_the_examples_of_an_evaluation(pipeline: Path, tmp_path: Path) -> None:
     config = RunConfig.from_yaml(pipeline / "real/config.yaml")
-    run_ranks(2, evaluate, config, tmp_path)
+    (computed, found), (elsewhere, same) = run_ranks(2, evaluate, config, tmp_path)
+    assert (computed, elsewhere) == (2, 0) and found == same, "rank 0 computes both decodings' metrics, for all"
     one, two = (Evaluation.load(path / "evaluation/dev.json") for path in (pipeline / "checkpoint", tmp_path))
     assert [p.critiques for p in two.predictions] == [p.critiques for p in one.predictions]
     # Batches of other sizes: float32 logits differ in the last bits.
