@@ -19,7 +19,7 @@ def prompt_groups(
     config: RunConfig, model_dir: Path, tokenizer: PreTrainedTokenizerBase, scale: ScoreScale
 ) -> list[Group]:
     """Prompt and label of every training example, without responses yet. Too long prompts: `data.long_prompts`."""
-    examples = [example for _, loaded in _load(config, scale) for example in loaded]
+    examples = [example for _, loaded in _load(config, scale, critiques=False) for example in loaded]
     kept = encode_prompts(tokenizer, examples, config.data).kept
     return _some([Group(ids, [], example.label, example.id, example.meta) for example, ids in kept])
 
@@ -33,8 +33,9 @@ def target_groups(
     Raises DataError for a data set whose critiques say their label, since the score token would copy it.
     """
     examples: list[JudgeExample] = []
-    for source, loaded in _load(config, scale):
-        if config.sft.cots == "none":
+    given = config.sft.cots != "none"
+    for source, loaded in _load(config, scale, critiques=given):
+        if not given:
             loaded = [replace(example, cot="") for example in loaded]
         else:
             _check_critiques(source, loaded, scale)
@@ -42,12 +43,12 @@ def target_groups(
     return _some(encode_targets(tokenizer, scale, examples, config.data, stop_ids(model_dir, tokenizer)))
 
 
-def _load(config: RunConfig, scale: ScoreScale) -> Iterator[tuple[DataSource, list[JudgeExample]]]:
-    """Every training data set with its examples."""
+def _load(config: RunConfig, scale: ScoreScale, critiques: bool) -> Iterator[tuple[DataSource, list[JudgeExample]]]:
+    """Every training data set with its examples, whose critiques are read where they are needed."""
     if not config.data.train:
         raise ConfigError("data.train is empty: name at least one training data set")
     for source in config.data.train:
-        yield source, load_examples(source, config.data.template, scale.values)
+        yield source, load_examples(source, config.data.template, scale.values, critiques=critiques)
 
 
 def _check_critiques(source: DataSource, examples: list[JudgeExample], scale: ScoreScale) -> None:
