@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing, parallel_state
-from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedObject, ShardedTensor
+from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedObject
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
@@ -15,9 +15,8 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
-from real_megatron.bridge.dcp_metadata import read_metadata
 from real_megatron.policy import cpu
-from real_megatron.policy.megatron_versions import load_sharded, read_common_state, require_readable
+from real_megatron.policy.megatron_versions import load_sharded, read_common_state
 from real_megatron.policy.optimizer import allocate_moments, sharded_torch_adams, steps_everywhere
 
 # `fully_reshardable` optimizer state can be read at any TP, PP and DP. Always passed as a copy: Megatron adds the
@@ -30,8 +29,6 @@ METADATA = {
 }
 # Megatron's name of the float32 copies of weights, in the state of its optimizer that is not distributed.
 _COPIES = "fp32_from_fp16_params"
-# The norm before experts, and its only name in checkpoints that older versions wrote with the local layer spec.
-_EXPERT_NORM, _OLD_EXPERT_NORM = "pre_mlp_layernorm.weight", "mlp.linear_fc1.layer_norm_weight"
 
 
 def save(
@@ -44,8 +41,7 @@ def save(
     """Write model, optimizer, schedule, random states and the caller's `state` (plain data). Collective."""
     Path(directory).mkdir(parents=True, exist_ok=True)
     with cpu.device_mode(), steps_everywhere(optimizer):
-        models = {f"model{i}": chunk.sharded_state_dict(metadata=dict(METADATA)) for i, chunk in enumerate(chunks)}
-        sharded = _sharded_state(models, optimizer, is_loading=False)
+        sharded = _sharded_state(chunks, optimizer, is_loading=False)
         sharded["scheduler"] = scheduler.state_dict()
         sharded["state"] = {**state, "layout": _layout()}
         dist_checkpointing.save(sharded, str(directory), content_metadata=dict(METADATA))
@@ -73,7 +69,7 @@ def load(
     with cpu.device_mode(), steps_everywhere(optimizer):
         state = read_state(directory)
         same_layout = state.pop("layout") == _layout()
-        sharded = _sharded_state(model_state_to_load(chunks, directory), optimizer, is_loading=True)
+        sharded = _sharded_state(chunks, optimizer, is_loading=True)
         if not same_layout:
             del sharded["random"]
         loaded = load_sharded(sharded, directory)
@@ -89,39 +85,27 @@ def load(
     return state
 
 
-def model_state_to_load(chunks: Sequence[MegatronModule], directory: str | Path) -> dict[str, Any]:
+def model_state_to_load(chunks: Sequence[MegatronModule]) -> dict[str, Any]:
     """The sharded state of the model chunks, to be read from a checkpoint of either layer spec. Collective.
 
     Without the `_extra_state` objects, which are empty without FP8: which modules have one depends on the spec and on
-    the version of Transformer Engine, and where a checkpoint lacks one Megatron's load would fail. With the names of
-    older checkpoints where `directory` has those; optimizer state, which is named after weights, then follows.
-
-    Raises CheckpointError for a checkpoint that cannot be read.
+    the version of Transformer Engine, and where a checkpoint lacks one Megatron's load would fail.
     """
-    state = {
+    return {
         f"model{i}": {
             key: LocalNonpersistentObject(None) if "_extra_state" in key else value
             for key, value in chunk.sharded_state_dict(metadata=dict(METADATA)).items()
         }
         for i, chunk in enumerate(chunks)
     }
-    norms = [
-        value
-        for model in state.values()
-        for value in model.values()
-        if isinstance(value, ShardedTensor) and value.key.endswith(_EXPERT_NORM)
-    ]
-    if norms:
-        require_readable(directory)
-        stored = read_metadata(Path(directory) / ".metadata").state_dict_metadata
-        for norm in norms:
-            old = norm.key.replace(_EXPERT_NORM, _OLD_EXPERT_NORM)
-            if norm.key not in stored and old in stored:
-                norm.key = old
-    return state
 
 
-def _sharded_state(models: dict[str, Any], optimizer: MegatronOptimizer, is_loading: bool) -> dict[str, Any]:
+def _sharded_state(chunks: Sequence[MegatronModule], optimizer: MegatronOptimizer, is_loading: bool) -> dict[str, Any]:
+    models = (
+        model_state_to_load(chunks)
+        if is_loading
+        else {f"model{i}": chunk.sharded_state_dict(metadata=dict(METADATA)) for i, chunk in enumerate(chunks)}
+    )
     state = optimizer.sharded_state_dict(models, is_loading=is_loading, metadata=dict(METADATA))
     _keep_empty_copies_local(state)
     return {**models, "optimizer": state, "random": _random_state()}

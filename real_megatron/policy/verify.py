@@ -100,7 +100,7 @@ def hf_logits(hf_path: str | Path, tokens: Tensor) -> Tensor:
 def load_weights(chunks: Sequence[MegatronModule], directory: str | Path) -> None:
     """Read the model (nothing else) from a Megatron checkpoint of any layout. Collective."""
     with cpu.device_mode():
-        loaded = load_sharded(model_state_to_load(chunks, directory), directory)
+        loaded = load_sharded(model_state_to_load(chunks), directory)
         for i, chunk in enumerate(chunks):
             chunk.load_state_dict(loaded[f"model{i}"], strict=True)
 

@@ -328,8 +328,7 @@ def load_with_transformer_engine_norms(hf_dir: str, megatron_dir: str) -> int:
 
 
 def continue_with_norms_of(spec: str, config: Any, read: Path | None, write: Path | None) -> Any:
-    """`save_and_continue` (into `write`) or `load_and_continue` (from `read`), with the names of a layer spec: `local`,
-    `transformer_engine`, or `older`, the local one as it was."""
+    """`save_and_continue` (into `write`) or `load_and_continue` (from `read`), with the names of a layer spec."""
     from real_megatron.policy import policy
     from tests.support.policy_ranks import load_and_continue, save_and_continue
 
@@ -339,8 +338,6 @@ def continue_with_norms_of(spec: str, config: Any, read: Path | None, write: Pat
         chunks = real_build(description, *args)
         if spec == "transformer_engine":
             assert all([with_transformer_engine_norms(chunk, description) for chunk in chunks])
-        for layer in chunks[0].decoder.layers if spec == "older" else ():
-            layer.submodules_config.sharded_state_dict_keys_map["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
         return chunks
 
     policy.build_model = build
