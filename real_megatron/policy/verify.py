@@ -21,6 +21,7 @@ from real_megatron.hf.side_files import read_config
 from real_megatron.policy import cpu, parallel_groups
 from real_megatron.policy.attention import PackedParams
 from real_megatron.policy.checkpoint import model_state_to_load
+from real_megatron.policy.checkpoint_errors import explain_checkpoint_errors
 from real_megatron.policy.megatron_versions import load_sharded
 from real_megatron.policy.model import build_model
 from real_megatron.runtime import default_device
@@ -98,8 +99,17 @@ def hf_logits(hf_path: str | Path, tokens: Tensor) -> Tensor:
 
 
 def load_weights(chunks: Sequence[MegatronModule], directory: str | Path) -> None:
-    """Read the model (nothing else) from a Megatron checkpoint of any layout. Collective."""
-    with cpu.device_mode():
+    """Read the model (nothing else) from a Megatron checkpoint of any layout. Collective.
+
+    Raises OSError for a checkpoint without a weight of the model, or with one of another shape.
+    """
+    with (
+        cpu.device_mode(),
+        explain_checkpoint_errors(
+            f"{directory}: does not hold this model's weights",
+            "compare with the Hugging Face model that it was made from, and with the version that wrote it",
+        ),
+    ):
         loaded = load_sharded(model_state_to_load(chunks), directory)
         for i, chunk in enumerate(chunks):
             chunk.load_state_dict(loaded[f"model{i}"], strict=True)

@@ -4,14 +4,12 @@ import logging
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import torch.distributed as dist
-from megatron.core.dist_checkpointing.core import CheckpointingException
-from torch.distributed.checkpoint.api import CheckpointException
 
+from real_megatron.policy.checkpoint_errors import explain_checkpoint_errors
 from real_megatron.runtime import barrier, from_rank_0, rank
 
 logger = logging.getLogger(__name__)
@@ -68,18 +66,6 @@ class CheckpointStore:
     def _complete(self) -> list[tuple[int, Path]]:
         matches = ((_COMPLETE.fullmatch(path.name), path) for path in self.directory.glob("step-*"))
         return [(int(match[1]), path) for match, path in matches if match]
-
-
-@contextmanager
-def explain_checkpoint_errors(what: str, fix: str) -> Iterator[None]:
-    """Turn the errors of checkpointing, which hold every rank's whole traceback, into an OSError of one line."""
-    try:
-        yield
-    except CheckpointException as error:
-        reasons = dict.fromkeys(str(failure).strip() for failure, _ in error.failures.values())
-        raise OSError(f"{what} ({'; '.join(reasons)}): {fix}") from error
-    except CheckpointingException as error:
-        raise OSError(f"{what} ({error}): {fix}") from error
 
 
 def _remove(checkpoint: Path) -> None:

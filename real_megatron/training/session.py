@@ -20,13 +20,14 @@ from real_megatron.judging.evaluate import evaluate_sets, forget_evaluations, lo
 from real_megatron.judging.judge import Judge
 from real_megatron.judging.settings import RUN_FILE
 from real_megatron.policy.checkpoint import read_state
+from real_megatron.policy.checkpoint_errors import explain_checkpoint_errors
 from real_megatron.policy.policy import Policy
 from real_megatron.rollout.engine import EngineSpec, RolloutEngine
 from real_megatron.rollout.factory import build_engine, check_servers
 from real_megatron.runtime import default_dtype, from_rank_0, host_group
 from real_megatron.scores import ScoreScale
 from real_megatron.training.batch_order import BatchOrder
-from real_megatron.training.checkpoints import CheckpointStore, explain_checkpoint_errors
+from real_megatron.training.checkpoints import CheckpointStore
 from real_megatron.training.export import save_hf
 from real_megatron.training.lengths import check_lengths
 from real_megatron.training.metrics import check_sinks

@@ -4,13 +4,14 @@ import runpy
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from real_megatron.bridge import convert_hf_to_megatron
-from tests.support.bridge_ranks import tiny_model, verify_on_one_rank
+from tests.support.bridge_ranks import YARN, tiny_model, verify_on_one_rank
 from tests.support.ranks import run_ranks
 
 TOOLS = Path(__file__).parents[2] / "tools"
@@ -45,6 +46,24 @@ def test_equal_models_pass_and_others_fail(hf: Path, tmp_path: Path) -> None:
     save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
     (difference, passed) = run_ranks(1, verify_on_one_rank, str(other), str(tmp_path / "m"))[0]
     assert not passed and difference > 1e-4
+
+
+@pytest.mark.parametrize(
+    ("model", "changes", "reason"),
+    [
+        ("qwen3", {"head_dim": 8, "rope_parameters": YARN}, r"it has no decoder\.\S*(q|k)_layernorm\.weight\)"),
+        ("qwen2", {"intermediate_size": 128}, r"Global shape mismatch .* for key \S*\.linear_\S*\)"),
+    ],
+)
+def test_a_checkpoint_of_another_model_is_refused_in_one_line(
+    model: str, changes: dict[str, Any], reason: str, tmp_path: Path
+) -> None:
+    """Qwen2 has no norms of queries and keys, which Qwen3 has."""
+    tiny_model(model, tie_word_embeddings=True, **changes).save_pretrained(tmp_path / "hf")
+    tiny_model("qwen2").save_pretrained(tmp_path / "qwen2")
+    convert_hf_to_megatron(tmp_path / "qwen2", tmp_path / "m", workers=1, progress=False)
+    with pytest.raises(RuntimeError, match=rf"OSError: .*/m: does not hold this model's weights \({reason}"):
+        run_ranks(1, verify_on_one_rank, str(tmp_path / "hf"), str(tmp_path / "m"))
 
 
 def test_tools_there_and_back(

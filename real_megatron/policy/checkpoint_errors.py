@@ -1,0 +1,25 @@
+"""What went wrong with a distributed checkpoint, in one line."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from torch.distributed.checkpoint.api import CheckpointException
+
+
+@contextmanager
+def explain_checkpoint_errors(what: str, fix: str) -> Iterator[None]:
+    """Turn the errors of checkpointing, which hold every rank's whole traceback, into an OSError of one line."""
+    try:
+        yield
+    except CheckpointException as error:
+        reasons = dict.fromkeys(_reason(failure) for failure, _ in error.failures.values())
+        raise OSError(f"{what} ({'; '.join(reasons)}): {fix}") from error
+    except (CheckpointingException, KeyError) as error:
+        raise OSError(f"{what} ({_reason(error)}): {fix}") from error
+
+
+def _reason(failure: BaseException) -> str:
+    if isinstance(failure, KeyError):  # the name that was looked up, and then often all names that there are
+        return f"it has no {str(failure.args[0]).partition(' ')[0]}"
+    return str(failure).strip()
