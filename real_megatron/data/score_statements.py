@@ -42,13 +42,14 @@ _IS = (
     r"(?: (?:therefore|thus|hence|only))?:? | )"
 )
 _FITTING = (
-    r"(?: (?:is|seems|would be)(?: \w+)? "
+    r"(?: (?:is|seems|would(?: \w+)? be)(?: \w+)? "
     r"(?:appropriate|warranted|justified|fitting|fair|deserved|merited|reasonable|suitable|assigned|given|awarded))"
 )
 
 # Behind it: a subordinate clause; polite words, or the mark of the end.
 _CLAUSE = (
-    r"(?: ?[,;–—-]| (?:as|because|since|due|given|for|reflecting|indicating|based|according|under|per)\b)[^.!?\n]*"
+    r"(?: ?[,;–—-]| (?:as|because|since|due|given|for|reflecting|indicating|based|according|under|per|"
+    r"on (?:the|this) (?:rubric|scale))\b)[^.!?\n]*"
 )
 _CLOSING = r"(?:I hope (?:this|that|it)|hope this|(?:please )?let me know|thank you|thanks|end\b)[^.!?\n]{0,80}"
 _END = rf"(?:{_CLAUSE})?[.!?:]*(?:[ ,]{{1,3}}{_CLOSING}[.!?:]*){{0,2}} ?\Z"
@@ -65,9 +66,10 @@ _FITS = r"(?:corresponds?|aligns?|fits?|match(?:es)?|falls?|meets?|equates?|tran
 _STATEMENTS = tuple(
     re.compile((pattern + _END).replace(" ", r"\s"), re.IGNORECASE)
     for pattern in (
-        # "So the overall score is 4.", "Final rating: 4/5", "Score 4", "the score is a rating of four"
-        rf"{_LEAD}{_ARTICLE}(?:{_RESPONSE}'s )?{_SCORE}(?: (?:of|for|given to|assigned to) (?:the|this) {_RESPONSE})?"
-        rf"{_IS}(?:an? )?(?:{_SCORE} of )?{_VALUE}{_OF}{{0,2}}",
+        # "So the overall score is 4.", "Final rating: 4/5", "Score (1-5): 4", "the score is a rating of four"
+        rf"{_LEAD}{_ARTICLE}(?:{_RESPONSE}'s )?{_SCORE}(?: (?:assigned|given|awarded))?"
+        rf"(?: (?:of|for|to) (?:the|this) {_RESPONSE})?(?: ?, ?(?:{_NUMBER} ?[-–] ?|out of |/ ?){_NUMBER})?{_IS}"
+        rf"(?:an? )?(?:{_SCORE} of )?{_VALUE}{_OF}{{0,2}}",
         # "For these reasons, a score of 3 is appropriate."
         rf"{_LEAD}{_ARTICLE}{_SCORE} of {_VALUE}{_OF}{{0,2}}{_FITTING}?",
         # "Overall: 4/5", "Result: 4"
@@ -79,8 +81,10 @@ _STATEMENTS = tuple(
         # "This corresponds to a score of 3."
         rf"{_LEAD}{_THE_RESPONSE}(?: (?:therefore|thus|best|most|closely)){{0,2}} {_FITS} "
         rf"(?:(?:with|to|under|into|in) )?{_ARTICLE}{_SCORE} (?:of )?{_VALUE}{_OF}{{0,2}}",
-        # "4/5"
-        rf"{_GIVEN_NUMBER}{_OF}{{1,2}}",
+        # "So it is a 4."
+        rf"(?:{_THEREFORE} ){{1,3}}{_THE_RESPONSE}(?:'s| is| would be) an? {_GIVEN_NUMBER}{_OF}{{0,2}}",
+        # "4/5", "So, 4 out of 5."
+        rf"{_LEAD}{_GIVEN_NUMBER}{_OF}{{1,2}}",
         # The anchor of the published data, with or without its score
         rf"(?-i:RESULT)(?:[: ]{{1,2}}{_VALUE})?",
     )
@@ -90,7 +94,7 @@ _SO_BEGINS = re.compile(rf"{_SO} ".replace(" ", r"\s"), re.IGNORECASE)
 _TAG = re.compile(r"</[\w:-]+>|<(?:br|hr)\s*/?>|<[\w:-]+$", re.IGNORECASE)
 _OPENING_TAG = re.compile(r"<([\w:-]+)>")
 _RULE = re.compile(r"^[ \t]*[-=_*~#]{3,}[ \t]*$", re.MULTILINE)
-_MARKUP = re.compile(r"[*_`#>|\"“”\[\]{})]|(?<!\w)'|'(?!\w)")
+_MARKUP = re.compile(r"[*_`#>|\"“”\[\]{})☀-➿\U0001F000-\U0001FAFF\uFE0F]|(?<!\w)'|'(?!\w)")  # emojis too
 _ABBREVIATION = re.compile(r"\b(?:e\.\s?g|i\.\s?e|etc|vs|cf|approx|resp)\.", re.IGNORECASE)
 _BLANKS = re.compile(r"\s+")
 OPENERS = "*_`#>|\"“”'‘’[{(<"

@@ -53,6 +53,14 @@ Overall: 4/5
 Result: 4
 Score: 8/10
 Score: 80%
+Score: 4/5 ✅
+Overall Score (1-5): 4
+Score (out of 5): 4
+So, 4 out of 5.
+So it is a 4.
+Thus, the score assigned is 4.
+A score of 4 would therefore be assigned.
+Therefore the response should receive a score of 3 on the rubric.
 | Score | 4 |
 <final_rating>4</final_rating>
 So the overall score is 4. I hope this helps!
