@@ -26,7 +26,7 @@ ALLOWED: dict[str, set[str]] = {
     "policy": {"bridge", "hf", "head", "objective", "batch", "config", "runtime", "errors"},
     "rollout": {"batch", "hf", "scores", "config", "registry", "errors"},
     "data": {"batch", "scores", "config", "registry", "errors"},
-    "evaluation": {"errors"},
+    "evaluation": {"scores", "errors"},
     "judging": {"evaluation", "data", "rollout", "hf", "scores", "config", "sections", "runtime", "errors"},
     "training": {"judging", "data", "rollout", "policy", "bridge", "hf", "objective", "batch"}
     | {"scores", "config", "runtime", "terminal", "errors"},

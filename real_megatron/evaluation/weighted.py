@@ -6,6 +6,8 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from real_megatron.scores import TIE
+
 Array = NDArray[np.float64]
 
 CORRELATIONS = ("pearson", "spearman", "kendall")
@@ -30,7 +32,7 @@ class Agreement:
         self.names = NAMES if within is None else (*NAMES, *WITHIN)
         self.x, self.y = x, y
         values = np.asarray(scale_values, dtype=np.float64)
-        nearest = [np.abs(values - a[:, None]).argmin(-1) for a in (x, y)]
+        nearest = [_nearest(values, a) for a in (x, y)]
         self.errors = np.stack([(x - y) ** 2, np.abs(x - y), nearest[0] == nearest[1]])
         self._pooled = Correlations(x, y)
         rows = [] if within is None else [np.flatnonzero(within == g) for g in range(int(within.max()) + 1)]
@@ -61,6 +63,13 @@ class Agreement:
         return mean_over_groups(
             (correlations(weights[:, rows]), weights[:, rows].mean(-1)) for rows, correlations in self.groups
         )
+
+
+def _nearest(values: Array, a: Array) -> NDArray[np.int64]:
+    """[n]: index of the score nearest to each of `a`; the first of two equally near ones, as in `ScoreScale`."""
+    distances = np.abs(values - a[:, None])
+    step = np.diff(np.sort(values)).min(initial=math.inf)
+    return (distances <= distances.min(-1, keepdims=True) + TIE * step).argmax(-1)
 
 
 def mean_over_groups(groups: Iterable[tuple[Array, Array]]) -> Array:

@@ -53,6 +53,13 @@ def test_by_hand() -> None:
     assert found["accuracy"].value == pytest.approx(1 / 3)
 
 
+def test_a_label_half_way_between_scores_belongs_to_the_first() -> None:
+    """Also where float64 has it nearer to the second: 0.6 - 0.55 is less than 0.55 - 0.5."""
+    labels, tenths = [0.15, 0.55, 0.85], [k / 10 for k in range(1, 11)]
+    assert agreement([0.1, 0.5, 0.8], labels, tenths, resamples=1)["accuracy"].value == 1.0
+    assert agreement([0.2, 0.6, 0.9], labels, tenths, resamples=1)["accuracy"].value == 0.0
+
+
 @pytest.mark.parametrize("cells", [weighted.CELLS, 130])
 def test_every_replicate_is_the_metric_of_its_resample(monkeypatch, cells) -> None:
     """Also where memory is bounded to three rows of pairs at a time, and where some resamples leave out much."""
