@@ -20,6 +20,8 @@ def explain_checkpoint_errors(what: str, fix: str) -> Iterator[None]:
 
 
 def _reason(failure: BaseException) -> str:
+    text = " ".join(str(failure).split())
     if isinstance(failure, KeyError):  # the name that was looked up, and then often all names that there are
-        return f"it has no {str(failure.args[0]).partition(' ')[0]}"
-    return str(failure).strip()
+        name = text.strip("'\"").partition(" ")[0]
+        return f"it has no {name}"
+    return text

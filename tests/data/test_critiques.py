@@ -61,6 +61,12 @@ So it is a 4.
 Thus, the score assigned is 4.
 A score of 4 would therefore be assigned.
 Therefore the response should receive a score of 3 on the rubric.
+So the overall score is 3, because it cites version 2.5 only.
+So the overall score is 3 because Dr. Smith is not named.
+So the overall score is 3. This is because the response lacks depth.
+The score remains 3.
+Overall, I'd say 4/5.
+It deserves a 4, although it lacks depth.
 | Score | 4 |
 <final_rating>4</final_rating>
 So the overall score is 4. I hope this helps!
@@ -86,7 +92,24 @@ The response gives 4 points in favour.
 Overall, the response gets three of the facts wrong.
 Therefore, this response aligns well with the criteria for a score of 5.
 Positive sentiment, sentiment score: 9.5 out of 10
-Total: 3"""
+Total: 3
+A score of 5, however, needs more examples.
+A score of 5 as defined in the rubric requires examples that are absent.
+A score of 5 for depth would need two more sources.
+A score of 5 - the highest - would need a conclusion.
+The score of 4, per the rubric, demands citations, which are missing.
+Score 5, however, would need more.
+It gets a 3 for grammar but a 5 for depth.
+It deserves a 5 for style, although its facts are wrong.
+The score is 3 for grammar and 5 for depth.
+The code passes most tests (3/4).
+Its accuracy is high (80%).
+It keeps most of the text – 90 percent.
+It covers most steps - four out of five, with the last one missing.
+It covers most steps. 3/4
+Two out of three, since the third is missing.
+It scores 90%.
+Overall: I, as a reader, enjoyed it."""
 SCALE = (list("12345"), [1.0, 2.0, 3.0, 4.0, 5.0])
 
 
@@ -155,6 +178,7 @@ def test_no_run_of_marks_or_words_takes_long(run: str) -> None:
 def test_a_clause_and_a_heading_are_cut_and_the_users_end_decides_too() -> None:
     assert without_end("Clear but shallow, so the overall score is 3.") == "Clear but shallow"
     assert without_end(f"{BEFORE}\n\n### Score\n4") == BEFORE
+    assert without_end("Feedback: Clear [RESULT] 3") == "Feedback: Clear"
     assert without_end("Good. Points: VVV. Done. So the score is 3.", end="Points") == "Good."
 
 
