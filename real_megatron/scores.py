@@ -106,11 +106,16 @@ class ScoreScale:
         return None
 
     def label_index(self, label: float) -> int:
-        """Index of the score whose value is nearest to `label`; the first of two equally near ones (see `TIE`)."""
-        distances = [abs(value - label) for value in self.values]
-        steps = [upper - lower for lower, upper in itertools.pairwise(sorted(self.values))]
-        farthest = min(distances) + TIE * min(steps)
-        return next(k for k, distance in enumerate(distances) if distance <= farthest)
+        """Index of the score whose value is nearest to `label` (`nearest_score`)."""
+        return nearest_score(self.values, label)
+
+
+def nearest_score(values: Sequence[float], number: float) -> int:
+    """Index of the value nearest to `number`; the first of two equally near ones (see `TIE`)."""
+    distances = [abs(value - number) for value in values]
+    steps = (upper - lower for lower, upper in itertools.pairwise(sorted(values)))
+    farthest = min(distances) + TIE * min(steps, default=0.0)
+    return next(k for k, distance in enumerate(distances) if distance <= farthest)
 
 
 def _values(texts: list[str], values: Sequence[float] | None) -> list[float]:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from real_megatron.scores import TIE
+from real_megatron.scores import nearest_score
 
 Array = NDArray[np.float64]
 
@@ -31,8 +31,7 @@ class Agreement:
     ) -> None:
         self.names = NAMES if within is None else (*NAMES, *WITHIN)
         self.x, self.y = x, y
-        values = np.asarray(scale_values, dtype=np.float64)
-        nearest = [_nearest(values, a) for a in (x, y)]
+        nearest = [np.array([nearest_score(scale_values, number) for number in a.tolist()]) for a in (x, y)]
         self.errors = np.stack([(x - y) ** 2, np.abs(x - y), nearest[0] == nearest[1]])
         self._pooled = Correlations(x, y)
         rows = [] if within is None else [np.flatnonzero(within == g) for g in range(int(within.max()) + 1)]
@@ -63,13 +62,6 @@ class Agreement:
         return mean_over_groups(
             (correlations(weights[:, rows]), weights[:, rows].mean(-1)) for rows, correlations in self.groups
         )
-
-
-def _nearest(values: Array, a: Array) -> NDArray[np.int64]:
-    """[n]: index of the score nearest to each of `a`; the first of two equally near ones, as in `ScoreScale`."""
-    distances = np.abs(values - a[:, None])
-    step = np.diff(np.sort(values)).min(initial=math.inf)
-    return (distances <= distances.min(-1, keepdims=True) + TIE * step).argmax(-1)
 
 
 def mean_over_groups(groups: Iterable[tuple[Array, Array]]) -> Array:

@@ -22,9 +22,10 @@ def model_files(directory: Path) -> dict[str, str]:
     `weight_files`.
     """
     wanted = [pattern for pattern in PATTERNS if not pattern.startswith(("LICENSE", "NOTICE"))]
+    wanted.append(INDEX)
     names = {path.name for path in directory.iterdir() if path.is_file()}
     names = {name for name in names if any(fnmatch(name, pattern) for pattern in wanted)}
-    names |= {path.name for path in weight_files(directory)} | ({INDEX} & {path.name for path in directory.iterdir()})
+    names |= {path.name for path in weight_files(directory)}
     return {name: file_digest(directory / name) for name in sorted(names)}
 
 

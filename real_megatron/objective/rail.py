@@ -34,7 +34,7 @@ def score_entropy(score_logprobs: Tensor) -> Tensor:
 
 def label_index(labels: Tensor, values: Tensor) -> Tensor:
     """[N] index of the score nearest to each label; the first of two equally near ones (labels averaged over
-    annotators may lie between scores). Equal as in `ScoreScale.label_index`, whatever the dtype."""
+    annotators may lie between scores). `nearest_score` of tensors, equal to it in every dtype."""
     distances = (values[None, :] - labels[:, None]).abs()
     nearest = distances.amin(dim=-1, keepdim=True)
     step = values.sort().values.diff().min()

@@ -20,15 +20,13 @@ def check_lengths(
 
     The engine refuses such a prompt when it comes to it, which may be hours after the start, and again after a resume.
     """
-    positions = longest_sequence(read_config(model_dir))
-    if positions is None:
-        return
-    free = find_engine(config.rollout.engine).reserved_tokens
     prompts = [("data.train", group.example_id, group.prompt_ids) for group in groups if config.is_rl]
     for name, dev in evaluation_sets.items():
         prompts += [(f"data.eval.{name}", prompt.id, prompt.prompt_ids) for prompt in dev.prompts]
-    if not prompts:
+    positions = longest_sequence(read_config(model_dir))
+    if not prompts or positions is None:
         return
+    free = find_engine(config.rollout.engine).reserved_tokens
     place, example, ids = max(prompts, key=lambda prompt: len(prompt[2]))
     response = config.data.max_response_tokens
     if len(ids) + response + free > positions:

@@ -50,6 +50,7 @@ def train(config: RunConfig) -> None:
             with timer.phase("sync"):
                 run.publish(done)
 
+        scores = run.scale.score_ids if objective.needs_sampled_scores else None
         unanswered = run.metrics_of_start.get("rollout/steps_without_answer", 0.0)
         ahead: OneStepOff[Batch] | None = None
         if config.rollout.staleness:
@@ -64,7 +65,6 @@ def train(config: RunConfig) -> None:
                             groups, metrics = generate(run, objective, step)
                         else:
                             groups, metrics = ahead.take(step)
-                    scores = run.scale.score_ids if objective.needs_sampled_scores else None
                     unanswered = steps_without_answer(groups, unanswered, scores)
                     metrics["rollout/steps_without_answer"] = unanswered
                     # Annotate: log-probs that the objective compares with, where it needs them.

@@ -16,7 +16,7 @@ from real_megatron.config import RolloutConfig
 from real_megatron.errors import ConfigError, EngineError, PromptRefused
 from real_megatron.rollout.engine import SamplingParams, WeightSyncError
 from real_megatron.rollout.remote import client
-from real_megatron.rollout.remote.rotary import check_rotary
+from real_megatron.rollout.remote.rotary import check_served_rotary
 from real_megatron.rollout.sampling import sample_trajectories
 from real_megatron.rollout.sglang.engine import SGLangEngine
 from real_megatron.rollout.vllm.engine import VLLMEngine
@@ -248,11 +248,11 @@ def test_a_server_with_another_rotary_embedding_is_not_asked(rope, sglang, vllm)
     config = LlamaConfig(hidden_size=64, num_attention_heads=2, max_position_embeddings=64, rope_parameters=rope)
     for engine, keys in (("sglang", sglang), ("vllm", vllm)):
         if not keys:
-            check_rotary(engine, config)
+            check_served_rotary(engine, config)
             continue
         right = "transformers or vllm" if not vllm else "transformers"
         with pytest.raises(EngineError, match=f"^config.json: .*{engine} servers read {keys} .*engine to {right}$"):
-            check_rotary(engine, config)
+            check_served_rotary(engine, config)
 
 
 def test_the_rotary_embedding_is_checked_before_anything_is_asked(tmp_path):

@@ -14,14 +14,14 @@ from torch import Tensor
 from real_megatron.errors import EngineError, PromptRefused
 from real_megatron.hf.checkpoint import check_servers_read_the_same
 from real_megatron.hf.rotary import longest_sequence
-from real_megatron.rollout.engine import EngineSpec, Response, SamplingParams, WeightSyncError, check_ids
+from real_megatron.rollout.engine import ENGINES, EngineSpec, Response, SamplingParams, WeightSyncError, check_ids
 from real_megatron.rollout.remote.client import RequestClient
 from real_megatron.rollout.remote.errors import Retryable
 from real_megatron.rollout.remote.http import Http
 from real_megatron.rollout.remote.labels import Labels
 from real_megatron.rollout.remote.loop import LoopThread
 from real_megatron.rollout.remote.replica import Replica, ReplicaPool
-from real_megatron.rollout.remote.rotary import check_rotary
+from real_megatron.rollout.remote.rotary import check_served_rotary
 from real_megatron.rollout.remote.servers import ServerCommand, configured_servers
 
 T = TypeVar("T")
@@ -34,8 +34,6 @@ class RemoteEngine(ABC):
     """Of log files, and of `rollout.engine`."""
     _path: str
     """Where generation requests go."""
-    _reserved_tokens = 0
-    """Positions of the model that the server does not give to prompt and response."""
 
     def __init__(self, spec: EngineSpec) -> None:
         """Everything but what weight syncs need: a subclass adds that, then calls `_start`.
@@ -46,7 +44,7 @@ class RemoteEngine(ABC):
         if spec.serve_loaded or not spec.config.servers:
             check_servers_read_the_same(spec.model_dir)
         hf_config = spec.hf_config()
-        check_rotary(self._name, hf_config)
+        check_served_rotary(self._name, hf_config)
         positions = longest_sequence(hf_config) or sys.maxsize
         self._config = spec.config
         self._model_dir = spec.model_dir
@@ -56,7 +54,7 @@ class RemoteEngine(ABC):
         self._tokenizer = spec.tokenizer
         self._vocab_size: int = hf_config.vocab_size
         """Ids at or above it never leave this process: an out-of-range id can end a server."""
-        self._max_tokens = min(spec.max_tokens, positions - self._reserved_tokens)
+        self._max_tokens = min(spec.max_tokens, positions - ENGINES.find(self._name).reserved_tokens)
         """Longest prompt and response together."""
         self._stop_ids = spec.stop_ids()
         """Named in every request: a server's own list may be shorter."""

@@ -58,7 +58,7 @@ _SERVERS = {
 }
 
 
-def check_rotary(engine: str, hf_config: PretrainedConfig) -> None:
+def check_served_rotary(engine: str, hf_config: PretrainedConfig) -> None:
     """Raise EngineError where servers of `rollout.engine` would have another rotary embedding than the checkpoint."""
     faults = {name: server.found(hf_config) for name, server in _SERVERS.items()}
     if not faults.get(engine):

@@ -33,7 +33,6 @@ class SGLangEngine(RemoteEngine):
 
     _name = "sglang"
     _path = "/generate"
-    _reserved_tokens = replies.RESERVED_TOKENS
 
     def __init__(self, spec: EngineSpec) -> None:
         """

@@ -37,7 +37,6 @@ class VLLMEngine(RemoteEngine):
 
     _name = "vllm"
     _path = "/v1/completions"
-    _reserved_tokens = RESERVED_TOKENS
 
     def __init__(self, spec: EngineSpec) -> None:
         """As SGLangEngine. Raises ConfigError for a `rollout.weight_sync` other than auto and disk."""
