@@ -24,7 +24,7 @@ ALLOWED: dict[str, set[str]] = {
     "hf": {"errors"},
     "bridge": {"hf", "registry", "errors"},
     "policy": {"bridge", "hf", "head", "objective", "batch", "config", "runtime", "errors"},
-    "rollout": {"batch", "hf", "scores", "config", "registry", "errors"},
+    "rollout": {"head", "batch", "hf", "scores", "config", "registry", "errors"},
     "data": {"batch", "scores", "config", "registry", "errors"},
     "evaluation": {"scores", "errors"},
     "judging": {"evaluation", "data", "rollout", "hf", "scores", "config", "sections", "runtime", "errors"},

@@ -125,6 +125,7 @@ class Judge:
             max_response_tokens=config.data.max_response_tokens,
             device=default_device(),
             dtype=default_dtype(config.model.dtype),
+            fp32_logits=config.model.fp32_logits,
             serve_loaded=True,
         )
         judge = cls(

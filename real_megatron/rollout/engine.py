@@ -117,6 +117,8 @@ class EngineSpec:
     """The trainer's device."""
     dtype: torch.dtype = torch.float32
     """Of the served weights."""
+    fp32_logits: bool = True
+    """`model.fp32_logits`: float32 logits where the weights have 16 bits."""
     serve_loaded: bool = False
     """Serve the checkpoint as it is, as version 0 (judging, evaluation); else `update_weights` comes first."""
 

@@ -99,6 +99,7 @@ class Session:
             max_response_tokens=config.data.max_response_tokens,
             device=self.policy.runtime.device,
             dtype=default_dtype(config.model.dtype),
+            fp32_logits=config.model.fp32_logits,
         )
         self._engine = build_engine(spec, host_group(config.parallel.timeout_minutes))
 

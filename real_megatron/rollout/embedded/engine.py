@@ -24,6 +24,7 @@ from real_megatron.errors import EngineError, PromptRefused
 from real_megatron.hf.model import load_model
 from real_megatron.hf.rotary import longest_sequence
 from real_megatron.hf.stop_ids import stop_ids
+from real_megatron.rollout.embedded.head import use_float32_logits
 from real_megatron.rollout.embedded.seeded import SeededTokens, uniforms
 from real_megatron.rollout.embedded.stop import StopAutomaton, StopTexts
 from real_megatron.rollout.embedded.weights import copy_weights
@@ -48,16 +49,18 @@ class TransformersEngine:
         dtype: torch.dtype = torch.float32,
         batch_size: int = 256,
         stop_ids: Sequence[int] | None = None,
+        fp32_logits: bool = True,
     ) -> None:
         """An engine without weights: `update_weights` must come before the first `generate`.
 
         stop_ids: end-of-sequence tokens; default: the tokenizer's
+        fp32_logits: float32 logits where the weights have 16 bits, as the policy's head has them
         """
         with torch.device(device):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype)
         if stop_ids is None:
             stop_ids = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-        self._init(model, tokenizer, batch_size, stop_ids)
+        self._init(model, tokenizer, batch_size, stop_ids, fp32_logits)
 
     @classmethod
     def from_pretrained(
@@ -68,18 +71,27 @@ class TransformersEngine:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         batch_size: int = 256,
+        fp32_logits: bool = True,
     ) -> "TransformersEngine":
         """An engine that serves a checkpoint directory as weight version 0."""
         engine = cls.__new__(cls)
         model = load_model(directory, dtype)
-        engine._init(model.to(device), tokenizer, batch_size, stop_ids(Path(directory), tokenizer))
+        ends = stop_ids(Path(directory), tokenizer)
+        engine._init(model.to(device), tokenizer, batch_size, ends, fp32_logits)
         engine.version = 0
         return engine
 
     def _init(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int, stop_ids: Sequence[int]
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        batch_size: int,
+        stop_ids: Sequence[int],
+        fp32_logits: bool,
     ) -> None:
         self.model = model.eval().requires_grad_(False)
+        if fp32_logits:
+            use_float32_logits(self.model)
         self.tokenizer = tokenizer
         self.batch_size = batch_size
         self.version: int | None = None
@@ -241,6 +253,7 @@ class TransformersEngine:
 def build(spec: EngineSpec) -> TransformersEngine:
     """The engine of a checkpoint's architecture, with its weights where `spec.serve_loaded`."""
     options: dict[str, Any] = {"device": spec.device, "dtype": spec.dtype, "batch_size": spec.config.batch_size}
+    options["fp32_logits"] = spec.fp32_logits
     if spec.serve_loaded:
         return TransformersEngine.from_pretrained(spec.model_dir, spec.tokenizer, **options)
     return TransformersEngine(spec.hf_config(), spec.tokenizer, stop_ids=spec.stop_ids(), **options)

@@ -24,6 +24,8 @@ def server_command(spec: EngineSpec, index: int, port: int, context: int) -> Ser
     arguments += ["--model-path", str(spec.model_dir), "--host", "127.0.0.1", "--port", str(port)]
     arguments += ["--dtype", str(spec.dtype).removeprefix("torch."), "--context-length", str(context + RESERVED_TOKENS)]
     arguments += ["--skip-server-warmup"]
+    if spec.fp32_logits and spec.dtype.itemsize < 4:
+        arguments += ["--enable-fp32-lm-head"]
     if spec.device.type == "cpu":
         # Room for every sample of the prompts in flight at half their longest length; more would wait in the queue.
         tokens = max(8192, config.concurrency * config.n * context // 2)
