@@ -42,10 +42,11 @@ def linear_gathered_log_softmax(
     padded_vocab_size: int | None = None,
     memory_budget_bytes: int = 256 << 20,
     fp32_logits: bool = False,
+    row_scale: Tensor | None = None,
     kernels: Kernels = "auto",
     reduce_dhidden: Reduction = "none",
 ) -> Tensor:
-    """log softmax(hidden @ weightᵀ)[row, id] for each id that each row asks for, chunk by chunk.
+    """log softmax(row_scale · (hidden @ weightᵀ))[row, id] for each id that each row asks for, chunk by chunk.
 
     Forward computes the logits of one vocabulary chunk at a time and keeps only row statistics. Backward computes them
     again, turns them into their gradient in place and adds to dhidden (float32) and to the chunk's rows of dweight.
@@ -55,6 +56,8 @@ def linear_gathered_log_softmax(
     memory_budget_bytes: bound on the buffers beside inputs, outputs and gradients.
     fp32_logits: keep the logits in float32 instead of rounding them to the dtype of the GEMM's inputs (in bf16 one
         ulp is 0.125 at |logit| ≥ 16); the backward GEMMs still take the input dtype.
+    row_scale: [R], a constant factor of each row's logits, such as 1 / temperature; default: 1. Scaled hidden states
+        would be rounded to their dtype, and so would be the logits.
     reduce_dhidden: "none": the gradient of `hidden` is this rank's contribution alone, and a copy- or gather-region
         around the call reduces it. "all_reduce": summed over `group`. "reduce_scatter" (sequence parallelism): `hidden`
         is this rank's [R / size, H] shard of the rows, gathered here, in forward and again in backward, and its
@@ -79,7 +82,9 @@ def linear_gathered_log_softmax(
     size = group.size() if group is not None and reduce_dhidden == "reduce_scatter" else 1
     check_rows(hidden.shape[0] * size, hidden, "hidden", rows)
     shard = vocabulary_shard(weight.shape[0], rows, vocab_size, padded_vocab_size, group)
-    call = _Call(rows, shard, group, memory_budget_bytes, fp32_logits, kernels, reduce_dhidden)
+    if row_scale is not None and row_scale.shape != (rows.num_rows,):
+        raise ValueError(f"row_scale must be [R = {rows.num_rows}], got {list(row_scale.shape)}")
+    call = _Call(rows, shard, group, memory_budget_bytes, fp32_logits, row_scale, kernels, reduce_dhidden)
     return _LinearGathered.apply(hidden, weight, call)
 
 
@@ -92,6 +97,7 @@ class _Call:
     group: ProcessGroup | None
     budget: int
     fp32_logits: bool
+    row_scale: Tensor | None
     kernels: Kernels
     reduction: Reduction
 
@@ -103,6 +109,11 @@ class _Call:
         if self.reduction != "reduce_scatter":
             return hidden
         return all_gather_packed(hidden.reshape(-1), self.group).view(-1, hidden.shape[1])
+
+    def scale_rows(self, x: Tensor, start: int, end: int) -> None:
+        """Multiply a chunk of logits, or of their gradient, by the factors of its rows, in place."""
+        if self.row_scale is not None:
+            x.mul_(self.row_scale[start:end].unsqueeze(1))
 
     def chunks(self, hidden: Tensor, backward: bool) -> Chunks:
         """The plan of a pass, by what it costs there. ValueError if the budget is too small."""
@@ -156,6 +167,7 @@ class _LinearGathered(torch.autograd.Function):
             for c0, c1 in column_chunks:
                 z = _view(buffer, end - start, c1 - c0)
                 mm(full[start:end], weight[c0:c1].t(), out=z)
+                call.scale_rows(z, start, end)
                 columns = VocabularyShard(shard.first_id + c0, c1 - c0)
                 packed = kernel.stats(z, asked.ids, asked.offsets, asked.row_index, None, columns)
                 merged = merge_packed(torch.stack([seen, packed]), end - start, asked.nnz, has_values=False)
@@ -197,8 +209,10 @@ class _LinearGathered(torch.autograd.Function):
             for c0, c1 in column_chunks:
                 z = _view(buffer, end - start, c1 - c0)
                 mm(x, weight[c0:c1].t(), out=z)
+                call.scale_rows(z, start, end)
                 columns = VocabularyShard(call.shard.first_id + c0, c1 - c0)
                 kernel.dlogits(z, z, *kept, asked.ids, asked.offsets, asked.row_index, columns)
+                call.scale_rows(z, start, end)
                 dz = z.to(x.dtype)
                 if dhidden is not None and dx is not None:
                     add_mm(dx, dz, weight[c0:c1])

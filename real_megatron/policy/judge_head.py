@@ -61,10 +61,10 @@ class JudgeHead(nn.Module):
         if sequence_parallel:
             hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True)
         hidden = hidden.index_select(0, rows.positions)
+        scale = None
         if rows.temperature != 1:
-            # logits / T = (hidden / T) @ weightᵀ: the head is linear, so either of its forms does as it is.
-            sampled, answers = hidden.tensor_split([rows.tokens])
-            hidden = torch.cat((sampled / rows.temperature, answers))
+            scale = hidden.new_ones(hidden.shape[0], dtype=torch.float32)
+            scale[: rows.tokens] = 1 / rows.temperature
         tied = self.share_embeddings_and_output_weights
         weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
         group = parallel_state.get_tensor_model_parallel_group()
@@ -78,8 +78,11 @@ class JudgeHead(nn.Module):
                 group=group,
                 memory_budget_bytes=self.head_memory_bytes,
                 fp32_logits=self.fp32_logits,
+                row_scale=scale,
                 reduce_dhidden="none" if sequence_parallel else "all_reduce",
             )
+        if scale is not None:  # (hidden / T) @ weightᵀ, rather than one more tensor of logits
+            hidden = (hidden * scale.unsqueeze(1)).to(hidden.dtype)
         # What Megatron's ColumnParallelLinear runs; it would itself gather all tokens, not only these rows.
         logits = linear_with_grad_accumulation_and_async_allreduce(
             hidden,

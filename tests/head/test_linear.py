@@ -34,10 +34,11 @@ class Problem:
     def rows(self) -> GatherRows:
         return GatherRows.from_lists(self.lists)
 
-    def expected(self) -> dict[str, Tensor]:
+    def expected(self, row_scale: Tensor | float = 1.0) -> dict[str, Tensor]:
         hidden = self.hidden.detach().double().requires_grad_()
         weight = self.weight.detach().double().requires_grad_()
-        log_probs = gathered_log_softmax(hidden @ weight.t(), self.rows, vocab_size=VOCAB, kernels="torch")
+        logits = row_scale * (hidden @ weight.t())
+        log_probs = gathered_log_softmax(logits, self.rows, vocab_size=VOCAB, kernels="torch")
         log_probs.backward(self.grad.double())
         return {"log_probs": log_probs.detach(), "dhidden": hidden.grad, "dweight": weight.grad}
 
@@ -106,6 +107,19 @@ def test_float32_logits_from_bfloat16_inputs(kernels: str, device: str) -> None:
     coarse = problem.run(device, kernels=kernels)["log_probs"].double()
     fine = problem.run(device, fp32_logits=True, kernels=kernels)["log_probs"].double()
     assert (coarse - expected["log_probs"]).abs().max() > 100 * (fine - expected["log_probs"]).abs().max()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("kernels", ["torch", "fused"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_scaled_rows(dtype: torch.dtype, kernels: str, device: str) -> None:
+    """Temperature rows: no rounding to bfloat16 comes between the product and the scaled logits."""
+    problem = Problem(dtype, scale=4.0)
+    row_scale = torch.tensor([1 / 0.7] * 7 + [1.0] * 5, device=device)
+    options = dict(fp32_logits=True, memory_budget_bytes=TINY_BUDGET[dtype], kernels=kernels)
+    actual = problem.run(device, row_scale=row_scale, **options)
+    # float32 factors
+    check(actual, problem.expected(row_scale.cpu().double().unsqueeze(1)), dtype, True)
 
 
 def test_the_reward_of_a_confident_judge_needs_float32_logits() -> None:
@@ -348,6 +362,7 @@ def test_statistics_stay_small_however_many_chunks() -> None:
     ("change", "message"),
     [
         (dict(hidden=torch.zeros(2, 3)), r"need hidden \[R, H\] and weight \[V_local, H\], got \[2, 3\] and \[5, 4\]"),
+        (dict(row_scale=torch.ones(3)), r"row_scale must be \[R = 2\], got \[3\]"),
         (dict(hidden=torch.zeros(2, 4).bfloat16()), "hidden is torch.bfloat16 on cpu, weight torch.float32"),
         (dict(hidden=torch.zeros(3, 4)), "hidden has 3 rows, GatherRows has 2"),
         (dict(vocab_size=6), "cannot hold a vocabulary of 6"),

@@ -4,6 +4,7 @@ import random
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -12,8 +13,11 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, Qwen3Config
 
 from real_megatron.batch.types import Group, Trajectory
 from real_megatron.config import RunConfig
+from real_megatron.head import reference_gathered_log_softmax
 from real_megatron.objective import build_objective
 from real_megatron.policy import checkpoint, cpu, model, optimizer
+from real_megatron.policy.attention import HeadRows
+from real_megatron.policy.judge_head import JudgeHead
 from real_megatron.policy.optimizer import sharded_torch_adams
 from real_megatron.policy.policy import Policy
 from tests.support.ranks import forget_policies
@@ -149,6 +153,28 @@ def train_all(
 
 def logprobs(config: RunConfig) -> list[list[tuple[list[float], list[float] | None]]]:
     return [[(t.tokens, t.scores) for t in group] for group in make_policy(config).logprobs(make_groups())]
+
+
+def head_error(config: RunConfig) -> list[float]:
+    """The largest error of the head's log-probs of tokens and of scores, against float64 of the same hidden states and
+    weights."""
+    errors: list[tuple[float, float]] = []
+
+    real_head = JudgeHead.head
+
+    def watched(self: JudgeHead, hidden: torch.Tensor, rows: HeadRows) -> torch.Tensor:
+        found = real_head(self, hidden, rows)
+        logits = hidden[rows.positions, 0].double() @ self.shared_embedding_or_output_weight().double().t()
+        logits[: rows.tokens] /= rows.temperature
+        exact = reference_gathered_log_softmax(logits[:, : self.true_vocab_size], rows.ids)
+        error = (found - exact).abs()
+        first = int(rows.ids.offsets[rows.tokens])
+        errors.append((error[:first].max().item(), error[first:].max().item()))
+        return found
+
+    with mock.patch.object(JudgeHead, "head", watched):
+        make_policy(config).logprobs(make_groups())
+    return [max(kind) for kind in zip(*errors, strict=True)]
 
 
 @dataclass
