@@ -68,8 +68,10 @@ class ModelConfig(Section):
     head_memory_mib: int = Field(256, ge=1, description="Byte budget of the linear head's chunks, in MiB.")
     fp32_logits: bool = Field(
         True,
-        description="Linear head: keep logits in float32 when GEMM inputs are bfloat16; rounded ones are noise in the "
-        "reward. Stored logits (head: logits) always have the model's dtype.",
+        description="Keep logits in float32 when GEMM inputs are bfloat16; rounded ones are noise in the reward, in "
+        "scores and between engine and policy. Holds for the linear head, the transformers engine and the servers that "
+        "are started here; attached ones need their own switch (docs/mathematics.md). Stored logits (head: logits) "
+        "always have the model's dtype.",
     )
 
 

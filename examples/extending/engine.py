@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from real_megatron.errors import EngineError, PromptRefused
+from real_megatron.rollout.embedded.head import use_float32_logits
 from real_megatron.rollout.engine import EngineSpec, Response, SamplingParams, register_engine
 
 
@@ -20,6 +21,8 @@ class PlainEngine:
         else:
             model = AutoModelForCausalLM.from_config(spec.hf_config(), dtype=spec.dtype)
         self.model = model.to(spec.device).eval().requires_grad_(False)
+        if spec.fp32_logits:
+            use_float32_logits(self.model)
         self.tokenizer, self.stop_ids, self.max_tokens = spec.tokenizer, spec.stop_ids(), spec.max_tokens
         self.version = 0 if spec.serve_loaded else None
 

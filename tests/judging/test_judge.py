@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
@@ -62,6 +63,22 @@ def test_several_critiques_are_listed_and_averaged(judge: Judge) -> None:
     assert len(score.samples) == 3 and score.critique == score.samples[0].critique
     assert len({sample.critique for sample in score.samples}) > 1
     assert score.score == pytest.approx(sum(sample.score for sample in score.samples) / 3)
+
+
+@pytest.mark.parametrize("fp32_logits", [True, False])
+def test_a_bfloat16_judge_reads_its_scores_in_float32(model: Path, fp32_logits: bool) -> None:
+    """Against float64 of the weights and of the last hidden state, which is that of the (forced) anchor."""
+    dtype = ["model.dtype=bfloat16"] if fp32_logits else ["model.dtype=bfloat16", "model.fp32_logits=false"]
+    hidden = []
+    with Judge.from_pretrained(model, overrides=[*SHORT, *dtype]) as judge:
+        layer = judge.engine.model.get_output_embeddings()
+        layer.register_forward_pre_hook(lambda _, inputs: hidden.append(inputs[0][0, -1].double()))
+        (score,) = judge.score(PROMPTS[:1])
+        exact = (layer.weight.double() @ hidden[-1]).softmax(-1)[judge.scale.score_ids]
+        expected = float(exact @ torch.tensor(judge.scale.values, dtype=torch.float64))
+    error = abs(score.score / expected - 1)
+    # Five probabilities, of logits below 4 that are float32 sums of 32 products; rounded, a logit is off by up to 2⁻⁸.
+    assert error < 2e-6 if fp32_logits else error > 2e-4, error
 
 
 def test_a_long_prompt_is_judged_by_its_end(judge: Judge, caplog: pytest.LogCaptureFixture) -> None:

@@ -43,18 +43,23 @@ def short_pauses(monkeypatch):
 
 @pytest.fixture
 def make(tmp_path, model, servers):
-    """make(servers, flavour, serve_loaded, **rollout settings) -> engine; closed at the end."""
+    """make(servers, flavour, serve_loaded, **rollout settings) -> engine; closed at the end.
+
+    rounded: which servers round their logits; spec: of the engine's specification
+    """
     model.save_pretrained(tmp_path / "model")
     engines = []
 
-    def build(count=1, flavour="sglang", serve_loaded=True, **settings):
+    def build(count=1, flavour="sglang", serve_loaded=True, rounded=(), spec=None, **settings):
         fakes = servers(count, flavour)
         for fake in fakes:
             fake.model_path = str(tmp_path / "model")
+        for index in rounded:
+            fakes[index].fp32_logits = False
         settings = {"weight_sync": "disk", "timeout_s": 30} | settings
         config = RolloutConfig(engine=flavour, servers=[fake.url for fake in fakes], **settings)
-        spec = engine_spec(config, tmp_path / "model", tmp_path / "work", serve_loaded=serve_loaded)
-        engine = ENGINES[flavour](spec)
+        fields = {"serve_loaded": serve_loaded} | (spec or {})
+        engine = ENGINES[flavour](engine_spec(config, tmp_path / "model", tmp_path / "work", **fields))
         engines.append(engine)
         return engine, fakes
 
@@ -79,6 +84,18 @@ def test_every_prompt_gets_its_own_responses_in_order(make, flavour):
     engine, fakes = make(2, flavour, concurrency=4)
     check(engine.generate(PROMPTS, PARAMS))
     assert sum(fake.generations for fake in fakes) == len(PROMPTS)
+
+
+def test_attached_servers_that_round_their_logits_are_named(make, caplog):
+    bfloat16 = {"dtype": torch.bfloat16}
+    make(1, rounded=[0])
+    make(1, spec=bfloat16)
+    make(1, rounded=[0], spec=bfloat16 | {"fp32_logits": False})
+    assert not caplog.records
+    _, fakes = make(3, rounded=[0, 2], spec=bfloat16)
+    (record,) = caplog.records
+    assert record.getMessage().startswith(f"{fakes[0].url}, {fakes[2].url}: logits are rounded")
+    assert "--enable-fp32-lm-head" in record.getMessage()
 
 
 class CutAtTheThird(ScoreScale):

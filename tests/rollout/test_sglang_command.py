@@ -1,7 +1,9 @@
 """Local servers: their command lines, ports and GPUs."""
 
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 
 from real_megatron.config import RolloutConfig
@@ -12,8 +14,8 @@ from real_megatron.rollout.vllm import command as vllm
 from tests.support.rollout_specs import engine_spec
 
 
-def spec(config: RolloutConfig, device: str = "cpu", dtype: torch.dtype = torch.float32) -> EngineSpec:
-    return engine_spec(config, Path("/m"), Path("/w"), device=torch.device(device), dtype=dtype)
+def spec(config: RolloutConfig, device: str = "cpu", dtype: torch.dtype = torch.float32, **fields: Any) -> EngineSpec:
+    return engine_spec(config, Path("/m"), Path("/w"), device=torch.device(device), dtype=dtype, **fields)
 
 
 def value(command: list[str], option: str) -> str:
@@ -39,6 +41,23 @@ def test_a_cpu_server_uses_the_torch_native_path():
     command = server.arguments
     assert value(command, "--device") == "cpu" and value(command, "--attention-backend") == "torch_native"
     assert int(value(command, "--max-total-tokens")) >= 8192 and not server.environment
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments"),
+    [
+        (server_command, ["--enable-fp32-lm-head"]),
+        (vllm.server_command, ["--hf-overrides", '{"head_dtype": "float32"}']),
+    ],
+    ids=["sglang", "vllm"],
+)
+def test_servers_of_16_bit_weights_keep_float32_logits(command, arguments):
+    def found(dtype: torch.dtype, **fields: Any) -> bool:
+        given = command(spec(RolloutConfig(), "cuda", dtype, **fields), 0, 5000, 128).arguments
+        return all(argument in given for argument in arguments)
+
+    assert found(torch.bfloat16) and found(torch.float16)
+    assert not found(torch.float32) and not found(torch.bfloat16, fp32_logits=False)
 
 
 def servers(config: RolloutConfig, log_dir: Path, command=server_command):

@@ -44,6 +44,7 @@ class FakeServer:
         self.control_faults: dict[str, list[int | str]] = {}
         self.version = "default"
         self.model_path = "/the/model"
+        self.fp32_logits = True
         self.loaded: str | None = None
         self.session_open = False
         self.paused = False
@@ -221,7 +222,7 @@ class FakeServer:
         if path == "/model_info":
             return 200, RECORDED["model_info"]["body"] | {"weight_version": self.version, "model_path": self.model_path}
         if path == "/server_info":
-            return 200, RECORDED["server_info"]["body"]
+            return 200, RECORDED["server_info"]["body"] | {"enable_fp32_lm_head": self.fp32_logits}
         if path == "/weight_info":
             return 200, {"weight_version": self.version}
         if path == "/v1/models":

@@ -2,9 +2,13 @@
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
+from real_megatron.config import RunConfig
+from real_megatron.training import session
 from tests.support.ranks import run_ranks
 from tests.support.tiny_runs import order_of_work, poisoned, rows, tiny_config, train, write_tiny_task
 
@@ -12,6 +16,18 @@ from tests.support.tiny_runs import order_of_work, poisoned, rows, tiny_config, 
 @pytest.fixture(scope="module")
 def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_task(tmp_path_factory.mktemp("task"))
+
+
+@pytest.mark.parametrize("fp32_logits", [True, False])
+def test_the_engine_serves_the_model_as_the_policy_computes_it(fp32_logits: bool, monkeypatch) -> None:
+    config = RunConfig.from_tree({"model": {"path": "m", "dtype": "bfloat16", "fp32_logits": fp32_logits}})
+    specs = []
+    monkeypatch.setattr(session, "build_engine", lambda spec, group: specs.append(spec))
+    monkeypatch.setattr(session, "host_group", lambda minutes: None)
+    policy = SimpleNamespace(runtime=SimpleNamespace(device=torch.device("cpu")))
+    run = SimpleNamespace(config=config, policy=policy, model_dir=Path("m"), tokenizer=None)
+    session.Session.start_engine(run)
+    assert (specs[0].dtype, specs[0].fp32_logits) == (torch.bfloat16, fp32_logits)
 
 
 @pytest.mark.parametrize("world", [1, 2])

@@ -19,6 +19,9 @@ class Control(ControlClient):
     async def tensor_parallel(self, replica: Replica) -> int:
         return int((await self.get(replica, "/server_info"))["tp_size"])
 
+    async def rounds_logits(self, replica: Replica) -> bool:
+        return (await self.get(replica, "/server_info")).get("enable_fp32_lm_head") is False
+
     async def set_weight_label(self, replica: Replica, label: str) -> None:
         await self.post(replica, "/update_weight_version", {"new_version": label, "abort_all_requests": False})
 

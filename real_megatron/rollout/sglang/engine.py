@@ -1,5 +1,6 @@
 """The SGLang engine: requests over HTTP, weights over a process group, shared memory or disk."""
 
+import logging
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -21,6 +22,8 @@ from real_megatron.rollout.sglang.disk_transport import DiskTransport
 from real_megatron.rollout.sglang.distributed_transport import DistributedTransport
 from real_megatron.rollout.sglang.tensor_transport import TensorTransport
 from real_megatron.rollout.sglang.transport import SyncTargets, Transport
+
+logger = logging.getLogger(__name__)
 
 
 @register_engine("sglang", server_package="sglang", broadcasts=True, reserved_tokens=replies.RESERVED_TOKENS)
@@ -48,9 +51,26 @@ class SGLangEngine(RemoteEngine):
         self._new_transport = _transport_factory(spec, self._control)
         self._transport = self._new_transport()
         self._start()
+        if spec.config.servers and spec.fp32_logits and spec.dtype.itemsize < 4:
+            self._loop.run(self._warn_of_rounded_logits())
 
     def _command(self, spec: EngineSpec, index: int, port: int, context: int) -> ServerCommand:
         return server_command(spec, index, port, context)
+
+    async def _warn_of_rounded_logits(self) -> None:
+        rounded = []
+
+        async def one(replica: Replica) -> None:
+            if await self._control.rounds_logits(replica):
+                rounded.append(replica.url)
+
+        await self._each_up(one)
+        if rounded:
+            logger.warning(
+                "%s: logits are rounded to 16 bits there, and float32 in the policy: start the servers with "
+                "--enable-fp32-lm-head, or set model.fp32_logits to false",
+                ", ".join(rounded),
+            )
 
     # --- requests ---------------------------------------------------------------------------------------------------
 

@@ -13,6 +13,9 @@ SERVED_NAME = "policy"
 RESERVED_TOKENS = 1
 """A scoring request generates a token, which is not read, behind the longest sequence."""
 
+_FP32_LOGITS = ("--hf-overrides", '{"head_dtype": "float32"}')
+"""A user's own `--hf-overrides` replaces it."""
+
 # Where a directory holds consolidated*.safetensors too, "auto" takes Mistral's format, whose config, weights and
 # tokenizer are not the files that this package reads, and whose weights have other names.
 _HF_FORMAT = ("--config-format", "hf", "--load-format", "safetensors", "--tokenizer-mode", "hf")
@@ -26,6 +29,8 @@ def server_command(spec: EngineSpec, index: int, port: int, context: int) -> Ser
     config = spec.config
     arguments = [config.python or sys.executable, str(LAUNCHER), "vllm.entrypoints.openai.api_server"]
     arguments += ["--model", str(spec.model_dir), "--served-model-name", SERVED_NAME, "--host", "127.0.0.1"]
+    if spec.fp32_logits and spec.dtype.itemsize < 4:
+        arguments += _FP32_LOGITS
     arguments += ["--port", str(port), "--dtype", str(spec.dtype).removeprefix("torch.")]
     arguments += ["--max-model-len", str(context + RESERVED_TOKENS), "--tensor-parallel-size", str(config.tensor)]
     arguments += _HF_FORMAT
