@@ -77,7 +77,7 @@ def test_a_bfloat16_judge_reads_its_scores_in_float32(model: Path, fp32_logits: 
         exact = (layer.weight.double() @ hidden[-1]).softmax(-1)[judge.scale.score_ids]
         expected = float(exact @ torch.tensor(judge.scale.values, dtype=torch.float64))
     error = abs(score.score / expected - 1)
-    # Five probabilities, of logits below 4 that are float32 sums of 32 products; rounded, a logit is off by up to 2⁻⁸.
+    # Five probabilities, of logits below 5 that are float32 sums of 32 products; rounded, a logit is off by up to 2⁻⁸.
     assert error < 2e-6 if fp32_logits else error > 2e-4, error
 
 
