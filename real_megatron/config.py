@@ -465,6 +465,12 @@ class MetricsConfig(Section):
     tensorboard: bool = Field(True, description="Write TensorBoard event files.")
     wandb_project: str | None = Field(None, description="wandb project; unset: wandb is not used.")
     print_every: int = Field(1, ge=0, description="Print a line every N steps; 0: the last step only.")
+    samples_every: int = Field(
+        10,
+        ge=0,
+        description="Every N steps of `train`, write some responses with their scores and rewards to samples.jsonl, "
+        "TensorBoard and wandb, after a forward pass over them; 0: never.",
+    )
 
 
 class EvaluationConfig(Section):

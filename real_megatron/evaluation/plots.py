@@ -25,6 +25,8 @@ class Panel:
     value: Callable[[Row], float]
     log: bool = False
     """Whether the vertical axis is logarithmic."""
+    bands: tuple[tuple[str, str], ...] = ()
+    """Pairs of metrics between which the area is filled, the wider band first."""
 
 
 def _field(*names: str) -> Callable[[Row], float]:
@@ -38,11 +40,19 @@ def _anchored(row: Row) -> float:
 
 PANELS = (
     Panel("Reward", "mean reward", _field("reward")),
+    Panel(
+        "Rewards of a step's answers: median, 25–75 %, 5–95 %",
+        "reward",
+        _field("rewards/p50"),
+        bands=(("rewards/p05", "rewards/p95"), ("rewards/p25", "rewards/p75")),
+    ),
     Panel("Squared error of the expected score", "(ŷ − y*)²", _field("squared_error")),
     Panel("Entropy of the score distribution", "nats", _field("score_entropy")),
     Panel("Responses that reach the score anchor", "share", _anchored),
+    Panel("Responses cut off by their length", "share", _field("rollout/truncated")),
     Panel("Response length", "tokens", _field("rollout/response_tokens", "response_tokens")),
     Panel("Variety of the critiques", "distinct-2", _field("cot/distinct_2")),
+    Panel("Engine and policy: difference of log-probs", "mean |Δ log p|", _field("mismatch/mean"), log=True),
     Panel("Loss", "loss", _field("loss")),
     Panel("Gradient norm", "norm", _field("grad_norm"), log=True),
 )
@@ -52,8 +62,8 @@ COLUMNS = 2
 def learning_curves(path: Path, runs: Mapping[str, Sequence[Row]]) -> bool:
     """Plot the training metrics (run → rows of metrics.jsonl) over steps, one panel a metric, one colour a run.
 
-    Thin: each step; thick: moving average over a tenth of the steps. Panels without data are left out; False, and no
-    file, when all are.
+    Thin: each step; thick: moving average over a tenth of the steps; areas, each step: percentiles. Panels without data
+    are left out; False, and no file, when all are.
     """
     series = [
         (panel, points)
@@ -71,6 +81,9 @@ def learning_curves(path: Path, runs: Mapping[str, Sequence[Row]]) -> bool:
             ax.plot(steps, smooth, color=colours[name], linewidth=1.8, label=name)
             if len(values) == 1:
                 ax.plot(steps, values, "o", color=colours[name])
+            for low, high in panel.bands:
+                edges = [[row[edge] for row in runs[name] if math.isfinite(panel.value(row))] for edge in (low, high)]
+                ax.fill_between(steps, *edges, color=colours[name], alpha=0.15, linewidth=0)
         if panel.log:
             ax.set_yscale("log")
         _label(ax, panel.title, panel.unit)

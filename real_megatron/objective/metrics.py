@@ -1,4 +1,4 @@
-"""Metrics as (sum, weight) pairs and maxima, and their reduction to numbers."""
+"""Metrics as (sum, weight) pairs, maxima and whole samples, and their reduction to numbers."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -9,6 +9,9 @@ from torch import Tensor
 from real_megatron.config import Probabilities
 from real_megatron.objective.rail import expected_score, label_index, label_logprob, score_entropy, score_mass
 from real_megatron.objective.types import MetricSums, ScoredBatch
+
+QUANTILES = (5, 25, 50, 75, 95)
+"""Percentiles that are logged of a sample, as `NAME/p05` and so on."""
 
 
 def pair(values: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -23,6 +26,11 @@ def pair(values: Tensor, weights: Tensor | None = None) -> Tensor:
 def maximum(values: Tensor) -> Tensor:
     """[1]: the largest of non-negative `values` [n]; 0 of none."""
     return torch.cat([values.detach(), values.new_zeros(1)]).amax(0, keepdim=True)
+
+
+def sample(values: Tensor, chosen: Tensor) -> Tensor:
+    """[1, m]: the values [n] where `chosen` [n] holds, each by itself; `summarize` makes percentiles of them."""
+    return values.detach()[chosen][None]
 
 
 def loss_pair(contribution: Tensor, fraction: float) -> Tensor:
@@ -57,25 +65,34 @@ def score_metrics(scored: ScoredBatch, probabilities: Probabilities) -> MetricSu
 
 
 def merge(micro_batches: Iterable[MetricSums]) -> MetricSums:
-    """The metrics of several micro-batches as one: pairs are added, of maxima the largest is kept."""
+    """The metrics of several micro-batches as one: pairs are added, of maxima the largest is kept, samples are put
+    together and sorted."""
     merged: MetricSums = {}
     for metrics in micro_batches:
         for name, value in metrics.items():
             known = merged.get(name)
             value = value.double()
-            if known is not None:
+            if value.dim() == 2:
+                value = torch.cat([value] if known is None else [known, value], dim=1).sort().values
+            elif known is not None:
                 value = torch.maximum(known, value) if value.numel() == 1 else known + value
             merged[name] = value
     return merged
 
 
 def summarize(metrics: Mapping[str, Tensor]) -> dict[str, float]:
-    """Numbers from metrics that were merged over micro-batches and ranks. Pairs without weight are left out.
+    """Numbers from metrics that were merged over micro-batches and ranks. Pairs without weight are left out, and
+    samples without values.
 
     `advantage_square` becomes `advantage_std`, the standard deviation over the batch, which is not a mean.
     """
     result: dict[str, float] = {}
     for name, value in metrics.items():
+        if value.dim() == 2:
+            if value.numel():
+                levels = torch.quantile(value[0].double(), value.new_tensor(QUANTILES).double() / 100)
+                result |= {f"{name}/p{q:02d}": x for q, x in zip(QUANTILES, levels.tolist(), strict=True)}
+            continue
         total, weight = value.tolist() if value.numel() == 2 else (value.item(), 1.0)
         if weight != 0:
             result[name] = total / weight

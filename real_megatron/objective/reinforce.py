@@ -9,7 +9,7 @@ from real_megatron.config import Baseline, Ratio, RatioLevel
 from real_megatron.objective import policy_gradient as pg
 from real_megatron.objective.advantages import advantages, minimum_group_size
 from real_megatron.objective.kl import k3
-from real_megatron.objective.metrics import loss_pair, pair, score_metrics
+from real_megatron.objective.metrics import loss_pair, pair, sample, score_metrics
 from real_megatron.objective.mismatch import mismatch_metrics
 from real_megatron.objective.rewards import Reward, RewardOptions, below_the_worst, compute_rewards
 from real_megatron.objective.types import MetricSums, ScoredBatch, Totals
@@ -126,7 +126,8 @@ class ReinforceObjective:
         # The zeros keep both inputs in the graph when a term is off or no response is valid: backward always works.
         answers = torch.where(scored.has_answer[:, None], scored.score_logprobs, 0.0)
         loss = 0.0 * tokens.sum() + 0.0 * answers.sum()
-        metrics: MetricSums = {"reward": pair(r, scored.has_answer)} | score_metrics(scored, self.options.probabilities)
+        metrics: MetricSums = {"reward": pair(r, scored.has_answer), "rewards": sample(r, scored.has_answer)}
+        metrics |= score_metrics(scored, self.options.probabilities)
         if self.term1:
             a = scored.advantages
             if a is None:

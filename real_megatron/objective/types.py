@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 MetricSums = dict[str, Tensor]
-"""Name -> tensor [2], (sum, weight), or tensor [1], a maximum. `metrics.merge` adds them over micro-batches;
-`metrics.summarize` then divides."""
+"""Name -> tensor [2], (sum, weight), or tensor [1], a maximum, or tensor [1, n], a sample. `metrics.merge` adds them
+over micro-batches; `metrics.summarize` then divides, and makes percentiles of samples."""
 
 
 @dataclass

@@ -193,6 +193,23 @@ class Policy:
         ordered = iter(merged[i] for i in range(len(subgroups)))
         return [[t for _ in self.planner.split(group) for t in next(ordered)] for group in groups]
 
+    def scored(self, groups: Sequence[Group]) -> ScoredBatch:
+        """What `GroupObjective.rewards` reads of the groups: score log-probs and labels of all their trajectories in
+        order, without gradient, without token log-probs. On the host, on every rank. Forward only. Collective."""
+        scores = [t.scores for group in self.logprobs(groups) for t in group]
+        zeros = [0.0] * len(self.score_ids)
+        return ScoredBatch(
+            token_logprobs=torch.zeros(0),
+            token_trajectory=torch.zeros(0, dtype=torch.long),
+            score_logprobs=torch.tensor([zeros if s is None else s for s in scores]),
+            has_answer=torch.tensor([s is not None for s in scores]),
+            labels=torch.tensor([group.label for group in groups for _ in group.trajectories]),
+            group=torch.tensor([g for g, group in enumerate(groups) for _ in group.trajectories]),
+            values=self.values.cpu(),
+            sampled=sampled_scores(groups, self.score_ids),
+            responses=_views(responses_of(groups)),
+        )
+
     def export(self) -> Iterator[tuple[str, Tensor]]:
         """The weights as a stream of (Hugging Face name, full tensor), on every rank."""
         return bridge.export_hf(self.chunks, self.description)
@@ -245,21 +262,8 @@ class Policy:
         large = [group for group in groups if not self.planner.fits(group)]
         if not large:
             return list(groups)
-        scores = [t.scores for group in self.logprobs(large) for t in group]
-        zeros = [0.0] * len(self.score_ids)
-        group_index = torch.tensor([g for g, group in enumerate(large) for _ in group.trajectories])
-        scored = ScoredBatch(
-            token_logprobs=torch.zeros(0),
-            token_trajectory=torch.zeros(0, dtype=torch.long),
-            score_logprobs=torch.tensor([zeros if s is None else s for s in scores]),
-            has_answer=torch.tensor([s is not None for s in scores]),
-            labels=torch.tensor([group.label for group in large for _ in group.trajectories]),
-            group=group_index,
-            values=self.values.cpu(),
-            sampled=sampled_scores(large, self.score_ids),
-            responses=_views(responses_of(large)),
-        )
-        advantages = iter(objective.advantages(objective.rewards(scored), group_index).tolist())
+        scored = self.scored(large)
+        advantages = iter(objective.advantages(objective.rewards(scored), scored.group).tolist())
 
         def with_advantages(group: Group) -> Group:
             return replace(group, trajectories=[replace(t, advantage=next(advantages)) for t in group.trajectories])

@@ -1,4 +1,4 @@
-"""Metric sinks: metrics.jsonl always, TensorBoard by default, wandb when configured."""
+"""Metric sinks: metrics.jsonl and samples.jsonl always, TensorBoard by default, wandb when configured."""
 
 import importlib.util
 import json
@@ -7,30 +7,33 @@ import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, Self, TextIO
 
 from real_megatron.config import MetricsConfig
 from real_megatron.errors import ConfigError
 
 
 class Sink(Protocol):
-    """Takes one row of numbers per step."""
+    """Takes one row of numbers per step, and for some steps responses, one row each (`sample_rows`)."""
 
     def write(self, step: int, values: dict[str, float]) -> None: ...
+
+    def samples(self, step: int, rows: list[dict[str, Any]]) -> None: ...
 
     def close(self) -> None: ...
 
 
-class JsonlSink:
-    """One JSON object a line: `step` and the step's metrics. Flushed line by line, so that a killed run keeps its rows.
+class JsonLines:
+    """A file of one JSON object a line, each with a `step`. Flushed line by line, so that a killed run keeps its rows.
 
-    A resumed run first drops the rows after the step it resumes from (they will come again), so each step of each kind
-    of row stands in the file once.
+    A resumed run first drops the rows after the step it resumes from: they will come again.
     """
 
     def __init__(self, path: Path, resume_step: int = 0) -> None:
         self.last_step: int | None = None
         """The step of the last row, of an earlier start or of this one."""
+        self._path = path
+        self._file: TextIO | None = None  # made with its first row
         if path.exists():
             lines = path.read_text(encoding="utf-8").splitlines() if resume_step else []
             kept = [line for line in lines if _step_of(line) <= resume_step]
@@ -38,17 +41,43 @@ class JsonlSink:
             fresh.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
             os.replace(fresh, path)
             self.last_step = int(_step_of(kept[-1])) if kept else None
-        self._file = path.open("a", encoding="utf-8")
 
-    def write(self, step: int, values: dict[str, float]) -> None:
+    def write(self, step: int, row: dict[str, Any]) -> None:
         # JSON has no NaN: null says that the number does not exist.
-        row = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        row = {name: None if isinstance(x, float) and not math.isfinite(x) else x for name, x in row.items()}
+        if self._file is None:
+            self._file = self._path.open("a", encoding="utf-8")
         self._file.write(json.dumps({"step": step, **row}) + "\n")
         self._file.flush()
         self.last_step = step
 
     def close(self) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
+
+
+class JsonlSink:
+    """metrics.jsonl, a row a step, and samples.jsonl, a row a response; resumed, each step is in them once."""
+
+    def __init__(self, directory: Path, resume_step: int = 0) -> None:
+        self._metrics = JsonLines(directory / "metrics.jsonl", resume_step)
+        self._samples = JsonLines(directory / "samples.jsonl", resume_step)
+
+    @property
+    def last_step(self) -> int | None:
+        """The step of the last row of metrics."""
+        return self._metrics.last_step
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        self._metrics.write(step, values)
+
+    def samples(self, step: int, rows: list[dict[str, Any]]) -> None:
+        for row in rows:
+            self._samples.write(step, row)
+
+    def close(self) -> None:
+        self._metrics.close()
+        self._samples.close()
 
 
 class TensorBoardSink:
@@ -63,6 +92,9 @@ class TensorBoardSink:
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
         self._writer.flush()
+
+    def samples(self, step: int, rows: list[dict[str, Any]]) -> None:
+        self._writer.add_text("samples", "\n\n".join(map(_markdown, rows)), step)
 
     def close(self) -> None:
         self._writer.close()
@@ -84,6 +116,13 @@ class WandbSink:
 
     def write(self, step: int, values: dict[str, float]) -> None:
         self._run.log(values, step=step)
+
+    def samples(self, step: int, rows: list[dict[str, Any]]) -> None:
+        import wandb
+
+        columns = list(rows[0])
+        table = wandb.Table(columns=columns, data=[[row[name] for name in columns] for row in rows])
+        self._run.log({"samples": table}, step=step)
 
     def close(self) -> None:
         self._run.finish()
@@ -110,7 +149,7 @@ class MetricSinks:
         if rank:
             return cls([])
         output.mkdir(parents=True, exist_ok=True)
-        sinks: list[Sink] = [JsonlSink(output / "metrics.jsonl", resume_step)]
+        sinks: list[Sink] = [JsonlSink(output, resume_step)]
         if config.tensorboard:
             sinks.append(TensorBoardSink(output / "tensorboard", resume_step))
         if config.wandb_project:
@@ -125,6 +164,10 @@ class MetricSinks:
     def write(self, step: int, values: dict[str, float]) -> None:
         for sink in self._sinks:
             sink.write(step, values)
+
+    def samples(self, step: int, rows: list[dict[str, Any]]) -> None:
+        for sink in self._sinks:
+            sink.samples(step, rows)
 
     def close(self) -> None:
         for sink in self._sinks:
@@ -151,6 +194,14 @@ def distinct_n(texts: Iterable[Sequence[int]], n: int) -> float:
             seen.add(tuple(ids[start : start + n]))
             total += 1
     return len(seen) / total if total else math.nan
+
+
+def _markdown(row: dict[str, Any]) -> str:
+    """A response for TensorBoard. Its texts are indented, as code, so that nothing in them is taken for markup."""
+    texts = ("prompt", "response")
+    head = ", ".join(f"{name} `{value}`" for name, value in row.items() if name not in texts)
+    blocks = ["\n".join(f"    {line}" for line in row[name].splitlines()) for name in texts]
+    return "\n\n".join([head, "prompt", blocks[0], "response", blocks[1]])
 
 
 def _step_of(line: str) -> float:

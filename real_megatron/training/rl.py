@@ -20,6 +20,7 @@ from real_megatron.training.rollouts import (
     with_policy_logprobs,
     with_texts,
 )
+from real_megatron.training.samples import sample_rows
 from real_megatron.training.session import Session, naming_step, open_session
 from real_megatron.training.update import update
 
@@ -75,6 +76,10 @@ def train(config: RunConfig) -> None:
                     if objective.needs_old_logprobs and config.batch.old_logprobs == "policy":
                         with timer.phase("old_logprobs"):
                             groups, difference = with_policy_logprobs(policy, groups)
+                    # Show some responses, before the update changes what the policy thinks of them.
+                    if run.samples_due(step + 1):
+                        with timer.phase("samples"):
+                            log.samples(step + 1, sample_rows(policy, run.tokenizer, run.scale, groups, objective))
                     # Update.
                     with timer.phase("update"):
                         metrics |= update(policy, groups, objective, config.batch.mini_batches) | difference

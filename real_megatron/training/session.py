@@ -205,6 +205,10 @@ class Session:
         }
         self.store.save(done, lambda directory: self.policy.save(directory, state))
 
+    def samples_due(self, done: int) -> bool:
+        """Whether some responses of the step that makes `done` steps are shown: every `metrics.samples_every` steps."""
+        return _due(done, self.config.metrics.samples_every)
+
     def evaluation_due(self, done: int) -> bool:
         """Whether an evaluation belongs after `done` steps: every `evaluation.every` steps, and at the end."""
         return bool(self.evaluation_sets) and (done == self.steps or _due(done, self.config.evaluation.every))

@@ -2,7 +2,7 @@
 
 import logging
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from real_megatron.config import RunConfig
 from real_megatron.policy.flops import peak_flops
@@ -34,6 +34,10 @@ class StepLog:
     def row(self, step: int, values: dict[str, float]) -> None:
         """Write a row of metrics as it is."""
         self._sinks.write(step, values)
+
+    def samples(self, done: int, rows: list[dict[str, Any]]) -> None:
+        """Write some responses of a training step (`sample_rows`)."""
+        self._sinks.samples(done, rows)
 
     def step(self, done: int, values: dict[str, float], seconds: dict[str, float]) -> None:
         """Write the row of a training step and show it.

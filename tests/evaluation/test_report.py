@@ -44,6 +44,8 @@ def runs(tmp_path):
             for row in rows:
                 step = row["step"]
                 row |= {"reward": -1 / step, "squared_error": 1 / step, "score_entropy": 0.5, "valid": 1.0}
+                row |= {f"rewards/p{q:02d}": (q - 50) / step for q in (5, 25, 50, 75, 95)}
+                row |= {"rollout/truncated": 0.04, "mismatch/mean": 1e-3}
                 row |= {"rollout/no_anchor": 0.1, "rollout/response_tokens": 10.0 + step, "cot/distinct_2": 0.5}
         (directory / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         for name in ("in_domain", "ood"):
@@ -90,6 +92,13 @@ def test_panels_show_what_the_runs_recorded(runs, tmp_path, monkeypatch) -> None
     assert raw.get_ydata().tolist() == [-1 / s for s in range(1, 21)]
     assert smooth.get_ydata()[-1] == pytest.approx((-1 / 19 - 1 / 20) / 2) and smooth.get_label() == "real"
     assert axes["Responses that reach the score anchor"].get_lines()[0].get_ydata().tolist() == [0.9] * 20
+    assert axes["Responses cut off by their length"].get_lines()[0].get_ydata().tolist() == [0.04] * 20
+    mismatch = axes["Engine and policy: difference of log-probs"]
+    assert mismatch.get_lines()[0].get_ydata().tolist() == [1e-3] * 20 and mismatch.get_yscale() == "log"
+    rewards = next(ax for title, ax in axes.items() if title.startswith("Rewards of a step"))
+    for area, half in zip(rewards.collections, (45, 25), strict=True):
+        edges = area.get_paths()[0].vertices
+        assert (edges[:, 1].min(), edges[:, 1].max()) == (-half, half) and edges[:, 0].max() == 20
     assert [line.get_label() for line in axes["Loss"].get_lines()[1::2]] == ["sft", "real"]
     assert len(axes["Gradient norm"].get_lines()[0].get_xdata()) == 19  # step 3 has none
     assert axes["Gradient norm"].get_yscale() == "log" and axes["Loss"].get_yscale() == "linear"

@@ -171,6 +171,7 @@ def test_truncated_responses_are_punished_and_not_trained_as_answers(batch: Batc
     assert float(advantages[0]) == pytest.approx(float(rewards[0] - rewards[1:].mean()))
     assert summarize(pairs)["valid"] == pytest.approx(0.75)
     assert summarize(pairs)["reward"] == pytest.approx(float(rewards[[0, 1, 3]].mean()))
+    assert summarize(pairs)["rewards/p50"] == pytest.approx(float(rewards[[0, 1, 3]].median()))
     assert float(build(no_anchor_reward=-9.0).rewards(scored)[2]) == -9.0
     # Without a comparison there is no worst answer of a group.
     assert float(build(baseline="none").rewards(scored)[2]) == pytest.approx(-25 + LOGPROB_FLOOR)

@@ -18,20 +18,24 @@ def rows(path: Path) -> list[dict]:
 
 
 def test_rows_are_on_disk_before_the_run_ends_and_nan_is_null(tmp_path: Path) -> None:
-    sink = JsonlSink(tmp_path / "metrics.jsonl")
+    sink = JsonlSink(tmp_path)
     sink.write(1, {"loss": 0.5, "kl": math.nan})
     assert rows(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": 0.5, "kl": None}]
 
 
 def test_a_resumed_run_drops_the_rows_that_will_come_again(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    sink = JsonlSink(path)
+    sink = JsonlSink(tmp_path)
     for step in (1, 2, 3):
         sink.write(step, {"loss": float(step)})
+        sink.samples(step, [{"id": id, "reward": None} for id in "ab"])
     sink.close()
     with path.open("a") as file:
         file.write('{"step": 4, "lo')
-    sink = JsonlSink(path, resume_step=2)
+    sink = JsonlSink(tmp_path, resume_step=2)
+    assert [row["step"] for row in rows(tmp_path / "samples.jsonl")] == [1, 1, 2, 2]
+    sink.samples(3, [{"id": "c", "reward": 0.5}])
+    assert rows(tmp_path / "samples.jsonl")[4:] == [{"step": 3, "id": "c", "reward": 0.5}]
     sink.write(3, {"loss": 30.0})
     assert rows(path) == [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 2.0}, {"step": 3, "loss": 30.0}]
 
@@ -39,13 +43,14 @@ def test_a_resumed_run_drops_the_rows_that_will_come_again(tmp_path: Path) -> No
 def test_a_run_from_the_start_begins_an_empty_file(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 0}\n{"step": 1}\n')
-    JsonlSink(path).write(1, {"loss": 2.0})
+    JsonlSink(tmp_path).write(1, {"loss": 2.0})
     assert rows(path) == [{"step": 1, "loss": 2.0}]
 
 
 def test_only_rank_0_writes(tmp_path: Path) -> None:
     with MetricSinks.open(MetricsConfig(), tmp_path / "out", rank=1, run_config={}) as metrics:
         metrics.write(1, {"loss": 1.0})
+        metrics.samples(1, [{"id": "a"}])
     assert not (tmp_path / "out").exists()
 
 
@@ -54,9 +59,13 @@ def test_tensorboard_holds_the_same_numbers(tmp_path: Path) -> None:
 
     with MetricSinks.open(MetricsConfig(), tmp_path, rank=0, run_config={}) as metrics:
         metrics.write(1, {"train/loss": 0.25})
+        metrics.samples(1, [{"id": "a", "prompt": "# Why?\n<b>", "response": "So.", "reward": -0.5}])
         metrics.write(2, {"train/loss": 0.5})
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(1, 0.25), (2, 0.5)]
+    (text,) = events.Tensors("samples/text_summary")
+    shown = "id `a`, reward `-0.5`\n\nprompt\n\n    # Why?\n    <b>\n\nresponse\n\n    So."
+    assert (text.step, text.tensor_proto.string_val[0].decode()) == (1, shown)
 
 
 def test_tensorboard_does_not_show_what_a_resumed_or_restarted_run_writes_again(tmp_path: Path) -> None:
@@ -93,11 +102,16 @@ def test_wandb_continues_a_resumed_run_and_begins_another_from_the_start(
         log = lambda values, step: logged.append((step, values))  # noqa: E731
         return SimpleNamespace(id=f"run{len(asked)}", log=log, finish=lambda: None)
 
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    table = lambda columns, data: (columns, data)  # noqa: E731
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init, Table=table))
     for resume_step in (0, 2, 0):
         with MetricSinks.open(MetricsConfig(wandb_project="p"), tmp_path, 0, {}, resume_step) as metrics:
             metrics.write(resume_step + 1, {"loss": 1.0})
     assert asked == [None, "run1", None] and [step for step, _ in logged] == [1, 3, 1]
+    with MetricSinks.open(MetricsConfig(wandb_project="p"), tmp_path, 0, {}) as metrics:
+        metrics.samples(4, [{"prompt": id, "response": id, "reward": 0.5} for id in "ab"])
+    columns = ["prompt", "response", "reward"]
+    assert logged[3] == (4, {"samples": (columns, [["a", "a", 0.5], ["b", "b", 0.5]])})
 
 
 def test_distinct_n() -> None:

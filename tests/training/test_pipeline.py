@@ -5,7 +5,8 @@ import math
 from pathlib import Path
 
 import pytest
-from transformers import AutoModelForCausalLM
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from real_megatron.config import RunConfig
 from real_megatron.evaluation.report import read_run, write_report
@@ -47,7 +48,12 @@ def pipeline(task: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "data": {**shared["data"], "train": [{"path": str(task / "train_sft.jsonl")}]},
     }
     run_ranks(1, train, tiny_config(task, runs / "sft", **sft))
-    real = {**shared, "steps": 2, "model": {"path": str(runs / "sft/hf")}, "metrics": {"tensorboard": True}}
+    real = {
+        **shared,
+        "steps": 2,
+        "model": {"path": str(runs / "sft/hf")},
+        "metrics": {"tensorboard": True, "samples_every": 1},
+    }
     run_ranks(1, train_and_evaluate, tiny_config(task, runs / "real", **real), runs / "checkpoint")
     return runs
 
@@ -73,6 +79,30 @@ def test_every_run_leaves_its_metrics(pipeline: Path) -> None:
     # The last evaluation of SFT and the first of REAL see the same weights and seeds.
     assert sft[4]["eval/dev/rail/mse"] == pytest.approx(real[0]["eval/dev/rail/mse"], rel=1e-5)
     assert list((pipeline / "real/tensorboard").iterdir()) and (pipeline / "real/config.yaml").exists()
+
+
+def test_the_samples_of_a_step_are_what_the_model_says_of_them(pipeline: Path, task: Path) -> None:
+    """Step 1 has SFT's weights: transformers gives the same scores, and the reward by its formula."""
+    lines = (pipeline / "real/samples.jsonl").read_text().splitlines()
+    samples = [json.loads(line) for line in lines]
+    assert [row["step"] for row in samples] == [1] * 8 + [2] * 8
+    data = [json.loads(line) for line in (task / "train_rl.jsonl").read_text().splitlines()]
+    tokenizer = AutoTokenizer.from_pretrained(pipeline / "sft/hf")
+    model = AutoModelForCausalLM.from_pretrained(pipeline / "sft/hf")
+    scores = [tokenizer.convert_tokens_to_ids(text) for text in "12345"]
+    for row in samples[:8]:
+        example = next(example for example in data if example["id"] == row["id"])
+        assert (row["prompt"], row["label"]) == (example["prompt"], example["label"])
+        assert row["ending"] in ("anchor", "forced") and row["response"].endswith("[RESULT]")
+        ids = tokenizer(f"{row['prompt']} {row['response']}", return_tensors="pt").input_ids
+        with torch.no_grad():
+            p = model(ids).logits[0, -1].double().softmax(-1)[scores]
+        expected = float(p @ torch.arange(1.0, 6.0).double())
+        reward = -((expected - row["label"]) ** 2) + math.log(p[int(row["label"]) - 1])
+        assert row["expected_score"] == pytest.approx(expected, rel=1e-4)  # float32 on one side
+        assert row["reward"] == pytest.approx(reward, rel=1e-4)
+        assert row["answer"] == "12345"[int(p.argmax())]
+    assert samples[0]["id"] == samples[1]["id"] != samples[2]["id"]
 
 
 def test_the_phases_of_each_step_sum_to_it(pipeline: Path) -> None:

@@ -29,7 +29,7 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def whole(task: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("whole")
-    run_ranks(1, train, tiny_config(task, output, checkpoint={"save_hf": True}))
+    run_ranks(1, train, tiny_config(task, output, checkpoint={"save_hf": True}, metrics={"samples_every": 1}))
     return output
 
 
@@ -37,7 +37,7 @@ def whole(task: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_resumed_at_the_same_layout_it_is_bit_identical(
     objective: dict[str, float], task: Path, whole: Path, tmp_path: Path
 ) -> None:
-    changes = {"objective": objective, "checkpoint": {"save_hf": True}}
+    changes = {"objective": objective, "checkpoint": {"save_hf": True}, "metrics": {"samples_every": 1}}
     if objective:
         whole = tmp_path / "whole"
         run_ranks(1, train, tiny_config(task, whole, **changes))
@@ -47,6 +47,7 @@ def test_resumed_at_the_same_layout_it_is_bit_identical(
     run_ranks(1, train, config)
     assert rows(config.output) == rows(whole)
     assert weights(config.output) == weights(whole)
+    assert (config.output / "samples.jsonl").read_text() == (whole / "samples.jsonl").read_text()
 
 
 def test_resumed_at_another_layout_it_goes_on_alike(task: Path, whole: Path, tmp_path: Path) -> None:

@@ -1,0 +1,66 @@
+"""Some of a step's responses as a person reads them, with what the objective makes of them."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from real_megatron.batch.types import Group, Trajectory
+from real_megatron.objective import ReinforceObjective
+from real_megatron.objective.rail import expected_score
+from real_megatron.policy.policy import Policy
+from real_megatron.scores import ScoreScale, decode
+
+PROMPTS = 4
+RESPONSES = 2
+
+
+def sample_rows(
+    policy: Policy,
+    tokenizer: PreTrainedTokenizerBase,
+    scale: ScoreScale,
+    groups: Sequence[Group],
+    objective: ReinforceObjective,
+) -> list[dict[str, Any]]:
+    """The first `RESPONSES` responses of the first `PROMPTS` groups (batches are in random order), as rows of
+    samples.jsonl without their step. Collective.
+
+    `id`, `prompt` and `response` as texts (with anchor and special tokens), `ending`: `anchor`, `forced` (the rule
+    appended it), `length` or `eos`; `label`; `reward` as the responses of the group are compared by it. `answer`, the
+    most probable score, or the one that was sampled where the reward needs one, and `expected_score` are None without
+    an anchor. Scores and rewards are those of the policy as it is now, before the step's update.
+    """
+    chosen = groups[:PROMPTS]
+    scored = policy.scored(chosen)
+    rewards = iter(objective.rewards(scored).tolist())
+    predictions = iter(expected_score(scored.score_logprobs, scored.values, objective.options.probabilities).tolist())
+    best = iter(scored.score_logprobs.argmax(-1).tolist())
+    rows = []
+    for group in chosen:
+        prompt = decode(tokenizer, group.prompt_ids)
+        for k, trajectory in enumerate(group.trajectories):
+            reward, prediction, score = next(rewards), next(predictions), scale.texts[next(best)]
+            if k >= RESPONSES:
+                continue
+            answered = trajectory.answer_index is not None
+            if answered and objective.needs_sampled_scores:
+                score = decode(tokenizer, trajectory.response_ids[-1:])
+            rows.append(
+                {
+                    "id": group.example_id,
+                    "prompt": prompt,
+                    "response": decode(tokenizer, trajectory.response_ids),
+                    "ending": _ending(trajectory),
+                    "answer": score if answered else None,
+                    "expected_score": prediction if answered else None,
+                    "label": group.label,
+                    "reward": reward,
+                }
+            )
+    return rows
+
+
+def _ending(trajectory: Trajectory) -> str:
+    if trajectory.forced_anchor:
+        return "forced"
+    return "anchor" if trajectory.finish_reason == "stop" else trajectory.finish_reason
