@@ -7,8 +7,8 @@ logger = logging.getLogger(__name__)
 _FAULTS = {
     "no answer": "no response has a score anchor (and a score, where the reward samples it): warm the model up with "
     "`real-megatron sft`, raise data.max_response_tokens, or set objective.no_anchor to force",
-    "all cut off": "every response reached data.max_response_tokens without a score anchor: raise it, or warm the model "
-    "up",
+    "all cut off": "every response reached data.max_response_tokens without a score anchor: raise it, or warm the "
+    "model up",
     "gradient 0": "it is exactly 0: no response is better than another of its prompt, and no other term has a gradient",
 }
 """The mark of each fault, and what it means."""
