@@ -6,11 +6,14 @@ Commands import what they need when they run, so that `--help` answers at once.
 import logging
 import os
 import platform
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Any
 
 import typer
@@ -20,7 +23,7 @@ from real_megatron.errors import ConfigError, EngineError, UserError
 from real_megatron.version import VERSION
 
 EXIT_ERROR = 1
-EXIT_TERMINATED = 143  # what a shell reports for SIGTERM
+EXIT_SIGNAL = 128  # and the signal's number, as a shell reports it: 130 for SIGINT (Ctrl-C), 143 for SIGTERM
 
 # Errors whose message says all: shown without a traceback, unless --traceback asks for it. OSError: a full disk, a
 # missing file. FloatingPointError: a loss that is not finite. Every other error is a bug.
@@ -80,7 +83,8 @@ def train(config: ConfigFile, overrides: Overrides = None) -> None:
 
     Each step samples rollout.n responses to batch.prompts prompts, scores them from the policy's own score
     distribution, and updates the policy. Metrics, checkpoints and the final Hugging Face checkpoint (hf/) go to the
-    output directory. Run it again to resume from the newest checkpoint; SIGTERM saves and ends.
+    output directory. Run it again to resume from the newest checkpoint; Ctrl-C (SIGINT) or SIGTERM finishes the step,
+    saves and ends, a second Ctrl-C ends at once.
 
     Examples:
 
@@ -143,9 +147,18 @@ def critiques(
     with reported():
         from real_megatron.config import RunConfig
         from real_megatron.judging.critiques import write_critiques
+        from real_megatron.terminal import Counter
 
-        count = write_critiques(RunConfig.from_yaml(config, overrides or []), model, output, samples, revision=revision)
-        if os.environ.get("RANK", "0") == "0":
+        with Counter("prompts", enabled=is_rank_0()) as shown:
+            count = write_critiques(
+                RunConfig.from_yaml(config, overrides or []),
+                model,
+                output,
+                samples,
+                revision=revision,
+                on_progress=lambda done, total: shown("critiques", done, total),
+            )
+        if is_rank_0():
             typer.echo(f"{output}: {count} critiques")
 
 
@@ -172,13 +185,16 @@ def evaluate(
 
       torchrun --nproc-per-node 8 -m real_megatron evaluate real.yaml
     """
-    with reported():
+    with reported(lambda: f"what is judged is kept; {GO_ON}"):
         from real_megatron.config import RunConfig
         from real_megatron.evaluation.report import console_table
         from real_megatron.judging.evaluate import evaluate as run
+        from real_megatron.terminal import Counter
 
-        results = run(RunConfig.from_yaml(config, overrides or []), model, output, revision=revision)
-        if os.environ.get("RANK", "0") == "0":
+        chosen = RunConfig.from_yaml(config, overrides or [])
+        with Counter("examples", enabled=is_rank_0()) as shown:
+            results = run(chosen, model, output, revision=revision, on_progress=shown)
+        if is_rank_0():
             CONSOLE_OUT.print(console_table(results))
 
 
@@ -210,12 +226,12 @@ def judge(
 
       real-megatron judge --model Qwen3-8B --input a.jsonl --output s.jsonl data.template=prometheus
     """
-    with reported():
+    with reported(lambda: f"{lines_of(output):,} rows of {source} are judged; {GO_ON}"):
         from real_megatron.config import RunConfig
         from real_megatron.judging.file import count_rows, judge_file
         from real_megatron.judging.judge import Judge
         from real_megatron.runtime import world_size
-        from real_megatron.terminal import progress
+        from real_megatron.terminal import Counter
 
         if world_size() > 1:
             raise ConfigError("judge runs as one process: start it without torchrun; servers take several GPUs")
@@ -224,13 +240,13 @@ def judge(
         loaded = Judge.from_pretrained(
             model, revision=revision, config=chosen, overrides=overrides or [], work_dir=output.parent / "rollout"
         )
-        with loaded as asked, progress(True) as bar:
-            task = bar.add_task("judging", total=rows, figures="")
+        with loaded as asked, Counter("rows") as shown:
+            shown("judging", 0, rows)
             done = judge_file(
                 asked,
                 source,
                 output,
-                on_progress=lambda done: bar.update(task, completed=done.judged + done.skipped + done.bad),
+                on_progress=lambda done: shown("judging", done.judged + done.skipped + done.bad, rows),
             )
         typer.echo(
             f"{output}: {done.judged} rows judged, {done.skipped} done before, {done.bad} bad, "
@@ -303,7 +319,7 @@ def to_megatron(
 
       real-megatron convert to-megatron Qwen3-8B --tensor 4 --dry-run
     """
-    with reported():
+    with reported(lambda: f"nothing was written{f' to {output}' if output else ''}; run the same command again"):
         from real_megatron import bridge
         from real_megatron.hf.directory import checkpoint_directory
 
@@ -343,7 +359,7 @@ def to_hf(
 
       real-megatron convert to-hf runs/real/checkpoints/step-000100 step-100-hf --hf Qwen/Qwen3-8B
     """
-    with reported():
+    with reported(lambda: f"nothing was written{f' to {output}' if output else ''}; run the same command again"):
         from real_megatron import bridge
 
         if dry_run:
@@ -396,30 +412,83 @@ def main() -> None:
     app()
 
 
+class Interrupted(KeyboardInterrupt):
+    """SIGINT or SIGTERM has come where nothing is to be finished first."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
 @contextmanager
-def reported() -> Iterator[None]:
-    """Log to the terminal; turn an error that explains itself into one message, and show any other as the bug it is."""
+def interruptible() -> Iterator[None]:
+    """SIGINT and SIGTERM raise Interrupted, so that servers, worker processes and half-written files go with the
+    command; the next signal ends it at once. Under torchrun SIGTERM does so too, since it ends ranks that hang."""
+    listened = [signal.SIGINT] if "RANK" in os.environ else [signal.SIGINT, signal.SIGTERM]
+
+    def receive(number: int, frame: FrameType | None) -> None:
+        for one in listened:
+            signal.signal(one, signal.SIG_DFL)
+        raise Interrupted(number)
+
+    if threading.current_thread() is not threading.main_thread():  # Python delivers no signals there
+        yield
+        return
+    before = {number: signal.signal(number, receive) for number in listened}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+GO_ON = "run the same command again to go on"
+
+
+@contextmanager
+def reported(go_on: Callable[[], str] = lambda: GO_ON) -> Iterator[None]:
+    """Log to the terminal; turn an error that explains itself into one message, and show any other as the bug it is.
+
+    go_on: what to say after a signal that ends the command
+    """
     from real_megatron.terminal import set_up_logging
 
     set_up_logging(int(os.environ.get("RANK", "0")), verbose_log)
-    from real_megatron.runtime import OtherRankFailed
-    from real_megatron.training.stop import Terminated
-
+    log = logging.getLogger(__name__)
     try:
-        yield
-    except Terminated as stop:
-        logging.getLogger(__name__).warning("%s", stop)
-        sys.exit(EXIT_TERMINATED)
-    except (*EXPLAINED, OtherRankFailed) as error:
-        if show_traceback:
-            raise
-        show_error(error)
-        sys.exit(EXIT_ERROR)
-    except Exception as error:
-        if show_traceback:
-            raise
-        show_bug(error)
-        sys.exit(EXIT_ERROR)
+        with interruptible():
+            from real_megatron.runtime import OtherRankFailed
+            from real_megatron.training.stop import Terminated
+
+            try:
+                yield
+            except Terminated as stop:
+                log.warning("%s", stop)
+                sys.exit(EXIT_SIGNAL + stop.number)
+            except (*EXPLAINED, OtherRankFailed) as error:
+                if show_traceback:
+                    raise
+                show_error(error)
+                sys.exit(EXIT_ERROR)
+            except Exception as error:
+                if show_traceback:
+                    raise
+                show_bug(error)
+                sys.exit(EXIT_ERROR)
+    except Interrupted as interrupt:
+        if is_rank_0():
+            log.warning("stopped by %s: %s", signal.Signals(interrupt.number).name, go_on())
+        sys.exit(EXIT_SIGNAL + interrupt.number)
+
+
+def is_rank_0() -> bool:
+    """Whether this process is the first, or the only one, of a run."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def lines_of(file: Path) -> int:
+    """Complete lines of a file; 0 without one."""
+    return file.read_bytes().count(b"\n") if file.exists() else 0
 
 
 def show_error(error: Exception) -> None:

@@ -2,14 +2,30 @@
 
 import logging
 import os
+import threading
+import time
 import warnings
+from types import TracebackType
+from typing import Self
 
 from rich.console import Console
 from rich.logging import RichHandler
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 CONSOLE = Console(stderr=True)
 OURS = "real_megatron"
+LINE_EVERY_S = 30.0
+
+logger = logging.getLogger(__name__)
 
 
 def set_up_logging(rank: int, verbose: bool = False) -> None:
@@ -42,15 +58,59 @@ def _is_ours(record: logging.LogRecord) -> bool:
     return record.name == OURS or record.name.startswith(OURS + ".")
 
 
-def progress(enabled: bool) -> Progress:
-    """A bar per task: done of total, elapsed, remaining, and the task's field `figures`."""
+def progress(enabled: bool, count: ProgressColumn | None = None) -> Progress:
+    """A bar per task: done of total (or `count`), elapsed, remaining, and the task's field `figures`."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(bar_width=24),
-        MofNCompleteColumn(),
+        count or MofNCompleteColumn(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
         TextColumn("{task.fields[figures]}"),
         console=CONSOLE,
         disable=not (enabled and CONSOLE.is_terminal),
     )
+
+
+class Counter:
+    """How much of a job is done: a bar on a terminal; in a file or pipe a log line every `LINE_EVERY_S`, also where
+    nothing new is done, so that a job that hangs does not look like one that works.
+
+    Tell it by calling it. unit: of what is counted; `bytes` are shown as MB or GB
+    """
+
+    def __init__(self, unit: str, enabled: bool = True) -> None:
+        self._unit, self._enabled = unit, enabled
+        self._now: tuple[str, int, int] | None = None
+        self._begin = 0.0
+        self._bar = progress(enabled, DownloadColumn() if unit == "bytes" else None)
+        self._ended = threading.Event()
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        """`done` of `total` are done of the part of the job that is called `what`."""
+        if self._now is None or self._now[0] != what:
+            self._begin = time.monotonic()
+            self._task = self._bar.add_task(what, total=total, figures="")
+        self._now = what, done, total
+        self._bar.update(self._task, completed=done)
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        if self._enabled and not CONSOLE.is_terminal:
+            threading.Thread(target=self._write_lines, name="progress", daemon=True).start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._ended.set()
+        self._bar.stop()
+
+    def _write_lines(self) -> None:
+        while not self._ended.wait(LINE_EVERY_S):
+            if self._now is not None:
+                what, done, total = self._now
+                unit, scale = ("MB", 10**6) if self._unit == "bytes" else (self._unit, 1)
+                minutes, seconds = divmod(int(time.monotonic() - self._begin), 60)
+                so_far = f"{done // scale:,} of {total // scale:,} {unit}"
+                logger.info("%s: %s after %d:%02d min", what, so_far, minutes, seconds)

@@ -22,7 +22,7 @@ ALLOWED: dict[str, set[str]] = {
     "objective": {"scores", "config", "registry", "errors"},
     "batch": set(),
     "hf": {"errors"},
-    "bridge": {"hf", "registry", "errors"},
+    "bridge": {"hf", "registry", "terminal", "errors"},
     "policy": {"bridge", "hf", "head", "objective", "batch", "config", "runtime", "errors"},
     "rollout": {"head", "batch", "hf", "scores", "config", "registry", "errors"},
     "data": {"batch", "scores", "config", "registry", "errors"},

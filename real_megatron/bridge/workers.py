@@ -2,16 +2,20 @@
 
 import logging
 import multiprocessing as mp
+import os
+import signal
+import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from real_megatron.errors import CheckpointError
+from real_megatron.terminal import Counter
 
 Progress = Callable[[int], None]
 Work = Callable[[Any, Progress], Any]
@@ -25,14 +29,18 @@ def run(
     """`work(task, progress)` for each task; results in order. `progress(n)` reports n more bytes done.
 
     `work` and tasks must be picklable. One worker runs in this process. An exception in any task ends the run: the
-    other tasks stop at their next `progress`, and none still runs when this returns. Raises CheckpointError when a
-    process is killed.
+    other tasks stop at their next `progress`, and none still runs when this returns; Ctrl-C does the same. Raises
+    CheckpointError when a process is killed.
     """
-    disable = None if show_progress else True  # None: no bar in a file or pipe
-    with tqdm(total=total_bytes, desc=title, unit="B", unit_scale=True, unit_divisor=1024, disable=disable) as bar:
+    own = 0
+    with Counter("bytes", show_progress) as shown:
 
         def advance(count: int) -> None:
-            bar.update(count)
+            nonlocal own
+            own += count
+            shown(title, own, total_bytes)
+
+        advance(0)
 
         if min(workers, len(tasks)) <= 1:
             return [work(task, advance) for task in tasks]
@@ -40,16 +48,17 @@ def run(
         done, stop = context.Value("q", 0), context.Value("b", 0, lock=False)
         verbose = logging.getLogger(__name__).isEnabledFor(logging.DEBUG)
         with ProcessPoolExecutor(min(workers, len(tasks)), context, _start, (work, done, stop, verbose)) as pool:
-            futures = [pool.submit(_run, task) for task in tasks]
-            # The pool watches the processes that it knew at the last submission: a death of the last one would not be
-            # noticed before another's task has ended.
-            pool.submit(int)
             try:
+                with _interrupts_blocked():  # the processes start here, and inherit it
+                    futures = [pool.submit(_run, task) for task in tasks]
+                    # The pool watches the processes that it knew at the last submission: a death of the last one would
+                    # not be noticed before another's task has ended.
+                    pool.submit(int)
                 pending = set(futures)
                 while pending:
                     finished, pending = wait(pending, timeout=0.2, return_when=FIRST_EXCEPTION)
                     # Without the lock: a process that was killed may hold it.
-                    bar.update(done.get_obj().value - bar.n)
+                    shown(title, done.get_obj().value, total_bytes)
                     for future in finished:
                         future.result()
             except BrokenProcessPool as fault:
@@ -62,11 +71,31 @@ def run(
                 stop.value = 1
                 pool.shutdown(cancel_futures=True)
                 raise
-        bar.update(done.value - bar.n)
+        shown(title, done.value, total_bytes)
         return [future.result() for future in futures]
 
 
+@contextmanager
+def _interrupts_blocked() -> Iterator[None]:
+    """Ctrl-C reaches every process of the terminal's group. It is for this one, which ends the others; else each of
+    them would write a traceback."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _end_with_parent() -> None:
+    """A process that waits for its next task would wait for ever."""
+    parent = mp.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
 def _start(work: Work, done: Any, stop: Any, verbose: bool) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     if not verbose:
         warnings.simplefilter("ignore")  # other packages' would go to the terminal, between the lines of this one
     torch.set_num_threads(1)

@@ -4,7 +4,7 @@ stage's critiques."""
 import json
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +31,19 @@ Row = dict[str, Any]
 
 
 def write_critiques(
-    config: RunConfig, model: str | Path, output: Path, samples: int = 1, *, revision: str | None = None
+    config: RunConfig,
+    model: str | Path,
+    output: Path,
+    samples: int = 1,
+    *,
+    revision: str | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
 ) -> int:
     """Let `model` write `samples` critiques for every example of `data.train`, into a plain JSONL file that SFT reads:
     `id`, `messages` (the prompt), `label`, `cot`, and the example's further columns. Returns the number of critiques.
 
     model: a directory, or a name on the hub (with `revision`: a branch, tag or commit)
+    on_progress: called with the number of prompts done and of all
 
     Sampled with `rollout.temperature` and `rollout.top_p`, at most `data.max_response_tokens` long. A critique without
     an anchor is dropped and counted; too long prompts are dropped or cut (`data.long_prompts`) and counted. Written in
@@ -55,7 +62,7 @@ def write_critiques(
         logger.info("%s is complete", output)
         return len(_lines(output))
     with Judge.from_pretrained(model, revision=revision, config=config, work_dir=output.parent / "rollout") as judge:
-        _sample(judge, samples, partial)
+        _sample(judge, samples, partial, on_progress)
     found = from_rank_0(lambda: _finish(partial, output))
     barrier()
     if not found:
@@ -92,7 +99,7 @@ def _begin(output: Path, partial: Path, settings: dict[str, Any]) -> None:
     keep_settings(output, settings, begun=output.exists() or partial.exists())
 
 
-def _sample(judge: Judge, samples: int, partial: Path) -> None:
+def _sample(judge: Judge, samples: int, partial: Path, on_progress: Callable[[int, int], None] | None = None) -> None:
     config, tokenizer, scale = judge.config, judge.tokenizer, judge.scale
     data, rollout = config.data, config.rollout
     sources = [load_examples(source, data.template, scale.values, critiques=False) for source in data.train]
@@ -102,6 +109,8 @@ def _sample(judge: Judge, samples: int, partial: Path) -> None:
     kept = encode_prompts(tokenizer, [e for _, e in examples], data).kept
     params = SamplingParams(samples, rollout.temperature, rollout.top_p, data.max_response_tokens)
     done, dropped = from_rank_0(lambda: _go_on(partial)), 0
+    if on_progress is not None:
+        on_progress(done, len(kept))
     for begin in range(done, len(kept), CHUNK):
         chunk = kept[begin : begin + CHUNK]
         names = [ids[id(example)] for example, _ in chunk]
@@ -117,8 +126,8 @@ def _sample(judge: Judge, samples: int, partial: Path) -> None:
                 rows.append(_row(f"{name}#{k}", example, text.removesuffix(scale.anchor_text).strip()))
         rows.append({"prompts": begin + len(chunk)})
         from_rank_0(lambda rows=rows: _append(partial, rows))  # type: ignore[misc]  # mypy cannot infer such a lambda
-        if rank() == 0:
-            logger.info("critiques of %d of %d prompts are sampled", begin + len(chunk), len(kept))
+        if on_progress is not None:
+            on_progress(begin + len(chunk), len(kept))
     if dropped and rank() == 0:
         logger.warning("%d critiques had no anchor and were dropped", dropped)
 

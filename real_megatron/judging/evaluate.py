@@ -1,9 +1,11 @@
 """A judge on labelled test sets: each example is judged, and the scores are compared with the labels."""
 
+import logging
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -17,11 +19,15 @@ from real_megatron.evaluation.metrics import Estimate, agreement
 from real_megatron.evaluation.report import evaluation_path
 from real_megatron.evaluation.result import DECODINGS, Evaluation, Prediction, clusters_of, groups_of
 from real_megatron.evaluation.weighted import NAMES
+from real_megatron.judging.job import weights_written
 from real_megatron.judging.judge import Judge
+from real_megatron.judging.kept import KeptReadings
 from real_megatron.judging.reading import Reading, answers_of, mean_answer
 from real_megatron.rollout.engine import naming_prompts
 from real_megatron.runtime import from_rank_0, join_torchrun, rank
 from real_megatron.scores import ScoreScale
+
+logger = logging.getLogger(__name__)
 
 CLUSTER = "group"
 """The column whose rows of one value are a cluster, where the test set names none."""
@@ -55,14 +61,18 @@ def evaluate(
     output: Path | None = None,
     *,
     revision: str | None = None,
+    on_progress: Callable[[str, int, int], None] | None = None,
 ) -> dict[str, Evaluation]:
     """Evaluate a checkpoint on the sets of `data.eval`; saves `output/evaluation/NAME.json`, returns the results.
 
     model: a directory, or a name on the hub (with `revision`: a branch, tag or commit); default: the run's own,
         `config.output/hf`
     output: default: `config.output`
+    on_progress: called with a set's name, its examples done and all its examples
 
-    Under torchrun the ranks share the examples, and every rank gets the results.
+    Each batch of `evaluation.batch_size` examples is kept in `output/evaluation/NAME.partial.jsonl` until its set is
+    complete, so that the same call goes on where an evaluation was stopped. Under torchrun the ranks share the
+    examples, and every rank gets the results.
 
     Raises ConfigError when there is no test set, CheckpointError when there is no checkpoint.
     """
@@ -72,7 +82,7 @@ def evaluate(
     join_torchrun(config.parallel.timeout_minutes)
     with Judge.from_pretrained(model, revision=revision, config=config, work_dir=output / "rollout") as judge:
         sets = load_evaluation_sets(config, judge.tokenizer, judge.scale)
-        return evaluate_sets(judge, sets, output, about={"model": judge.name})
+        return evaluate_sets(judge, sets, output, about={"model": judge.name}, keep=True, on_progress=on_progress)
 
 
 def load_evaluation_sets(
@@ -107,21 +117,49 @@ def evaluate_sets(
     *,
     step: int | None = None,
     about: Mapping[str, Any] | None = None,
+    keep: bool = False,
+    on_progress: Callable[[str, int, int], None] | None = None,
 ) -> dict[str, Evaluation]:
     """Judge every set; rank 0 saves each result in `directory` (see `evaluation_path`). Collective.
 
     about: what else the numbers depend on, such as the model's path; kept with the results, as is the column that a
         set of `data.eval` has its labels from (`label_column`; null where the format's reader decides).
+    keep: keep the readings of a set that is not complete, and use those that are there
     """
     results = {}
     for name, test_set in sets.items():
         source = judge.config.data.eval.get(name)
         labels = {} if source is None else {"label_column": label_column(source)}
-        results[name] = evaluate_set(judge, test_set.prompts, name, step=step, about={**(about or {}), **labels})
+        if on_progress is not None:
+            on_progress(name, 0, len(test_set.prompts))
+        kept = _kept(judge, test_set, evaluation_path(directory, name, step)) if keep else None
+        results[name] = evaluate_set(
+            judge,
+            test_set.prompts,
+            name,
+            step=step,
+            about={**(about or {}), **labels},
+            on_progress=on_progress and partial(_tell, on_progress, name, len(test_set.prompts)),
+            kept=kept,
+        )
         results[name].counts |= {"prompts_dropped": test_set.dropped, "prompts_cut": test_set.cut}
         if rank() == 0:
             results[name].save(evaluation_path(directory, name, step))
+            if kept is not None:
+                kept.end()
     return results
+
+
+def _tell(on_progress: Callable[[str, int, int], None], name: str, total: int, done: int) -> None:
+    on_progress(name, done, total)
+
+
+def _kept(judge: Judge, test_set: EvaluationSet, result: Path) -> KeptReadings | None:
+    """Of rank 0, which alone keeps readings."""
+    written = None if judge.directory is None else weights_written(judge.directory)
+    prompts = [[prompt.id, prompt.prompt_ids] for prompt in test_set.prompts]
+    about = {**judge_settings(judge), "model": judge.name, "weights_written": written, "prompts": prompts}
+    return KeptReadings(result.with_suffix(".partial.jsonl"), about) if rank() == 0 else None
 
 
 def evaluate_set(
@@ -132,14 +170,16 @@ def evaluate_set(
     step: int | None = None,
     about: Mapping[str, Any] | None = None,
     on_progress: Callable[[int], None] | None = None,
+    kept: KeptReadings | None = None,
 ) -> Evaluation:
     """Judge every example with `evaluation.samples` critiques and compare with the labels.
 
     RAIL and sampled decoding read the same critiques. A critique without an anchor gets one appended
     (`evaluation.no_anchor: force`, the default: every example is judged) or is left out (`drop`: an example that loses
     all of them is counted as `unanswered`, and no metric covers it; where none is answered, every metric is NaN, with a
-    note). `about` is kept with the result; `on_progress` is called with the number of examples done. Collective: every
-    rank gets the same result; rank 0 computes the metrics.
+    note). `about` is kept with the result; `on_progress` is called with the number of examples done; `kept`, of rank 0,
+    has the readings of an earlier call and takes those of this one. Collective: every rank gets the same result; rank 0
+    computes the metrics.
 
     Raises DataError when there is no example, an id occurs twice, or the engine cannot take a prompt.
     """
@@ -150,11 +190,16 @@ def evaluate_set(
         repeated = next(id for i, id in enumerate(ids) if id in ids[:i])
         raise DataError(f"test set {name}: the id {repeated!r} occurs twice; give every example its own")
     settings = judge.config.evaluation
-    rows: list[list[Reading]] = []
-    for start in range(0, len(examples), settings.batch_size):
+    rows: list[list[Reading]] = from_rank_0(lambda: [] if kept is None else kept.begin())
+    if rows and rank() == 0:
+        logger.info("test set %s: goes on behind %d of %d examples", name, len(rows), len(examples))
+    for start in range(len(rows), len(examples), settings.batch_size):
         chunk = examples[start : start + settings.batch_size]
         with naming_prompts([f"test set {name}: {example.id}" for example in chunk]):
-            rows += judge.read([example.prompt_ids for example in chunk], [example.id for example in chunk])
+            read = judge.read([example.prompt_ids for example in chunk], [example.id for example in chunk])
+        if kept is not None:
+            kept.add(read)
+        rows += read
         if on_progress is not None:
             on_progress(len(rows))
     predictions = [_prediction(example, row) for example, row in zip(examples, rows, strict=True)]

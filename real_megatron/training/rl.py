@@ -35,7 +35,7 @@ def train(config: RunConfig) -> None:
     goes on from there makes up for the evaluation and the row of metrics.
 
     Raises ConfigError and other UserErrors for a run that cannot be done, FloatingPointError for log-probs, a loss or a
-    gradient that is not finite (the weights are as before that update), Terminated after SIGTERM.
+    gradient that is not finite (the weights are as before that update), Terminated after SIGTERM or SIGINT.
     """
     objective = reinforcement_objective(config)
     with open_session(config, prompt_groups) as run:

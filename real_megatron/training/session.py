@@ -2,6 +2,7 @@
 
 import logging
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -76,6 +77,7 @@ class Session:
         self.inputs = from_rank_0(lambda: inputs(config, self.model_dir, self.groups))
         self.store = CheckpointStore(config.output / "checkpoints", config.checkpoint.keep)
         self.stop = StopSignal(self.policy.runtime.device)
+        self._stopped_by = 0
         self.timer = PhaseTimer()
         self.engine_in_use = Lock()
         """Held while the engine generates, possibly in another thread: its weights must not change then."""
@@ -165,31 +167,36 @@ class Session:
 
     @contextmanager
     def recording(self) -> Iterator[StepLog]:
-        """Listen for SIGTERM and keep the metrics of the steps to come. Begins with the evaluation before the first
-        step, or with the row and the evaluation that the start before this one has not come to."""
+        """Listen for SIGTERM and SIGINT, and keep the metrics of the steps to come. Begins with the evaluation before
+        the first step, or with the row and the evaluation that the start before this one has not come to; there is
+        nothing to save then, and a signal ends the run at once."""
         config, rank = self.config, self.policy.runtime.rank
         if rank == 0:
             config.output.mkdir(parents=True, exist_ok=True)
             (config.output / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
             forget_evaluations(config.output, self.start)
-        with StepLog(config, self.policy.runtime, self.start, self.steps) as log, self.stop:
+        with StepLog(config, self.policy.runtime, self.start, self.steps) as log:
             if self.start == 0 and config.evaluation.every:
                 log.row(0, self.evaluate(0))
             elif self.start and log.last_step() != self.start:
                 evaluation = self.evaluate(self.start) if self.evaluation_due(self.start) else {}
                 log.row(self.start, self.metrics_of_start | evaluation)
             self.timer.finish()
-            yield log
+            with self.stop:
+                yield log
 
     # --- after a step -----------------------------------------------------------------------------------------------
 
     def stopping(self, done: int) -> bool:
-        """Whether the run has to end after `done` steps, though not all are done: a rank has received SIGTERM."""
-        return self.stop.requested() and done < self.steps
+        """Whether the run has to end after `done` steps, though not all are done: a rank has received SIGTERM or
+        SIGINT."""
+        self._stopped_by = self.stop.requested()
+        return bool(self._stopped_by) and done < self.steps
 
     def terminated(self, done: int) -> Terminated:
         """The error that ends a run which has been asked to stop and has saved its checkpoint."""
-        return Terminated(f"stopped by SIGTERM after step {done}; run the same command again to go on")
+        name = signal.Signals(self._stopped_by).name
+        return Terminated(f"stopped by {name} after step {done}; run the same command again to go on", self._stopped_by)
 
     def checkpoint_due(self, done: int) -> bool:
         """Whether a checkpoint belongs after `done` steps: every `checkpoint.every` steps, and at the end."""

@@ -10,6 +10,7 @@ from real_megatron.policy.parallel_groups import Runtime
 from real_megatron.runtime import from_rank_0
 from real_megatron.terminal import progress
 from real_megatron.training.metrics import MetricSinks
+from real_megatron.training.step_faults import StepFaults
 
 logger = logging.getLogger(__name__)
 
@@ -21,6 +22,7 @@ class StepLog:
         self._config = config
         self._runtime = runtime
         self._steps = steps
+        self._faults = StepFaults()
         self._sinks = MetricSinks.open(
             config.metrics, config.output, runtime.rank, config.model_dump(mode="json"), start
         )
@@ -52,10 +54,13 @@ class StepLog:
         if peak is not None:
             values["mfu"] = values["model_flops"] / seconds["update"] / (peak * self._runtime.world_size)
         self._sinks.write(done, values)
-        self._bar.update(self._task, completed=done, figures=_figures(values))
+        if self._runtime.rank:
+            return
+        figures = "  ".join([*map(str.upper, self._faults.see(done, values)), _figures(values)])
+        self._bar.update(self._task, completed=done, figures=figures)
         every = self._config.metrics.print_every
         if done == self._steps or (every > 0 and done % every == 0):
-            logger.info("step %d/%d  %s", done, self._steps, _figures(values))
+            logger.info("step %d/%d  %s", done, self._steps, figures)
 
     def __enter__(self) -> Self:
         self._bar.start()

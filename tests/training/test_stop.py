@@ -1,50 +1,72 @@
-"""SIGTERM is received once, however often it comes within the first seconds."""
+"""SIGTERM and SIGINT are received once, however often SIGTERM comes within the first seconds."""
 
 import os
 import signal
-from collections.abc import Iterator
+import subprocess
+import sys
 
 import pytest
 import torch
 
-from real_megatron.training import stop
 from real_megatron.training.stop import StopSignal
 
 CPU = torch.device("cpu")
 
+# Signals itself with the numbers of its arguments; `wait` lets 10 s pass.
+SIGNALLED = """
+import os, signal, sys, time, torch
+from real_megatron.training import stop
+from real_megatron.training.stop import StopSignal
+with StopSignal(torch.device("cpu")) as signals:
+    for argument in sys.argv[1:]:
+        if argument == "wait":
+            stop._ECHO_S = 0
+        else:
+            os.kill(os.getpid(), int(argument))
+    print(signals.requested())
+"""
 
-class Ended(Exception):
-    """What SIGTERM's ordinary course is in these tests."""
+
+def signalled(*what: int | str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", SIGNALLED, *map(str, what)], capture_output=True, text=True, timeout=120, check=False
+    )
 
 
-@pytest.fixture(autouse=True)
-def ordinary_course() -> Iterator[None]:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_is_received_and_afterwards_takes_its_ordinary_course(number: int) -> None:
+    class Ended(Exception):
+        pass
+
     def end(number: int, frame: object) -> None:
         raise Ended
 
-    before = signal.signal(signal.SIGTERM, end)
-    yield
-    signal.signal(signal.SIGTERM, before)
+    before = signal.signal(number, end)
+    try:
+        with StopSignal(CPU) as signals:
+            assert not signals.requested()
+            os.kill(os.getpid(), number)
+            assert signals.requested() == number
+        with pytest.raises(Ended):
+            os.kill(os.getpid(), number)
+    finally:
+        signal.signal(number, before)
 
 
 def test_the_echo_of_a_launcher_is_no_second_signal() -> None:
-    with StopSignal(CPU) as signals:
-        assert not signals.requested()
-        os.kill(os.getpid(), signal.SIGTERM)
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert signals.requested()
+    done = signalled(signal.SIGTERM, signal.SIGTERM)
+    assert (done.returncode, done.stdout.strip()) == (0, str(int(signal.SIGTERM)))
 
 
-def test_a_later_signal_takes_its_ordinary_course(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stop, "_ECHO_S", 0)
-    with StopSignal(CPU):
-        os.kill(os.getpid(), signal.SIGTERM)
-        with pytest.raises(Ended):
-            os.kill(os.getpid(), signal.SIGTERM)
-
-
-def test_outside_it_nothing_is_received() -> None:
-    with StopSignal(CPU):
-        pass
-    with pytest.raises(Ended):
-        os.kill(os.getpid(), signal.SIGTERM)
+@pytest.mark.parametrize(
+    "signals",
+    [
+        (signal.SIGTERM, "wait", signal.SIGTERM),
+        (signal.SIGINT, signal.SIGINT),
+        (signal.SIGINT, signal.SIGTERM),  # what torchrun sends after a second Ctrl-C
+    ],
+)
+def test_a_second_signal_ends_the_process_at_once(signals: tuple[int | str, ...]) -> None:
+    """As the system does it, without a traceback."""
+    done = signalled(*signals)
+    assert (done.returncode, done.stdout, done.stderr) == (-int(signals[-1]), "", "")
