@@ -28,6 +28,9 @@ class SGLangEngine(RemoteEngine):
 
     Each set of weights has a label that the servers repeat in every reply; a reply from other weights is never
     returned. Sampling is not seeded: SGLang gives all K samples of a request one seed.
+
+    Attached servers with an API key (`rollout.api_key_variable`) must have no `--admin-api-key`, or the same as
+    `--api-key`: each request carries one key.
     """
 
     _name = "sglang"
