@@ -11,7 +11,7 @@ from real_megatron.data.encode import (
 from real_megatron.data.example import JudgeExample
 from real_megatron.data.formats import BadRecord, Record, register_format
 from real_megatron.data.load import example_from_record, label_column, load_examples
-from real_megatron.data.template import Template, load_template
+from real_megatron.data.template import Template, is_built_in, load_template
 
 __all__ = [
     "BadRecord",
@@ -25,6 +25,7 @@ __all__ = [
     "encode_targets",
     "example_from_record",
     "fit_prompt",
+    "is_built_in",
     "label_column",
     "load_examples",
     "load_template",

@@ -31,6 +31,15 @@ class Template:
         return PLACEHOLDER.sub(lambda m: f"{{{m[1]}}}" if m[1] else fields[m[2]], self.text)
 
 
+def is_built_in(template: str) -> bool:
+    """Whether a template of this name comes with this package; any other name is a file's."""
+    return template in _built_in()
+
+
+def _built_in() -> dict[str, Path]:
+    return {path.stem: path for path in FOLDER.glob("*.txt")}
+
+
 def load_template(template: str | Template) -> Template:
     """A built-in template by name (`plain`: the prompt as it is; `prometheus`: Prometheus' absolute grading with a
     reference answer, from the fields of Feedback Collection), or one from a UTF-8 file.
@@ -40,7 +49,7 @@ def load_template(template: str | Template) -> Template:
     """
     if isinstance(template, Template):
         return template
-    built_in = {path.stem: path for path in FOLDER.glob("*.txt")}
+    built_in = _built_in()
     path = built_in.get(template, Path(template))
     if not path.is_file():
         raise ConfigError(

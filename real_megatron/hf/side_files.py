@@ -16,6 +16,9 @@ from real_megatron.hf.rotary import HEAD_DIM_HINT, check_rotary
 
 log = logging.getLogger(__name__)
 
+TEMPLATE_FILE = "prompt_template.txt"
+"""The prompt template that a run has trained with, where it was the user's own."""
+
 # Subfolder of a converted Megatron checkpoint that holds them, so that it can be converted back without its source.
 FOLDER = "hf"
 PATTERNS = (
@@ -30,6 +33,7 @@ PATTERNS = (
     "*.tiktoken",
     "tekken.json",  # Mistral's own format, which transformers reads where mistral-common is installed
     "chat_template*",
+    TEMPLATE_FILE,
     "additional_chat_templates/*",  # those besides the default one, which transformers reads by name
     "*processor_config.json",  # of images and audio: a judge reads texts, but the checkpoint may have other readers
     "LICENSE*",

@@ -5,6 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from real_megatron.config import RunConfig
+from real_megatron.data import is_built_in
+from real_megatron.errors import ConfigError
+from real_megatron.hf.side_files import TEMPLATE_FILE
 from real_megatron.sections import read_tree
 
 RUN_FILE = "real_megatron.yaml"
@@ -26,7 +29,8 @@ def judge_config(directory: Path, overrides: Sequence[str] = ()) -> RunConfig:
     """The configuration to ask the checkpoint in `directory` with: scale, template, lengths and sampling as training
     left them there (`FOLLOWED`), everything else by default, then `key=value` overrides.
 
-    Raises ConfigError for overrides that do not fit.
+    A template that does not come with this package is read from the checkpoint (`TEMPLATE_FILE`), wherever it was in
+    training: no other file. Raises ConfigError where it is not there, and for overrides that do not fit.
     """
     file = directory / RUN_FILE
     saved = read_tree(file) if file.is_file() else {}
@@ -35,4 +39,13 @@ def judge_config(directory: Path, overrides: Sequence[str] = ()) -> RunConfig:
         given = saved.get(section)
         if isinstance(given, dict):
             tree[section] = {key: given[key] for key in keys if key in given}
+    template = tree.get("data", {}).get("template")
+    named = any(override.partition("=")[0].strip() == "data.template" for override in overrides)
+    if isinstance(template, str) and not is_built_in(template) and not named:
+        if not (directory / TEMPLATE_FILE).is_file():
+            raise ConfigError(
+                f"{file}: data.template: {template!r} was a file where the model was trained, which has not come with "
+                f"it as {TEMPLATE_FILE}: name your copy with data.template=FILE"
+            )
+        tree["data"]["template"] = str(directory / TEMPLATE_FILE)
     return RunConfig.from_tree(tree, overrides, source=file)

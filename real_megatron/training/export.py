@@ -1,17 +1,21 @@
 """The trained policy as a Hugging Face checkpoint that `AutoModelForCausalLM.from_pretrained` loads."""
 
+import logging
+import shutil
 from pathlib import Path
 
 import torch.distributed as dist
 
 from real_megatron.bridge import parameters
 from real_megatron.bridge.hf_writer import SafetensorsStream, plan_files, write_index
-from real_megatron.hf.side_files import carry
+from real_megatron.data import is_built_in
+from real_megatron.hf.side_files import TEMPLATE_FILE, carry
 from real_megatron.hf.staging import staged_directory
 from real_megatron.judging.settings import RUN_FILE
 from real_megatron.policy.policy import Policy
 from real_megatron.rollout.engine import drain
 
+logger = logging.getLogger(__name__)
 FILE_BYTES = 5 * 10**9
 
 
@@ -36,6 +40,7 @@ def _write(policy: Policy, output: Path, max_file_bytes: int) -> None:
     with staged_directory(output) as staging:
         carry(policy.model_dir, staging, dtype)
         (staging / RUN_FILE).write_text(policy.config.to_yaml(), encoding="utf-8")
+        _keep_template(policy.config.data.template, staging / TEMPLATE_FILE)
         for file in files:
             stream = SafetensorsStream(staging, file)
             for expected, _, _ in file.tensors():
@@ -46,3 +51,14 @@ def _write(policy: Policy, output: Path, max_file_bytes: int) -> None:
         for name, _ in tensors:
             raise AssertionError(f"the export yields {name}, which the table does not have")
         write_index(staging, files)
+
+
+def _keep_template(template: str, file: Path) -> None:
+    """Put a template of the user's own beside the weights: a judge reads no other file that a checkpoint names."""
+    file.unlink(missing_ok=True)  # that of the start model
+    if is_built_in(template):
+        return
+    try:
+        shutil.copyfile(template, file)
+    except OSError as error:
+        logger.warning("the template does not go with the checkpoint (%s): judge it with data.template=FILE", error)

@@ -14,11 +14,13 @@ from safetensors.torch import load_file, save_file
 
 import real_megatron
 from real_megatron import Judge, RunConfig
+from real_megatron.data import load_template
 from real_megatron.data.byte_model import byte_tokenizer, make_byte_model
 from real_megatron.errors import CheckpointError, ConfigError, DataError, EngineError, PromptRefused
 from real_megatron.judging.judge import Score
 from real_megatron.judging.reading import _answer
 from real_megatron.judging.settings import judge_config
+from real_megatron.sections import known_keys
 from real_megatron.training.session import Session
 from tests.support.policy_ranks import make_config
 
@@ -170,6 +172,62 @@ def test_a_checkpoint_says_how_it_is_asked_and_nothing_else(tmp_path: Path) -> N
     rest.evaluation.top_p = 1.0
     rest.evaluation.samples, rest.rollout.engine = 1, "transformers"
     assert rest == RunConfig()
+
+
+def test_exactly_these_keys_of_a_checkpoint_are_followed(tmp_path: Path) -> None:
+    """Each key of the configuration in turn, with a value that fits a mapping alone: followed, it is refused, or kept.
+
+    None names a program, an argument of one, a server, a module (rollout.engine, objective.reward, data.*.format,
+    model.family), a data set or a directory. A new key must be put on one side or the other.
+    """
+    followed = set()
+    sections = {key.partition(".")[0] for key in known_keys(RunConfig) if "." in key}
+    for key in [key for key in known_keys(RunConfig) if key not in sections]:
+        section, _, name = key.rpartition(".")
+        value = {"evil": "module:name"}
+        (tmp_path / "real_megatron.yaml").write_text(
+            yaml.safe_dump({section: {name: value}} if section else {name: value})
+        )
+        try:
+            if judge_config(tmp_path) != RunConfig():
+                followed.add(key)
+        except ConfigError:
+            followed.add(key)
+    assert followed == {
+        *("scale.scores", "scale.values", "scale.anchor", "scale.probabilities"),
+        *("data.template", "data.chat_template", "data.chat_template_args"),
+        *("data.max_prompt_tokens", "data.long_prompts", "data.max_response_tokens"),
+        *("evaluation.samples", "evaluation.temperature", "evaluation.top_p", "evaluation.no_anchor"),
+    }
+    for tree in ({"rollout": "evil"}, {"data": ["evil"], "scale": None}, {"extends": "evil:config"}):
+        (tmp_path / "real_megatron.yaml").write_text(yaml.safe_dump(tree))
+        assert judge_config(tmp_path) == RunConfig()
+
+
+def test_a_checkpoint_names_no_file_of_this_machine(tmp_path: Path) -> None:
+    """A template of its own comes with it; the path that training knew may be another file here."""
+    (tmp_path / "private.txt").write_text("{prompt} secret")
+    model = tmp_path / "model"
+    model.mkdir()
+    for named in (str(tmp_path / "private.txt"), "../private.txt", "prompt_template.txt"):
+        (model / "real_megatron.yaml").write_text(yaml.safe_dump({"data": {"template": named}}))
+        with pytest.raises(
+            ConfigError, match=r"real_megatron\.yaml: data\.template: .* name your copy with data.template="
+        ):
+            judge_config(model)
+        assert judge_config(model, ["data.template=mine.txt"]).data.template == "mine.txt"
+        (model / "prompt_template.txt").write_text("{prompt} own")
+        assert load_template(judge_config(model).data.template).text == "{prompt} own"
+        (model / "prompt_template.txt").unlink()
+
+
+def test_a_configuration_that_is_given_is_the_only_one(tmp_path: Path) -> None:
+    """As by `evaluate`: what lies beside the weights is not even read."""
+    model = make_byte_model(tmp_path / "model", initializer_range=0.2)
+    (model / "real_megatron.yaml").write_text("scale: {scores: [A, B]}\nrollout: {python: /tmp/evil}\n: [")
+    config = RunConfig.from_yaml(None, SHORT)
+    with Judge.from_pretrained(model, config=config) as judge:
+        assert judge.config == config
 
 
 def test_judging_needs_no_megatron(model: Path, tmp_path: Path) -> None:

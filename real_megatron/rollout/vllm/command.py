@@ -41,4 +41,5 @@ def server_command(spec: EngineSpec, index: int, port: int, context: int) -> Ser
     names = visible.split(",") if visible else [str(gpu) for gpu in range(first + config.tensor)]
     gpus = ",".join(names[first : first + config.tensor])
     environment = {"VLLM_SERVER_DEV_MODE": "1", "CUDA_VISIBLE_DEVICES": gpus}
-    return ServerCommand(arguments + config.server_args, environment)
+    # The key guards, depending on the release, the routes below /v1 alone or all but /health and the like.
+    return ServerCommand(arguments + config.server_args, "VLLM_API_KEY", environment)
