@@ -9,6 +9,8 @@ import torch
 
 from real_megatron.training import stop
 from real_megatron.training.stop import StopSignal
+from tests.support.ranks import run_ranks
+from tests.support.training_ranks import asked_to_stop
 
 CPU = torch.device("cpu")
 
@@ -48,3 +50,8 @@ def test_outside_it_nothing_is_received() -> None:
         pass
     with pytest.raises(Ended):
         os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_all_ranks_stop_where_one_has_received_the_signal() -> None:
+    """Else the others would wait for it in the next step."""
+    assert run_ranks(2, asked_to_stop, 1) == [(False, True), (False, True)]
