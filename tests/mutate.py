@@ -12,6 +12,7 @@ the table does not fit the code: a text that is not found once, a test that fail
 import argparse
 import ast
 import datetime
+import multiprocessing
 import os
 import queue
 import shutil
@@ -35,6 +36,14 @@ TIMEOUT_S = 900
 """After so long a change counts as noticed: the tests hang."""
 
 Outcome = Literal["killed", "survived", "equivalent", "needs", "broken"]
+
+_SERVER = multiprocessing.get_context("forkserver")
+"""Each run of pytest is forked from a process that has imported what takes longest, once for all changes."""
+_SERVER.set_forkserver_preload(
+    ["pytest", "hypothesis", "torch", "scipy.stats", "pyarrow", "aiohttp", "pydantic", "matplotlib.pyplot"]
+    + ["transformers.models.auto.modeling_auto", "transformers.models.qwen3.modeling_qwen3", "transformers.generation"]
+    + ["megatron.core.models.gpt", "megatron.core.optimizer", "megatron.core.dist_checkpointing"]
+)
 
 
 @dataclass(frozen=True)
@@ -137,35 +146,38 @@ def copy_tree(root: Path, directory: Path) -> Path:
 
 def run_tests(tree: Path, tests: Sequence[str]) -> tuple[int | None, str]:
     """pytest's exit status in a copy, None where it took too long, and what it printed."""
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(tree),
-        "OMP_NUM_THREADS": "1",
-        # Python takes a compiled file for current by the source's size and second: a change may leave both.
-        "PYTHONDONTWRITEBYTECODE": "1",
-    }
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
-    process = subprocess.Popen(
-        [*command, *(f"tests/{test}" for test in tests)],
-        cwd=tree,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+    output = tree.parent / "output"
+    process = _SERVER.Process(target=_pytest, args=(tree, [f"tests/{test}" for test in tests], output))
+    process.start()
+    process.join(TIMEOUT_S)
+    status = process.exitcode
     try:
-        output, _ = process.communicate(timeout=TIMEOUT_S)
-        return process.returncode, output
-    except subprocess.TimeoutExpired:
-        return None, "no end"
-    finally:
-        # With the ranks and servers that a failed test has left.
-        try:
-            os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
-        process.wait()
+        os.killpg(process.pid or 0, signal.SIGKILL)  # with the ranks and servers that a failed test has left
+    except ProcessLookupError:
+        pass
+    process.join()
+    return status, output.read_text(encoding="utf-8", errors="replace")
+
+
+def _pytest(tree: Path, tests: Sequence[str], output: Path) -> None:
+    """Run the tests of a copy, in a process of their own that has imported large packages but nothing of this one."""
+    os.setsid()
+    with output.open("wb") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    for name in [name for name in sys.modules if name.partition(".")[0] in (PACKAGE, "tests")]:
+        del sys.modules[name]
+    os.chdir(tree)
+    os.environ["PYTHONPATH"] = str(tree)
+    sys.path.insert(0, str(tree))
+    # Python takes a compiled file for current by the source's size and second: a change may leave both.
+    os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
+    sys.dont_write_bytecode = True
+    import pytest
+
+    status = pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *tests])
+    sys.stdout.flush()
+    os._exit(int(status))  # without waiting for ranks, as multiprocessing would
 
 
 @contextmanager
@@ -250,6 +262,7 @@ def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
     if stale := [fault for change in changes for fault in faults(change, root)]:
         print("\n".join(stale))
         return 2
+    os.environ["OMP_NUM_THREADS"] = "1"
     with tempfile.TemporaryDirectory(prefix="mutate-") as scratch:
         trees = []
         for job in range(args.jobs):
