@@ -11,9 +11,11 @@ the table does not fit the code: a text that is not found once, a test that fail
 
 import argparse
 import ast
+import compileall
 import datetime
 import multiprocessing
 import os
+import py_compile
 import queue
 import shutil
 import signal
@@ -21,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import tomllib
+import types
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -141,6 +144,9 @@ def copy_tree(root: Path, directory: Path) -> Path:
     for source, target in ((root / ".venv", tree / ".venv"), (root.parent / "shared", directory / "shared")):
         if source.exists() and not target.is_symlink():
             target.symlink_to(source.resolve())
+    # Python takes a compiled file for current by the source's size and second, and a change may leave both: by its
+    # content instead.
+    compileall.compile_dir(tree / PACKAGE, quiet=2, invalidation_mode=py_compile.PycInvalidationMode.CHECKED_HASH)
     return tree
 
 
@@ -167,10 +173,10 @@ def _pytest(tree: Path, tests: Sequence[str], output: Path) -> None:
         os.dup2(file.fileno(), 2)
     for name in [name for name in sys.modules if name.partition(".")[0] in (PACKAGE, "tests")]:
         del sys.modules[name]
+    sys.modules["__main__"] = types.ModuleType("__main__")  # else the ranks of a test import this file
     os.chdir(tree)
     os.environ["PYTHONPATH"] = str(tree)
     sys.path.insert(0, str(tree))
-    # Python takes a compiled file for current by the source's size and second: a change may leave both.
     os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
     sys.dont_write_bytecode = True
     import pytest
