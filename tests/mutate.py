@@ -28,6 +28,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
@@ -41,11 +42,11 @@ TIMEOUT_S = 900
 Outcome = Literal["killed", "survived", "equivalent", "needs", "broken"]
 
 _SERVER = multiprocessing.get_context("forkserver")
-"""Each run of pytest is forked from a process that has imported what takes longest, once for all changes."""
-_SERVER.set_forkserver_preload(
-    ["pytest", "hypothesis", "torch", "scipy.stats", "pyarrow", "aiohttp", "pydantic", "matplotlib.pyplot"]
-    + ["transformers.models.auto.modeling_auto", "transformers.models.qwen3.modeling_qwen3", "transformers.generation"]
-    + ["megatron.core.models.gpt", "megatron.core.optimizer", "megatron.core.dist_checkpointing"]
+"""Each run of pytest is forked from a process that has imported `_LARGE`, which takes longest, once for all changes."""
+_LARGE = (
+    *("pytest", "hypothesis", "torch", "scipy.stats", "pyarrow", "aiohttp", "pydantic", "matplotlib.pyplot"),
+    *("transformers.generation", "transformers.models.auto.modeling_auto", "transformers.models.qwen3.modeling_qwen3"),
+    *("megatron.core.models.gpt", "megatron.core.optimizer", "megatron.core.dist_checkpointing"),
 )
 
 
@@ -118,6 +119,7 @@ def faults(change: Change, root: Path = ROOT) -> list[str]:
     return found
 
 
+@cache
 def _functions(path: Path) -> set[str]:
     return {node.name for node in ast.parse(path.read_text(encoding="utf-8")).body if isinstance(node, ast.FunctionDef)}
 
@@ -269,6 +271,8 @@ def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
         print("\n".join(stale))
         return 2
     os.environ["OMP_NUM_THREADS"] = "1"
+    if root == ROOT:
+        _SERVER.set_forkserver_preload(list(_LARGE))
     with tempfile.TemporaryDirectory(prefix="mutate-") as scratch:
         trees = []
         for job in range(args.jobs):

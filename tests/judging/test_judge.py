@@ -19,8 +19,9 @@ from real_megatron.data.byte_model import byte_tokenizer, make_byte_model
 from real_megatron.errors import CheckpointError, ConfigError, DataError, EngineError, PromptRefused
 from real_megatron.judging import judge as judge_module
 from real_megatron.judging.judge import Score
-from real_megatron.judging.reading import _answer
+from real_megatron.judging.reading import _answer, read_response
 from real_megatron.judging.settings import judge_config
+from real_megatron.rollout.scoring import ScoredResponse
 from real_megatron.training.session import Session
 from tests.support.policy_ranks import make_config
 
@@ -284,3 +285,21 @@ def test_a_distribution_whose_mass_underflows_is_still_drawn_from(judge: Judge) 
     found = [_answer(judge.scale, logprobs, uniform, renormalized=True) for uniform in (0.2, 0.3)]
     assert [answer.sampled for answer in found] == [1.0, 2.0]
     assert found[0].expected == pytest.approx(0.25 * 1 + 0.75 * 2) and found[0].probabilities == [0.0] * 5
+
+
+@pytest.mark.parametrize(
+    ("response", "no_anchor", "truncated"),
+    [
+        (ScoredResponse([97], [-1.0] * 5, None, False, "stop"), False, False),
+        (ScoredResponse([97], [-1.0] * 5, None, True, "length"), True, True),
+        (ScoredResponse([97], [-1.0] * 5, None, True, "eos"), True, False),
+        (ScoredResponse([97], None, None, False, "length"), True, True),
+        (ScoredResponse([97], None, None, False, "eos"), True, False),
+    ],
+)
+def test_a_critique_is_truncated_where_its_length_ended_it(
+    response: ScoredResponse, no_anchor: bool, truncated: bool, judge: Judge
+) -> None:
+    reading = read_response(judge.tokenizer, judge.scale, response, 0.5, renormalized=True)
+    assert (reading.no_anchor, reading.truncated, reading.tokens) == (no_anchor, truncated, 1)
+    assert (reading.answer is None) == (response.score_logprobs is None)
