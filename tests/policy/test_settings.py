@@ -13,6 +13,7 @@ from real_megatron.config import ModelConfig, ParallelConfig
 from real_megatron.errors import ConfigError
 from real_megatron.policy import parallel_groups
 from real_megatron.policy import policy as policy_module
+from real_megatron.policy import verify as verify_module
 from real_megatron.policy.model import check_divides, transformer_config
 from tests.support.policy_ranks import VOCAB, make_config, make_policy, write_checkpoint
 
@@ -106,3 +107,21 @@ def test_the_longest_sequence_fits_the_rotary_embedding(tmp_path):
     make_policy(make_config(longrope))
     with pytest.raises(ConfigError, match="data.max_prompt_tokens [+] data.max_response_tokens = 41"):
         make_policy(make_config(longrope, data={"max_prompt_tokens": 21}))
+
+
+def test_a_verification_describes_the_model_as_asked(checkpoint, monkeypatch):
+    def describe(config: Any, family: str) -> None:
+        raise LookupError(family)
+
+    monkeypatch.setattr(verify_module.bridge, "describe", describe)
+    with pytest.raises(LookupError, match="my.module:family"):
+        verify_module.verify(checkpoint, family="my.module:family")
+
+
+@pytest.mark.parametrize(
+    ("difference", "scale", "passed"),
+    [(0.9e-5, 0.5, True), (1.1e-5, 0.5, False), (1.9e-4, 20.0, True), (2.1e-4, 20.0, False)],
+)
+def test_logits_are_equal_up_to_float32_rounding(difference, scale, passed):
+    """Of the largest logit, or of 1 where that is less."""
+    assert verify_module.Verification(difference, scale, tokens=1).passed == passed

@@ -154,7 +154,7 @@ def test_a_refusal_is_not_repeated(make, flavour):
 
 def test_requests_in_flight_are_bounded_and_those_that_wait_keep_none_from_the_other(make):
     """Three requests wait at one server until the other has answered all the rest."""
-    engine, (waiting, other) = make(2, concurrency=3)
+    engine, (waiting, other) = make(2, concurrency=3, timeout_s=600)
     go_on = threading.Event()
     waiting.faults = [go_on] * 3
     groups = {}
@@ -168,7 +168,7 @@ def test_requests_in_flight_are_bounded_and_those_that_wait_keep_none_from_the_o
 
 
 def test_a_server_that_goes_away_leaves_its_work_to_the_other(make):
-    engine, (first, second) = make(2, concurrency=4, start_timeout_s=0.5, restarts=0)
+    engine, (first, second) = make(2, concurrency=4, timeout_s=600, start_timeout_s=0.5, restarts=0)
     never = threading.Event()
     first.faults = [never] * 1000
     groups = {}

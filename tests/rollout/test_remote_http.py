@@ -60,6 +60,7 @@ def test_idle_connections_are_let_go_before_the_server_closes_them(servers, monk
     (fake,) = servers(1)
 
     async def use(client):
+        assert client._session.connector._keepalive_timeout == 0.05
         await client.post(fake.url + "/generate", BODY, 10)
         async with asyncio.timeout(60):
             while fake.connections:
