@@ -44,7 +44,7 @@ Outcome = Literal["killed", "survived", "equivalent", "needs", "broken"]
 _SERVER = multiprocessing.get_context("forkserver")
 """Each run of pytest is forked from a process that has imported `_LARGE`, which takes longest, once for all changes."""
 _LARGE = (
-    *("pytest", "hypothesis", "torch", "scipy.stats", "pyarrow", "aiohttp", "pydantic", "matplotlib.pyplot"),
+    *("pytest", "hypothesis", "torch", "scipy.stats", "datasets", "aiohttp", "pydantic", "matplotlib.pyplot"),
     *("transformers.generation", "transformers.models.auto.modeling_auto", "transformers.models.qwen3.modeling_qwen3"),
     *("megatron.core.models.gpt", "megatron.core.optimizer", "megatron.core.dist_checkpointing"),
 )
