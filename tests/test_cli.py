@@ -7,11 +7,14 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from typer.testing import CliRunner, Result
 
-from real_megatron.cli import app, show_error
+from real_megatron.cli import app, show_error, show_verification
+from real_megatron.config import RunConfig
 from real_megatron.errors import (
     CheckpointError,
     ConfigError,
@@ -196,3 +199,69 @@ def test_two_runs_of_one_name_can_be_compared(tmp_path: Path) -> None:
 def test_the_traceback_can_be_asked_for(tmp_path: Path) -> None:
     result = run("--traceback", "train", str(tmp_path / "absent.yaml"))
     assert result.exit_code == 1 and type(result.exception).__name__ == "ConfigError"
+
+
+def test_every_option_arrives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each command with all of its options, and what the function behind it gets."""
+    calls: list[tuple[str, tuple, dict]] = []
+
+    def recorded(name: str, result: object) -> None:
+        monkeypatch.setattr(name, lambda *of, **options: calls.append((name.rpartition(".")[2], of, options)) or result)
+
+    done = SimpleNamespace(output="o", parameters=1, files=1, seconds=1.0)
+    recorded("real_megatron.judging.critiques.write_critiques", 3)
+    recorded("real_megatron.judging.evaluate.evaluate", {})
+    recorded("real_megatron.bridge.convert_hf_to_megatron", done)
+    recorded("real_megatron.bridge.convert_megatron_to_hf", done)
+    recorded("real_megatron.hf.directory.checkpoint_directory", Path("there"))
+    same = SimpleNamespace(tokens=8, difference=0.0, scale=1.0, passed=True)
+    recorded("real_megatron.policy.verify.verify", same)
+    (tmp_path / "run.yaml").write_text("steps: 2\n")
+    config = RunConfig.from_yaml(tmp_path / "run.yaml", ["seed=3"])
+    run_file, cots = str(tmp_path / "run.yaml"), Path("cots.jsonl")
+
+    def called(*arguments: str) -> list[tuple[str, tuple, dict]]:
+        calls.clear()
+        result = run(*arguments)
+        assert result.exit_code == 0, result.output
+        return list(calls)
+
+    asked = ["--model", "m", "--output", "cots.jsonl", "--samples", "4", "--revision", "v2"]
+    expected = ("write_critiques", (config, "m", cots, 4), {"revision": "v2"})
+    assert called("critiques", run_file, "seed=3", *asked) == [expected]
+    asked = ["--model", "m", "--output", "elsewhere", "--revision", "v2"]
+    expected = ("evaluate", (config, "m", Path("elsewhere")), {"revision": "v2"})
+    assert called("evaluate", run_file, "seed=3", *asked) == [expected]
+
+    both = ["--dtype", "bfloat16", "--workers", "3", "--family", "my:own", "--revision", "v2", "--verify"]
+    sizes = ["--tensor", "2", "--pipeline", "4", "--expert", "8", "--vocab-multiple", "16"]
+    shared = {"dtype": torch.bfloat16, "workers": 3, "family": "my:own", "revision": "v2"}
+    options = {"tensor": 2, "pipeline": 4, "expert": 8, "vocab_multiple": 16, **shared}
+    assert called("convert", "to-megatron", "hub/m", "out", *both, *sizes) == [
+        ("convert_hf_to_megatron", ("hub/m", Path("out")), options),
+        ("checkpoint_directory", ("hub/m", "v2"), {}),
+        ("verify", (Path("there"), Path("out")), {"family": "my:own"}),
+    ]
+    options = {"hf_path": "hub/m", "max_file_bytes": 2_500_000_000, **shared}
+    assert called("convert", "to-hf", "in", "out", *both, "--hf", "hub/m", "--max-file-gb", "2.5") == [
+        ("convert_megatron_to_hf", (Path("in"), Path("out")), options),
+        ("verify", (Path("out"), Path("in")), {"family": "my:own"}),
+    ]
+
+
+def test_logits_that_differ_end_a_conversion(monkeypatch: pytest.MonkeyPatch) -> None:
+    other = SimpleNamespace(tokens=8, difference=0.5, scale=1.0, passed=False)
+    monkeypatch.setattr("real_megatron.policy.verify.verify", lambda *_, **__: other)
+    with pytest.raises(CheckpointError, match="out does not compute what hf computes"):
+        show_verification(Path("hf"), Path("out"), "auto")
+
+
+def test_a_run_that_was_stopped_ends_as_a_shell_reports_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from real_megatron.training.stop import Terminated
+
+    def stopped(*_: object) -> None:
+        raise Terminated("stopped by SIGTERM after step 3")
+
+    monkeypatch.setattr("real_megatron.training.rl.train", stopped)
+    (tmp_path / "run.yaml").write_text("steps: 9\n")
+    assert run("train", str(tmp_path / "run.yaml")).exit_code == 143

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from pydantic import Field
+from pydantic import Field, ValidationError
 
 from real_megatron.errors import ConfigError
 from real_megatron.sections import Section, describe_keys, known_keys
@@ -95,6 +95,16 @@ def test_saved_yaml_reads_back_equal(tmp_path: Path) -> None:
             "number (got 'x')",
         ),
         ("steps: 1\nsteps: 2", (), "run.yaml:2: `steps` is set twice (first on line 1); keep one"),
+        (
+            "optimizer:\n  lr: 1\n  clamp: 2\n  lr: 3",
+            (),
+            "run.yaml:4: `optimizer.lr` is set twice (first on line 2); keep one",
+        ),
+        (
+            "items:\n  - path: x\n    limit: 1\n    path: y",
+            (),
+            "run.yaml:4: `items.0.path` is set twice (first on line 2); keep one",
+        ),
         ("", ("steps",), "override `steps`: write it as key=value, for example optimizer.lr=1e-6"),
         ("steps: {y: 1}", ("steps.y.z=1",), "override `steps.y.z=1`: `steps.y` is a value, it has no keys"),
         (
@@ -132,6 +142,15 @@ def test_each_fault_names_its_place_and_the_fix(
     text: str, overrides: tuple[str, ...], expected: str, tmp_path: Path
 ) -> None:
     assert fault(text, tmp_path, *overrides) == expected
+
+
+def test_what_is_assigned_is_checked_too() -> None:
+    config = Root()
+    for section, name, value in ((config, "steps", "many"), (config.optimizer, "lr", 0), (config, "step", 3)):
+        with pytest.raises(ValidationError):
+            setattr(section, name, value)
+    config.optimizer.lr = "1e-6"
+    assert config.optimizer.lr == 1e-6
 
 
 def test_all_faults_are_listed_at_once(tmp_path: Path) -> None:

@@ -204,3 +204,11 @@ def test_a_target_ends_as_the_template_ends_a_turn(
         (group,) = encode_targets(tokenizer, scale, [example], data, stops)
         assert group.trajectories[0].response_ids[-2:] == [scale.score_ids[3], end]
         assert group.trajectories[0].loss_mask[-2:] == [False, True]
+
+
+def test_the_end_of_a_turn_is_what_the_templates_variables_make_it() -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{{ end | default('~') }}{% endfor %}"
+    ends = [ord("~"), ord("^")]
+    assert end_of_response(tokenizer, ends, DATA) == ord("~")
+    assert end_of_response(tokenizer, ends, DataConfig(chat_template_args={"end": "^"})) == ord("^")

@@ -13,7 +13,7 @@ from real_megatron.errors import ConfigError
 from real_megatron.judging import critiques
 from real_megatron.judging.critiques import write_critiques
 from real_megatron.judging.judge import Judge
-from real_megatron.rollout.engine import Response
+from real_megatron.rollout.engine import Response, SamplingParams
 from real_megatron.scores import ScoreScale
 from tests.support.rollout_fakes import ScriptedEngine
 
@@ -31,23 +31,25 @@ def config_of(tmp_path: Path, *overrides: str) -> RunConfig:
 
 
 class InTurn(ScriptedEngine):
-    """The prepared responses one after another, over all calls; then it fails. Remembers the seeds."""
+    """The prepared responses one after another, over all calls; then it fails. Remembers seeds and parameters."""
 
     def generate(self, prompts, params, seeds=None):
         self.used += seeds
+        self.sampled.append(params)
         return [self.responses.pop(0) for _ in prompts]
 
 
 @pytest.fixture
 def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """write(config, texts, model): the rows when the model writes `texts`, one to a prompt; `write.seeds`: all used."""
+    """write(config, texts, model): the rows when the model writes `texts`, one to a prompt; `write.seeds`,
+    `write.params`: all used."""
     output = tmp_path / "cots.jsonl"
 
     def call(config: RunConfig, texts: list[str], model: str = "writer") -> list[tuple[str, float, str]]:
         responses = [[Response(list(text.encode()), [-1.0] * len(text.encode()), "stop", 0)] for text in texts]
         scale = ScoreScale.resolve(TOKENIZER, config.scale.scores, config.scale.values, config.scale.anchor)
         engine = InTurn(responses)
-        engine.used = call.seeds
+        engine.used, engine.sampled = call.seeds, call.params
         judge = Judge(engine, TOKENIZER, scale, config)
         monkeypatch.setattr(Judge, "from_pretrained", lambda *_, **__: judge)
         count = write_critiques(config, model, output)
@@ -56,8 +58,18 @@ def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         assert count == len(found)
         return [(e.messages[0]["content"], e.label, e.cot) for e in found]
 
-    call.seeds = []
+    call.seeds, call.params = [], []
     return call
+
+
+def test_critiques_are_sampled_as_configured(write, tmp_path: Path) -> None:
+    settings = ["rollout.temperature=0.7", "rollout.top_p=0.9", "data.max_response_tokens=33"]
+    texts = ["x[RESULT] "] * 2
+    write(config_of(tmp_path, "seed=1", *settings), texts)
+    assert write.params == [SamplingParams(1, 0.7, 0.9, 33, stop=("[RESULT] ",))]
+    (tmp_path / "cots.jsonl").unlink()
+    write(config_of(tmp_path, "seed=2", *settings), texts)
+    assert len(set(write.seeds)) == 4, "each prompt and each seed of the run has its own"
 
 
 def test_each_critique_stays_with_its_example_whatever_is_in_it(write, tmp_path: Path) -> None:

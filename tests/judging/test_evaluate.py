@@ -66,6 +66,18 @@ def test_metrics_and_counts_are_those_of_the_predictions(result, scale) -> None:
     assert summary["score_mass"] == pytest.approx(np.mean(mass))
 
 
+def test_means_over_the_responses_by_hand(engine, tokenizer, scale, examples) -> None:
+    """One critique an example, each with an anchor: its tokens, and the entropy of the scores behind it."""
+    one = SamplingParams(n=1, max_new_tokens=12)
+    found = evaluate(engine, tokenizer, scale, examples, one, name="set", seed=5, bootstrap=5)
+    tokens = [len(tokenizer.encode(text)) + len(scale.anchor_ids) for p in found.predictions for text in p.critiques]
+    assert len(set(tokens)) > 1 and found.means["response_tokens"] == pytest.approx(np.mean(tokens))
+    p = np.array([prediction.probabilities for prediction in found.predictions])
+    q = p / p.sum(1, keepdims=True)
+    assert found.means["score_entropy"] == pytest.approx(-(q * np.log(q)).sum(1).mean())
+    assert found.means["score_mass"] == pytest.approx(p.sum(1).mean())
+
+
 def test_nothing_but_seed_and_example_decides(result, engine, tokenizer, scale, examples) -> None:
     shuffled = [examples[i] for i in np.random.default_rng(0).permutation(20)]
     done = []

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -17,9 +18,11 @@ from real_megatron import Judge, RunConfig
 from real_megatron.data import load_template
 from real_megatron.data.byte_model import byte_tokenizer, make_byte_model
 from real_megatron.errors import CheckpointError, ConfigError, DataError, EngineError, PromptRefused
+from real_megatron.judging import judge as judge_module
 from real_megatron.judging.judge import Score
-from real_megatron.judging.reading import _answer
+from real_megatron.judging.reading import _answer, read_response
 from real_megatron.judging.settings import judge_config
+from real_megatron.rollout.scoring import ScoredResponse
 from real_megatron.sections import known_keys
 from real_megatron.training.session import Session
 from tests.support.policy_ranks import make_config
@@ -151,8 +154,12 @@ def test_a_checkpoint_says_how_it_is_asked_and_nothing_else(tmp_path: Path) -> N
             "scale.probabilities=renormalized",
             "data.template=prometheus",
             "data.max_prompt_tokens=77",
+            "data.chat_template=false",
+            "data.max_response_tokens=88",
             "evaluation.samples=3",
+            "evaluation.temperature=0.5",
             "evaluation.top_p=0.9",
+            "evaluation.no_anchor=drop",
             "data.chat_template_args.enable_thinking=false",
             "data.long_prompts=cut_left",
             "evaluation.batch_size=5",
@@ -168,9 +175,11 @@ def test_a_checkpoint_says_how_it_is_asked_and_nothing_else(tmp_path: Path) -> N
     assert config.scale == saved.scale and config.data.template == "prometheus"
     assert (config.data.max_prompt_tokens, config.evaluation.samples, config.evaluation.top_p) == (77, 3, 0.9)
     assert (config.data.chat_template_args, config.data.long_prompts) == ({"enable_thinking": False}, "cut_left")
+    assert (config.data.chat_template, config.data.max_response_tokens) == (False, 88)
+    assert (config.evaluation.temperature, config.evaluation.no_anchor) == (0.5, "drop")
     rest = config.model_copy(update={"scale": RunConfig().scale, "data": RunConfig().data})
-    rest.evaluation.top_p = 1.0
-    rest.evaluation.samples, rest.rollout.engine = 1, "transformers"
+    rest.evaluation.top_p = rest.evaluation.temperature = 1.0
+    rest.evaluation.samples, rest.evaluation.no_anchor, rest.rollout.engine = 1, "force", "transformers"
     assert rest == RunConfig()
 
 
@@ -228,6 +237,40 @@ def test_a_configuration_that_is_given_is_the_only_one(tmp_path: Path) -> None:
     config = RunConfig.from_yaml(None, SHORT)
     with Judge.from_pretrained(model, config=config) as judge:
         assert judge.config == config
+
+
+def test_an_engine_is_built_as_the_configuration_says(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built, timeouts = [], []
+    monkeypatch.setattr(judge_module, "build_engine", lambda *of: built.append(of))
+    monkeypatch.setattr(judge_module, "host_group", lambda minutes: timeouts.append(minutes) or "the group")
+    settings = ["model.dtype=bfloat16", "parallel.timeout_minutes=9", "rollout.batch_size=3", "scale.anchor='S: '"]
+    settings += ["scale.scores=[A, B]", "scale.values=[0, 10]", *SHORT]
+    judge = Judge.from_pretrained(model, overrides=settings, work_dir=tmp_path)
+    ((spec, group),) = built
+    assert (spec.config.batch_size, spec.model_dir, spec.work_dir, spec.tokenizer) == (
+        3,
+        model,
+        tmp_path,
+        judge.tokenizer,
+    )
+    assert (spec.max_prompt_tokens, spec.max_response_tokens) == (40, 16)
+    assert (spec.dtype, spec.serve_loaded) == (torch.bfloat16, True)
+    assert (group, timeouts) == ("the group", [9])
+    assert (judge.scale.texts, judge.scale.values, judge.scale.anchor_text) == (["A", "B"], [0.0, 10.0], "S: ")
+
+
+def test_critiques_and_drawn_scores_have_seeds_of_their_own(judge: Judge, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A score drawn with the critique's random numbers would depend on what the critique says."""
+    sampled, drawn = [], []
+    real_sample, real_uniforms = judge_module.sample_scored, judge_module.uniforms
+    monkeypatch.setattr(judge_module, "sample_scored", lambda *of: sampled.append(of[-1]) or real_sample(*of))
+    monkeypatch.setattr(judge_module, "uniforms", lambda *of: drawn.append(of) or real_uniforms(*of))
+    judge.read([[1, 2], [3]], ["a", "b"], critiques=2)
+    ((first, second),) = sampled
+    assert [(k, count) for _, k, count in drawn] == [(0, 1), (1, 1)] * 2
+    assert len({first, second} | {seed for seed, _, _ in drawn}) == 4
 
 
 def test_judging_needs_no_megatron(model: Path, tmp_path: Path) -> None:
@@ -308,3 +351,29 @@ def test_a_prompt_that_the_engine_refuses_is_named(judge: Judge, monkeypatch: py
     monkeypatch.setattr(judge.engine, "generate", generate)
     with pytest.raises(DataError, match="^prompt 1: the sequence is too long"):
         judge.score(PROMPTS)
+
+
+def test_a_distribution_whose_mass_underflows_is_still_drawn_from(judge: Judge) -> None:
+    """Log-probs near −800 are 0 in float64: their ratios, 1 to 3 here, are not."""
+    logprobs = [-800.0, -800.0 + math.log(3.0), -math.inf, -math.inf, -math.inf]
+    found = [_answer(judge.scale, logprobs, uniform, renormalized=True) for uniform in (0.2, 0.3)]
+    assert [answer.sampled for answer in found] == [1.0, 2.0]
+    assert found[0].expected == pytest.approx(0.25 * 1 + 0.75 * 2) and found[0].probabilities == [0.0] * 5
+
+
+@pytest.mark.parametrize(
+    ("response", "no_anchor", "truncated"),
+    [
+        (ScoredResponse([97], [-1.0] * 5, None, False, "stop"), False, False),
+        (ScoredResponse([97], [-1.0] * 5, None, True, "length"), True, True),
+        (ScoredResponse([97], [-1.0] * 5, None, True, "eos"), True, False),
+        (ScoredResponse([97], None, None, False, "length"), True, True),
+        (ScoredResponse([97], None, None, False, "eos"), True, False),
+    ],
+)
+def test_a_critique_is_truncated_where_its_length_ended_it(
+    response: ScoredResponse, no_anchor: bool, truncated: bool, judge: Judge
+) -> None:
+    reading = read_response(judge.tokenizer, judge.scale, response, 0.5, renormalized=True)
+    assert (reading.no_anchor, reading.truncated, reading.tokens) == (no_anchor, truncated, 1)
+    assert (reading.answer is None) == (response.score_logprobs is None)

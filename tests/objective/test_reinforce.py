@@ -271,6 +271,8 @@ def test_metrics_by_hand(batch: Batch, totals: TotalsOf) -> None:
     a = advantages[scored.token_trajectory]
     clipped = torch.where(a > 0, ratio > 1.2, ratio < 0.8).double()
     q = logp.softmax(-1)
+    log_ratio = scored.ref_logprobs - scored.token_logprobs.detach()
+    k3 = log_ratio.exp() - 1 - log_ratio
     nearest = (scored.values - scored.labels[has][:, None]).abs().argmin(1)
     correct = (logp.argmax(1) == nearest).double()
     want = {
@@ -289,6 +291,12 @@ def test_metrics_by_hand(batch: Batch, totals: TotalsOf) -> None:
         "advantage_std": advantages.std(unbiased=False),
         "ratio": ratio.mean(),
         "clip_fraction": clipped.mean(),
+        "loss_term1": -torch.minimum(ratio * a, ratio.clamp(0.8, 1.2) * a).sum() / 9,
+        "loss_term2": -objective.rewards(scored)[has].sum() / 9,
+        "kl": k3.mean(),
+        "loss_kl": 0.1 * k3.sum() / 9,
+        "mismatch/mean": ratio.log().abs().mean(),
+        "mismatch/max": ratio.log().abs().max(),
     }
     assert 0 < float(clipped.mean()) < 1 and 0 < float(correct.mean()) < 1
     assert {name: numbers[name] for name in want} == pytest.approx({k: float(v) for k, v in want.items()}, abs=1e-12)

@@ -63,5 +63,16 @@ def test_a_mixture_of_experts_counts_visited_experts():
     assert flops.linear_flops(describe(moe)) == flops.linear_flops(describe(dense)) + router
 
 
-def test_peak_is_known_for_gpus_only():
+def test_peak_is_known_for_gpus_only(monkeypatch):
+    """By the longest name that fits: an H100 PCIe is slower than an H100, and a GH200 has an H200's chip."""
     assert flops.peak_flops(torch.device("cpu")) is None
+    for name, peak in (
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA GH200 480GB", 989e12),
+        ("NVIDIA GB200", 2500e12),
+        ("NVIDIA GeForce RTX 4090", None),
+    ):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
+        assert flops.peak_flops(torch.device("cuda", 0)) == peak, name

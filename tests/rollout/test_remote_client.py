@@ -9,7 +9,8 @@ import pytest
 
 from real_megatron.errors import EngineError
 from real_megatron.rollout.remote.client import RequestClient
-from real_megatron.rollout.remote.errors import Unreachable
+from real_megatron.rollout.remote.errors import Retryable, Unreachable
+from real_megatron.rollout.remote.http import Reply
 from real_megatron.rollout.remote.replica import Replica
 
 ATTEMPTS = 9
@@ -35,6 +36,13 @@ class DeafServer:
     async def post(self, url: str, body: dict, timeout_s: float):
         self.replica.recoveries += self.replaced
         raise Unreachable("no reply")
+
+
+class GoodServer(DeafServer):
+    """Answers every request."""
+
+    async def post(self, url: str, body: dict, timeout_s: float):
+        return Reply(200, b'{"text": "good"}')
 
 
 def pauses_of_one_request(monkeypatch, deaf: DeafServer) -> list[float]:
@@ -65,3 +73,23 @@ def test_what_an_earlier_server_failed_at_is_not_held_against_its_successor(monk
     deaf = DeafServer(replaced)
     pauses_of_one_request(monkeypatch, deaf)
     assert deaf.suspected == suspected
+
+
+@pytest.mark.parametrize("confirmed", [True, False])
+def test_a_good_reply_forgets_earlier_failures(monkeypatch, confirmed):
+    """Else a server that was restarted now and then over a long run, with good work between, would be given up."""
+    good = GoodServer()
+    good.replica.failures_in_a_row = 2
+
+    async def confirm(replica: Replica) -> None:
+        if not confirmed:
+            raise Retryable("from other weights")
+
+    client = RequestClient(good, good, timeout_s=1, attempts=1, router=None, confirm=confirm)
+    request = client.request("it", "/generate", {}, lambda reply, replica: reply)
+    if confirmed:
+        assert asyncio.run(request) == {"text": "good"} and good.replica.failures_in_a_row == 0
+        return
+    with pytest.raises(EngineError, match="it failed 1 times: .*from other weights"):
+        asyncio.run(request)
+    assert good.replica.failures_in_a_row == 2

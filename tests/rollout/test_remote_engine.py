@@ -7,6 +7,7 @@ import math
 import resource
 import signal
 import threading
+import time
 
 import pytest
 import torch
@@ -168,21 +169,33 @@ def test_a_refusal_is_not_repeated(make, flavour):
     assert fake.generations == 1
 
 
-def test_requests_in_flight_are_bounded_and_go_to_the_least_loaded(make):
-    engine, (slow, fast) = make(2, concurrency=3)
-    slow.faults = [0.6] * 1000
-    fast.faults = [0.02] * 1000
-    check(engine.generate(PROMPTS, PARAMS))
-    assert slow.most_in_flight <= 3 and fast.most_in_flight <= 3
-    assert fast.generations > slow.generations
+def test_requests_in_flight_are_bounded_and_those_that_wait_keep_none_from_the_other(make):
+    """Three requests wait at one server until the other has answered all the rest."""
+    engine, (waiting, other) = make(2, concurrency=3, timeout_s=600)
+    go_on = threading.Event()
+    waiting.faults = [go_on] * 3
+    groups = {}
+    for index, group in engine.generate_stream(PROMPTS, PARAMS):
+        groups[index] = group
+        if len(groups) == len(PROMPTS) - 3:
+            assert waiting.generations == 3 and other.generations == len(PROMPTS) - 3
+            go_on.set()
+    check([groups[index] for index in range(len(PROMPTS))])
+    assert waiting.most_in_flight == 3 and other.most_in_flight <= 3
 
 
 def test_a_server_that_goes_away_leaves_its_work_to_the_other(make):
-    engine, (first, second) = make(2, concurrency=4, start_timeout_s=0.5, restarts=0)
-    first.faults = [0.05] * 1000
-    second.faults = [0.05] * 1000
-    threading.Timer(0.15, first.__exit__).start()
-    check(engine.generate(PROMPTS, PARAMS))
+    engine, (first, second) = make(2, concurrency=4, timeout_s=600, start_timeout_s=0.5, restarts=0)
+    never = threading.Event()
+    first.faults = [never] * 1000
+    groups = {}
+    for index, group in engine.generate_stream(PROMPTS, PARAMS):
+        if not groups:
+            assert first.generations == 4  # they are under way
+            first.__exit__()
+        groups[index] = group
+    never.set()
+    check([groups[index] for index in range(len(PROMPTS))])
     check(engine.generate(PROMPTS, PARAMS))
 
 
@@ -357,7 +370,8 @@ def test_labels_mark_a_mixture_before_the_first_byte_changes(make, flavour, mode
     paths = [path for path, _ in fake.calls]
     load = paths.index("/update_weights_from_disk" if flavour == "sglang" else "/collective_rpc")
     first, last = paths.index("/update_weight_version"), len(paths) - paths[::-1].index("/update_weight_version") - 1
-    assert first < load < last
+    flush = paths.index("/flush_cache" if flavour == "sglang" else "/reset_prefix_cache")
+    assert first < load < flush < last, "what is cached of the old weights goes before the new label"
 
 
 def test_a_server_that_refuses_the_weights_is_brought_up_to_date(make, flavour, model):
@@ -435,6 +449,19 @@ def test_a_stream_of_the_wrong_tensors_is_refused_and_consumed(make, flavour, mo
         engine.generate(PROMPTS, PARAMS)
     engine.update_weights(model.named_parameters(), 2)
     check(engine.generate(PROMPTS, PARAMS))
+    # After good weights, too: a server that still has them must not serve them as the current ones.
+    with pytest.raises(EngineError, match="1 missing: model.norm.weight"):
+        engine.update_weights(stream(), 3)
+    engine._loop.run(recovered(engine))
+    with pytest.raises(EngineError, match="no rollout server can serve: .*is stale"):
+        engine.generate(PROMPTS, PARAMS)
+
+
+async def recovered(engine):
+    """As after a health check that was missed."""
+    for replica in engine._pool.replicas:
+        engine._pool.recover(replica, "on demand")
+    await engine._pool.settled()
 
 
 def test_a_full_disk_is_an_error_until_the_next_sync(make, flavour, model):
@@ -528,7 +555,13 @@ def test_vllm_takes_only_temperatures_whose_log_probs_it_reports(make):
 def test_closing_during_a_request_is_an_error_not_a_hang(make):
     engine, (fake,) = make(1)
     fake.faults = ["hang"]
-    threading.Timer(0.3, engine.close).start()
+
+    def close():
+        while not fake.generations:
+            time.sleep(0.001)
+        engine.close()
+
+    threading.Thread(target=close).start()
     with pytest.raises(EngineError, match="closed"):
         engine.generate([[1]], PARAMS)
 

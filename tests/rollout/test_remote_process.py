@@ -209,7 +209,7 @@ def test_a_server_under_the_launcher_can_fork(tmp_path):
 
 def test_the_launcher_ends_the_server_when_the_parent_dies(tmp_path):
     """The parent is killed outright; the server, which the launcher runs as a module, must follow."""
-    (tmp_path / "endless.py").write_text("import time\nwhile True: time.sleep(1)\n")
+    (tmp_path / "endless.py").write_text("import time\nprint('up', flush=True)\nwhile True: time.sleep(1)\n")
     parent = subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(f"""
             import sys, time
@@ -225,7 +225,8 @@ def test_the_launcher_ends_the_server_when_the_parent_dies(tmp_path):
         env=os.environ | {"PYTHONPATH": str(tmp_path)},
     )  # fmt: skip
     pid = int(parent.stdout.readline())
-    time.sleep(0.3)
+    while "up" not in (tmp_path / "server.0.log").read_text():
+        time.sleep(0.01)
     os.kill(pid, 0)
     parent.kill()
     parent.wait()

@@ -78,24 +78,24 @@ def damage(path: list, value):
 
 
 @pytest.mark.parametrize(
-    "change",
+    ("change", "message"),
     [
-        lambda reply: reply[:1],
-        lambda reply: reply + reply[:1],
-        lambda reply: reply[0],
-        lambda reply: {"error": {"message": "?"}},
-        damage(["meta_info", "output_token_logprobs"], None),
-        damage(["meta_info", "output_token_logprobs"], []),
-        damage(["output_ids"], [1, 2, 3]),
-        damage(["meta_info", "completion_tokens"], 3),
-        damage(["meta_info", "output_token_ids_logprobs"], []),
-        damage(["meta_info", "output_token_ids_logprobs", 0], [[-1.0, 6, None]]),
-        damage(["meta_info", "finish_reason"], None),
-        damage(["meta_info", "output_token_logprobs", 0, 0], float("nan")),
+        (lambda reply: reply[:1], "1 responses, asked for 2"),
+        (lambda reply: reply + reply[:1], "3 responses, asked for 2"),
+        (lambda reply: reply[0], "1 responses, asked for 2"),
+        (lambda reply: {"error": {"message": "?"}}, "1 responses, asked for 2"),
+        (damage(["meta_info", "output_token_logprobs"], None), "form: KeyError.'output_token_logprobs'"),
+        (damage(["meta_info", "output_token_logprobs"], []), "0 log-probabilities for 8 tokens"),
+        (damage(["output_ids"], [1, 2, 3]), "8 log-probabilities for 3 tokens"),
+        (damage(["meta_info", "completion_tokens"], 3), r"8 log-probabilities for 8 tokens \(3 counted\)"),
+        (damage(["meta_info", "output_token_ids_logprobs"], []), "0 positions with watched tokens for 8 tokens"),
+        (damage(["meta_info", "output_token_ids_logprobs", 0], [[-1.0, 6, None]]), "form: KeyError.5"),
+        (damage(["meta_info", "finish_reason"], None), "form: KeyError.'finish_reason'"),
+        (damage(["meta_info", "output_token_logprobs", 0, 0], float("nan")), "a log-probability is not finite"),
     ],
 )
-def test_damaged_replies_are_tried_again(change):
-    with pytest.raises(Retryable):
+def test_damaged_replies_are_tried_again(change, message):
+    with pytest.raises(Retryable, match=message):
         parse_generation(change(recorded("generate")), PARAMS, {LABEL}, 0)
 
 
@@ -104,7 +104,7 @@ def test_a_response_that_spans_an_update_is_stale():
     reply[1]["meta_info"]["weight_versions"].insert(0, {"version": "before", "start": 0, "end": 1})
     with pytest.raises(StaleReply, match="before"):
         parse_generation(reply, PARAMS, {LABEL}, 0)
-    with pytest.raises(StaleReply):
+    with pytest.raises(StaleReply, match="current are .\"another run's label"):
         parse_scoring(recorded("score"), [5], {"another run's label"})
 
 

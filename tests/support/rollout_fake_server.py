@@ -36,7 +36,8 @@ def expected_ids(prompt: list[int], k: int, length: int) -> list[int]:
 
 class FakeServer:
     """State of one server. `faults` are consumed one per generation request: hang, disconnect, truncate, error_500,
-    refuse_400, wrong_k, short_logprobs, nan, abort, stale; or a number of seconds to wait before a good reply.
+    refuse_400, wrong_k, short_logprobs, nan, abort, stale; or, before a good reply, a number of seconds or an Event to
+    wait for.
     `control_faults` maps a control path to statuses that it answers with, one per call, or "hang". With a `key`, all
     requests but /health need it."""
 
@@ -95,6 +96,8 @@ class FakeServer:
         try:
             if isinstance(fault, (int, float)):
                 time.sleep(fault)
+            if isinstance(fault, threading.Event):
+                fault.wait(600)
             if fault in ("hang", "disconnect", "truncate"):
                 return fault
             if fault == "error_500":

@@ -1,8 +1,11 @@
 """Rank functions of the training tests."""
 
+import os
+import signal
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from real_megatron.batch.types import Group
 from real_megatron.config import RunConfig
@@ -12,6 +15,7 @@ from real_megatron.scores import ScoreScale
 from real_megatron.training.export import save_hf
 from real_megatron.training.reference import ReferenceWeights
 from real_megatron.training.rollouts import with_policy_logprobs
+from real_megatron.training.stop import StopSignal
 from real_megatron.training.update import update
 from tests.support.policy_ranks import make_groups, make_policy
 
@@ -31,6 +35,15 @@ def reference_after_steps(config: RunConfig) -> tuple[list, list, bool]:
     moved = [[t.old_logprobs for t in g.trajectories] for g in with_policy_logprobs(policy, groups)[0]]
     assert moved != before
     return before, annotated, same
+
+
+def asked_to_stop(receiver: int) -> tuple[bool, bool]:
+    """What a rank is told before and after rank `receiver` alone gets SIGTERM."""
+    with StopSignal(torch.device("cpu")) as signals:
+        before = signals.requested()
+        if dist.get_rank() == receiver:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return before, signals.requested()
 
 
 def two_updates(config: RunConfig) -> tuple[dict[str, float], list[dict[str, float]]]:

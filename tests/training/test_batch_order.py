@@ -22,6 +22,12 @@ def test_a_batch_depends_on_seed_and_step_only() -> None:
     assert [BatchOrder(50, 8, seed=4).batch(step) for step in range(20)] != forward
 
 
+def test_neighbouring_seeds_share_no_epoch() -> None:
+    """As they would if seed and number of the epoch were added."""
+    first, second = (BatchOrder(50, 50, seed=seed) for seed in (0, 1))
+    assert first.batch(1) != second.batch(0)
+
+
 def test_batches_larger_than_the_data_hold_whole_epochs() -> None:
     assert Counter(BatchOrder(3, 9, seed=0).batch(5)) == Counter({0: 3, 1: 3, 2: 3})
 

@@ -17,10 +17,11 @@ def rows(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_rows_are_on_disk_before_the_run_ends_and_nan_is_null(tmp_path: Path) -> None:
+def test_rows_are_on_disk_before_the_run_ends_and_what_is_no_number_is_null(tmp_path: Path) -> None:
+    """JSON has neither NaN nor infinity."""
     sink = JsonlSink(tmp_path)
-    sink.write(1, {"loss": 0.5, "kl": math.nan})
-    assert rows(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": 0.5, "kl": None}]
+    sink.write(1, {"loss": 0.5, "kl": math.nan, "ratio": math.inf, "reward": -math.inf})
+    assert rows(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": 0.5, "kl": None, "ratio": None, "reward": None}]
 
 
 def test_a_resumed_run_drops_the_rows_that_will_come_again(tmp_path: Path) -> None:
@@ -45,6 +46,13 @@ def test_a_run_from_the_start_begins_an_empty_file(tmp_path: Path) -> None:
     path.write_text('{"step": 0}\n{"step": 1}\n')
     JsonlSink(tmp_path).write(1, {"loss": 2.0})
     assert rows(path) == [{"step": 1, "loss": 2.0}]
+
+
+def test_what_is_switched_off_is_not_written(tmp_path: Path) -> None:
+    with MetricSinks.open(MetricsConfig(tensorboard=False), tmp_path, rank=0, run_config={}) as metrics:
+        metrics.write(3, {"loss": 1.0})
+        assert metrics.last_step == 3
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
 def test_only_rank_0_writes(tmp_path: Path) -> None:
@@ -94,20 +102,26 @@ def test_wandb_continues_a_resumed_run_and_begins_another_from_the_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """wandb cannot be reached in tests: what it is asked for is recorded."""
-    asked: list[str | None] = []
+    asked: list[dict[str, object]] = []
     logged: list[tuple[int, dict[str, float]]] = []
+    finished: list[str] = []
 
     def init(**options: object) -> SimpleNamespace:
-        asked.append(options["id"])
+        asked.append(options)
+        run = f"run{len(asked)}"
         log = lambda values, step: logged.append((step, values))  # noqa: E731
-        return SimpleNamespace(id=f"run{len(asked)}", log=log, finish=lambda: None)
+        return SimpleNamespace(id=run, log=log, finish=lambda: finished.append(run))
 
     table = lambda columns, data: (columns, data)  # noqa: E731
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init, Table=table))
     for resume_step in (0, 2, 0):
-        with MetricSinks.open(MetricsConfig(wandb_project="p"), tmp_path, 0, {}, resume_step) as metrics:
-            metrics.write(resume_step + 1, {"loss": 1.0})
-    assert asked == [None, "run1", None] and [step for step, _ in logged] == [1, 3, 1]
+        with MetricSinks.open(MetricsConfig(wandb_project="p"), tmp_path, 0, {"seed": 4}, resume_step) as metrics:
+            metrics.write(resume_step + 1, {"loss": 1.5})
+    assert [options.pop("id") for options in asked] == [None, "run1", None]
+    about = {"project": "p", "name": tmp_path.name, "dir": str(tmp_path), "config": {"seed": 4}, "resume": "allow"}
+    assert asked == [about] * 3
+    assert logged == [(1, {"loss": 1.5}), (3, {"loss": 1.5}), (1, {"loss": 1.5})]
+    assert finished == ["run1", "run2", "run3"]
     with MetricSinks.open(MetricsConfig(wandb_project="p"), tmp_path, 0, {}) as metrics:
         metrics.samples(4, [{"prompt": id, "response": id, "reward": 0.5} for id in "ab"])
     columns = ["prompt", "response", "reward"]

@@ -1,9 +1,19 @@
 """The parts of a reinforcement-learning step."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from real_megatron.batch.types import Group, Trajectory
-from real_megatron.training.rollouts import PATIENCE, NothingToTrain, cot_metrics, steps_without_answer, trainable
+from real_megatron.policy.policy import TrajectoryLogprobs
+from real_megatron.training.rollouts import (
+    PATIENCE,
+    NothingToTrain,
+    cot_metrics,
+    steps_without_answer,
+    trainable,
+    with_policy_logprobs,
+)
 from real_megatron.training.update import mini_batches
 from tests.support.policy_ranks import make_config, make_groups, write_checkpoint
 from tests.support.ranks import run_ranks
@@ -51,7 +61,22 @@ def test_several_updates_are_several_steps(tmp_path) -> None:
     config = make_config(write_checkpoint(tmp_path), objective={"ratio": "truncated_is"}, batch={"mini_batches": 2})
     whole, steps = run_ranks(1, two_updates, config)[0]
     assert whole["loss"] == (steps[0]["loss"] + steps[1]["loss"]) / 2
-    assert whole["tokens"] == steps[0]["tokens"] + steps[1]["tokens"] and whole["updates"] == 2.0
+    # The policy moves away from the sampler, so that the updates' largest differences differ.
+    maxima = [step["mismatch/max"] for step in steps]
+    assert maxima[0] != maxima[1] and whole["mismatch/max"] == max(maxima)
+    for name in ("tokens", "information_tokens", "model_flops", "microbatches", "split_groups"):
+        assert whole[name] == steps[0][name] + steps[1][name], name
+    assert whole["updates"] == 2.0
+
+
+def test_the_policys_log_probs_replace_the_engines_and_are_compared_with_them() -> None:
+    """By hand: -1.5 and -2 of the policy against -1 and -2.25; the token without a loss has neither."""
+    trajectory = Trajectory([1, 2, 3], 2, loss_mask=[True, False, True], old_logprobs=[-1.0, 0.0, -2.25])
+    policy = SimpleNamespace(logprobs=lambda groups: [[TrajectoryLogprobs([-1.5, -2.0], None)] for _ in groups])
+    groups, metrics = with_policy_logprobs(policy, [Group([1], [trajectory], label=1.0)])
+    assert groups[0].trajectories[0].old_logprobs == [-1.5, 0.0, -2.0]
+    assert metrics["mismatch/mean"] == (0.5 + 0.25) / 2 and metrics["mismatch/max"] == 0.5
+    assert metrics["mismatch/kl_k1"] == (0.5 - 0.25) / 2
 
 
 def test_copies_and_distinct_n_show_degeneration() -> None:

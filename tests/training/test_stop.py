@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from real_megatron.training.stop import StopSignal
+from tests.support.ranks import run_ranks
+from tests.support.training_ranks import asked_to_stop
 
 CPU = torch.device("cpu")
 
@@ -70,3 +72,8 @@ def test_a_second_signal_ends_the_process_at_once(signals: tuple[int | str, ...]
     """As the system does it, without a traceback."""
     done = signalled(*signals)
     assert (done.returncode, done.stdout, done.stderr) == (-int(signals[-1]), "", "")
+
+
+def test_all_ranks_stop_where_one_has_received_the_signal() -> None:
+    """Else the others would wait for it in the next step."""
+    assert run_ranks(2, asked_to_stop, 1) == [(0, signal.SIGTERM), (0, signal.SIGTERM)]

@@ -27,7 +27,7 @@ def first_hit(tokenizer, ids: list[int], stops: tuple[str, ...]) -> int | None:
 
 
 @pytest.mark.parametrize("kind", TOKENIZERS)
-@pytest.mark.parametrize("stops", [("[RESULT] ",), ("RESULT", "好"), ("aab",), ("] 1", " 5")])
+@pytest.mark.parametrize("stops", [("[RESULT] ",), ("RESULT", "好"), ("aab",), ("] 1", " 5"), ("[RESULT] 9", "SUL")])
 def test_finds_what_decoding_finds(kind, stops):
     tokenizer = TOKENIZERS[kind]()
     if kind == "word_level":
