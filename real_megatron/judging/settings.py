@@ -7,11 +7,8 @@ from typing import Any
 from real_megatron.config import RunConfig
 from real_megatron.data import is_built_in
 from real_megatron.errors import ConfigError
-from real_megatron.hf.side_files import TEMPLATE_FILE
+from real_megatron.hf.side_files import RUN_FILE, TEMPLATE_FILE
 from real_megatron.sections import read_tree
-
-RUN_FILE = "real_megatron.yaml"
-"""The run's resolved configuration, which training writes beside the weights."""
 
 # What describes the model. The rest, such as programs to start and servers to use, is no business of a checkpoint that
 # may have been downloaded.
