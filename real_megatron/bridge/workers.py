@@ -2,6 +2,8 @@
 
 import logging
 import multiprocessing as mp
+import os
+import signal
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
@@ -12,6 +14,7 @@ import torch
 from tqdm import tqdm
 
 from real_megatron.errors import CheckpointError
+from real_megatron.processes import end_with
 
 Progress = Callable[[int], None]
 Work = Callable[[Any, Progress], Any]
@@ -39,7 +42,8 @@ def run(
         context = mp.get_context("spawn")
         done, stop = context.Value("q", 0), context.Value("b", 0, lock=False)
         verbose = logging.getLogger(__name__).isEnabledFor(logging.DEBUG)
-        with ProcessPoolExecutor(min(workers, len(tasks)), context, _start, (work, done, stop, verbose)) as pool:
+        start = (work, done, stop, verbose, os.getpid())
+        with ProcessPoolExecutor(min(workers, len(tasks)), context, _start, start) as pool:
             futures = [pool.submit(_run, task) for task in tasks]
             # The pool watches the processes that it knew at the last submission: a death of the last one would not be
             # noticed before another's task has ended.
@@ -66,7 +70,9 @@ def run(
         return [future.result() for future in futures]
 
 
-def _start(work: Work, done: Any, stop: Any, verbose: bool) -> None:
+def _start(work: Work, done: Any, stop: Any, verbose: bool, parent: int) -> None:
+    end_with(parent)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all: the parent ends the tasks
     if not verbose:
         warnings.simplefilter("ignore")  # other packages' would go to the terminal, between the lines of this one
     torch.set_num_threads(1)

@@ -4,6 +4,7 @@ import importlib.util
 import os
 import shutil
 import sys
+import tempfile
 from urllib.parse import urlsplit
 
 import torch
@@ -15,6 +16,8 @@ from real_megatron.rollout.distributed import DistributedRollout, FollowerEngine
 from real_megatron.rollout.engine import ENGINES, EngineKind, EngineSpec, RolloutEngine
 
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
+# A socket's path has at most 107 bytes. Servers name theirs in TMPDIR, at the longest (vLLM) a slash and a UUID.
+_TMPDIR_BYTES = 107 - 37
 
 
 def find_engine(name: str) -> EngineKind:
@@ -51,6 +54,12 @@ def check_servers(config: RolloutConfig, *, trainer: bool) -> None:
             f"rollout.engine is {config.engine}, but {kind.server_package} is not installed beside the trainer: name "
             "the Python of the environment that has it in rollout.python, or attach to running servers with "
             "rollout.servers"
+        )
+    scratch = tempfile.gettempdir()
+    if (length := len(os.fsencode(scratch))) > _TMPDIR_BYTES:
+        raise ConfigError(
+            f"TMPDIR has {length} bytes ({scratch}), too many for the sockets that rollout servers make in it: set "
+            f"TMPDIR to a directory with a path of at most {_TMPDIR_BYTES}, such as /tmp"
         )
     if torch.cuda.is_available():
         _check_gpus(config, torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if trainer else 0)

@@ -9,6 +9,7 @@ from real_megatron.config import RunConfig
 from real_megatron.errors import ConfigError
 from tests.support.ranks import run_ranks
 from tests.support.tiny_runs import (
+    children,
     failing,
     rows,
     tiny_config,
@@ -126,12 +127,14 @@ def test_sigterm_saves_and_leaves_the_evaluation_to_the_next_start(task: Path, t
     sections = {
         "data": {"eval": {"dev": {"path": str(task / "test_ood.jsonl")}}},
         "evaluation": {"bootstrap": 5, "every": 1},
+        "checkpoint": {"every": 1, "keep": 2},
     }
     whole, cut = (tiny_config(task, tmp_path / name, **sections) for name in ("whole", "cut"))
     run_ranks(1, train, whole)
     run_ranks(1, train_until, cut, 2)
+    assert run_ranks(1, children) == [[]], "a save leaves no process, which the signal would end or a killed run leave"
     assert [row["step"] for row in rows(cut.output)] == [0, 1]
-    assert [path.name for path in (cut.output / "checkpoints").iterdir()] == ["step-000002"]
+    assert sorted(path.name for path in (cut.output / "checkpoints").iterdir()) == ["step-000001", "step-000002"]
     before = (cut.output / "checkpoints/step-000002/.metadata").stat().st_mtime_ns
     run_ranks(1, train, cut)
     # Only the missing step was done: the saved one has not been written again.
