@@ -41,7 +41,7 @@ def reset_peak(device: str) -> int:
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
-    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+    Path("/proc/self/clear_refs").write_bytes(b"5")  # resets VmHWM
     return _resident("VmRSS")
 
 
@@ -51,7 +51,7 @@ def peak_bytes(device: str) -> int:
 
 
 def _resident(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
+    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
         if line.startswith(field):
             return int(line.split()[1]) * 1024
     raise RuntimeError(f"/proc/self/status has no {field}")
@@ -69,7 +69,9 @@ def run_command(command: Sequence[str]) -> tuple[float, int]:
     The processes are sampled every 20 ms. Raises RuntimeError with the command's stderr when it fails.
     """
     start = time.monotonic()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, encoding="utf-8", errors="replace"
+    )
     errors: list[str] = []
     reader = threading.Thread(target=lambda: errors.append(process.stderr.read()))
     reader.start()

@@ -1,5 +1,6 @@
 """The page that a benchmark prints and writes: where and how it ran, its tables, and the bars that it has to meet."""
 
+import io
 import os
 import platform
 import shlex
@@ -26,7 +27,7 @@ def hardware(device: str) -> str:
 
 def _cpu_model() -> str:
     with suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()
@@ -102,9 +103,11 @@ class Bar:
 
 
 def publish(lines: Sequence[str], output: Path | None) -> None:
-    """Print the page, and write it to `output` where that is given."""
-    print("\n".join(lines) + "\n")
+    """Write the page to `output` where that is given, and print it."""
     save(lines, output)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+    print("\n".join(lines) + "\n")
 
 
 def save(lines: Sequence[str], output: Path | None) -> None:

@@ -92,10 +92,12 @@ def drive_benchmark(args: argparse.Namespace, url: str, model: Path, seed: int) 
         command += ["--random-range-ratio", "1.0", "--max-concurrency", str(args.concurrency)]
         command += ["--disable-stream", "--return-logprob", "--temperature", "1.0", "--warmup-requests", "0"]
         command += ["--disable-tqdm", "--output-file", str(results)]
-        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+        done = subprocess.run(
+            command, capture_output=True, encoding="utf-8", errors="replace", env=os.environ | {"HF_HUB_OFFLINE": "1"}
+        )
         if done.returncode or not results.exists():
             raise RuntimeError(f"bench_serving failed:\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}")
-        result = json.loads(results.read_text().splitlines()[-1])
+        result = json.loads(results.read_text(encoding="utf-8").splitlines()[-1])
     if result["total_output_tokens"] != args.prompts * args.output_tokens:
         raise RuntimeError(f"bench_serving got {result['total_output_tokens']} output tokens")
     return result["output_throughput"]
@@ -155,7 +157,9 @@ def page(args: argparse.Namespace, rates: dict[str, list[float]], preamble: list
 def sglang_version(python: str) -> str:
     """The version of SGLang in another Python's environment."""
     code = "import importlib.metadata; print(importlib.metadata.version('sglang'))"
-    return subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+    return subprocess.run(
+        [python, "-c", code], capture_output=True, encoding="utf-8", errors="replace", check=True
+    ).stdout.strip()
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:

@@ -75,9 +75,14 @@ class Contender:
         command = [sys.executable, "-W", "ignore", "-m", "benchmarks.step", *argv]
         command += ["--contender", name, "--checkpoint", str(checkpoint), "--k", str(k)]
         # A file, which takes any number of warnings; a pipe that nobody reads would block the process.
-        self.errors = tempfile.TemporaryFile("w+")
+        self.errors = tempfile.TemporaryFile("w+", encoding="utf-8")
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.errors,
+            encoding="utf-8",
+            errors="replace",
         )
 
     def read(self) -> dict[str, float]:

@@ -43,7 +43,7 @@ def model_config(args: argparse.Namespace) -> Qwen3Config:
 
 def make_groups(k: int, prompts: int, vocab: int, seed: int = 0) -> list[Group]:
     """Groups with the benchmark's prompt and critique lengths and random tokens; old log-probs are placeholders."""
-    lengths = json.loads(LENGTHS.read_text())
+    lengths = json.loads(LENGTHS.read_text(encoding="utf-8"))
     rng = random.Random(seed)
     critiques = [words for row in lengths["critique_words"] for words in row]
     groups = []

@@ -80,14 +80,14 @@ def start(config: Path, settings: list[str], device: str, log: Path, stop_after:
     command = [sys.executable, "-W", "ignore", "-m", "benchmarks.training", "--config", str(config)]
     command += ["--stop-after", str(stop_after), "--set", *settings]
     environment = os.environ | ({"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {})
-    with log.open("a") as output:
+    with log.open("a", encoding="utf-8") as output:
         return subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
 
 
 def finish(process: subprocess.Popen, log: Path) -> None:
     """Wait for a run; RuntimeError with the end of its log where it failed."""
     if process.wait():
-        raise RuntimeError(f"{log.name}: exit status {process.returncode}\n{log.read_text()[-4000:]}")
+        raise RuntimeError(f"{log.name}: exit status {process.returncode}\n{log.read_text(encoding='utf-8')[-4000:]}")
 
 
 def train(work_dir: Path, args: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
@@ -123,7 +123,7 @@ def train(work_dir: Path, args: argparse.Namespace) -> dict[str, list[dict[str, 
 
 
 def rows_of(output: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def curves(rows: dict[str, list[dict[str, float]]], args: argparse.Namespace) -> list[str]:

@@ -3,6 +3,7 @@
 Commands import what they need when they run, so that `--help` answers at once.
 """
 
+import io
 import logging
 import os
 import platform
@@ -420,6 +421,9 @@ def torch_dtype(name: str | None) -> Any:
 
 def main() -> None:
     """Entry point of the console command."""
+    # A terminal or pipe of another encoding, as in the locale C, shows `?` for what it does not have.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
     app()
 
 

@@ -4,7 +4,9 @@ Every section is one pydantic model; every field's description becomes a line of
 `python -m real_megatron.config > docs/configuration.md`.
 """
 
+import io
 import re
+import sys
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -555,4 +557,6 @@ class RunConfig(Section):
 
 
 if __name__ == "__main__":
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(encoding="utf-8")  # it becomes a file
     print(describe_keys(RunConfig), end="")

@@ -6,7 +6,9 @@ python tools/api_reference.py > docs/api.md
 import ast
 import dataclasses
 import inspect
+import io
 import re
+import sys
 import textwrap
 from collections.abc import Iterator
 from types import ModuleType
@@ -211,4 +213,6 @@ def _code(text: str) -> str:
 if __name__ == "__main__":
     import real_megatron
 
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(encoding="utf-8")  # it becomes a file
     print(reference(real_megatron), end="")

@@ -47,7 +47,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 out = sys.argv[1]
 model, tokenizer = (kind.from_pretrained(f"{out}/real/hf") for kind in (AutoModelForCausalLM, AutoTokenizer))
 print(f"AutoModelForCausalLM loads {out}/real/hf. Three test prompts, greedily:")
-with open(f"{out}/task/test_in_domain.jsonl") as lines:
+with open(f"{out}/task/test_in_domain.jsonl", encoding="utf-8") as lines:
     for row in map(json.loads, islice(lines, 3)):
         tokens = tokenizer(row["prompt"], return_tensors="pt", return_token_type_ids=False)
         output = model.generate(**tokens, max_new_tokens=16, do_sample=False)

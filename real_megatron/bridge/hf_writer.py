@@ -64,7 +64,7 @@ def write_index(directory: Path, files: Sequence[CheckpointFile]) -> None:
     tensors = [(file.name, *tensor) for file in files for tensor in file.tensors()]
     total = sum(prod(shape) * dtype.itemsize for _, _, shape, dtype in tensors)
     index = {"metadata": {"total_size": total}, "weight_map": {name: file for file, name, _, _ in tensors}}
-    (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 class SafetensorsStream:

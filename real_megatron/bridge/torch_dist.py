@@ -120,7 +120,7 @@ def finish(directory: Path, written: Sequence[tuple[SavePlan, list[Any]]]) -> No
     _, metadata = create_default_global_save_plan([plan for plan, _ in written])
     _Writer(directory).finish(metadata, [results for _, results in written])
     torch.save({}, directory / "common.pt")
-    (directory / "metadata.json").write_text(json.dumps(CONFIG))
+    (directory / "metadata.json").write_text(json.dumps(CONFIG), encoding="utf-8")
 
 
 class TorchDistCheckpoint:
@@ -135,7 +135,7 @@ class TorchDistCheckpoint:
         if not config.is_file():
             raise CheckpointError(f"{config} is missing: not a complete Megatron checkpoint")
         try:
-            backend = json.loads(config.read_text())["sharded_backend"]
+            backend = json.loads(config.read_text(encoding="utf-8"))["sharded_backend"]
         except (ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{config} is damaged: {error!r}") from error
         if backend != "torch_dist":

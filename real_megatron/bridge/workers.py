@@ -4,7 +4,6 @@ import logging
 import multiprocessing as mp
 import os
 import signal
-import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 
 from real_megatron.errors import CheckpointError
+from real_megatron.processes import end_with
 from real_megatron.terminal import Counter
 
 Progress = Callable[[int], None]
@@ -47,7 +47,8 @@ def run(
         context = mp.get_context("spawn")
         done, stop = context.Value("q", 0), context.Value("b", 0, lock=False)
         verbose = logging.getLogger(__name__).isEnabledFor(logging.DEBUG)
-        with ProcessPoolExecutor(min(workers, len(tasks)), context, _start, (work, done, stop, verbose)) as pool:
+        start = (work, done, stop, verbose, os.getpid())
+        with ProcessPoolExecutor(min(workers, len(tasks)), context, _start, start) as pool:
             try:
                 with _interrupts_blocked():  # the processes start here, and inherit it
                     futures = [pool.submit(_run, task) for task in tasks]
@@ -86,16 +87,8 @@ def _interrupts_blocked() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _end_with_parent() -> None:
-    """A process that waits for its next task would wait for ever."""
-    parent = mp.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
-
-
-def _start(work: Work, done: Any, stop: Any, verbose: bool) -> None:
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+def _start(work: Work, done: Any, stop: Any, verbose: bool, parent: int) -> None:
+    end_with(parent)
     if not verbose:
         warnings.simplefilter("ignore")  # other packages' would go to the terminal, between the lines of this one
     torch.set_num_threads(1)

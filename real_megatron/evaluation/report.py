@@ -52,10 +52,15 @@ def run_names(directories: Sequence[Path]) -> list[str]:
     if len(set(paths)) < len(paths):
         raise ConfigError(f"a report compares different runs, not one with itself: {', '.join(map(str, directories))}")
     for length in range(1, max(len(path.parts) for path in paths)):
-        names = ["/".join(path.parts[-length:]) for path in paths]
+        names = [_readable("/".join(path.parts[-length:])) for path in paths]
         if len(set(names)) == len(names):
             return names
-    return [str(path) for path in paths]
+    return [_readable(str(path)) for path in paths]
+
+
+def _readable(text: str) -> str:
+    """Text without the surrogates by which Python, in a locale that does not know UTF-8, spells the names of files."""
+    return text.encode(errors="surrogateescape").decode(errors="replace")
 
 
 def read_run(name: str, directory: Path) -> RunResults:
@@ -107,9 +112,9 @@ def write_report(
     if not runs or len(set(names)) < len(names):
         raise ConfigError(f"a report needs one or more runs with different names, not {names}")
     output.mkdir(parents=True, exist_ok=True)
-    lines = [f"# {title}", ""]
+    lines = [f"# {_readable(title)}", ""]
     if command:
-        lines += ["Made by", "", "    " + shlex.join(command), ""]
+        lines += ["Made by", "", "    " + _readable(shlex.join(command)), ""]
     sets = list(dict.fromkeys(e.name for run in runs for e in run.evaluations))
     for name in sets:
         newest = {run.name: _newest(run, name) for run in runs}

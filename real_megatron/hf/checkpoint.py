@@ -227,7 +227,7 @@ def _none_found(directory: Path) -> str:
 
 def _read_index(index: Path) -> dict[str, str]:
     try:
-        weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
+        weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         outside = [name for name, file in weight_map.items() if Path(file).name != file]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{index} is damaged: {error!r}") from error

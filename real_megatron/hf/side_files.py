@@ -96,10 +96,10 @@ def _refuse_two_rotary_settings(file: Path) -> None:
 
 
 def _set_dtype(file: Path, dtype: torch.dtype) -> None:
-    config: dict[str, Any] = json.loads(file.read_text())
+    config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     name = str(dtype).removeprefix("torch.")
     # transformers 4 writes "torch_dtype", 5 writes "dtype"; older readers know only the former.
     key = "dtype" if "dtype" in config else "torch_dtype"
     if config.get(key) != name:
         config[key] = name
-        file.write_text(json.dumps(config, indent=2) + "\n")
+        file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

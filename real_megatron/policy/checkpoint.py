@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import dist_checkpointing, parallel_state
+from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedObject
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
@@ -16,7 +16,7 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from real_megatron.policy import cpu
-from real_megatron.policy.megatron_versions import load_sharded, read_common_state
+from real_megatron.policy.megatron_versions import load_sharded, read_common_state, save_sharded
 from real_megatron.policy.optimizer import allocate_moments, sharded_torch_adams, steps_everywhere
 
 # `fully_reshardable` optimizer state can be read at any TP, PP and DP. Always passed as a copy: Megatron adds the
@@ -44,7 +44,7 @@ def save(
         sharded = _sharded_state(chunks, optimizer, is_loading=False)
         sharded["scheduler"] = scheduler.state_dict()
         sharded["state"] = {**state, "layout": _layout()}
-        dist_checkpointing.save(sharded, str(directory), content_metadata=dict(METADATA))
+        save_sharded(sharded, directory, dict(METADATA))
 
 
 def read_state(directory: str | Path) -> dict[str, Any]:

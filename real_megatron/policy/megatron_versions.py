@@ -6,17 +6,20 @@ version than the pinned one.
 
 import inspect
 import logging
+import queue
 import re
 from pathlib import Path
 from typing import Any
 
 from megatron.core import __version__, dist_checkpointing
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.moe import moe_utils
 from torch import Tensor
 
 from real_megatron.errors import CheckpointError, ConfigError
 from real_megatron.policy.attention import PackedParams
+from real_megatron.processes import forks_end_with_us
 
 logger = logging.getLogger(__name__)
 
@@ -102,6 +105,19 @@ class GPTModelWithHead(GPTModel):
             return self.head(hidden_states, rows)
         output: Tensor = super()._postprocess(hidden_states, *args, packed_seq_params=None, **kwargs)
         return output
+
+
+def save_sharded(state: dict[str, Any], directory: str | Path, metadata: dict[str, Any]) -> None:
+    """`dist_checkpointing.save`, with no process that outlives it. Collective.
+
+    Megatron hands the writers' results over in a queue that it makes for asynchronous saves: in a process of its own,
+    kept for all later saves. A signal to the process group, as torchrun passes it on, would end that process and with
+    it the save that answers the signal; its socket cannot be made in a long TMPDIR; and it outlives a killed trainer.
+    Within one process a queue of that process does. The writers themselves are forks in 0.16, and later threads.
+    """
+    filesystem_async._results_queue = queue.Queue()
+    with forks_end_with_us():
+        dist_checkpointing.save(state, str(directory), content_metadata=metadata)
 
 
 def read_common_state(directory: str | Path) -> dict[str, Any]:

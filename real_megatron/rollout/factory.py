@@ -4,6 +4,7 @@ import importlib.util
 import os
 import shutil
 import sys
+import tempfile
 from urllib.parse import urlsplit
 
 import torch
@@ -17,6 +18,8 @@ from real_megatron.rollout.nccl import check_nccl
 from real_megatron.rollout.remote.servers import api_key, check_ports
 
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
+# A socket's path has at most 107 bytes. Servers name theirs in TMPDIR, at the longest (vLLM) a slash and a UUID.
+_TMPDIR_BYTES = 107 - 37
 
 
 def find_engine(name: str) -> EngineKind:
@@ -63,6 +66,12 @@ def check_servers(config: RolloutConfig, *, trainer: bool) -> None:
         check_ports(config)
         if broadcasts and config.python and torch.cuda.is_available():
             check_nccl(config.python)
+    scratch = tempfile.gettempdir()
+    if (length := len(os.fsencode(scratch))) > _TMPDIR_BYTES:
+        raise ConfigError(
+            f"TMPDIR has {length} bytes ({scratch}), too many for the sockets that rollout servers make in it: set "
+            f"TMPDIR to a directory with a path of at most {_TMPDIR_BYTES}, such as /tmp"
+        )
     if torch.cuda.is_available():
         _check_gpus(config, torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if trainer else 0)
 

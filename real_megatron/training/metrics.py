@@ -108,11 +108,11 @@ class WandbSink:
         import wandb
 
         marker = directory / "wandb-id"
-        run_id = marker.read_text().strip() if resume_step and marker.exists() else None
+        run_id = marker.read_text(encoding="utf-8").strip() if resume_step and marker.exists() else None
         self._run = wandb.init(
             project=project, name=directory.name, dir=str(directory), config=config, id=run_id, resume="allow"
         )
-        marker.write_text(self._run.id)
+        marker.write_text(self._run.id, encoding="utf-8")
 
     def write(self, step: int, values: dict[str, float]) -> None:
         self._run.log(values, step=step)

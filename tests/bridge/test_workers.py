@@ -1,5 +1,7 @@
 """Worker processes of a conversion: nothing of them is left when one of them fails."""
 
+import signal
+import sys
 import time
 from pathlib import Path
 
@@ -7,7 +9,7 @@ import pytest
 
 from real_megatron.bridge.workers import run
 from real_megatron.errors import CheckpointError
-from tests.support.worker_tasks import write_on_and_on
+from tests.support.worker_tasks import signals, write_on_and_on
 
 
 @pytest.mark.parametrize(
@@ -28,3 +30,9 @@ def test_no_process_still_writes_when_a_task_has_failed(
     assert 0 < count < 3000, "the other task stops at its next progress report, not at its end"
     time.sleep(0.1)
     assert len(list(folder.iterdir())) == count
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux alone tells a child of its parent's death")
+def test_a_process_leaves_ctrl_c_to_its_parent_and_dies_with_it() -> None:
+    found = run(signals, [0, 1], 2, workers=2, title="test", show_progress=False)
+    assert found == [(signal.SIG_IGN, signal.SIGKILL)] * 2

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import tempfile
 
 import pytest
 import torch
@@ -32,6 +33,19 @@ from tests.support.rollout_specs import engine_spec
 def test_what_cannot_work_is_named(settings, message):
     with pytest.raises(ConfigError, match=message):
         check_servers(RolloutConfig(engine="sglang", **settings), trainer=True)
+
+
+@pytest.mark.parametrize(("length", "fits"), [(70, True), (71, False)])
+def test_a_tmpdir_without_room_for_the_servers_sockets_is_named(length, fits, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", "/tmp/" + "x" * (length - len("/tmp/")))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    config = RolloutConfig(engine="sglang", python="python3")
+    if fits:
+        check_servers(config, trainer=True)
+    else:
+        with pytest.raises(ConfigError, match=r"TMPDIR has 71 bytes \(/tmp/x+\).* such as /tmp"):
+            check_servers(config, trainer=True)
+    check_servers(RolloutConfig(), trainer=True)  # no servers, no sockets
 
 
 @pytest.mark.parametrize(

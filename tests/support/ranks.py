@@ -8,6 +8,7 @@ import atexit
 import datetime
 import gc
 import multiprocessing as mp
+import os
 import sys
 import traceback
 from collections.abc import Callable
@@ -26,6 +27,7 @@ def _worker(conn: Connection) -> None:
     import torch.distributed as dist
 
     torch.set_num_threads(1)
+    os.setpgid(0, 0)  # so that a test may signal a rank and all that it has started
     while True:
         task = conn.recv()
         if task is None:

@@ -40,7 +40,7 @@ def start(python: str, task: Path, output: Path, *options: str) -> str:
     """One start of the run, in a process of its own. Returns its last line; raises RuntimeError with its errors."""
     command = [python, "-W", "ignore", "-m", "tests.support.resume_elsewhere", python]
     command += ["--task", str(task), "--output", str(output), *options]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, start_new_session=True)
     if done.returncode:
         raise RuntimeError(done.stderr)
     return done.stdout.splitlines()[-1]

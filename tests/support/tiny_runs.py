@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import psutil
 import pytest
 import torch
 import torch.distributed as dist
@@ -85,13 +86,14 @@ def rows(output: Path) -> list[dict[str, float]]:
 
 
 def train_until(config: RunConfig, step: int) -> None:
-    """The same run, stopped by SIGTERM while step `step` (counted from 1) runs."""
+    """The same run, stopped while step `step` (counted from 1) runs: by SIGTERM to its process group, as torchrun and
+    Slurm send it."""
     real_publish = Session.publish
 
     def publish(session: Session, done: int) -> None:
         real_publish(session, done)
         if done == step - 1:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.killpg(os.getpgrp(), signal.SIGTERM)
 
     Session.publish = publish
     try:
@@ -156,6 +158,11 @@ def train_with_broken_evaluation(config: RunConfig, step: int) -> None:
         pass
     finally:
         Session.evaluate = real_evaluate
+
+
+def children() -> list[list[str]]:
+    """The commands of the processes that this rank has started and that still run."""
+    return [child.cmdline() for child in psutil.Process().children(recursive=True)]
 
 
 def with_notes(error: BaseException) -> str:

@@ -1,5 +1,6 @@
 """Tasks for bridge.workers, which its processes must be able to import."""
 
+import ctypes
 import os
 import signal
 import time
@@ -21,3 +22,10 @@ def write_on_and_on(task: tuple[str, Path], progress: Progress) -> None:
         (folder / str(i)).touch()
         progress(1)
         time.sleep(0.01)
+
+
+def signals(task: int, progress: Progress) -> tuple[object, int]:
+    """What this process does on SIGINT, and the signal that it gets when its parent dies (Linux)."""
+    on_death = ctypes.c_int()
+    ctypes.CDLL(None).prctl(2, ctypes.byref(on_death), 0, 0, 0)  # PR_GET_PDEATHSIG
+    return signal.getsignal(signal.SIGINT), on_death.value

@@ -1,14 +1,21 @@
 """A run that stops and resumes is the run that did not stop."""
 
+import os
+import re
+import subprocess
+import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from real_megatron.config import RunConfig
 from real_megatron.errors import ConfigError
-from tests.support.ranks import run_ranks
+from tests.support.ranks import TIMEOUT_S, run_ranks
 from tests.support.tiny_runs import (
+    children,
     failing,
     rows,
     tiny_config,
@@ -19,6 +26,8 @@ from tests.support.tiny_runs import (
     without_answers,
     write_tiny_task,
 )
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -127,17 +136,58 @@ def test_sigterm_saves_and_leaves_the_evaluation_to_the_next_start(task: Path, t
     sections = {
         "data": {"eval": {"dev": {"path": str(task / "test_ood.jsonl")}}},
         "evaluation": {"bootstrap": 5, "every": 1},
+        "checkpoint": {"every": 1, "keep": 2},
     }
     whole, cut = (tiny_config(task, tmp_path / name, **sections) for name in ("whole", "cut"))
     run_ranks(1, train, whole)
     run_ranks(1, train_until, cut, 2)
+    assert run_ranks(1, children) == [[]], "a save leaves no process, which the signal would end or a killed run leave"
     assert [row["step"] for row in rows(cut.output)] == [0, 1]
-    assert [path.name for path in (cut.output / "checkpoints").iterdir()] == ["step-000002"]
+    assert sorted(path.name for path in (cut.output / "checkpoints").iterdir()) == ["step-000001", "step-000002"]
     before = (cut.output / "checkpoints/step-000002/.metadata").stat().st_mtime_ns
     run_ranks(1, train, cut)
     # Only the missing step was done: the saved one has not been written again.
     assert (cut.output / "checkpoints/step-000002/.metadata").stat().st_mtime_ns == before
     assert rows(cut.output) == rows(whole.output)
+
+
+def test_torchrun_stopped_after_a_save_has_saved_and_goes_on(task: Path, tmp_path: Path) -> None:
+    """As examples/slurm/train.sbatch stops it: torchrun passes SIGTERM on to the process groups of its two ranks. No
+    path of a socket fits into this TMPDIR."""
+    scratch = tmp_path / ("x" * 108)
+    scratch.mkdir()
+    config = tiny_config(task, tmp_path / "run", steps=1000, checkpoint={"every": 1, "keep": 1000})
+    (tmp_path / "run.yaml").write_text(config.to_yaml(), encoding="utf-8")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
+    with (tmp_path / "log").open("wb") as log:
+        torchrun = subprocess.Popen(
+            [*command, "real_megatron", "train", "run.yaml"],
+            cwd=tmp_path,
+            env=os.environ | {"PYTHONPATH": str(ROOT), "TMPDIR": str(scratch)},
+            stdout=log,
+            stderr=log,
+        )
+        try:
+            while torchrun.poll() is None and not (config.output / "checkpoints/step-000001").exists():
+                time.sleep(0.05)
+            torchrun.terminate()
+            torchrun.wait(TIMEOUT_S)
+        finally:
+            for process in psutil.Process(torchrun.pid).children(recursive=True) if torchrun.poll() is None else []:
+                process.kill()
+            torchrun.kill()
+            torchrun.wait()
+    said = re.findall(r"stopped by SIGTERM after step (\d+)", (tmp_path / "log").read_text(encoding="utf-8"))
+    assert said and len(set(said)) == 1, (tmp_path / "log").read_text(encoding="utf-8")
+    done = int(said[0])
+    saved = config.output / f"checkpoints/step-{done:06d}/.metadata"
+    assert sorted(path.name for path in (config.output / "checkpoints").iterdir()) == [
+        f"step-{step:06d}" for step in range(1, done + 1)
+    ]
+    before = saved.stat().st_mtime_ns
+    run_ranks(2, train, config.with_overrides([f"steps={done + 1}"]))
+    assert saved.stat().st_mtime_ns == before
+    assert [row["step"] for row in rows(config.output)] == list(range(1, done + 2))
 
 
 def test_an_error_of_any_kind_names_the_step(task: Path, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ MODULES = ("real_megatron.cli", "real_megatron.training.rl", "real_megatron.poli
 def output_of(*command: str) -> str:
     """First line of what a command prints; empty where it cannot run."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+        done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", timeout=60, check=True)
     except (OSError, subprocess.SubprocessError):
         return ""
     return done.stdout.strip().partition("\n")[0]
