@@ -3,6 +3,7 @@
 import os
 import sys
 
+from real_megatron.errors import EngineError
 from real_megatron.rollout.engine import EngineSpec
 from real_megatron.rollout.remote.process import LAUNCHER
 from real_megatron.rollout.remote.servers import ServerCommand
@@ -17,6 +18,10 @@ RESERVED_TOKENS = 1
 # tokenizer are not the files that this package reads, and whose weights have other names.
 _HF_FORMAT = ("--config-format", "hf", "--load-format", "safetensors", "--tokenizer-mode", "hf")
 
+# vLLM 0.32's attention on a CPU has kernels for these. With another size a server starts, answers its health check, and
+# ends at the first request.
+_CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
+
 
 def server_command(spec: EngineSpec, index: int, port: int, context: int) -> ServerCommand:
     """Local server number `index`; `rollout.server_args` come last and win.
@@ -27,13 +32,39 @@ def server_command(spec: EngineSpec, index: int, port: int, context: int) -> Ser
     arguments = [config.python or sys.executable, str(LAUNCHER), "vllm.entrypoints.openai.api_server"]
     arguments += ["--model", str(spec.model_dir), "--served-model-name", SERVED_NAME, "--host", "127.0.0.1"]
     arguments += ["--port", str(port), "--dtype", str(spec.dtype).removeprefix("torch.")]
-    arguments += ["--max-model-len", str(context + RESERVED_TOKENS), "--tensor-parallel-size", str(config.tensor)]
-    arguments += _HF_FORMAT
+    arguments += ["--max-model-len", str(context + RESERVED_TOKENS), *_HF_FORMAT]
+    environment = {"VLLM_SERVER_DEV_MODE": "1"}
+    if spec.device.type == "cpu":
+        arguments += _cpu_arguments(spec, context)
+        # Its own choice binds the worker of every server to the same core.
+        environment["VLLM_CPU_OMP_THREADS_BIND"] = os.environ.get("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        return ServerCommand(arguments + config.server_args, environment)
+    arguments += ["--tensor-parallel-size", str(config.tensor)]
     if config.colocate:
         arguments += ["--enable-sleep-mode"]
     first = config.first_gpu + index * config.tensor
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")  # rollout.first_gpu counts what this process sees
     names = visible.split(",") if visible else [str(gpu) for gpu in range(first + config.tensor)]
-    gpus = ",".join(names[first : first + config.tensor])
-    environment = {"VLLM_SERVER_DEV_MODE": "1", "CUDA_VISIBLE_DEVICES": gpus}
+    environment["CUDA_VISIBLE_DEVICES"] = ",".join(names[first : first + config.tensor])
     return ServerCommand(arguments + config.server_args, environment)
+
+
+def _cpu_arguments(spec: EngineSpec, context: int) -> list[str]:
+    """Raises EngineError for a model that vLLM cannot serve on a CPU."""
+    model = spec.hf_config()
+    heads = model.num_attention_heads
+    head_size = getattr(model, "head_dim", None) or model.hidden_size // heads
+    if head_size not in _CPU_HEAD_SIZES:
+        raise EngineError(
+            f"{spec.model_dir}/config.json: head_dim {head_size}: vLLM has no attention for it on a CPU (it takes "
+            f"{', '.join(map(str, _CPU_HEAD_SIZES))}): set rollout.engine to transformers or sglang"
+        )
+    # Without a size vLLM takes 0.92 of the machine's memory. Room for every sample of the requests in flight at half
+    # its longest length; more would wait.
+    tokens = max(8192, spec.config.concurrency * spec.config.n * context // 2)
+    kv_heads = getattr(model, "num_key_value_heads", None) or heads
+    size = tokens * 2 * model.num_hidden_layers * kv_heads * head_size * spec.dtype.itemsize
+    return [
+        *("--enforce-eager", "--kv-cache-memory-bytes", str(size)),
+        *("--worker-extension-cls", "vllm_cpu_head.LiveHead"),  # beside the launcher
+    ]
