@@ -28,6 +28,13 @@ RESERVED_TEMPLATE_ARGS = frozenset(
     "return_assistant_tokens_mask tokenizer_kwargs".split()
 )
 
+# Arguments of local servers by which their requests would miss them.
+_OWN_ARGUMENTS = {
+    "--port": "local servers listen where rollout.port says",
+    "--api-key": "local servers get an API key of the run's own, which no file holds",
+    "--admin-api-key": "local servers get an API key of the run's own, which no file holds",
+}
+
 SUPERVISED = ("raft", "tract", "sft")
 """Values of `objective.name` that train on given responses; the others sample them."""
 
@@ -286,6 +293,11 @@ class RolloutConfig(Section):
     router: str | None = Field(
         None, description="URL of a router in front of `servers` that takes the generation requests."
     )
+    api_key_variable: str = Field(
+        "",
+        description="Name of the environment variable that holds the API key of `servers` (and of the router); empty: "
+        "they have none. Local servers get a random one for each run.",
+    )
     replicas: int = Field(1, ge=1, description="Local servers to start.")
     tensor: int = Field(1, ge=1, description="GPUs per local server (its tensor-parallel size).")
     first_gpu: int = Field(0, ge=0, description="Index of the first GPU that local servers use.")
@@ -321,6 +333,17 @@ class RolloutConfig(Section):
                 "colocate: servers sleep while the policy trains; staleness 1: they generate meanwhile; switch one of "
                 "them off"
             )
+        if self.api_key_variable and not self.servers:
+            raise ValueError(
+                "api_key_variable names the API key of servers, which are empty: local servers get a key of the run's "
+                "own; leave it empty, or name the servers"
+            )
+        if self.port + self.replicas - 1 > 65535:
+            raise ValueError(f"port: {self.replicas} ports from {self.port} on go beyond 65535: lower it")
+        for argument in self.server_args:
+            option = argument.partition("=")[0].replace("_", "-")
+            if option in _OWN_ARGUMENTS:
+                raise ValueError(f"server_args: {option}: {_OWN_ARGUMENTS[option]}; remove it")
         return self
 
 

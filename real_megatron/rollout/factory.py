@@ -13,6 +13,8 @@ from real_megatron.config import RolloutConfig
 from real_megatron.errors import ConfigError, EngineError
 from real_megatron.rollout.distributed import DistributedRollout, FollowerEngine
 from real_megatron.rollout.engine import ENGINES, EngineKind, EngineSpec, RolloutEngine
+from real_megatron.rollout.nccl import check_nccl
+from real_megatron.rollout.remote.servers import api_key, check_ports
 
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
@@ -34,10 +36,15 @@ def check_servers(config: RolloutConfig, *, trainer: bool) -> None:
     kind = find_engine(config.engine)
     if not kind.server_package:
         return
+    automatic = config.weight_sync == "auto" and not config.colocate
+    broadcasts = trainer and kind.broadcasts and (automatic or config.weight_sync == "distributed")
+    # One rank holds the engine. On the nodes of others a port or a variable means nothing.
+    asks = os.environ.get("RANK", "0") == "0"
     if config.servers:
-        sends = trainer and kind.broadcasts and config.weight_sync in ("auto", "distributed")
+        if asks:
+            api_key(config)
         remote = [url for url in config.servers if urlsplit(url).hostname not in _LOOPBACK]
-        if sends and not config.colocate and remote and config.sync_host in _LOOPBACK:
+        if broadcasts and remote and config.sync_host in _LOOPBACK:
             raise ConfigError(
                 f"rollout.sync_host is {config.sync_host}, by which the server {remote[0]} does not reach this host: "
                 "set it to the address of the node of rank 0"
@@ -52,6 +59,10 @@ def check_servers(config: RolloutConfig, *, trainer: bool) -> None:
             "the Python of the environment that has it in rollout.python, or attach to running servers with "
             "rollout.servers"
         )
+    if asks:
+        check_ports(config)
+        if broadcasts and config.python and torch.cuda.is_available():
+            check_nccl(config.python)
     if torch.cuda.is_available():
         _check_gpus(config, torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if trainer else 0)
 

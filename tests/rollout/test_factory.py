@@ -1,14 +1,19 @@
 """Engines by name; servers that could not work are refused before a model is loaded."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from real_megatron.config import RolloutConfig
 from real_megatron.errors import ConfigError
+from real_megatron.rollout import nccl
 from real_megatron.rollout.embedded.engine import TransformersEngine
 from real_megatron.rollout.engine import SamplingParams
 from real_megatron.rollout.factory import _check_gpus, build_engine, check_servers, find_engine
+from tests.support.rollout_fake_server import python_that_runs
 from tests.support.rollout_models import byte_level, tiny_qwen3
 from tests.support.rollout_specs import engine_spec
 
@@ -57,6 +62,39 @@ def test_servers_get_gpus_that_are_there_and_free():
     with pytest.raises(ConfigError, match="also those of the 5 training ranks of this node: start fewer ranks"):
         _check_gpus(config, gpus=8, trainers=5)
     _check_gpus(config.model_copy(update={"colocate": True}), gpus=8, trainers=8)
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (
+            "print('2.27.5')",
+            "trainer has NCCL 2.28.9, the servers' .*rollout.python: .* NCCL 2.27.5: .* same nvidia-nccl",
+        ),
+        ("raise SystemExit('No module named torch')", "rollout.python: the torch of .* does not tell .*: No module"),
+        ("print('a line of sitecustomize'); print('2.28.9')", None),
+    ],
+)
+def test_servers_of_another_nccl_are_refused_before_a_model_is_loaded(answer, message, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(torch.cuda.nccl, "version", lambda: (2, 28, 9))
+    config = RolloutConfig(engine="sglang", python=python_that_runs(tmp_path, answer), first_gpu=4)
+    if message is None:
+        check_servers(config, trainer=True)
+        return
+    with pytest.raises(ConfigError, match=message):
+        check_servers(config, trainer=True)
+    for other in ({"weight_sync": "disk"}, {"colocate": True}, {"engine": "vllm"}):
+        check_servers(config.model_copy(update=other), trainer=True)  # no broadcast
+    check_servers(config, trainer=False)
+
+
+def test_nccl_is_asked_for_its_version_in_the_servers_environment(tmp_path):
+    """What is run there is a program: here with a torch that tells one."""
+    (tmp_path / "torch.py").write_text("class cuda:\n class nccl:\n  version = lambda: (2, 28, 9, 'rc1')\n")
+    asked = subprocess.run([sys.executable, "-c", nccl._ASK], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert asked.stdout == "2.28.9.rc1\n", asked.stderr
 
 
 def test_an_engine_of_a_users_own_module_is_found_and_built(tmp_path):

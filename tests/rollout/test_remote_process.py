@@ -18,7 +18,7 @@ from real_megatron.rollout.engine import SamplingParams
 from real_megatron.rollout.remote import client, replica
 from real_megatron.rollout.remote.process import LAUNCHER, ServerProcess
 from real_megatron.rollout.sglang.engine import SGLangEngine
-from tests.support.rollout_fake_server import VOCABULARY, expected_ids
+from tests.support.rollout_fake_server import FAKE, VOCABULARY, expected_ids, python_that_runs
 from tests.support.rollout_models import tiny_qwen3
 from tests.support.rollout_specs import engine_spec
 
@@ -32,22 +32,6 @@ PARAMS = SamplingParams(n=2, max_new_tokens=8)
 def short_pauses(monkeypatch):
     monkeypatch.setattr(client, "_FIRST_PAUSE_S", 0.01)
     monkeypatch.setattr(replica, "_POLL_S", 0.05)
-
-
-def python_that_runs(tmp_path: Path, body: str) -> str:
-    """An executable that takes the place of the server environment's Python: it gets the engine's own command line."""
-    path = tmp_path / "python"
-    path.write_text(f"#!{sys.executable}\n" + textwrap.dedent(body))
-    path.chmod(0o755)
-    return str(path)
-
-
-FAKE = f"""
-    import sys
-    sys.path.insert(0, {str(ROOT)!r})
-    from tests.support.rollout_fake_server import main
-    main()
-"""
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import torch
 
 from real_megatron.config import RolloutConfig
 from real_megatron.rollout.engine import EngineSpec
-from real_megatron.rollout.remote.servers import configured_servers
+from real_megatron.rollout.remote.servers import api_key, configured_servers
 from real_megatron.rollout.sglang.command import server_command
 from real_megatron.rollout.vllm import command as vllm
 from tests.support.rollout_specs import engine_spec
@@ -42,7 +42,9 @@ def test_a_cpu_server_uses_the_torch_native_path():
 
 
 def servers(config: RolloutConfig, log_dir: Path, command=server_command):
-    return configured_servers(config, "server", log_dir, lambda index, port: command(spec(config), index, port, 128))
+    return configured_servers(
+        config, "server", log_dir, api_key(config), lambda index, port: command(spec(config), index, port, 128)
+    )
 
 
 def test_every_local_server_has_a_port_of_its_own(tmp_path):

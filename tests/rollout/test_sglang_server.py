@@ -17,6 +17,7 @@ from real_megatron.errors import EngineError
 from real_megatron.rollout.engine import SamplingParams, WeightSyncError
 from real_megatron.rollout.remote.buckets import bucketed
 from real_megatron.rollout.remote.http import Reply
+from real_megatron.rollout.remote.process import LAUNCHER_KEY
 from real_megatron.rollout.scoring import sample_scored
 from real_megatron.rollout.sglang.engine import SGLangEngine
 from real_megatron.rollout.sglang.tensor_transport import _pickle_by_handle
@@ -66,11 +67,19 @@ def engine(model_dir, sglang_python, tmp_path_factory):
 
 
 @pytest.fixture
-def attach(engine, model_dir, tmp_path):
+def key(engine, monkeypatch):
+    """The server's API key, exported as KEY_OF_SERVER."""
+    key = engine._pool.replicas[0].process._environment[LAUNCHER_KEY]
+    monkeypatch.setenv("KEY_OF_SERVER", key)
+    return key
+
+
+@pytest.fixture
+def attach(engine, model_dir, tmp_path, key):
     engines = []
 
     def make(serve_loaded=False, max_prompt_tokens=64, **changes):
-        config = settings(servers=[url(engine)], **changes)
+        config = settings(servers=[url(engine)], api_key_variable="KEY_OF_SERVER", **changes)
         fields = {"serve_loaded": serve_loaded, "max_prompt_tokens": max_prompt_tokens}
         engines.append(build(config, model_dir, tmp_path, **fields))
         return engines[-1]
@@ -86,6 +95,33 @@ def url(engine) -> str:
 
 def post(engine, path: str, body: dict) -> Reply:
     return engine._loop.run(engine._http.post(url(engine) + path, body, 300))
+
+
+ROUTES = """
+    GET /model_info GET /server_info GET /v1/models GET /get_weights_by_name POST /generate POST /v1/completions
+    POST /pause_generation POST /continue_generation POST /abort_request POST /flush_cache POST /update_weight_version
+    POST /begin_weight_update POST /end_weight_update POST /init_weights_update_group POST /destroy_weights_update_group
+    POST /update_weights_from_distributed POST /update_weights_from_tensor POST /update_weights_from_disk
+    POST /release_memory_occupation POST /resume_memory_occupation POST /load_lora_adapter
+""".split()
+
+
+def test_who_has_not_the_key_asks_and_changes_nothing(engine):
+    for method, path in zip(ROUTES[::2], ROUTES[1::2], strict=True):
+        for headers in ({}, {"Authorization": "Bearer another"}):
+            request = engine._http._request(method, url(engine) + path, {}, 60, headers)
+            assert engine._loop.run(request).status == 401, path
+    with pytest.raises(EngineError, match="status 401 .*rollout.api_key_variable"):
+        build(settings(servers=[url(engine)]), engine._model_dir, engine._model_dir)
+
+
+def test_the_key_is_not_to_be_seen(engine, key):
+    """SGLang logs its arguments; those that a process was started with, every user can read."""
+    process = engine._pool.replicas[0].process
+    log = process.log.read_text(errors="replace")
+    assert "[API key]" in log and key not in log
+    group = [p for p in Path("/proc").glob("[0-9]*") if p.exists() and os.getpgid(int(p.name)) == process.pid]
+    assert len(group) > 1 and not any(key.encode() in (p / "cmdline").read_bytes() for p in group)
 
 
 def worst_difference(groups, model, temperature=PARAMS.temperature, prompts=PROMPTS) -> float:
@@ -235,7 +271,7 @@ def test_a_half_failed_sync_without_kept_weights_serves_nothing_until_the_next(a
     assert worst_difference(engine.generate(PROMPTS, PARAMS), model) < 1e-4
 
 
-def test_ranks_of_a_trainer_share_one_server(engine, model_dir, tmp_path):
+def test_ranks_of_a_trainer_share_one_server(engine, model_dir, tmp_path, key):
     """In a gloo world: rank 0 broadcasts over a group beside it, the others follow the export and get the responses."""
     engine.update_weights(policy(11).named_parameters(), 1)
     results = run_ranks(2, rollout_ranks.attached, url(engine), str(model_dir), str(tmp_path), PROMPTS)

@@ -2,7 +2,7 @@
 
 Replies are recorded ones (tests/rollout/recorded_sglang.json, from SGLang 0.5.21) with ids and log-probabilities filled
 in. Tokens come from a rule that a test can check: token t of sample k for a prompt is `token(prompt, k, t)`.
-Run as a script it is a server process: `rollout_fake_server.py [ignored …] --port P`.
+Run as a script it is a server process: it takes an engine's own command line (`… --port P`) and environment.
 """
 
 import copy
@@ -10,6 +10,7 @@ import json
 import os
 import socket
 import sys
+import textwrap
 import threading
 import time
 from contextlib import suppress
@@ -36,10 +37,12 @@ def expected_ids(prompt: list[int], k: int, length: int) -> list[int]:
 class FakeServer:
     """State of one server. `faults` are consumed one per generation request: hang, disconnect, truncate, error_500,
     refuse_400, wrong_k, short_logprobs, nan, abort, stale; or a number of seconds to wait before a good reply.
-    `control_faults` maps a control path to statuses that it answers with, one per call, or "hang"."""
+    `control_faults` maps a control path to statuses that it answers with, one per call, or "hang". With a `key`, all
+    requests but /health need it."""
 
-    def __init__(self, flavour: str = "sglang", port: int = 0) -> None:
+    def __init__(self, flavour: str = "sglang", port: int = 0, key: str | None = None) -> None:
         self.flavour = flavour
+        self.key = key
         self.faults: list = []
         self.control_faults: dict[str, list[int | str]] = {}
         self.version = "default"
@@ -243,11 +246,22 @@ class _Handler(BaseHTTPRequestHandler):
         with suppress(OSError):
             super().finish()
 
+    def _refused(self) -> bool:
+        """Answers a request without the key; both servers do so in these words."""
+        key = self.fake.key
+        if key is None or self.path == "/health" or self.headers["Authorization"] == f"Bearer {key}":
+            return False
+        self._answer(401, {"error": "Unauthorized"})
+        return True
+
     def do_GET(self) -> None:
-        self._answer(*self.fake.get(self.path))
+        if not self._refused():
+            self._answer(*self.fake.get(self.path))
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])) or b"{}")
+        if self._refused():
+            return
         if self.path not in ("/generate", "/v1/completions"):
             self._answer(*self.fake.control(self.path, body))
             return
@@ -278,13 +292,34 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
 
+FAKE = f"""
+    import sys
+    sys.path.insert(0, {str(Path(__file__).parents[2])!r})
+    from tests.support.rollout_fake_server import main
+    main()
+"""
+
+
+def python_that_runs(folder: Path, body: str = FAKE) -> str:
+    """An executable that takes the place of the server environment's Python: it gets the engine's own command line."""
+    path = folder / "python"
+    path.write_text(f"#!{sys.executable}\n" + textwrap.dedent(body))
+    path.chmod(0o755)
+    return str(path)
+
+
 def main() -> None:
-    """A server process that ends with its parent, as the launcher's servers do; `die` in the work directory's file
-    `fault` makes the next start fail."""
-    port = int(sys.argv[sys.argv.index("--port") + 1])
+    """A server process that ends with its parent, as the launcher's servers do."""
+    flavour = "vllm" if "vllm" in sys.argv[2] else "sglang"
+    argument = {
+        name: sys.argv[i + 1] for i, name in enumerate(sys.argv) if name in ("--port", "--model-path", "--model")
+    }
     threading.Thread(target=lambda: (sys.stdin.read(), os._exit(0)), daemon=True).start()
-    print("fake server on port", port, flush=True)
-    FakeServer(port=port).serve()
+    print("fake server on port", argument["--port"], flush=True)
+    key = os.environ["LAUNCH_API_KEY" if flavour == "sglang" else "VLLM_API_KEY"]
+    server = FakeServer(flavour, int(argument["--port"]), key)
+    server.model_path = argument.get("--model-path") or argument["--model"]
+    server.serve()
 
 
 if __name__ == "__main__":

@@ -128,7 +128,7 @@ def model_of(model_dir: str):
 
 def attached(url: str, model_dir: str, work_dir: str, prompts: list[list[int]]):
     """Every rank builds the engine that a configuration asks for, syncs from a collective export and generates."""
-    config = RolloutConfig(engine="sglang", servers=[url])
+    config = RolloutConfig(engine="sglang", servers=[url], api_key_variable="KEY_OF_SERVER")
     lengths = {"max_prompt_tokens": 64, "max_response_tokens": 64}
     engine = build_engine(engine_spec(config, Path(model_dir), Path(work_dir), tokenizer=byte_level(), **lengths))
     try:

@@ -52,7 +52,9 @@ class RequestClient:
             replica = await self._pool.acquire()
             url, incarnation = self._router or replica.url, replica.incarnation
             try:
+                replica.check_process()
                 result = parse(await self._post(url + path, body), replica)
+                replica.check_process()
                 await self._confirm(replica)
                 replica.failures_in_a_row = 0
                 return result
@@ -69,9 +71,9 @@ class RequestClient:
     async def _post(self, url: str, body: dict[str, Any]) -> Any:
         reply = await self._http.post(url, body, self._timeout_s)
         if reply.status >= 500:
-            raise Retryable(f"status {reply.status}: {reply.text[:300]}")
+            raise Retryable(reply.describe())
         if reply.status != 200:
-            raise EngineError(f"{url} refused the request with status {reply.status}: {reply.text[:500]}")
+            raise EngineError(f"{url} refused the request with {reply.describe()}")
         try:
             return reply.json()
         except ValueError as error:

@@ -20,11 +20,12 @@ class ControlClient:
 
     async def post(self, replica: Replica, path: str, body: dict, timeout_s: float | None = None) -> dict:
         try:
+            replica.check_process()
             reply = await self._http.post(replica.url + path, body, timeout_s or self.step_s)
         except Unreachable as error:
             raise EngineError(f"{replica.url}{path}: {error}") from error
         if reply.status != 200:
-            raise EngineError(f"{replica.url}{path}: status {reply.status}: {reply.text[:500]}")
+            raise EngineError(f"{replica.url}{path}: {reply.describe()}")
         try:
             return reply.json()
         except ValueError:
@@ -32,11 +33,12 @@ class ControlClient:
 
     async def get(self, replica: Replica, path: str) -> dict:
         try:
+            replica.check_process()
             reply = await self._http.get(replica.url + path, self.step_s)
         except Unreachable as error:
             raise EngineError(f"{replica.url}{path}: {error}") from error
         if reply.status != 200:
-            raise EngineError(f"{replica.url}{path}: status {reply.status}: {reply.text[:500]}")
+            raise EngineError(f"{replica.url}{path}: {reply.describe()}")
         try:
             return reply.json()
         except ValueError as error:

@@ -16,13 +16,13 @@ from real_megatron.hf.checkpoint import check_servers_read_the_same
 from real_megatron.hf.rotary import longest_sequence
 from real_megatron.rollout.engine import ENGINES, EngineSpec, Response, SamplingParams, WeightSyncError, check_ids
 from real_megatron.rollout.remote.client import RequestClient
-from real_megatron.rollout.remote.errors import Retryable
+from real_megatron.rollout.remote.errors import Retryable, WrongServer
 from real_megatron.rollout.remote.http import Http
-from real_megatron.rollout.remote.labels import Labels
+from real_megatron.rollout.remote.labels import Labels, check_loaded
 from real_megatron.rollout.remote.loop import LoopThread
 from real_megatron.rollout.remote.replica import Replica, ReplicaPool
 from real_megatron.rollout.remote.rotary import check_served_rotary
-from real_megatron.rollout.remote.servers import ServerCommand, configured_servers
+from real_megatron.rollout.remote.servers import ServerCommand, api_key, configured_servers, port_taken
 
 T = TypeVar("T")
 
@@ -34,12 +34,14 @@ class RemoteEngine(ABC):
     """Of log files, and of `rollout.engine`."""
     _path: str
     """Where generation requests go."""
+    _guarded_path: str
+    """A GET request that a server with an API key answers only with it."""
 
     def __init__(self, spec: EngineSpec) -> None:
         """Everything but what weight syncs need: a subclass adds that, then calls `_start`.
 
         Raises CheckpointError where servers would load other files of the checkpoint than this package, EngineError
-        where they would rotate queries and keys otherwise.
+        where they would rotate queries and keys otherwise, ConfigError as `api_key`.
         """
         if spec.serve_loaded or not spec.config.servers:
             check_servers_read_the_same(spec.model_dir)
@@ -65,23 +67,26 @@ class RemoteEngine(ABC):
         """Version of the current weights; None before the first sync and after a failed one."""
         self._asleep = False
         self._closing = threading.Lock()
+        key = api_key(spec.config)
         replicas = configured_servers(
             spec.config,
             self._name,
             spec.work_dir / "logs",
+            key,
             lambda index, port: self._command(spec, index, port, self._max_tokens),
         )
         self._loop = LoopThread(type(self).__name__)
-        self._loop.run(self._open(replicas))
+        self._loop.run(self._open(replicas, key))
 
-    async def _open(self, replicas: list[Replica]) -> None:
+    async def _open(self, replicas: list[Replica], key: str | None) -> None:
         config = self._config
-        http = self._http = Http()
+        http = self._http = Http(key)
         self._pool = ReplicaPool(
             replicas,
             concurrency=config.concurrency,
             start_timeout_s=config.start_timeout_s,
             restarts=config.restarts,
+            port_taken=lambda port: port_taken(config, port),
             probe=self._probe,
             restore=self._restore,
         )
@@ -116,6 +121,10 @@ class RemoteEngine(ABC):
     def _parse_scoring(self, reply: Any, replica: Replica, ids: Sequence[int]) -> list[float]: ...
 
     @abstractmethod
+    async def _loaded(self, replica: Replica) -> tuple[str, str]:
+        """The checkpoint that a server says it has loaded, and the label of its weights."""
+
+    @abstractmethod
     async def _restore(self, replica: Replica) -> None:
         """Bring a server that is up to the current weights (see ReplicaPool)."""
 
@@ -142,10 +151,38 @@ class RemoteEngine(ABC):
         await self._pool.close()
         await self._http.close()
 
-    async def _probe(self, replica: Replica, timeout_s: float) -> None:
+    async def _check_health(self, replica: Replica, timeout_s: float) -> None:
         """Raise Unreachable unless the server answers its health check."""
         url = replica.url + "/health"
         (await self._http.get(url, timeout_s)).check(url)
+
+    async def _probe(self, replica: Replica, timeout_s: float) -> None:
+        # Before any request that could change a server, which may be another's.
+        if replica.known != replica.incarnation:
+            await self._check_identity(replica, timeout_s)
+            replica.known = replica.incarnation
+        await self._check_health(replica, timeout_s)
+
+    async def _check_identity(self, replica: Replica, timeout_s: float) -> None:
+        """Raise WrongServer unless it is the server asked for, with the checkpoint that it must have loaded.
+
+        A local one is known by its API key: it takes this engine's, and refuses requests without. Another's, that has
+        taken the port while ours was loading the model, does one or the other differently.
+        """
+        url = replica.url + self._guarded_path
+        local = replica.process is not None
+        another = WrongServer(
+            f"another process serves at {replica.url}, where a server of this run was started: end it, or set "
+            "rollout.port to a free port"
+        )
+        if local and not (await self._http.get(url, timeout_s, anonymous=True)).unauthorized:
+            raise another
+        reply = await self._http.get(url, timeout_s)
+        if local and reply.unauthorized:
+            raise another
+        reply.check(url)
+        if local or (self._serve_loaded and self._label is None):
+            check_loaded(replica.url, *await self._loaded(replica), self._model_dir)
 
     # --- the protocol -----------------------------------------------------------------------------------------------
 

@@ -1,5 +1,7 @@
 """Faults of one attempt at a request, inside the remote engines. What is left in the end is an EngineError."""
 
+from real_megatron.errors import EngineError
+
 
 class Retryable(Exception):
     """One attempt failed in a way that another attempt may not."""
@@ -11,3 +13,7 @@ class Unreachable(Exception):
 
 class StaleReply(Retryable):
     """A reply was sampled from other weights than the current ones."""
+
+
+class WrongServer(EngineError):
+    """What listens at a server's address is not the server that was asked for. Neither waiting nor a restart helps."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import aiohttp
 
-from real_megatron.rollout.remote.errors import Unreachable
+from real_megatron.rollout.remote.errors import Unreachable, WrongServer
 
 _CONNECT_S = 10
 # Servers close idle connections after 5 s (uvicorn's default). Closed earlier here, no request is lost with one.
@@ -30,10 +30,22 @@ class Reply:
         """Raises ValueError."""
         return json.loads(self.body)
 
+    @property
+    def unauthorized(self) -> bool:
+        """Whether the request's API key was not accepted."""
+        return self.status in (401, 403)
+
+    def describe(self) -> str:
+        """Status and text, for an error message."""
+        hint = " (its API key: see rollout.api_key_variable)" if self.unauthorized else ""
+        return f"status {self.status}{hint}: {self.text[:500]}"
+
     def check(self, url: str) -> None:
-        """Raise Unreachable unless the status is 200."""
+        """Raise Unreachable unless the status is 200, WrongServer when the API key was not accepted."""
+        if self.unauthorized:
+            raise WrongServer(f"{url}: {self.describe()}")
         if self.status != 200:
-            raise Unreachable(f"{url}: status {self.status}: {self.text[:200]}")
+            raise Unreachable(f"{url}: {self.describe()}")
 
 
 class Http:
@@ -43,7 +55,9 @@ class Http:
     each request, which with 64 requests in flight took a third of a core.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, key: str | None = None) -> None:
+        """key: the API key that requests carry, as a bearer token; None: servers need none"""
+        self._authorization = {} if key is None else {"Authorization": f"Bearer {key}"}
         # No limit on connections, since the pool of replicas bounds them, and no proxies from the environment.
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEPALIVE_S),
@@ -55,17 +69,20 @@ class Http:
 
     async def post(self, url: str, body: dict[str, Any], timeout_s: float) -> Reply:
         """Raises Unreachable unless a whole reply arrives within the deadline."""
-        return await self._request("POST", url, body, timeout_s)
+        return await self._request("POST", url, body, timeout_s, self._authorization)
 
-    async def get(self, url: str, timeout_s: float) -> Reply:
-        """Raises Unreachable unless a whole reply arrives within the deadline."""
-        return await self._request("GET", url, None, timeout_s)
+    async def get(self, url: str, timeout_s: float, *, anonymous: bool = False) -> Reply:
+        """Raises Unreachable unless a whole reply arrives within the deadline. anonymous: without the API key"""
+        return await self._request("GET", url, None, timeout_s, {} if anonymous else self._authorization)
 
-    async def _request(self, method: str, url: str, body: dict[str, Any] | None, timeout_s: float) -> Reply:
+    async def _request(
+        self, method: str, url: str, body: dict[str, Any] | None, timeout_s: float, headers: dict[str, str]
+    ) -> Reply:
         try:
             async with (
                 asyncio.timeout(timeout_s),
-                self._session.request(method, url, json=body, allow_redirects=False) as reply,
+                # A redirection would carry the key to another server.
+                self._session.request(method, url, json=body, headers=headers, allow_redirects=False) as reply,
             ):
                 return Reply(reply.status, await reply.read())
         except (aiohttp.ClientError, ConnectionError) as error:

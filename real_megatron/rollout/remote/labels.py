@@ -4,7 +4,7 @@ import re
 import secrets
 from pathlib import Path
 
-from real_megatron.errors import EngineError
+from real_megatron.rollout.remote.errors import WrongServer
 
 _LABEL = re.compile(r"[0-9a-f]{8}-\d+(-incomplete)?")
 
@@ -25,11 +25,11 @@ def incomplete(label: str) -> str:
 
 
 def check_loaded(url: str, model_path: str, label: str, wanted: Path) -> None:
-    """Raise EngineError unless an attached server holds the checkpoint `wanted`, as it has loaded it.
+    """Raise WrongServer unless a server holds the checkpoint `wanted`, as it has loaded it.
 
     model_path, label: what the server says of its weights
     """
     if _LABEL.fullmatch(label):
-        raise EngineError(f"{url} holds weights of a training run ({label}): restart it with --model-path {wanted}")
+        raise WrongServer(f"{url} holds weights of a training run ({label}): restart it with --model-path {wanted}")
     if Path(model_path).resolve() != wanted.resolve():
-        raise EngineError(f"{url} serves {model_path}, asked for is {wanted}: start it with that path")
+        raise WrongServer(f"{url} serves {model_path}, asked for is {wanted}: start it with that path")

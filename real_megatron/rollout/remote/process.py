@@ -1,5 +1,6 @@
 """A server as a child process: start, log, end."""
 
+import errno
 import logging
 import os
 import re
@@ -18,12 +19,18 @@ logger = logging.getLogger(__name__)
 _LOG_TAIL_BYTES = 2000
 _GRACE_S = 10
 
+LOCAL = "127.0.0.1"
+"""Where local servers listen."""
+
 # Variables that torchrun sets for its workers. A server would read them as its own: with TORCHELASTIC_USE_AGENT_STORE
 # it waits for a store that does not exist.
 _TORCHRUN_VARIABLES = re.compile(r"(LOCAL_)?(RANK|WORLD_SIZE)|MASTER_(ADDR|PORT)|(TORCHELASTIC|GROUP|ROLE)_.*")
 
 LAUNCHER = Path(__file__).parent / "launcher" / "launch.py"
 """Runs a module in the server's environment and ends it with this process."""
+
+LAUNCHER_KEY = "LAUNCH_API_KEY"
+"""Environment variable from which the launcher takes the API key of a server that reads none from its own."""
 
 
 class ServerProcess:
@@ -129,6 +136,20 @@ def _signal_group(group: int, number: int) -> None:
 def free_port() -> int:
     """A port of 127.0.0.1 that is free now."""
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+        probe.bind((LOCAL, 0))
         port: int = probe.getsockname()[1]
         return port
+
+
+def in_use(port: int) -> bool:
+    """Whether a server could not listen on this port of 127.0.0.1 now."""
+    with socket.socket() as probe:
+        # As servers do: connections of one that has just ended do not count.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((LOCAL, port))
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise
+            return True
+    return False

@@ -5,9 +5,10 @@ import logging
 import time
 from collections.abc import Awaitable, Callable
 from typing import Literal
+from urllib.parse import urlsplit
 
 from real_megatron.errors import EngineError
-from real_megatron.rollout.remote.errors import Unreachable
+from real_megatron.rollout.remote.errors import Unreachable, WrongServer
 from real_megatron.rollout.remote.process import ServerProcess
 
 logger = logging.getLogger(__name__)
@@ -32,11 +33,23 @@ class Replica:
         self.recoveries = 0
         self.label: str | None = None
         """The weight label that its replies must carry."""
+        self.known: tuple[Replica, int] | None = None
+        """The incarnation that has been seen to be the server asked for."""
+
+    @property
+    def port(self) -> int:
+        """Of a local server."""
+        return urlsplit(self.url).port or 0
 
     @property
     def incarnation(self) -> tuple["Replica", int]:
         """Changes when the process is started anew, or, with a process that others run, may have been."""
         return self, self.process.starts if self.process else self.recoveries
+
+    def check_process(self) -> None:
+        """Raise Unreachable when a server that was started here has ended: by now another's may listen there."""
+        if self.process is not None and not self.process.alive():
+            raise Unreachable("its process has ended")
 
     def describe(self) -> str:
         return f"{self.url} is {self.state} ({self.reason})"
@@ -60,11 +73,14 @@ class ReplicaPool:
         concurrency: int,
         start_timeout_s: float,
         restarts: int,
+        port_taken: Callable[[int], str],
         probe: Callable[[Replica, float], Awaitable[None]],
         restore: Callable[[Replica], Awaitable[None]],
     ) -> None:
         """
-        probe: raises Unreachable unless the server answers its health check within so many seconds
+        port_taken: why a local server cannot be started on that port; empty if it can
+        probe: raises Unreachable unless the server answers its health check within so many seconds, WrongServer if it
+            is another one than asked for
         restore: brings a server that is up to the current weights and sets `label`; raises NoCurrentWeights when
             it cannot yet
         """
@@ -72,6 +88,7 @@ class ReplicaPool:
         self._concurrency = concurrency
         self._start_timeout_s = start_timeout_s
         self._restarts = restarts
+        self._port_taken = port_taken
         self._probe = probe
         self._restore = restore
         self._waiters: list[asyncio.Future] = []
@@ -163,6 +180,11 @@ class ReplicaPool:
                 except NoCurrentWeights as error:
                     state, replica.reason = "stale", str(error)
                     return
+                except WrongServer as error:
+                    replica.reason = str(error)
+                    if replica.process is not None:
+                        await asyncio.to_thread(replica.process.kill)
+                    return
                 except (EngineError, Unreachable, OSError) as error:
                     replica.reason = f"{type(error).__name__}: {error}"
                     logger.warning("rollout server %s: %s", replica.url, replica.reason)
@@ -202,6 +224,11 @@ class ReplicaPool:
             replica.reason = "ended: " + process.describe_end()
             self._count_failure(replica)
         self.set_state(replica, "down", replica.reason)
+        await asyncio.to_thread(process.kill)  # what is left of it would hold the port
+        if reason := self._port_taken(replica.port):
+            # Another's server there would answer in the place of ours. After a crash it may be a process that is just
+            # ending.
+            raise EngineError(reason) if process.starts else WrongServer(reason)
         await asyncio.to_thread(process.start)
         await self._wait_healthy(replica)
         self.set_state(replica, "stale", "just started")

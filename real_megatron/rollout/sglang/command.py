@@ -3,7 +3,7 @@
 import sys
 
 from real_megatron.rollout.engine import EngineSpec
-from real_megatron.rollout.remote.process import LAUNCHER
+from real_megatron.rollout.remote.process import LAUNCHER, LAUNCHER_KEY
 from real_megatron.rollout.remote.servers import ServerCommand
 from real_megatron.rollout.sglang.replies import RESERVED_TOKENS
 
@@ -35,4 +35,6 @@ def server_command(spec: EngineSpec, index: int, port: int, context: int) -> Ser
             arguments += ["--enable-memory-saver"]
     # A trainer's pipeline stages differ in size, so the GPUs that a server shares with them may differ in free memory.
     environment = {"SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK": "0"} if config.colocate else {}
-    return ServerCommand(arguments + config.server_args, environment)
+    # SGLang takes its API key from its arguments alone: the launcher adds it to those inside its process. As no
+    # --admin-api-key is set, it guards every route but /health*, /ready* and /metrics* (sglang/srt/utils/auth.py).
+    return ServerCommand(arguments + config.server_args, LAUNCHER_KEY, environment)

@@ -10,11 +10,12 @@ class Control(ControlClient):
     """What a weight sync and sleep need of a server."""
 
     async def weight_label(self, replica: Replica) -> str:
-        return str((await self.get(replica, "/model_info"))["weight_version"])
+        return (await self.loaded(replica))[1]
 
-    async def model_path(self, replica: Replica) -> str:
-        """The checkpoint that the server has loaded last, at its start or in a sync by disk."""
-        return str((await self.get(replica, "/model_info"))["model_path"])
+    async def loaded(self, replica: Replica) -> tuple[str, str]:
+        """The checkpoint that the server has loaded last, at its start or in a sync by disk; its weights' label."""
+        info = await self.get(replica, "/model_info")
+        return str(info["model_path"]), str(info["weight_version"])
 
     async def tensor_parallel(self, replica: Replica) -> int:
         return int((await self.get(replica, "/server_info"))["tp_size"])

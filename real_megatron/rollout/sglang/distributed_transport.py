@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from real_megatron.errors import EngineError
+from real_megatron.rollout.nccl import own_version
 from real_megatron.rollout.remote.buckets import WeightBucket
 from real_megatron.rollout.remote.loop import in_daemon_thread
 from real_megatron.rollout.remote.replica import Replica
@@ -18,6 +19,9 @@ from real_megatron.rollout.sglang.transport import SyncTargets, Transport
 
 # How long the other servers may take to notice that a broadcast was given up.
 _GRACE_S = 15
+# How much longer than a step the group's own timeout is. When NCCL's passes, it ends this whole process: before that
+# the step's deadline must have dropped the slow server, and the group been given up.
+_MARGIN_S = 2 * _GRACE_S
 
 
 class DistributedTransport(Transport):
@@ -72,7 +76,7 @@ class DistributedTransport(Transport):
                 if not post.done():
                     targets.drop(replica, f"no answer to a broadcast that failed elsewhere{reason}")
                 elif post.exception():
-                    targets.drop(replica, f"{post.exception()}{reason}")
+                    targets.drop(replica, f"{post.exception()}{reason}{self._doubt(replica)}")
                 elif broken and self._backend == "nccl":
                     # It has answered when it had queued the receipt, which may never come.
                     targets.drop(replica, f"took part in a broadcast that failed elsewhere{reason}")
@@ -104,7 +108,8 @@ class DistributedTransport(Transport):
         await self.close()
         while targets.alive:
             name = f"rollout-{secrets.token_hex(4)}"
-            group = SenderGroup(name, self._backend, self._device, self._host, self.control.step_s)
+            timeout_s = self.control.step_s + _MARGIN_S
+            group = SenderGroup(name, self._backend, self._device, self._host, timeout_s)
             self._group = group
             if await self._join(group, targets):
                 return group
@@ -149,11 +154,20 @@ class DistributedTransport(Transport):
                 reason = str(join.exception()) if join.done() else "timeout"
                 failures = dict.fromkeys(targets.alive, reason)
             for replica, reason in failures.items():
-                targets.drop(replica, f"cannot join the process group: {reason}")
+                targets.drop(replica, f"cannot join the process group: {reason}{self._doubt(replica)}")
             return False
         finally:
             for task in (*calls, join):
                 task.cancel()
+
+    def _doubt(self, replica: Replica) -> str:
+        """What may be behind a failure of an attached server; of a local one it has been checked (`check_nccl`)."""
+        if self._backend != "nccl" or replica.process is not None:
+            return ""
+        return (
+            f" (NCCL is {own_version()} here and must be the same there, which a server does not tell: compare, or set "
+            "rollout.weight_sync to disk)"
+        )
 
     def _discard(self) -> None:
         group, self._group, self._members = self._group, None, []

@@ -10,7 +10,6 @@ from real_megatron.rollout.checkpoint_names import check_names
 from real_megatron.rollout.engine import EngineSpec, Response, SamplingParams, drain, register_engine
 from real_megatron.rollout.remote.buckets import WeightBucket, bucketed
 from real_megatron.rollout.remote.engine import RemoteEngine
-from real_megatron.rollout.remote.labels import check_loaded
 from real_megatron.rollout.remote.replica import NoCurrentWeights, Replica
 from real_megatron.rollout.remote.servers import ServerCommand
 from real_megatron.rollout.remote.spool import CheckpointSpool
@@ -33,6 +32,7 @@ class SGLangEngine(RemoteEngine):
 
     _name = "sglang"
     _path = "/generate"
+    _guarded_path = "/model_info"
 
     def __init__(self, spec: EngineSpec) -> None:
         """
@@ -123,19 +123,19 @@ class SGLangEngine(RemoteEngine):
             self._pool.recover(replica, f"weight sync failed: {reason}")
         await self._require_weights()
 
-    async def _probe(self, replica: Replica, timeout_s: float) -> None:
+    async def _check_health(self, replica: Replica, timeout_s: float) -> None:
         # The health check generates a token. A server that a failed sync left paused would never do so; it may go on,
         # since its weights are labelled as incomplete and it gets no requests.
         url = replica.url + "/continue_generation"
         (await self._http.post(url, {}, timeout_s)).check(url)
-        await super()._probe(replica, timeout_s)
+        await super()._check_health(replica, timeout_s)
+
+    async def _loaded(self, replica: Replica) -> tuple[str, str]:
+        return await self._control.loaded(replica)
 
     async def _restore(self, replica: Replica) -> None:
         if self._serve_loaded and self._label is None:
-            loaded = await self._control.weight_label(replica)
-            if replica.process is None:
-                check_loaded(replica.url, await self._control.model_path(replica), loaded, self._model_dir)
-            replica.label = loaded
+            replica.label = await self._control.weight_label(replica)
             return
         label, kept = self._label, self._kept
         if label is None:

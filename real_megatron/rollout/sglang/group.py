@@ -24,11 +24,12 @@ class SenderGroup:
     def __init__(self, name: str, backend: str, device: torch.device, host: str, timeout_s: float) -> None:
         """device: on which NCCL sends
         host: address of this machine that the servers reach; the group's store listens there and nowhere else
+        timeout_s: of joining and of one broadcast; longer than the sender waits for them: NCCL's ends the process
         """
         self.name = name
         self._backend = backend
         self._device = device
-        # Of one operation. A broadcast that no server receives cannot be cancelled, and keeps the process from ending.
+        # Not much longer: a gloo broadcast that no server receives cannot be cancelled, and the process ends after it.
         self._timeout = datetime.timedelta(seconds=timeout_s)
         try:
             listener = socket.create_server((host, 0))

@@ -14,6 +14,9 @@ SERVED_NAME = "policy"
 RESERVED_TOKENS = 1
 """A scoring request generates a token, which is not read, behind the longest sequence."""
 
+# The key guards, depending on the release, the routes below /v1 alone or all but /health and the like.
+KEY_VARIABLE = "VLLM_API_KEY"
+
 # Where a directory holds consolidated*.safetensors too, "auto" takes Mistral's format, whose config, weights and
 # tokenizer are not the files that this package reads, and whose weights have other names.
 _HF_FORMAT = ("--config-format", "hf", "--load-format", "safetensors", "--tokenizer-mode", "hf")
@@ -38,7 +41,7 @@ def server_command(spec: EngineSpec, index: int, port: int, context: int) -> Ser
         arguments += _cpu_arguments(spec, context)
         # Its own choice binds the worker of every server to the same core.
         environment["VLLM_CPU_OMP_THREADS_BIND"] = os.environ.get("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-        return ServerCommand(arguments + config.server_args, environment)
+        return ServerCommand(arguments + config.server_args, KEY_VARIABLE, environment)
     arguments += ["--tensor-parallel-size", str(config.tensor)]
     if config.colocate:
         arguments += ["--enable-sleep-mode"]
@@ -46,7 +49,7 @@ def server_command(spec: EngineSpec, index: int, port: int, context: int) -> Ser
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")  # rollout.first_gpu counts what this process sees
     names = visible.split(",") if visible else [str(gpu) for gpu in range(first + config.tensor)]
     environment["CUDA_VISIBLE_DEVICES"] = ",".join(names[first : first + config.tensor])
-    return ServerCommand(arguments + config.server_args, environment)
+    return ServerCommand(arguments + config.server_args, KEY_VARIABLE, environment)
 
 
 def _cpu_arguments(spec: EngineSpec, context: int) -> list[str]:

@@ -16,7 +16,7 @@ from real_megatron.rollout.remote.buckets import bucketed
 from real_megatron.rollout.remote.control import ControlClient
 from real_megatron.rollout.remote.engine import RemoteEngine
 from real_megatron.rollout.remote.errors import Retryable, StaleReply
-from real_megatron.rollout.remote.labels import check_loaded, incomplete
+from real_megatron.rollout.remote.labels import incomplete
 from real_megatron.rollout.remote.replica import NoCurrentWeights, Replica
 from real_megatron.rollout.remote.servers import ServerCommand
 from real_megatron.rollout.remote.spool import CheckpointSpool
@@ -37,6 +37,7 @@ class VLLMEngine(RemoteEngine):
 
     _name = "vllm"
     _path = "/v1/completions"
+    _guarded_path = "/v1/models"
 
     def __init__(self, spec: EngineSpec) -> None:
         """As SGLangEngine. Raises ConfigError for a `rollout.weight_sync` other than auto and disk."""
@@ -114,13 +115,14 @@ class VLLMEngine(RemoteEngine):
         await self._pool.settled()
         await self._require_weights()
 
+    async def _loaded(self, replica: Replica) -> tuple[str, str]:
+        label = str((await self._control.get(replica, "/weight_info"))["weight_version"])
+        cards = (await self._control.get(replica, "/v1/models"))["data"]
+        roots = [str(card["root"]) for card in cards if card["id"] == SERVED_NAME]
+        return (roots or ["no model named policy"])[0], label
+
     async def _restore(self, replica: Replica) -> None:
         if self._serve_loaded and self._label is None:
-            if replica.process is None:
-                label = str((await self._control.get(replica, "/weight_info"))["weight_version"])
-                cards = (await self._control.get(replica, "/v1/models"))["data"]
-                roots = [str(card["root"]) for card in cards if card["id"] == SERVED_NAME]
-                check_loaded(replica.url, (roots or ["no model named policy"])[0], label, self._model_dir)
             return
         if self._label is None:
             raise NoCurrentWeights("waiting for the next sync")
