@@ -19,7 +19,7 @@ from real_megatron.judging.evaluate import evaluate
 from real_megatron.judging.file import JudgeSummary, judge_file
 from real_megatron.judging.judge import Judge
 from real_megatron.rollout.engine import EngineSpec
-from real_megatron.rollout.remote.process import LAUNCHER, LAUNCHER_KEY
+from real_megatron.rollout.remote.process import LAUNCHER_KEY
 from real_megatron.rollout.sglang.engine import SGLangEngine
 from tests.support.served_runs import PROMPTS, SAME, SAMPLES, served_config, uneven_task, watched
 from tests.support.tiny_runs import rows

@@ -25,6 +25,11 @@ _HF_FORMAT = ("--config-format", "hf", "--load-format", "safetensors", "--tokeni
 # ends at the first request.
 _CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 
+_MOST_CACHE_BYTES = 4 * 2**30
+
+LIVE_HEAD = "vllm_cpu_head.LiveHead"
+"""Beside the launcher: what a tied output layer needs on a CPU."""
+
 
 def server_command(spec: EngineSpec, index: int, port: int, context: int) -> ServerCommand:
     """Local server number `index`; `rollout.server_args` come last and win.
@@ -63,11 +68,12 @@ def _cpu_arguments(spec: EngineSpec, context: int) -> list[str]:
             f"{', '.join(map(str, _CPU_HEAD_SIZES))}): set rollout.engine to transformers or sglang"
         )
     # Without a size vLLM takes 0.92 of the machine's memory. Room for every sample of the requests in flight at half
-    # its longest length; more would wait.
-    tokens = max(8192, spec.config.concurrency * spec.config.n * context // 2)
+    # its longest length, if that is not too much; more would wait.
     kv_heads = getattr(model, "num_key_value_heads", None) or heads
-    size = tokens * 2 * model.num_hidden_layers * kv_heads * head_size * spec.dtype.itemsize
-    return [
-        *("--enforce-eager", "--kv-cache-memory-bytes", str(size)),
-        *("--worker-extension-cls", "vllm_cpu_head.LiveHead"),  # beside the launcher
-    ]
+    a_token = 2 * model.num_hidden_layers * kv_heads * head_size * spec.dtype.itemsize
+    wanted = spec.config.concurrency * spec.config.n * context // 2 * a_token
+    size = max(8192 * a_token, context * a_token, min(wanted, _MOST_CACHE_BYTES))
+    arguments = ["--enforce-eager", "--kv-cache-memory-bytes", str(size)]
+    if model.tie_word_embeddings:
+        arguments += ["--worker-extension-cls", LIVE_HEAD]
+    return arguments
