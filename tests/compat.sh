@@ -35,7 +35,7 @@ if [ ! -f "$venv/.installed" ]; then
 fi
 export OMP_NUM_THREADS=1 PATH="$PWD/$venv/bin:$PATH" PYTHONPATH=$PWD
 "$venv/bin/python" -c 'from tests.support.resume_elsewhere import versions; print(versions())'
-"$venv/bin/python" -m pytest -n 2 --dist loadfile -m "not sglang" "$@"
+"$venv/bin/python" -m pytest -n 2 --dist loadfile -m "not sglang and not vllm" "$@"
 if [ -x .venv/bin/python ]; then
     "$venv/bin/python" -m tests.support.resume_elsewhere "$PWD/.venv/bin/python"
 fi

@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
 # The whole check, on a machine with nothing but Python 3.11: environment, lint, format, types, tests.
-#   bash tests/run.sh [--sglang] [pytest arguments]
-# --sglang also installs a CPU build of the SGLang server in .venv-sglang and runs the tests that talk to it.
+#   bash tests/run.sh [--sglang] [--vllm] [pytest arguments]
+# --sglang also installs a CPU build of the SGLang server in .venv-sglang and runs the tests that talk to it; --vllm does
+# the same with vLLM and .venv-vllm.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-markers="not sglang"
-if [ "${1:-}" = "--sglang" ]; then
+servers=""
+while [ "${1:-}" = "--sglang" ] || [ "${1:-}" = "--vllm" ]; do
+    servers="$servers ${1#--}"
     shift
-    markers=""
-fi
+done
 bash tools/setup_env.sh requirements-dev.txt
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
@@ -23,9 +24,11 @@ if ! cmp -s tests/real_tokenizers.txt "$real/installed.txt"; then
         echo "The packages of tests/real_tokenizers.txt cannot be downloaded: tests on real tokenizers are skipped." >&2
     fi
 fi
-if [ -z "$markers" ]; then
-    bash tools/install_sglang_cpu.sh
-fi
+markers="(not sglang and not vllm)"
+for server in $servers; do
+    bash "tools/install_${server}_cpu.sh"
+    markers="$markers or $server"
+done
 # The rank tests spawn their own workers; one math thread a process keeps two cores from fighting over each other.
 export OMP_NUM_THREADS=1
 .venv/bin/python -m pytest -n 2 --dist loadfile -m "$markers" "$@"

@@ -8,23 +8,31 @@ from tests.support.rollout_fake_server import FakeServer
 
 ROOT = Path(__file__).parents[2]
 
-
-DEFAULT_PYTHON = str(ROOT / ".venv-sglang/bin/python")
+DEFAULT_PYTHON = {name: str(ROOT / f".venv-{name}/bin/python") for name in ("sglang", "vllm")}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    # Known when this folder is on the command line; a run of all tests takes the default.
-    parser.addoption(
-        "--sglang-python", default=DEFAULT_PYTHON, help="Python of the environment of tools/install_sglang_cpu.sh"
-    )
+    # Known when this folder is on the command line; a run of all tests takes the defaults.
+    for name, default in DEFAULT_PYTHON.items():
+        script = f"tools/install_{name}_cpu.sh"
+        parser.addoption(f"--{name}-python", default=default, help=f"Python of the environment of {script}")
+
+
+def _python(request: pytest.FixtureRequest, name: str) -> str:
+    path = request.config.getoption(f"--{name}-python", DEFAULT_PYTHON[name])
+    if not Path(path).exists():
+        pytest.fail(f"no {name} at {path}: run tools/install_{name}_cpu.sh, or pass --{name}-python")
+    return path
 
 
 @pytest.fixture(scope="session")
 def sglang_python(request: pytest.FixtureRequest) -> str:
-    path = request.config.getoption("--sglang-python", DEFAULT_PYTHON)
-    if not Path(path).exists():
-        pytest.fail(f"no SGLang at {path}: run tools/install_sglang_cpu.sh, or pass --sglang-python")
-    return path
+    return _python(request, "sglang")
+
+
+@pytest.fixture(scope="session")
+def vllm_python(request: pytest.FixtureRequest) -> str:
+    return _python(request, "vllm")
 
 
 @pytest.fixture

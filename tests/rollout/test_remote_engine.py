@@ -552,6 +552,79 @@ def test_vllm_takes_only_temperatures_whose_log_probs_it_reports(make):
         make(1, "vllm", weight_sync="tensor")
 
 
+@pytest.mark.parametrize(
+    ("section", "field", "value", "message"),
+    [
+        ("model_config", "logprobs_mode", "processed_logprobs", "runs with --logprobs-mode processed_logprobs"),
+        ("device_config", "device", "cpu", "no sync would reach it. .* --worker-extension-cls vllm_cpu_head.LiveHead"),
+    ],
+)
+def test_a_vllm_server_whose_replies_would_be_wrong_is_refused(make, section, field, value, message):
+    """At once: neither waiting nor a restart changes its settings."""
+    engine, (fake,) = make(1, "vllm")
+    fake.server_info["vllm_config"][section][field] = value
+    fake.calls.clear()
+    with pytest.raises(EngineError, match=message) as refused:
+        type(engine)(engine_spec(engine._config, engine._model_dir, engine._model_dir.parent, serve_loaded=True))
+    assert "recoveries in a row" not in str(refused.value) and not fake.calls
+
+
+def test_a_vllm_server_without_development_mode_is_one_clear_error(make):
+    engine, (fake,) = make(1, "vllm")
+    fake.development_mode = False
+    for serve_loaded in (True, False):
+        with pytest.raises(EngineError, match="VLLM_SERVER_DEV_MODE=1") as refused:
+            type(engine)(engine_spec(engine._config, engine._model_dir, engine._model_dir, serve_loaded=serve_loaded))
+        assert "recoveries in a row" not in str(refused.value)
+
+
+def test_a_vllm_server_that_keeps_the_cache_of_old_weights_is_not_asked(make, model):
+    """It answers so with status 200, while requests of others hold the cache."""
+    engine, (fake,) = make(1, "vllm", serve_loaded=False, restarts=0)
+    fake.requests_hold_the_cache = True
+    with pytest.raises(WeightSyncError, match="reset_prefix_cache: the cache of the old weights was not dropped"):
+        engine.update_weights(model.named_parameters(), 1)
+    assert fake.version.endswith("-incomplete") and fake.paused
+
+
+def test_a_sleeping_vllm_server_takes_requests_only_when_its_cache_has_memory(make, model):
+    engine, (fake,) = make(1, "vllm", serve_loaded=False)
+    engine.update_weights(model.named_parameters(), 1)
+    engine.sleep()
+    fake.calls.clear()
+    engine.update_weights(model.named_parameters(), 2)
+    paths = [path for path, _ in fake.calls]
+    assert "/collective_rpc" in paths and "/resume" not in paths
+    engine.wake()
+    paths = [path for path, _ in fake.calls]
+    assert paths[-2:] == ["/wake_up?tags=kv_cache", "/resume"] and not fake.paused
+
+
+def test_more_than_a_vllm_server_takes_in_a_request_is_refused_before_it_is_sent(make):
+    engine, (fake,) = make(1, "vllm")
+    with pytest.raises(EngineError, match="5 stop texts: a vLLM server takes 4"):
+        engine.generate(PROMPTS, SamplingParams(max_new_tokens=8, stop=tuple("abcde")))
+    with pytest.raises(EngineError, match="129 tokens whose log-probabilities are asked for: a vLLM server takes 128"):
+        engine.next_token_logprobs(PROMPTS, [1] * 129)
+    assert fake.generations == 0
+
+
+def test_a_prompts_seed_reaches_a_vllm_server(make):
+    """SGLang gives all samples of a request one seed, so it gets none."""
+    engine, (fake,) = make(1, "vllm", concurrency=1)
+    engine.generate(PROMPTS[:2], PARAMS, [2**62 + 3, 5])
+    assert [body["seed"] for body in fake.bodies] == [3, 5]
+
+
+def test_a_server_that_says_that_it_has_failed_is_asked_whether_it_is_well(make, flavour):
+    """vLLM's front end outlives its worker: the first sign is a status of 500."""
+    engine, (fake,) = make(1, flavour)
+    fake.faults = ["error_500"]
+    before = engine._pool.replicas[0].recoveries
+    check(engine.generate(PROMPTS, PARAMS))
+    assert engine._pool.replicas[0].recoveries == before + 1
+
+
 def test_closing_during_a_request_is_an_error_not_a_hang(make):
     engine, (fake,) = make(1)
     fake.faults = ["hang"]

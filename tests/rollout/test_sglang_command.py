@@ -7,10 +7,12 @@ import pytest
 import torch
 
 from real_megatron.config import RolloutConfig
+from real_megatron.errors import EngineError
 from real_megatron.rollout.engine import EngineSpec
 from real_megatron.rollout.remote.servers import api_key, configured_servers
 from real_megatron.rollout.sglang.command import server_command
 from real_megatron.rollout.vllm import command as vllm
+from tests.support.rollout_models import tiny_qwen3
 from tests.support.rollout_specs import engine_spec
 
 
@@ -60,9 +62,9 @@ def test_servers_of_16_bit_weights_keep_float32_logits(command, arguments):
     assert not found(torch.float32) and not found(torch.bfloat16, fp32_logits=False)
 
 
-def servers(config: RolloutConfig, log_dir: Path, command=server_command):
+def servers(config: RolloutConfig, log_dir: Path, command=server_command, device: str = "cpu"):
     return configured_servers(
-        config, "server", log_dir, api_key(config), lambda index, port: command(spec(config), index, port, 128)
+        config, "server", log_dir, api_key(config), lambda index, port: command(spec(config, device), index, port, 128)
     )
 
 
@@ -87,7 +89,7 @@ def test_a_vllm_servers_gpus_are_counted_among_those_that_the_trainer_sees(tmp_p
         if visible:
             monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
         config = RolloutConfig(engine="vllm", first_gpu=1, replicas=2, tensor=2)
-        replicas = servers(config, tmp_path, vllm.server_command)
+        replicas = servers(config, tmp_path, vllm.server_command, "cuda")
         return [r.process._environment["CUDA_VISIBLE_DEVICES"] for r in replicas]
 
     assert gpus(None) == ["1,2", "3,4"]
@@ -107,6 +109,37 @@ def test_vllm_command():
 def test_a_vllm_server_reads_the_files_that_the_policy_reads():
     """Its "auto" prefers Mistral's format; what a user sets comes later and wins."""
     config = RolloutConfig(engine="vllm", server_args=["--load-format", "dummy"])
-    command = vllm.server_command(spec(config), 0, 7000, 100).arguments
+    command = vllm.server_command(spec(config, "cuda"), 0, 7000, 100).arguments
     assert value(command, "--config-format") == "hf" and value(command, "--tokenizer-mode") == "hf"
     assert value(command, "--load-format") == "safetensors" and command[-2:] == ["--load-format", "dummy"]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_vllm_server_on_a_cpu_is_kept_within_bounds(tmp_path, monkeypatch, tied):
+    """The cache: what the requests in flight need, at least 8,192 tokens, 4 GiB at most, where vLLM would take nearly
+    all memory. Each server's worker would be bound to the same core."""
+    monkeypatch.delenv("VLLM_CPU_OMP_THREADS_BIND", raising=False)
+    tiny_qwen3(100, head_dim=32, tie_word_embeddings=tied).save_pretrained(tmp_path)
+    a_token = 2 * 2 * 2 * 32 * 4  # keys and values, layers, heads, head_dim, fp32
+
+    def started(concurrency: int):
+        config = RolloutConfig(engine="vllm", n=8, concurrency=concurrency)
+        return vllm.server_command(engine_spec(config, tmp_path, tmp_path), 0, 7000, 1000)
+
+    assert [int(value(started(concurrency).arguments, "--kv-cache-memory-bytes")) for concurrency in (1, 64, 4096)] == [
+        8192 * a_token,
+        64 * 8 * 500 * a_token,
+        4 * 2**30,
+    ]
+    server = started(1)
+    assert "--enforce-eager" in server.arguments and "CUDA_VISIBLE_DEVICES" not in server.environment
+    assert server.environment["VLLM_CPU_OMP_THREADS_BIND"] == "nobind"
+    assert ("--worker-extension-cls" in server.arguments) == tied
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0-3")
+    assert started(1).environment["VLLM_CPU_OMP_THREADS_BIND"] == "0-3"
+
+
+def test_a_model_that_vllm_cannot_serve_on_a_cpu_is_refused_before_a_start(tmp_path):
+    tiny_qwen3(100, head_dim=16).save_pretrained(tmp_path)
+    with pytest.raises(EngineError, match="config.json: head_dim 16: vLLM has no attention for it on a CPU"):
+        vllm.server_command(engine_spec(RolloutConfig(engine="vllm"), tmp_path, tmp_path), 0, 7000, 100)

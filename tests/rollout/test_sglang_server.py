@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 from real_megatron.config import RolloutConfig
 from real_megatron.errors import EngineError
@@ -23,24 +22,21 @@ from real_megatron.rollout.scoring import sample_scored
 from real_megatron.rollout.sglang.engine import SGLangEngine
 from real_megatron.rollout.sglang.tensor_transport import _pickle_by_handle
 from real_megatron.scores import ScoreScale
-from tests.support import rollout_ranks
+from tests.support import rollout_ranks, served_policy
 from tests.support.ranks import run_ranks
-from tests.support.rollout_models import byte_level, tiny_qwen3
+from tests.support.rollout_models import tiny_qwen3
 from tests.support.rollout_specs import engine_spec
+from tests.support.served_policy import EOS, PROMPTS, TOKENIZER
 
 pytestmark = pytest.mark.sglang
 
-TOKENIZER = byte_level()
-EOS = TOKENIZER.eos_token_id
 CONFIG = tiny_qwen3(len(TOKENIZER), eos_token_id=EOS)
-PROMPTS = [TOKENIZER.encode(text) for text in ("The answer", "poor answer;", "It ignores the question", "a", "short")]
 PARAMS = SamplingParams(n=4, temperature=0.8, top_p=0.9, max_new_tokens=24, stop=("e", " t"), watch_ids=(40, 5))
 RECORDED = json.loads((Path(__file__).parent / "recorded_sglang.json").read_text(encoding="utf-8"))
 
 
 def policy(seed: int):
-    torch.manual_seed(seed)
-    return AutoModelForCausalLM.from_config(CONFIG).eval()
+    return served_policy.policy(CONFIG, seed)
 
 
 def settings(**changes) -> RolloutConfig:
@@ -129,21 +125,7 @@ def test_the_key_is_not_to_be_seen(engine, key):
 
 
 def worst_difference(groups, model, temperature=PARAMS.temperature, prompts=PROMPTS) -> float:
-    """Largest |engine − policy| over sampled and watched log-probs."""
-    worst = 0.0
-    for prompt, group in zip(prompts, groups, strict=True):
-        for response in group:
-            ids = torch.tensor(response.token_ids)
-            with torch.no_grad():
-                logits = model(torch.tensor([prompt + response.token_ids])).logits[0].double()
-            exact = (logits / (temperature or 1)).log_softmax(-1)[len(prompt) - 1 : -1]
-            worst = max(
-                worst, (exact.gather(1, ids[:, None])[:, 0] - torch.tensor(response.logprobs)).abs().max().item()
-            )
-            if response.watched:
-                watched = exact[:, list(PARAMS.watch_ids)] - torch.tensor(response.watched)
-                worst = max(worst, watched.abs().max().item())
-    return worst
+    return served_policy.worst_difference(groups, model, temperature, prompts, PARAMS.watch_ids)
 
 
 def test_nothing_is_generated_before_the_first_weights(engine):
@@ -172,24 +154,10 @@ def test_served_log_probs_are_the_policys_after_every_sync(attach, transport):
 
 def test_responses_end_as_they_say(engine):
     model = policy(1)
-    with torch.no_grad():
-        # The end of sequence becomes likely, not certain: a logit of 5 where the hidden state is the mean one.
-        mean = torch.cat([model.model(torch.tensor([p])).last_hidden_state[0] for p in PROMPTS]).mean(0)
-        model.model.embed_tokens.weight[EOS] = 5 * mean / mean.square().sum()
+    served_policy.make_end_likely(model, PROMPTS, EOS)
     engine.update_weights(model.named_parameters(), 1)
     groups = engine.generate(PROMPTS, SamplingParams(n=32, max_new_tokens=24, stop=("a", " t")))
-    reasons = {"stop": 0, "eos": 0, "length": 0}
-    for response in (r for group in groups for r in group):
-        reasons[response.finish_reason] += 1
-        ids = response.token_ids
-        text, before = TOKENIZER.decode(ids), TOKENIZER.decode(ids[:-1])
-        if response.finish_reason == "stop":
-            assert ("a" in text or " t" in text) and "a" not in before and " t" not in before
-        elif response.finish_reason == "eos":
-            assert ids.index(EOS) == len(ids) - 1
-        else:
-            assert len(ids) == 24 and EOS not in ids and "a" not in text
-    assert all(reasons.values()), reasons
+    served_policy.check_endings(groups, TOKENIZER, 24)
     assert worst_difference(groups, model, 1.0) < 1e-4
 
 

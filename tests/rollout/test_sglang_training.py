@@ -8,14 +8,10 @@ is colocated: the server sleeps while the policy trains, and weights come by sha
 import json
 import os
 import re
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from real_megatron.config import RunConfig
 from real_megatron.errors import EngineError
@@ -23,39 +19,28 @@ from real_megatron.judging.evaluate import evaluate
 from real_megatron.judging.file import JudgeSummary, judge_file
 from real_megatron.judging.judge import Judge
 from real_megatron.rollout.engine import EngineSpec
-from real_megatron.rollout.remote.process import LAUNCHER, LAUNCHER_KEY
+from real_megatron.rollout.remote.process import LAUNCHER_KEY
 from real_megatron.rollout.sglang.engine import SGLangEngine
-from tests.support.tiny_runs import rows, tiny_config, write_tiny_task
+from tests.support.served_runs import PROMPTS, SAME, SAMPLES, served_config, uneven_task, watched
+from tests.support.tiny_runs import rows
 
 pytestmark = pytest.mark.sglang
 
-ROOT = Path(__file__).parents[2]
-STEPS, PROMPTS, SAMPLES = 4, 12, 4
+STEPS = 4
 KILLED_STEP, UNFLUSHED_STEP = 1, 2
-# Two servers start in the run, perhaps on a busy machine: only a hang takes so long.
-DEADLINE_S = 1800
-# fp32 on both sides, Megatron beside SGLang: rounding alone.
-SAME = 1e-4
 
 
 @pytest.fixture(scope="module")
 def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny-judge task; weights large enough that every token's log-prob depends on every weight visibly."""
-    directory = write_tiny_task(tmp_path_factory.mktemp("task"))
-    model = AutoModelForCausalLM.from_pretrained(directory / "model")
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 2:
-                parameter.mul_(4)
-    model.save_pretrained(directory / "model")
-    return directory
+    return uneven_task(tmp_path_factory.mktemp("task"))
 
 
 @pytest.fixture(scope="module")
 def run(task: Path, sglang_python: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[RunConfig, dict]:
     """The run's configuration, and what was seen of it."""
     directory = tmp_path_factory.mktemp("run")
-    config = configured(
+    config = served_config(
+        "sglang",
         task,
         directory / "run",
         steps=STEPS,
@@ -65,44 +50,6 @@ def run(task: Path, sglang_python: str, tmp_path_factory: pytest.TempPathFactory
         checkpoint={"save_hf": True},
     )
     return config, watched(config, directory, KILLED_STEP, UNFLUSHED_STEP)
-
-
-def configured(task: Path, output: Path, rollout: dict, **sections) -> RunConfig:
-    server = {"engine": "sglang", "n": SAMPLES, "concurrency": 2, "start_timeout_s": 900}
-    batch, optimizer = {"prompts": PROMPTS}, {"lr": 1e-2}
-    return tiny_config(task, output, rollout=server | rollout, batch=batch, optimizer=optimizer, **sections)
-
-
-def watched(config: RunConfig, directory: Path, *steps: int, torchrun: bool = False) -> dict:
-    """Run tests.support.rollout_training to its end, or end it; returns its record."""
-    (directory / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
-    # The launcher ends the run, and with it the servers, should this process be killed.
-    command = [sys.executable, LAUNCHER]
-    if torchrun:
-        command += ["torch.distributed.run", "--standalone", "--nproc-per-node", "1", "-m"]
-    command += ["tests.support.rollout_training", "config.yaml", "record", *map(str, steps)]
-    with (directory / "log").open("wb") as log:
-        process = subprocess.Popen(
-            command,
-            cwd=directory,
-            env=os.environ | {"PYTHONPATH": str(ROOT)},
-            stdin=subprocess.PIPE,
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-        )
-        try:
-            status = process.wait(DEADLINE_S)
-        except subprocess.TimeoutExpired:
-            status = "hangs"
-        finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-            process.stdin.close()
-    if status != 0:
-        pytest.fail(f"the run ended with status {status}:\n" + (directory / "log").read_text()[-6000:])
-    return json.loads((directory / "record").read_text())
 
 
 def test_served_log_probs_are_the_policys_after_every_sync(run: tuple[RunConfig, dict]) -> None:
@@ -138,7 +85,9 @@ def test_the_cache_of_old_weights_would_have_been_served(run: tuple[RunConfig, d
 
 def test_a_colocated_server_sleeps_while_the_policy_trains(task: Path, sglang_python: str, tmp_path: Path) -> None:
     """Without a GPU nothing is released, but the server checks the order: pause, release, resume, update."""
-    config = configured(task, tmp_path / "run", steps=2, rollout={"python": sglang_python, "colocate": True})
+    config = served_config(
+        "sglang", task, tmp_path / "run", steps=2, rollout={"python": sglang_python, "colocate": True}
+    )
     seen = watched(config, tmp_path)
     assert [sync["step"] for sync in seen["syncs"]] == [0, 1]
     assert all(seen_at["worst"] < SAME for seen_at in seen["syncs"] + seen["steps"])
@@ -152,7 +101,9 @@ def test_one_step_off_trains_on_responses_of_the_weights_before(task: Path, sgla
     """The server generates the next batch while the policy trains; the importance ratio sees the difference. Under
     torchrun, whose environment would tell the server of another world than its own."""
     rollout = {"python": sglang_python, "staleness": 1}
-    config = configured(task, tmp_path / "run", steps=3, rollout=rollout, objective={"ratio": "truncated_is"})
+    config = served_config(
+        "sglang", task, tmp_path / "run", steps=3, rollout=rollout, objective={"ratio": "truncated_is"}
+    )
     seen = watched(config, tmp_path, torchrun=True)
     assert [sync["step"] for sync in seen["syncs"]] == [0, 0, 1]
     assert all(sync["worst"] < SAME for sync in seen["syncs"])

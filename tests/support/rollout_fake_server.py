@@ -52,6 +52,16 @@ class FakeServer:
         self.loaded: str | None = None
         self.session_open = False
         self.paused = False
+        self.server_info = {
+            "vllm_config": {
+                "model_config": {"logprobs_mode": "raw_logprobs"},
+                "device_config": {"device": "cuda"},
+                "parallel_config": {"worker_extension_cls": ""},
+            }
+        }
+        """Of vLLM."""
+        self.development_mode = True
+        self.requests_hold_the_cache = False
         self.hangs_waited_for = 0
         self.generations = 0
         self.most_in_flight = 0
@@ -163,7 +173,7 @@ class FakeServer:
                     "logprobs": {
                         "tokens": [f"token_id:{i}" for i in ids],
                         "token_logprobs": values[:-1] if fault == "short_logprobs" else values,
-                        "top_logprobs": positions if body["logprobs"] else [None] * length,
+                        "top_logprobs": positions,
                     },
                     "finish_reason": "abort" if fault == "abort" else "stop" if body["stop"] else "length",
                     "stop_reason": body["stop"][0] if body["stop"] else None,
@@ -209,6 +219,8 @@ class FakeServer:
         return 200, recorded.get(path, {"body": {"success": True, "message": "Success"}})["body"]
 
     def _vllm_control(self, path: str, body: dict) -> tuple[int, object]:
+        if not self.development_mode:
+            return 404, {"detail": "Not Found"}
         if path == "/pause?mode=abort":
             self.paused = True
         elif path == "/resume":
@@ -219,6 +231,9 @@ class FakeServer:
             if body["method"] != "reload_weights" or not Path(body["kwargs"]["weights_path"]).is_dir():
                 return 500, {"error": "no such checkpoint"}
             self.loaded = body["kwargs"]["weights_path"]
+            return 200, {"results": [None]}
+        elif path == "/reset_prefix_cache":
+            return 200, {"success": not self.requests_hold_the_cache}
         return 200, {}
 
     def get(self, path: str) -> tuple[int, object]:
@@ -229,6 +244,10 @@ class FakeServer:
             return 200, RECORDED["model_info"]["body"] | {"weight_version": self.version, "model_path": self.model_path}
         if path == "/server_info":
             return 200, RECORDED["server_info"]["body"] | {"enable_fp32_lm_head": self.fp32_logits}
+        if not self.development_mode and path != "/v1/models":
+            return 404, {"detail": "Not Found"}
+        if path == "/server_info?config_format=json":
+            return 200, self.server_info
         if path == "/weight_info":
             return 200, {"weight_version": self.version}
         if path == "/v1/models":

@@ -1,12 +1,13 @@
-"""A training run with rollouts from a real SGLang server, watched from inside.
+"""A training run with rollouts from a real server, watched from inside.
 
     python -m tests.support.rollout_training CONFIG.yaml RECORD.json [KILLED_STEP UNFLUSHED_STEP]
 
 KILLED_STEP: the server is killed while it serves this step's batch; UNFLUSHED_STEP: before this step's sync the same
 weights are sent once without dropping the server's cache (both counted from 0).
 
-A process of its own, so that a hang can be ended from outside. The loop, the policy, the engine and the server are the
-project's and SGLang's own; around their methods stand checks that write what they see into RECORD.json.
+Dropping the cache is told apart for SGLang alone. A process of its own, so that a hang can be ended from outside. The
+loop, the policy, the engine and the server are the real ones; around their methods stand checks that write what they
+see into RECORD.json.
 """
 
 import json
@@ -25,13 +26,16 @@ from real_megatron.config import RunConfig
 from real_megatron.objective import ReinforceObjective
 from real_megatron.policy.policy import Policy
 from real_megatron.rollout.engine import SamplingParams
+from real_megatron.rollout.remote.engine import RemoteEngine
 from real_megatron.rollout.sampling import sample_trajectories
 from real_megatron.rollout.sglang.control import Control
 from real_megatron.rollout.sglang.engine import SGLangEngine
+from real_megatron.rollout.vllm.engine import VLLMEngine
 from real_megatron.training import rl
 from real_megatron.training.session import Session
 
 REPLIES_BEFORE_KILL = 2
+ENGINES: dict[str, type[RemoteEngine]] = {"sglang": SGLangEngine, "vllm": VLLMEngine}
 
 
 class Watch:
@@ -51,7 +55,8 @@ class Watch:
     def run(self, config: RunConfig) -> None:
         """Train, with this watch around the loop's own methods."""
         publish, generate, train_step = Session.publish, rl.generate, Policy.train_step
-        parse = SGLangEngine._parse_generation
+        kind = ENGINES[config.rollout.engine]
+        parse = kind._parse_generation
 
         def watched_publish(session: Session, step: int) -> None:
             if step == self._unflushed_step and self.unflushed is None:
@@ -70,7 +75,7 @@ class Watch:
             self._kill_after = REPLIES_BEFORE_KILL if number == self._killed_step else None
             return generate(session, objective, number)
 
-        def watched_parse(engine: SGLangEngine, reply, replica, params):
+        def watched_parse(engine: RemoteEngine, reply, replica, params):
             responses = parse(engine, reply, replica, params)
             if self._kill_after is not None:
                 self._kill_after -= 1
@@ -92,7 +97,7 @@ class Watch:
         with (
             mock.patch.object(Session, "publish", watched_publish),
             mock.patch.object(rl, "generate", watched_generate),
-            mock.patch.object(SGLangEngine, "_parse_generation", watched_parse),
+            mock.patch.object(kind, "_parse_generation", watched_parse),
             mock.patch.object(Policy, "train_step", watched_train_step),
         ):
             rl.train(config)

@@ -35,11 +35,11 @@ from real_megatron.training.stop import Terminated
 from tests.support.ranks import forget_policies
 
 
-def write_tiny_task(directory: Path) -> Path:
+def write_tiny_task(directory: Path, head_dim: int = 8) -> Path:
     """The tiny-judge task with few examples and a model of two narrow layers instead of its own."""
     write_task(directory, seed=0, sft=64, rl=48, test=8)
     config = build_config()
-    config.hidden_size, config.intermediate_size, config.head_dim = 32, 64, 8
+    config.hidden_size, config.intermediate_size, config.head_dim = 32, 64, head_dim
     config.num_hidden_layers = 2
     config.layer_types = config.layer_types[:2]
     torch.manual_seed(0)

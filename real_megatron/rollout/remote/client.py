@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
 from real_megatron.errors import EngineError
-from real_megatron.rollout.remote.errors import Retryable, StaleReply, Unreachable
+from real_megatron.rollout.remote.errors import Retryable, ServerFault, StaleReply, Unreachable
 from real_megatron.rollout.remote.http import Http
 from real_megatron.rollout.remote.replica import Replica, ReplicaPool
 
@@ -41,8 +41,9 @@ class RequestClient:
         """`parse(reply, replica)` of the first good reply.
 
         Connection loss, a missed deadline, 5xx, a reply that is no JSON, and a Retryable from `parse` are tried again
-        elsewhere, after a pause with jitter; any other status, and the last failure, is an EngineError that names
-        `what`. A reply counts whole or not at all.
+        elsewhere, after a pause with jitter; unless the fault is in one reply alone, the server is asked whether it is
+        well. Any other status, and the last failure, is an EngineError that names `what`. A reply counts whole or not
+        at all.
         """
         failures: list[str] = []
         for attempt in range(self._attempts):
@@ -61,8 +62,8 @@ class RequestClient:
             except (Unreachable, Retryable) as error:
                 failures.append(f"{url}: {error}")
                 logger.info("%s, attempt %d: %s", what, attempt + 1, failures[-1])
-                fatal = not isinstance(error, Retryable) or isinstance(error, StaleReply)
-                if fatal and replica.incarnation == incarnation:  # else it has been replaced or asked meanwhile
+                suspect = isinstance(error, (Unreachable, ServerFault, StaleReply))
+                if suspect and replica.incarnation == incarnation:  # else it has been replaced or asked meanwhile
                     self._suspect(replica, failures[-1])
             finally:
                 self._pool.release(replica)
@@ -71,7 +72,7 @@ class RequestClient:
     async def _post(self, url: str, body: dict[str, Any]) -> Any:
         reply = await self._http.post(url, body, self._timeout_s)
         if reply.status >= 500:
-            raise Retryable(reply.describe())
+            raise ServerFault(reply.describe())
         if reply.status != 200:
             raise EngineError(f"{url} refused the request with {reply.describe()}")
         try:

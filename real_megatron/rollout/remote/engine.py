@@ -146,6 +146,10 @@ class RemoteEngine(ABC):
         """Called after each good reply: raise StaleReply when it came from other weights without saying so."""
         return
 
+    async def _check_settings(self, replica: Replica, timeout_s: float) -> None:
+        """Raise WrongServer where a server that is up runs with settings that it must not have."""
+        return
+
     async def _shutdown(self) -> None:
         """End the servers that were started here, and the connections."""
         await self._pool.close()
@@ -181,6 +185,7 @@ class RemoteEngine(ABC):
         if local and reply.unauthorized:
             raise another
         reply.check(url)
+        await self._check_settings(replica, timeout_s)
         if local or (self._serve_loaded and self._label is None):
             check_loaded(replica.url, *await self._loaded(replica), self._model_dir)
 

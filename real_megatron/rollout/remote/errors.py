@@ -11,6 +11,10 @@ class Unreachable(Exception):
     """No whole reply: the server cannot be reached, closed the connection, or missed the deadline."""
 
 
+class ServerFault(Retryable):
+    """The server answered that it has failed. Its front end may be all that is left of it."""
+
+
 class StaleReply(Retryable):
     """A reply was sampled from other weights than the current ones."""
 

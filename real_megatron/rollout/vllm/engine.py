@@ -1,7 +1,6 @@
 """The vLLM engine: the OpenAI-compatible server, weights by checkpoint directories.
 
-Written against vLLM 0.30's documented endpoints and tested against a local server that speaks them; no vLLM has run
-behind it yet.
+Written against vLLM 0.32, which has run behind it on a CPU (tests/rollout/test_vllm_server.py).
 """
 
 from collections.abc import Iterable, Sequence
@@ -15,13 +14,14 @@ from real_megatron.rollout.engine import EngineSpec, Response, SamplingParams, d
 from real_megatron.rollout.remote.buckets import bucketed
 from real_megatron.rollout.remote.control import ControlClient
 from real_megatron.rollout.remote.engine import RemoteEngine
-from real_megatron.rollout.remote.errors import Retryable, StaleReply
+from real_megatron.rollout.remote.errors import Retryable, StaleReply, WrongServer
 from real_megatron.rollout.remote.labels import incomplete
 from real_megatron.rollout.remote.replica import NoCurrentWeights, Replica
 from real_megatron.rollout.remote.servers import ServerCommand
 from real_megatron.rollout.remote.spool import CheckpointSpool
 from real_megatron.rollout.vllm import replies
 from real_megatron.rollout.vllm.command import RESERVED_TOKENS, SERVED_NAME, server_command
+from real_megatron.rollout.vllm.settings import check_settings
 
 
 @register_engine("vllm", server_package="vllm", reserved_tokens=RESERVED_TOKENS)
@@ -29,9 +29,9 @@ class VLLMEngine(RemoteEngine):
     """RolloutEngine on vLLM servers, started here or attached to.
 
     Attached servers must serve the model as `policy`, in development mode (VLLM_SERVER_DEV_MODE=1: pause, reload and
-    sleep are development endpoints) and with their default `--logprobs-mode raw_logprobs`. vLLM then reports
-    log-probabilities at temperature 1, so only temperatures 1 and 0 are taken. Where the model's directory holds
-    Mistral's format too (consolidated*.safetensors), they need `--config-format hf --load-format safetensors
+    sleep are development endpoints) and with their default `--logprobs-mode raw_logprobs`; others are refused. vLLM
+    then reports log-probabilities at temperature 1, so only temperatures 1 and 0 are taken. Where the model's directory
+    holds Mistral's format too (consolidated*.safetensors), they need `--config-format hf --load-format safetensors
     --tokenizer-mode hf`.
     """
 
@@ -115,6 +115,17 @@ class VLLMEngine(RemoteEngine):
         await self._pool.settled()
         await self._require_weights()
 
+    async def _check_settings(self, replica: Replica, timeout_s: float) -> None:
+        url = replica.url + "/server_info?config_format=json"
+        reply = await self._http.get(url, timeout_s)
+        if reply.status == 404:
+            raise WrongServer(
+                f"{replica.url} is no vLLM server in development mode, which syncs of weights need: start it with the "
+                "environment variable VLLM_SERVER_DEV_MODE=1"
+            )
+        reply.check(url)
+        check_settings(replica.url, reply.json(), self._tied)
+
     async def _loaded(self, replica: Replica) -> tuple[str, str]:
         label = str((await self._control.get(replica, "/weight_info"))["weight_version"])
         cards = (await self._control.get(replica, "/v1/models"))["data"]
@@ -130,16 +141,32 @@ class VLLMEngine(RemoteEngine):
         if replica.label == self._label == served:
             return
         post = self._control.post
-        if self._asleep and not self._serve_loaded:
+        asleep = self._asleep and not self._serve_loaded
+        if asleep:
             await post(replica, "/wake_up?tags=weights", {})
         await post(replica, "/pause?mode=abort", {})
         await post(replica, "/update_weight_version", {"new_version": incomplete(self._label)})
-        body = {"method": "reload_weights", "kwargs": {"weights_path": str(self._spool.finished)}}
-        await post(replica, "/collective_rpc", body, self._control.timeout_s)
-        await post(replica, "/reset_prefix_cache", {})
+        await self._reload(replica)
+        # Refused while requests run, with status 200. Old keys and values would serve the new weights.
+        if not (await post(replica, "/reset_prefix_cache", {})).get("success"):
+            raise EngineError(f"{replica.url}/reset_prefix_cache: the cache of the old weights was not dropped")
         await post(replica, "/update_weight_version", {"new_version": self._label})
-        await post(replica, "/resume", {})
+        if not asleep:  # else its KV cache has no memory yet: `wake` lets requests in
+            await post(replica, "/resume", {})
         replica.label = self._label
+
+    async def _reload(self, replica: Replica) -> None:
+        """Have a server load the spooled checkpoint. After a failure half-way vLLM keeps what it had read, and may
+        repeat the failure at each later load: only a new process helps."""
+        directory = self._spool.finished
+        body = {"method": "reload_weights", "kwargs": {"weights_path": str(directory)}}
+        try:
+            await self._control.post(replica, "/collective_rpc", body, self._control.timeout_s)
+        except EngineError as error:
+            raise EngineError(
+                f"{error}; the server is paused. See that it can read {directory}; if it repeats this failure, start "
+                "it anew"
+            ) from error
 
     # --- memory -----------------------------------------------------------------------------------------------------
 

@@ -1,18 +1,34 @@
-"""vLLM's OpenAI-compatible POST /v1/completions, with its token-id extensions (vLLM 0.30)."""
+"""vLLM's OpenAI-compatible POST /v1/completions, with its token-id extensions (vLLM 0.32)."""
 
 import math
 from collections.abc import Sequence
 from typing import Any
 
+from real_megatron.errors import EngineError
 from real_megatron.rollout.engine import Response, SamplingParams
 from real_megatron.rollout.remote.errors import Retryable
+
+_MOST_STOPS = 4
+_MOST_WATCHED = 128
+"""What the server takes in one request."""
 
 
 def generation_body(
     model: str, prompt: list[int], params: SamplingParams, seed: int | None, stop_ids: Sequence[int] = ()
 ) -> dict[str, Any]:
     """A request for `params.n` samples. Every sampling parameter is named: the server takes those that are missing
-    from the checkpoint's generation_config.json. stop_ids: end-of-sequence tokens."""
+    from the checkpoint's generation_config.json. stop_ids: end-of-sequence tokens.
+
+    Raises EngineError for more stop texts or watched tokens than a server takes.
+    """
+    for what, count, most in (
+        ("stop texts", len(params.stop), _MOST_STOPS),
+        ("tokens whose log-probabilities are asked for", len(params.watch_ids), _MOST_WATCHED),
+    ):
+        if count > most:
+            raise EngineError(
+                f"{count} {what}: a vLLM server takes {most} in a request; set rollout.engine to transformers or sglang"
+            )
     body: dict[str, Any] = {
         "model": model,
         "prompt": prompt,
@@ -35,8 +51,8 @@ def generation_body(
     if params.watch_ids:
         body["logprob_token_ids"] = list(params.watch_ids)
     if seed is not None:
-        # Sample k of a request draws from seed + k.
-        body["seed"] = seed % 2**31
+        # Sample k of a request draws from seed + k, which must be an int64 too.
+        body["seed"] = seed % 2**62
     return body
 
 

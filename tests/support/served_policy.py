@@ -1,0 +1,66 @@
+"""What a real server has served, beside transformers in fp32 on the same weights."""
+
+from collections.abc import Sequence
+
+import torch
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from real_megatron.rollout.engine import Response
+from tests.support.rollout_models import byte_level
+
+TOKENIZER = byte_level()
+EOS = TOKENIZER.eos_token_id
+PROMPTS = [TOKENIZER.encode(text) for text in ("The answer", "poor answer;", "It ignores the question", "a", "short")]
+
+
+def policy(config: PretrainedConfig, seed: int) -> PreTrainedModel:
+    torch.manual_seed(seed)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+def worst_difference(
+    groups: Sequence[Sequence[Response]],
+    model: PreTrainedModel,
+    temperature: float,
+    prompts: Sequence[list[int]],
+    watch_ids: Sequence[int],
+) -> float:
+    """Largest |engine − policy| over sampled and watched log-probs."""
+    worst = 0.0
+    for prompt, group in zip(prompts, groups, strict=True):
+        for response in group:
+            ids = torch.tensor(response.token_ids)
+            with torch.no_grad():
+                logits = model(torch.tensor([prompt + response.token_ids])).logits[0].double()
+            exact = (logits / (temperature or 1)).log_softmax(-1)[len(prompt) - 1 : -1]
+            worst = max(
+                worst, (exact.gather(1, ids[:, None])[:, 0] - torch.tensor(response.logprobs)).abs().max().item()
+            )
+            if response.watched:
+                watched = exact[:, list(watch_ids)] - torch.tensor(response.watched)
+                worst = max(worst, watched.abs().max().item())
+    return worst
+
+
+@torch.no_grad()
+def make_end_likely(model: PreTrainedModel, prompts: Sequence[list[int]], eos: int) -> None:
+    """The end of sequence becomes likely, not certain: a logit of 5 where the hidden state is the mean one. The model's
+    embedding is tied to its output layer."""
+    mean = torch.cat([model.model(torch.tensor([p])).last_hidden_state[0] for p in prompts]).mean(0)
+    model.model.embed_tokens.weight[eos] = 5 * mean / mean.square().sum()
+
+
+def check_endings(groups: Sequence[Sequence[Response]], tokenizer: PreTrainedTokenizerBase, longest: int) -> None:
+    """Responses to the stop texts "a" and " t" end as they say, and in each way that there is."""
+    reasons = {"stop": 0, "eos": 0, "length": 0}
+    for response in (r for group in groups for r in group):
+        reasons[response.finish_reason] += 1
+        ids = response.token_ids
+        text, before = tokenizer.decode(ids), tokenizer.decode(ids[:-1])
+        if response.finish_reason == "stop":
+            assert ("a" in text or " t" in text) and "a" not in before and " t" not in before
+        elif response.finish_reason == "eos":
+            assert ids.index(tokenizer.eos_token_id) == len(ids) - 1
+        else:
+            assert len(ids) == longest and tokenizer.eos_token_id not in ids and "a" not in text
+    assert all(reasons.values()), reasons
