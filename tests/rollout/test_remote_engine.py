@@ -112,6 +112,15 @@ def test_single_samples_and_no_prompts(make, flavour):
     assert engine.next_token_logprobs([], [1]).shape == (0, 1)
 
 
+def test_a_vllm_server_draws_one_greedy_response_for_all_samples(make):
+    """It refuses to draw more of them."""
+    engine, _ = make(1, "vllm")
+    params = SamplingParams(n=3, temperature=0, max_new_tokens=8, watch_ids=(3,))
+    for prompt, group in zip(PROMPTS, engine.generate(PROMPTS, params), strict=True):
+        assert [r.token_ids for r in group] == [expected_ids(prompt, 0, 6)] * 3
+        assert group[0] == group[1] == group[2] and group[0].token_ids is not group[1].token_ids
+
+
 @pytest.mark.parametrize("fault", ["disconnect", "truncate", "error_500", "wrong_k", "short_logprobs", "abort"])
 def test_a_fault_is_survived_and_nothing_counts_twice(make, flavour, fault):
     engine, (fake,) = make(1, flavour)

@@ -122,6 +122,8 @@ class FakeServer:
                 return 500, {"error": {"message": "internal"}}
             if fault == "refuse_400":
                 return RECORDED["refused"]["status"], RECORDED["refused"]["body"]
+            if self.flavour == "vllm" and body["temperature"] == 0 and body["n"] > 1:
+                return 400, {"error": {"message": f"n must be 1 when using greedy sampling, got {body['n']}."}}
             return 200, self._sglang(body, fault) if self.flavour == "sglang" else self._vllm(body, fault)
         finally:
             with self._lock:
