@@ -621,6 +621,13 @@ def test_a_prompts_seed_reaches_a_vllm_server(make):
     assert [body["seed"] for body in fake.bodies] == [3, 5]
 
 
+def test_a_vllm_server_looks_for_stop_texts_among_special_tokens_too(make):
+    """As the other engines do: an anchor may hold some. Its default leaves them out of the text."""
+    engine, (fake,) = make(1, "vllm")
+    engine.generate(PROMPTS[:1], SamplingParams(max_new_tokens=8, stop=("<score>",)))
+    assert fake.bodies[0]["skip_special_tokens"] is False
+
+
 def test_a_server_that_says_that_it_has_failed_is_asked_whether_it_is_well(make, flavour):
     """vLLM's front end outlives its worker: the first sign is a status of 500."""
     engine, (fake,) = make(1, flavour)

@@ -44,6 +44,7 @@ def generation_body(
         "stop": list(params.stop),
         "stop_token_ids": list(stop_ids),
         "include_stop_str_in_output": True,
+        "skip_special_tokens": False,  # they are part of the text that stop texts are looked for in
         "logprobs": len(params.watch_ids),
         "return_token_ids": True,
         "return_tokens_as_token_ids": True,
