@@ -130,6 +130,15 @@ def test_single_samples_and_no_prompts(make, flavour):
     assert engine.next_token_logprobs([], [1]).shape == (0, 1)
 
 
+def test_a_vllm_server_draws_one_greedy_response_for_all_samples(make):
+    """It refuses to draw more of them."""
+    engine, _ = make(1, "vllm")
+    params = SamplingParams(n=3, temperature=0, max_new_tokens=8, watch_ids=(3,))
+    for prompt, group in zip(PROMPTS, engine.generate(PROMPTS, params), strict=True):
+        assert [r.token_ids for r in group] == [expected_ids(prompt, 0, 6)] * 3
+        assert group[0] == group[1] == group[2] and group[0].token_ids is not group[1].token_ids
+
+
 @pytest.mark.parametrize("fault", ["disconnect", "truncate", "error_500", "wrong_k", "short_logprobs", "abort"])
 def test_a_fault_is_survived_and_nothing_counts_twice(make, flavour, fault):
     engine, (fake,) = make(1, flavour)
@@ -565,8 +574,22 @@ def test_a_vllm_server_whose_replies_would_be_wrong_is_refused(make, section, fi
     fake.server_info["vllm_config"][section][field] = value
     fake.calls.clear()
     with pytest.raises(EngineError, match=message) as refused:
-        type(engine)(engine_spec(engine._config, engine._model_dir, engine._model_dir.parent, serve_loaded=True))
+        make_again(engine, serve_loaded=False)
     assert "recoveries in a row" not in str(refused.value) and not fake.calls
+
+
+def make_again(engine, serve_loaded: bool):
+    """Another engine in front of the same servers."""
+    spec = engine_spec(engine._config, engine._model_dir, engine._model_dir.parent / "again", serve_loaded=serve_loaded)
+    return type(engine)(spec)
+
+
+def test_a_vllm_server_on_a_cpu_serves_a_tied_model_that_it_has_loaded_itself(make):
+    engine, (fake,) = make(1, "vllm")
+    fake.server_info["vllm_config"]["device_config"]["device"] = "cpu"
+    again = make_again(engine, serve_loaded=True)
+    check(again.generate(PROMPTS, PARAMS))
+    again.close()
 
 
 def test_a_vllm_server_without_development_mode_is_one_clear_error(make):
@@ -574,7 +597,7 @@ def test_a_vllm_server_without_development_mode_is_one_clear_error(make):
     fake.development_mode = False
     for serve_loaded in (True, False):
         with pytest.raises(EngineError, match="VLLM_SERVER_DEV_MODE=1") as refused:
-            type(engine)(engine_spec(engine._config, engine._model_dir, engine._model_dir, serve_loaded=serve_loaded))
+            make_again(engine, serve_loaded)
         assert "recoveries in a row" not in str(refused.value)
 
 
@@ -585,6 +608,32 @@ def test_a_vllm_server_that_keeps_the_cache_of_old_weights_is_not_asked(make, mo
     with pytest.raises(WeightSyncError, match="reset_prefix_cache: the cache of the old weights was not dropped"):
         engine.update_weights(model.named_parameters(), 1)
     assert fake.version.endswith("-incomplete") and fake.paused
+
+
+def test_a_vllm_server_whose_reload_failed_half_way_is_to_be_started_anew(make, model):
+    """It goes on repeating the failure, and ends at the next request, while its health check is good."""
+    engine, (fake,) = make(1, "vllm", serve_loaded=False, restarts=1)
+    engine.update_weights(model.named_parameters(), 1)
+    fake.control_faults = {"/collective_rpc": ["half"]}
+    with pytest.raises(WeightSyncError, match="the error of the first load.*the server is paused.* start it anew"):
+        engine.update_weights(model.named_parameters(), 2)
+    with pytest.raises(EngineError, match="no rollout server can serve: .* start it anew"):
+        engine.generate(PROMPTS, PARAMS)
+
+
+def test_an_update_leaves_no_response_of_a_vllm_server_with_old_weights(make, model):
+    """What runs is aborted, and asked for again when the server is resumed: until then requests wait."""
+    engine, (fake,) = make(1, "vllm", serve_loaded=False, concurrency=4)
+    engine.update_weights(model.named_parameters(), 1)
+    fake.faults = [0] * 4 + [0.5] * 4
+    results = engine.generate_stream(PROMPTS, PARAMS)
+    found = [next(results)]
+    engine.update_weights(model.named_parameters(), 2)
+    found += results
+    groups = [group for _, group in sorted(found, key=lambda item: item[0])]
+    check(groups)
+    assert fake.generations > len(PROMPTS) and not fake.paused
+    assert sum({r.weight_version for r in group} == {2} for group in groups) >= len(PROMPTS) - 4 - 4
 
 
 def test_a_sleeping_vllm_server_takes_requests_only_when_its_cache_has_memory(make, model):
@@ -614,6 +663,13 @@ def test_a_prompts_seed_reaches_a_vllm_server(make):
     engine, (fake,) = make(1, "vllm", concurrency=1)
     engine.generate(PROMPTS[:2], PARAMS, [2**62 + 3, 5])
     assert [body["seed"] for body in fake.bodies] == [3, 5]
+
+
+def test_a_vllm_server_looks_for_stop_texts_among_special_tokens_too(make):
+    """As the other engines do: an anchor may hold some. Its default leaves them out of the text."""
+    engine, (fake,) = make(1, "vllm")
+    engine.generate(PROMPTS[:1], SamplingParams(max_new_tokens=8, stop=("<score>",)))
+    assert fake.bodies[0]["skip_special_tokens"] is False
 
 
 def test_a_server_that_says_that_it_has_failed_is_asked_whether_it_is_well(make, flavour):

@@ -38,8 +38,9 @@ class FakeServer:
     """State of one server. `faults` are consumed one per generation request: hang, disconnect, truncate, error_500,
     refuse_400, wrong_k, short_logprobs, nan, abort, stale; or, before a good reply, a number of seconds or an Event to
     wait for.
-    `control_faults` maps a control path to statuses that it answers with, one per call, or "hang". With a `key`, all
-    requests but /health need it."""
+    `control_faults` maps a control path to statuses that it answers with, one per call, or "hang", or for a reload of
+    vLLM "half", after which all later reloads fail and a request ends the server. With a `key`, all requests but
+    /health need it."""
 
     def __init__(self, flavour: str = "sglang", port: int = 0, key: str | None = None) -> None:
         self.flavour = flavour
@@ -62,6 +63,10 @@ class FakeServer:
         """Of vLLM."""
         self.development_mode = True
         self.requests_hold_the_cache = False
+        self.half_loaded = False
+        self.pauses = 0
+        self._resumed = threading.Event()
+        self._resumed.set()
         self.hangs_waited_for = 0
         self.generations = 0
         self.most_in_flight = 0
@@ -104,16 +109,25 @@ class FakeServer:
             self.most_in_flight = max(self.most_in_flight, self._in_flight)
             fault = self.faults.pop(0) if self.faults else None
         try:
+            if self.flavour == "vllm":
+                self._resumed.wait(30)
+            pauses = self.pauses
             if isinstance(fault, (int, float)):
                 time.sleep(fault)
             if isinstance(fault, threading.Event):
                 fault.wait(600)
+            if self.pauses > pauses:
+                fault = "abort"
+            if self.half_loaded:
+                return "disconnect"
             if fault in ("hang", "disconnect", "truncate"):
                 return fault
             if fault == "error_500":
                 return 500, {"error": {"message": "internal"}}
             if fault == "refuse_400":
                 return RECORDED["refused"]["status"], RECORDED["refused"]["body"]
+            if self.flavour == "vllm" and body["temperature"] == 0 and body["n"] > 1:
+                return 400, {"error": {"message": f"n must be 1 when using greedy sampling, got {body['n']}."}}
             return 200, self._sglang(body, fault) if self.flavour == "sglang" else self._vllm(body, fault)
         finally:
             with self._lock:
@@ -190,6 +204,9 @@ class FakeServer:
                 time.sleep(600)
                 self.hangs_waited_for += 1
                 return 500, None
+            if fault == "half":
+                self.half_loaded = True
+                fault = 500
             return fault, {"success": False, "message": "fault on demand"}
         if self.flavour == "vllm":
             return self._vllm_control(path, body)
@@ -223,13 +240,18 @@ class FakeServer:
             return 404, {"detail": "Not Found"}
         if path == "/pause?mode=abort":
             self.paused = True
+            self.pauses += 1
+            self._resumed.clear()
         elif path == "/resume":
             self.paused = False
+            self._resumed.set()
         elif path == "/update_weight_version":
             self.version = body["new_version"]
         elif path == "/collective_rpc":
             if body["method"] != "reload_weights" or not Path(body["kwargs"]["weights_path"]).is_dir():
                 return 500, {"error": "no such checkpoint"}
+            if self.half_loaded:
+                return 500, {"error": "the error of the first load"}
             self.loaded = body["kwargs"]["weights_path"]
             return 200, {"results": [None]}
         elif path == "/reset_prefix_cache":

@@ -120,11 +120,11 @@ class VLLMEngine(RemoteEngine):
         reply = await self._http.get(url, timeout_s)
         if reply.status == 404:
             raise WrongServer(
-                f"{replica.url} is no vLLM server in development mode, which syncs of weights need: start it with the "
-                "environment variable VLLM_SERVER_DEV_MODE=1"
+                f"{replica.url} is no vLLM server in development mode, in which alone it tells its settings and takes "
+                "weights: start it with the environment variable VLLM_SERVER_DEV_MODE=1"
             )
         reply.check(url)
-        check_settings(replica.url, reply.json(), self._tied)
+        check_settings(replica.url, reply.json(), synced_tied=self._tied and not self._serve_loaded)
 
     async def _loaded(self, replica: Replica) -> tuple[str, str]:
         label = str((await self._control.get(replica, "/weight_info"))["weight_version"])

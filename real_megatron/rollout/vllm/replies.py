@@ -16,7 +16,7 @@ _MOST_WATCHED = 128
 def generation_body(
     model: str, prompt: list[int], params: SamplingParams, seed: int | None, stop_ids: Sequence[int] = ()
 ) -> dict[str, Any]:
-    """A request for `params.n` samples. Every sampling parameter is named: the server takes those that are missing
+    """A request for the samples of a prompt. Every sampling parameter is named: the server takes those that are missing
     from the checkpoint's generation_config.json. stop_ids: end-of-sequence tokens.
 
     Raises EngineError for more stop texts or watched tokens than a server takes.
@@ -32,7 +32,7 @@ def generation_body(
     body: dict[str, Any] = {
         "model": model,
         "prompt": prompt,
-        "n": params.n,
+        "n": _drawn(params),
         "temperature": params.temperature,
         "top_p": params.top_p,
         "top_k": -1,
@@ -44,6 +44,7 @@ def generation_body(
         "stop": list(params.stop),
         "stop_token_ids": list(stop_ids),
         "include_stop_str_in_output": True,
+        "skip_special_tokens": False,  # they are part of the text that stop texts are looked for in
         "logprobs": len(params.watch_ids),
         "return_token_ids": True,
         "return_tokens_as_token_ids": True,
@@ -57,14 +58,20 @@ def generation_body(
 
 
 def parse_generation(reply: Any, params: SamplingParams, version: int) -> list[Response]:
-    """The responses of one request. Raises Retryable when the reply is not exactly `n` whole responses."""
+    """The `params.n` responses of one request. Raises Retryable when the reply is not exactly those asked for."""
     try:
         choices = sorted(reply["choices"], key=lambda choice: choice["index"])
-        if [choice["index"] for choice in choices] != list(range(params.n)):
-            raise Retryable(f"{len(choices)} responses, asked for {params.n}")
-        return [_response(choice, params, version) for choice in choices]
+        drawn = _drawn(params)
+        if [choice["index"] for choice in choices] != list(range(drawn)):
+            raise Retryable(f"{len(choices)} responses, asked for {drawn}")
+        return [_response(choices[k % drawn], params, version) for k in range(params.n)]
     except (KeyError, TypeError, IndexError, AttributeError) as error:
         raise Retryable(f"the reply has not the expected form: {error!r}") from error
+
+
+def _drawn(params: SamplingParams) -> int:
+    """How many responses differ: greedy ones are all the same, and a server refuses to draw more than one."""
+    return params.n if params.temperature else 1
 
 
 def parse_scoring(reply: Any, ids: Sequence[int]) -> list[float]:
@@ -93,7 +100,7 @@ def _response(choice: dict, params: SamplingParams, version: int) -> Response:
     else:
         # The stop text; for an end of sequence null, or the token's id.
         reason = "stop" if isinstance(choice.get("stop_reason"), str) else "eos"
-    return Response(ids, logprobs, reason, version, watched)
+    return Response(list(ids), list(logprobs), reason, version, watched)
 
 
 def _values(position: dict[str, float], ids: Sequence[int]) -> list[float]:

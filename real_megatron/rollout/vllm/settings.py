@@ -8,10 +8,10 @@ from real_megatron.rollout.vllm.command import LIVE_HEAD
 _LOGPROBS_MODE = "raw_logprobs"
 
 
-def check_settings(url: str, info: Any, tied: bool) -> None:
+def check_settings(url: str, info: Any, synced_tied: bool) -> None:
     """Raise WrongServer for settings with which a server's replies would be wrong without saying so.
 
-    tied: whether the model's output layer is its embedding
+    synced_tied: whether weights will be sent to the server for a model whose output layer is its embedding
     """
     try:
         config = info["vllm_config"]
@@ -25,7 +25,7 @@ def check_settings(url: str, info: Any, tied: bool) -> None:
             f"{url} runs with --logprobs-mode {mode}: its log-probabilities are not those of the policy; start it with "
             f"{_LOGPROBS_MODE}, the default"
         )
-    if tied and device == "cpu" and extension != LIVE_HEAD:
+    if synced_tied and device == "cpu" and extension != LIVE_HEAD:
         raise WrongServer(
             f"{url} runs on a CPU, where vLLM keeps a copy of an output layer that is tied to the embedding: no sync "
             "would reach it. Leave rollout.servers empty, and the server is started with what it needs, or start it "
