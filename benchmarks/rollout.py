@@ -75,8 +75,9 @@ def drive_engine(engine: SGLangEngine, args: argparse.Namespace, samples: int, s
     return tokens / seconds
 
 
-def drive_benchmark(args: argparse.Namespace, url: str, model: Path, seed: int) -> float:
-    """Output tokens per second that `sglang.bench_serving` reports for its own load."""
+def drive_benchmark(args: argparse.Namespace, engine: SGLangEngine, model: Path, seed: int) -> float:
+    """Output tokens per second that `sglang.bench_serving` reports for its own load on the engine's server."""
+    url = engine.urls[0]
     with tempfile.TemporaryDirectory() as directory:
         results = Path(directory) / "results.jsonl"
         code = "import runpy, sys; runpy.run_module('sglang.bench_serving', run_name='__main__', alter_sys=True)"
@@ -92,9 +93,8 @@ def drive_benchmark(args: argparse.Namespace, url: str, model: Path, seed: int) 
         command += ["--random-range-ratio", "1.0", "--max-concurrency", str(args.concurrency)]
         command += ["--disable-stream", "--return-logprob", "--temperature", "1.0", "--warmup-requests", "0"]
         command += ["--disable-tqdm", "--output-file", str(results)]
-        done = subprocess.run(
-            command, capture_output=True, encoding="utf-8", errors="replace", env=os.environ | {"HF_HUB_OFFLINE": "1"}
-        )
+        environment = os.environ | {"HF_HUB_OFFLINE": "1", "OPENAI_API_KEY": engine.api_key}
+        done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", env=environment)
         if done.returncode or not results.exists():
             raise RuntimeError(f"bench_serving failed:\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}")
         result = json.loads(results.read_text(encoding="utf-8").splitlines()[-1])
@@ -103,11 +103,13 @@ def drive_benchmark(args: argparse.Namespace, url: str, model: Path, seed: int) 
     return result["output_throughput"]
 
 
-def measure(engine: SGLangEngine, args: argparse.Namespace, url: str, model: Path) -> dict[str, list[float]]:
+def measure(engine: SGLangEngine, args: argparse.Namespace, model: Path) -> dict[str, list[float]]:
     """Tokens per second of each turn. Each load begins with an empty prefix cache."""
 
     def flushed(seed: int) -> int:
-        with urllib.request.urlopen(urllib.request.Request(url + "/flush_cache", method="POST"), timeout=60):
+        headers = {"Authorization": f"Bearer {engine.api_key}"}
+        request = urllib.request.Request(engine.urls[0] + "/flush_cache", headers=headers, method="POST")
+        with urllib.request.urlopen(request, timeout=60):
             return seed
 
     rates: dict[str, list[float]] = {"engine": [], "benchmark": [], "samples": []}
@@ -120,7 +122,7 @@ def measure(engine: SGLangEngine, args: argparse.Namespace, url: str, model: Pat
             if client == "engine":
                 rates["engine"].append(drive_engine(engine, args, 1, seed))
             else:
-                rates["benchmark"].append(drive_benchmark(args, url, model, seed))
+                rates["benchmark"].append(drive_benchmark(args, engine, model, seed))
         rates["samples"].append(drive_engine(engine, args, args.samples, flushed(turn)))
         shown = "  ".join(f"{name} {values[-1]:.0f} tokens/s" for name, values in rates.items())
         print(f"turn {turn + 1} of {args.turns}, load {load:.1f} before it: {shown}", flush=True)
@@ -208,7 +210,7 @@ def main() -> None:
         args.vocabulary = AutoConfig.from_pretrained(model).vocab_size
         engine = start_engine(args, model, Path(directory))
         try:
-            rates = measure(engine, args, engine.urls[0], model)
+            rates = measure(engine, args, model)
         finally:
             engine.close()
     report.publish(page(args, rates, preamble), args.output)

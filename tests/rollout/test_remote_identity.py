@@ -182,7 +182,7 @@ def test_every_request_to_a_local_server_carries_a_key_of_the_run(build, model, 
     assert works(engine)
     (process,) = [r.process for r in engine._pool.replicas]
     assert process.starts == 1
-    key = process._environment[{"sglang": "LAUNCH_API_KEY", "vllm": "VLLM_API_KEY"}[flavour]]
+    key = engine.api_key
     assert len(key) >= 32 and key.encode() not in Path(f"/proc/{process.pid}/cmdline").read_bytes()
     assert not any(key in path.read_text(errors="replace") for path in (tmp_path / "work/logs").iterdir())
     assert servers.api_key(engine._config) != key

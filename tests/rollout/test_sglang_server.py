@@ -17,7 +17,6 @@ from real_megatron.errors import EngineError
 from real_megatron.rollout.engine import SamplingParams, WeightSyncError
 from real_megatron.rollout.remote.buckets import bucketed
 from real_megatron.rollout.remote.http import Reply
-from real_megatron.rollout.remote.process import LAUNCHER_KEY
 from real_megatron.rollout.scoring import sample_scored
 from real_megatron.rollout.sglang.engine import SGLangEngine
 from real_megatron.rollout.sglang.tensor_transport import _pickle_by_handle
@@ -69,9 +68,8 @@ def engine(model_dir, sglang_python, tmp_path_factory):
 @pytest.fixture
 def key(engine, monkeypatch):
     """The server's API key, exported as KEY_OF_SERVER."""
-    key = engine._pool.replicas[0].process._environment[LAUNCHER_KEY]
-    monkeypatch.setenv("KEY_OF_SERVER", key)
-    return key
+    monkeypatch.setenv("KEY_OF_SERVER", engine.api_key)
+    return engine.api_key
 
 
 @pytest.fixture

@@ -19,7 +19,6 @@ from real_megatron.judging.evaluate import evaluate
 from real_megatron.judging.file import JudgeSummary, judge_file
 from real_megatron.judging.judge import Judge
 from real_megatron.rollout.engine import EngineSpec
-from real_megatron.rollout.remote.process import LAUNCHER_KEY
 from real_megatron.rollout.sglang.engine import SGLangEngine
 from tests.support.served_runs import PROMPTS, SAME, SAMPLES, served_config, uneven_task, watched
 from tests.support.tiny_runs import rows
@@ -149,7 +148,7 @@ def test_judging_through_a_server_streams_and_resumes(
     server = SGLangEngine(EngineSpec(config.rollout, model, tokenizer, tmp_path, **lengths, serve_loaded=True))
     try:
         evaluation = config.evaluation.model_copy(update={"batch_size": 2})
-        monkeypatch.setenv("KEY_OF_SERVER", server._pool.replicas[0].process._environment[LAUNCHER_KEY])
+        monkeypatch.setenv("KEY_OF_SERVER", server.api_key)
         attached = changed(config, servers=server.urls, api_key_variable="KEY_OF_SERVER")
         served = attached.model_copy(update={"evaluation": evaluation})
         generate, calls = SGLangEngine.generate, []

@@ -67,20 +67,21 @@ class RemoteEngine(ABC):
         """Version of the current weights; None before the first sync and after a failed one."""
         self._asleep = False
         self._closing = threading.Lock()
-        key = api_key(spec.config)
+        self.api_key = api_key(spec.config)
+        """Of its servers, for whoever asks them directly: not for logs or files."""
         replicas = configured_servers(
             spec.config,
             self._name,
             spec.work_dir / "logs",
-            key,
+            self.api_key,
             lambda index, port: self._command(spec, index, port, self._max_tokens),
         )
         self._loop = LoopThread(type(self).__name__)
-        self._loop.run(self._open(replicas, key))
+        self._loop.run(self._open(replicas))
 
-    async def _open(self, replicas: list[Replica], key: str | None) -> None:
+    async def _open(self, replicas: list[Replica]) -> None:
         config = self._config
-        http = self._http = Http(key)
+        http = self._http = Http(self.api_key)
         self._pool = ReplicaPool(
             replicas,
             concurrency=config.concurrency,
