@@ -3,7 +3,9 @@
 A process holds one tensor and its source at a time: memory is bounded by the largest tensor, not by the model.
 """
 
+import logging
 import os
+import shutil
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -36,6 +38,8 @@ from real_megatron.hf import side_files
 from real_megatron.hf.checkpoint import HFCheckpoint, Shape
 from real_megatron.hf.directory import checkpoint_directory
 from real_megatron.hf.staging import staged_directory
+
+logger = logging.getLogger(__name__)
 
 # A rank's shard is written as files of about this size, so that several processes can write it.
 MEGATRON_FILE_BYTES = 2 * 2**30
@@ -83,7 +87,7 @@ def convert_hf_to_megatron(
     workers: number of processes; default: one per CPU core, at most 8
 
     Raises CheckpointError for a source that is missing, partial or damaged, UnsupportedModel, ConfigError for a layout
-    that does not divide the model, FileExistsError for an output that exists.
+    that does not divide the model and for an output that another job writes, FileExistsError for one that exists.
     """
     start = time.monotonic()
     directory = checkpoint_directory(hf_path, revision)
@@ -126,7 +130,8 @@ def convert_megatron_to_hf(
     max_file_bytes: size of a safetensors file that is exceeded only for a single parameter
     workers: as in the other direction
 
-    Optimizer state in the checkpoint is ignored. Raises what the other direction raises.
+    Optimizer state in the checkpoint is ignored. The run configuration of the checkpoint (`real_megatron.yaml`), by
+    which a judge is asked, comes along, also where hf_path is another run's. Raises what the other direction raises.
     """
     start = time.monotonic()
     megatron_path = Path(megatron_path)
@@ -140,6 +145,7 @@ def convert_megatron_to_hf(
     job = _ToHF(source, {p.name: place for p, place in zip(table, places, strict=True)}, Path())
     with staged_directory(output) as staging:
         side_files.carry(side, staging, _one_dtype(dtypes))
+        _carry_run_file(megatron_path, staging)
         job.directory = staging
         run(job, files, total, workers or _default_workers(), "Megatron → HF", progress)
         write_index(staging, files)
@@ -248,6 +254,21 @@ def side_directory(megatron_path: Path, hf_path: str | Path | None = None, revis
             "Hugging Face checkpoint (hf_path, --hf)"
         )
     return checkpoint_directory(side)
+
+
+def _carry_run_file(megatron_path: Path, target: Path) -> None:
+    """Put the run that made the weights beside them: that of the Megatron checkpoint, whatever run the files are from
+    that have been carried from elsewhere."""
+    own = [megatron_path / side_files.RUN_FILE, megatron_path / side_files.FOLDER / side_files.RUN_FILE]
+    for file in filter(Path.is_file, own):
+        shutil.copyfile(file, target / side_files.RUN_FILE)
+        return
+    if not (target / side_files.RUN_FILE).exists() and not (megatron_path / side_files.FOLDER).is_dir():
+        logger.warning(
+            "%s has no %s, which says how a judge is asked: `judge` will ask the result with the default scale, "
+            "template and lengths, unless --config names the run's configuration",
+            *(megatron_path, side_files.RUN_FILE),
+        )
 
 
 def _locate(source: TorchDistCheckpoint, description: ModelDescription) -> tuple[list[Parameter], list[Location]]:

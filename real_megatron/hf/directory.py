@@ -12,8 +12,7 @@ from real_megatron.errors import MissingCheckpoint
 from real_megatron.hf.side_files import PATTERNS, read_config
 
 _HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
-# Never code or pickles.
-_SIDE_FILES = [*PATTERNS, "real_megatron.yaml"]
+# With PATTERNS, what is downloaded: never code or pickles.
 _WEIGHTS = ["*.safetensors", "*.safetensors.index.json"]
 # Sets of weights that are no part of the checkpoint (hf/checkpoint.py): Mistral's own format, adapters, and what lies
 # in subfolders. They can be as large as the checkpoint. Additional chat templates lie in a subfolder too.
@@ -82,7 +81,7 @@ def check_vocabulary(directory: Path, tokenizer: PreTrainedTokenizerBase, ids: I
 
 def _download(name: str, revision: str | None, weights: bool) -> Path:
     at = f" at revision {revision!r}" if revision else ""
-    wanted = [*_SIDE_FILES, *_WEIGHTS] if weights else _SIDE_FILES
+    wanted = [*PATTERNS, *_WEIGHTS] if weights else [*PATTERNS]
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=wanted, ignore_patterns=_NOT_READ))
     except (RepositoryNotFoundError, RevisionNotFoundError):

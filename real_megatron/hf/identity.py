@@ -5,7 +5,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from real_megatron.hf.checkpoint import INDEX, weight_files
-from real_megatron.hf.side_files import PATTERNS
+from real_megatron.hf.side_files import PATTERNS, RUN_FILE
 
 WHOLE_BYTES = 64 * 2**20
 """Files up to this size are read whole."""
@@ -21,7 +21,7 @@ def model_files(directory: Path) -> dict[str, str]:
     tensor's name, dtype, shape and place) and 16 samples of 64 KiB, not each value. Raises OSError, and as
     `weight_files`.
     """
-    wanted = [pattern for pattern in PATTERNS if not pattern.startswith(("LICENSE", "NOTICE"))]
+    wanted = [pattern for pattern in PATTERNS if not pattern.startswith(("LICENSE", "NOTICE", RUN_FILE))]
     wanted.append(INDEX)
     names = {path.name for path in directory.iterdir() if path.is_file()}
     names = {name for name in names if any(fnmatch(name, pattern) for pattern in wanted)}

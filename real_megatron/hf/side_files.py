@@ -1,4 +1,5 @@
-"""The small files of a Hugging Face checkpoint: configuration, tokenizer, generation settings, licence."""
+"""The small files of a Hugging Face checkpoint: configuration, tokenizer, generation settings, licence, and the run
+that made it."""
 
 import json
 import logging
@@ -18,6 +19,8 @@ log = logging.getLogger(__name__)
 
 # Subfolder of a converted Megatron checkpoint that holds them, so that it can be converted back without its source.
 FOLDER = "hf"
+RUN_FILE = "real_megatron.yaml"
+"""The resolved configuration of the run that made the weights, beside them: how the judge is asked."""
 PATTERNS = (
     "config.json",
     "generation_config.json",
@@ -34,6 +37,7 @@ PATTERNS = (
     "*processor_config.json",  # of images and audio: a judge reads texts, but the checkpoint may have other readers
     "LICENSE*",
     "NOTICE*",
+    RUN_FILE,
 )
 
 

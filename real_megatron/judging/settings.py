@@ -5,10 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from real_megatron.config import RunConfig
+from real_megatron.hf.side_files import RUN_FILE
 from real_megatron.sections import read_tree
-
-RUN_FILE = "real_megatron.yaml"
-"""The run's resolved configuration, which training writes beside the weights."""
 
 # What describes the model. The rest, such as programs to start and servers to use, is no business of a checkpoint that
 # may have been downloaded.

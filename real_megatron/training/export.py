@@ -6,9 +6,8 @@ import torch.distributed as dist
 
 from real_megatron.bridge import parameters
 from real_megatron.bridge.hf_writer import SafetensorsStream, plan_files, write_index
-from real_megatron.hf.side_files import carry
+from real_megatron.hf.side_files import RUN_FILE, carry
 from real_megatron.hf.staging import staged_directory
-from real_megatron.judging.settings import RUN_FILE
 from real_megatron.policy.policy import Policy
 from real_megatron.rollout.engine import drain
 

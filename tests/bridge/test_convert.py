@@ -16,10 +16,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from real_megatron.bridge import convert as convert_module
 from real_megatron.bridge import convert_hf_to_megatron, convert_megatron_to_hf, describe, dry_run, parameter_count
 from real_megatron.bridge.torch_dist import TorchDistCheckpoint
+from real_megatron.config import RunConfig
+from real_megatron.data.byte_model import make_byte_model
 from real_megatron.errors import CheckpointError, ConfigError, UnsupportedModel
 from real_megatron.hf.checkpoint import HFCheckpoint, check_servers_read_the_same
 from real_megatron.hf.model import load_model
 from real_megatron.hf.side_files import read_config
+from real_megatron.judging.judge import Judge
 from tests.support.bridge_ranks import VARIANTS, tiny_model
 
 QUIET = dict(workers=1, progress=False)
@@ -168,6 +171,49 @@ def test_report(models: Path, tmp_path: Path) -> None:
     done = convert_hf_to_megatron(models / "mistral", tmp_path / "m", **QUIET)
     assert done.parameters == parameter_count(describe(read_config(models / "mistral"))) == 132_032
     assert done.bytes >= 4 * done.parameters
+
+
+def test_a_judge_there_and_back_is_asked_as_before(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Scale, template, lengths and sampling are those of training."""
+    source = make_byte_model(tmp_path / "judge", num_hidden_layers=1, initializer_range=0.2)
+    (tmp_path / "own.txt").write_text("Which letter? {prompt}")
+    keys = [
+        f"data.template={tmp_path}/own.txt",
+        "scale.scores=[A, B, C]",
+        "scale.values=[0, 1, 5]",
+        "scale.anchor='so: '",
+    ]
+    keys += ["data.max_response_tokens=8", "evaluation.temperature=0.7", "scale.probabilities=renormalized"]
+    (source / "real_megatron.yaml").write_text(RunConfig.from_yaml(None, keys).to_yaml())
+    convert_hf_to_megatron(source, tmp_path / "m", **QUIET)
+    convert_megatron_to_hf(tmp_path / "m", tmp_path / "back", **QUIET)
+    convert_megatron_to_hf(tmp_path / "m", tmp_path / "cast", dtype=torch.float32, **QUIET)
+    make_byte_model(tmp_path / "plain", num_hidden_layers=1)
+    convert_megatron_to_hf(tmp_path / "m", tmp_path / "beside", hf_path=tmp_path / "plain", **QUIET)
+    scores = []
+    for model in (source, *(tmp_path / name for name in ("back", "cast", "beside"))):
+        with Judge.from_pretrained(model) as judge:
+            assert (judge.scale.texts, judge.scale.anchor_text) == (["A", "B", "C"], "so: ")
+            scores.append(judge.score(["one", "another"]))
+    for found in scores[1:]:
+        for score, expected in zip(found, scores[0], strict=True):
+            assert (score.critique, score.sampled_score) == (expected.critique, expected.sampled_score)
+            # Tensors at other places of the file, with another alignment: float32 sums in another order.
+            assert score.distribution == pytest.approx(expected.distribution, rel=1e-5)
+            assert score.score == pytest.approx(expected.score, rel=1e-5)
+    assert not caplog.records
+
+
+def test_weights_whose_run_is_unknown_are_said_to_have_none(
+    models: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As training checkpoints of before they held it."""
+    convert_hf_to_megatron(models / "qwen2", tmp_path / "m", **QUIET)
+    convert_megatron_to_hf(tmp_path / "m", tmp_path / "h", **QUIET)
+    assert "real_megatron.yaml" not in caplog.text  # a base model has no run
+    shutil.rmtree(tmp_path / "m" / "hf")
+    convert_megatron_to_hf(tmp_path / "m", tmp_path / "other", hf_path=models / "qwen2", **QUIET)
+    assert "m has no real_megatron.yaml, which says how a judge is asked" in caplog.text
 
 
 def test_missing_config(models: Path, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from transformers import tokenization_utils_base as base
 
 from real_megatron.hf import directory as directory_module
 from real_megatron.hf.directory import checkpoint_directory
+from real_megatron.hf.identity import model_files
 from real_megatron.hf.side_files import carry
 from tests.support.rollout_models import byte_level
 
@@ -24,6 +25,18 @@ def test_a_tokenizer_keeps_all_its_chat_templates(tmp_path: Path) -> None:
     assert AutoTokenizer.from_pretrained(tmp_path / "target").chat_template == tokenizer.chat_template
 
 
+def test_the_run_goes_along_without_an_alarm_and_is_no_part_of_the_model(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As REAL starts from SFT's checkpoint: how that was asked decides nothing about what is trained."""
+    for name in ("config.json", "real_megatron.yaml", "model.safetensors"):
+        (tmp_path / name).write_text("{}")
+    with caplog.at_level("INFO"):
+        assert carry(tmp_path, tmp_path / "target") == ["config.json", "real_megatron.yaml"]
+    assert not caplog.records
+    assert set(model_files(tmp_path)) == {"config.json", "model.safetensors"}
+
+
 def test_every_file_that_a_tokenizer_or_processor_reads_is_downloaded_and_copied(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -34,6 +47,7 @@ def test_every_file_that_a_tokenizer_or_processor_reads_is_downloaded_and_copied
     names |= {"tokenizer.4.0.0.json", "tokenizer.model.v3", "tiktoken.model", "tekken.json"}
     names |= {"chat_template.json", f"{base.CHAT_TEMPLATE_DIR}/judge.jinja"}
     names |= {"preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"}
+    names |= {"real_megatron.yaml"}
     source = tmp_path / "source"
     (source / base.CHAT_TEMPLATE_DIR).mkdir(parents=True)
     for name in [*names, "config.json", "generation_config.json", "modeling_own.py", "pytorch_model.bin"]:
