@@ -189,6 +189,9 @@ def judge(
         Path, typer.Option("--input", help="JSONL file: `prompt` or `messages` (or the template's fields) a row.")
     ],
     output: Annotated[Path, typer.Option(help="JSONL file to write: score, distribution and critique a row.")],
+    keep_fields: Annotated[
+        str, typer.Option(help="Fields of the input, with commas between, that the output rows get as they are.")
+    ] = "",
     config: Annotated[
         Path | None,
         typer.Option(
@@ -209,17 +212,23 @@ def judge(
       real-megatron judge --model runs/real/hf --input answers.jsonl --output scores.jsonl
 
       real-megatron judge --model Qwen3-8B --input a.jsonl --output s.jsonl data.template=prometheus
+
+      real-megatron judge --model runs/real/hf --input a.jsonl --output s.jsonl --keep-fields source,label
     """
     with reported():
         from real_megatron.config import RunConfig
-        from real_megatron.judging.file import count_rows, judge_file
+        from real_megatron.judging.file import count_rows, fields_to_keep, judge_file
         from real_megatron.judging.judge import Judge
+        from real_megatron.locks import only_writer
         from real_megatron.runtime import world_size
         from real_megatron.terminal import progress
 
         if world_size() > 1:
             raise ConfigError("judge runs as one process: start it without torchrun; servers take several GPUs")
         rows = count_rows(source)
+        kept = fields_to_keep([name for name in map(str.strip, keep_fields.split(",")) if name])
+        with only_writer(output):  # judge_file does it: here only to be refused before the model is loaded
+            pass
         chosen = None if config is None else RunConfig.from_yaml(config)
         loaded = Judge.from_pretrained(
             model, revision=revision, config=chosen, overrides=overrides or [], work_dir=output.parent / "rollout"
@@ -231,10 +240,12 @@ def judge(
                 source,
                 output,
                 on_progress=lambda done: bar.update(task, completed=done.judged + done.skipped + done.bad),
+                keep_fields=kept,
             )
         typer.echo(
             f"{output}: {done.judged} rows judged, {done.skipped} done before, {done.bad} bad, "
-            f"{done.no_anchor} critiques without an anchor, {done.cut} prompts cut"
+            f"{done.no_anchor} critiques without an anchor ({done.truncated} of them cut at data.max_response_tokens), "
+            f"{done.cut} prompts cut"
         )
 
 

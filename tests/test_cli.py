@@ -21,6 +21,7 @@ from real_megatron.errors import (
     UnsupportedModel,
     UserError,
 )
+from real_megatron.locks import only_writer
 
 COMMANDS = ["train", "sft", "critiques", "evaluate", "judge", "report", "convert"]
 
@@ -183,6 +184,23 @@ def test_judging_under_torchrun_is_refused(
     result = run("judge", "--model", "m", "--input", "i.jsonl", "--output", str(output))
     assert result.exit_code == 1 and not output.exists()
     assert "judge runs as one process" in capfd.readouterr().err + result.output
+
+
+def test_an_output_that_another_job_writes_is_refused_before_the_model_is_looked_for(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    source, output = tmp_path / "i.jsonl", tmp_path / "o.jsonl"
+    source.write_text('{"prompt": "a"}\n')
+    files = ["--model", "nowhere", "--input", str(source), "--output", str(output)]
+    with only_writer(output):
+        result = run("judge", *files)
+    assert result.exit_code == 1
+    errors = " ".join((capfd.readouterr().err + result.output).split())
+    assert errors.count("error:") == 1 and "o.jsonl is being written by another job (process" in errors
+    result = run("judge", *files, "--keep-fields", "id, score")
+    assert result.exit_code == 1
+    assert "keep_fields: 'score' is a field of the output row itself" in capfd.readouterr().err + result.output
+    assert [path.name for path in tmp_path.iterdir()] == ["i.jsonl"]
 
 
 def test_two_runs_of_one_name_can_be_compared(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "terminal": set(),
     "runtime": {"errors"},
+    "locks": {"errors"},
     "registry": {"errors"},
     "sections": {"errors"},
     "config": {"sections"},
@@ -21,26 +22,27 @@ ALLOWED: dict[str, set[str]] = {
     "head": set(),
     "objective": {"scores", "config", "registry", "errors"},
     "batch": set(),
-    "hf": {"errors"},
+    "hf": {"locks", "errors"},
     "bridge": {"hf", "registry", "errors"},
     "policy": {"bridge", "hf", "head", "objective", "batch", "config", "runtime", "errors"},
     "rollout": {"batch", "hf", "scores", "config", "registry", "errors"},
     "data": {"batch", "scores", "config", "registry", "errors"},
     "evaluation": {"scores", "errors"},
-    "judging": {"evaluation", "data", "rollout", "hf", "scores", "config", "sections", "runtime", "errors"},
+    "judging": {"evaluation", "data", "rollout", "hf", "scores", "config", "sections", "runtime", "locks", "errors"},
     "training": {"judging", "data", "rollout", "policy", "bridge", "hf", "objective", "batch"}
-    | {"scores", "config", "runtime", "terminal", "errors"},
+    | {"scores", "config", "runtime", "terminal", "locks", "errors"},
     # Names of the library, imported on first use.
     "__init__": {"training", "judging", "evaluation", "data", "rollout", "policy", "bridge", "objective"}
     | {"config", "errors", "version"},
     "cli": {"training", "judging", "evaluation", "policy", "bridge", "hf", "config"}
-    | {"runtime", "terminal", "errors", "version"},
+    | {"runtime", "terminal", "locks", "errors", "version"},
     "__main__": {"cli"},
 }
 # Third-party packages that a folder must never touch.
 FORBIDDEN = {
     "version": {"megatron", "torch", "transformers"},
     "errors": {"megatron", "torch", "transformers"},
+    "locks": {"megatron", "torch", "transformers"},
     "registry": {"megatron", "torch", "transformers"},
     "sections": {"megatron", "torch", "transformers"},
     "config": {"megatron", "torch", "transformers"},

@@ -6,33 +6,36 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from real_megatron.locks import only_writer
+
 
 @contextmanager
 def staged_directory(output: str | Path) -> Iterator[Path]:
     """Yield a hidden directory beside `output`; on success flush it to disk and rename it to `output`.
 
     On an exception it is removed. A killed process leaves only the hidden directory `.<name>.partial`, which the next
-    attempt removes. Raises FileExistsError when `output` exists and is not empty.
+    attempt removes. Raises FileExistsError when `output` exists and is not empty, ConfigError while another process
+    writes it.
     """
     output = Path(output)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise FileExistsError(f"{output} exists already; choose another output or remove it")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    partial = output.parent / f".{output.name}.partial"
-    if partial.exists():
-        shutil.rmtree(partial)
-    partial.mkdir()
-    try:
-        yield partial
-        for path in [*partial.rglob("*"), partial]:
-            _sync(path)
-        if output.exists():
-            output.rmdir()
-        partial.rename(output)
-        _sync(output.parent)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+    with only_writer(output):
+        if output.exists() and (not output.is_dir() or any(output.iterdir())):
+            raise FileExistsError(f"{output} exists already; choose another output or remove it")
+        partial = output.parent / f".{output.name}.partial"
+        if partial.exists():
+            shutil.rmtree(partial)
+        partial.mkdir()
+        try:
+            yield partial
+            for path in [*partial.rglob("*"), partial]:
+                _sync(path)
+            if output.exists():
+                output.rmdir()
+            partial.rename(output)
+            _sync(output.parent)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
 
 
 def _sync(path: Path) -> None:

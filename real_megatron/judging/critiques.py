@@ -5,6 +5,7 @@ import json
 import logging
 import os
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from real_megatron.errors import ConfigError
 from real_megatron.judging.job import keep_settings, template_digest, weights_written
 from real_megatron.judging.judge import Judge
 from real_megatron.judging.reading import example_seed
+from real_megatron.locks import only_writer
 from real_megatron.rollout.engine import SamplingParams, naming_prompts
 from real_megatron.rollout.sampling import sample_trajectories
 from real_megatron.runtime import barrier, from_rank_0, join_torchrun, rank
@@ -43,21 +45,25 @@ def write_critiques(
     chunks: the same call goes on behind the last whole chunk of a job that was killed, and does nothing when the file
     is complete. Collective under torchrun: ranks with an embedded engine share the prompts.
 
-    Raises ConfigError when the output was begun with other settings, or when no critique has an anchor.
+    Raises ConfigError when the output was begun with other settings, when another job writes it (`only_writer`), or
+    when no critique has an anchor.
     """
     if not config.data.train:
         raise ConfigError("data.train is empty: name at least one data set whose prompts are to get critiques")
     join_torchrun(config.parallel.timeout_minutes)
     partial = output.with_name(output.name + ".partial")
     about = {"model": str(model), "revision": revision, "weights_written": weights_written(Path(model))}
-    from_rank_0(lambda: _begin(output, partial, {**about, **_settings(config, samples)}))
-    if from_rank_0(output.exists):
-        logger.info("%s is complete", output)
-        return len(_lines(output))
-    with Judge.from_pretrained(model, revision=revision, config=config, work_dir=output.parent / "rollout") as judge:
-        _sample(judge, samples, partial)
-    found = from_rank_0(lambda: _finish(partial, output))
-    barrier()
+    with ExitStack() as held:
+        from_rank_0(lambda: held.enter_context(only_writer(output)))
+        from_rank_0(lambda: _begin(output, partial, {**about, **_settings(config, samples)}))
+        if from_rank_0(output.exists):
+            logger.info("%s is complete", output)
+            return len(_lines(output))
+        work = output.parent / "rollout"
+        with Judge.from_pretrained(model, revision=revision, config=config, work_dir=work) as judge:
+            _sample(judge, samples, partial)
+        found = from_rank_0(lambda: _finish(partial, output))
+        barrier()
     if not found:
         raise ConfigError(
             f"{model} wrote no critique with the anchor {judge.scale.anchor_text!r}: train it further, or raise "
@@ -88,7 +94,6 @@ def _settings(config: RunConfig, samples: int) -> dict[str, Any]:
 
 
 def _begin(output: Path, partial: Path, settings: dict[str, Any]) -> None:
-    output.parent.mkdir(parents=True, exist_ok=True)
     keep_settings(output, settings, begun=output.exists() or partial.exists())
 
 

@@ -5,8 +5,8 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -16,11 +16,17 @@ from real_megatron.judging.evaluate import judge_settings
 from real_megatron.judging.job import keep_settings, template_digest, weights_written
 from real_megatron.judging.judge import Judge
 from real_megatron.judging.reading import Reading
+from real_megatron.locks import only_writer
 
 logger = logging.getLogger(__name__)
 
 Report = Callable[[int, str | None, str], None]
 """(line of the input, id, what is wrong) of a bad row."""
+RESULT = (
+    *("score", "score_renormalized", "score_mass", "distribution", "sampled_score"),
+    *("critique", "no_anchor", "truncated"),
+)
+"""Fields of an output row, in this order, as `Score` describes them."""
 
 
 @dataclass
@@ -35,8 +41,12 @@ class JudgeSummary:
     """Reported in the errors file."""
     no_anchor: int = 0
     """Critiques that did not come to the anchor."""
+    truncated: int = 0
+    """Of these, those that were cut at `data.max_response_tokens`."""
     cut: int = 0
     """Rows whose prompt lost its beginning (`data.long_prompts: cut_left`), of those that this run read."""
+    repeated: int = 0
+    """Rows that stood in the output more than once: all but the first were removed."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +57,8 @@ class _Row:
     digest: str
     """Of the line, so that a changed row is not taken for one that is judged."""
     prompt_ids: list[int]
+    kept: dict[str, Any] = field(default_factory=dict)
+    """Fields of the input that the output row has, too."""
 
 
 def errors_path(output: Path) -> Path:
@@ -55,27 +67,50 @@ def errors_path(output: Path) -> Path:
 
 
 def judge_file(
-    judge: Judge, source: Path, output: Path, on_progress: Callable[[JudgeSummary], None] | None = None
+    judge: Judge,
+    source: Path,
+    output: Path,
+    on_progress: Callable[[JudgeSummary], None] | None = None,
+    keep_fields: Sequence[str] = (),
 ) -> JudgeSummary:
-    """Judge each row of `source` (JSONL) and append a row to `output`: `id`, `score` (RAIL), `distribution` (score text
-    → probability), `sampled_score`, `critique`, `no_anchor`; with several critiques the first three are means,
-    `critique` and `no_anchor` are the first one's, and `samples` lists all. `row` is a digest of the input's line.
+    """Judge each row of `source` (JSONL) and append a row to `output`. A row has, in this order:
 
-    A row's id is its `id` field, else `line N`. Rows whose id is in the output are skipped, so a job that was killed is
-    resumed by the same call; a line cut short by the kill is removed and judged again. Each batch of
-    `evaluation.batch_size` rows is on disk before the next begins. Bad rows (no JSON object, no prompt, too long, an id
-    seen before, judged when it read differently) go to `errors_path(output)` with line and reason; each run writes that
-    file anew, since it tries those rows again. The judge's settings and the input's path are kept beside the output.
+    - `id`: the input's `id` as text, else `line N`
+    - the fields that `keep_fields` names, with the input's values
+    - `score`, `score_renormalized`, `score_mass`, `distribution`, `sampled_score`, `critique`, `no_anchor`,
+      `truncated`: as `Score` describes them; null where no critique came to a score
+    - `samples`, where there are several critiques (`evaluation.samples`): a list of these fields for each; the row's
+      own numbers are their means, its critique, `no_anchor` and `truncated` the first one's
+    - `row`: a digest of the input's line
 
-    Raises ConfigError when `output` was begun with other settings or is damaged, OSError when a file cannot be read or
-    written, EngineError when the engine fails or the model cannot score. What is finished then stays on disk.
+    Rows whose id is in the output are skipped, so a job that was killed is resumed by the same call; a line cut short
+    by the kill is removed and judged again, and an id that occurs twice, as two jobs at once have left it, keeps its
+    first row (counted in `repeated`, logged). Each batch of `evaluation.batch_size` rows is on disk before the next
+    begins. Bad rows (no JSON object, no prompt, too long, without a field of `keep_fields`, an id seen before, judged
+    when it read differently) go to `errors_path(output)` with line and reason; each run writes that file anew, since it
+    tries those rows again. The judge's settings, the fields of a row and the input's path are kept beside the output.
+
+    Raises ConfigError when another job writes `output` (`only_writer`), when it was begun with other settings or other
+    fields or is damaged, or when a field to keep has a name that the row has itself; OSError when a file cannot be read
+    or written, EngineError when the engine fails or the model cannot score. What is finished then stays on disk.
     """
-    output.parent.mkdir(parents=True, exist_ok=True)
+    kept = fields_to_keep(keep_fields)
+    with only_writer(output):
+        return _judge_file(judge, source, output, on_progress, kept)
+
+
+def _judge_file(
+    judge: Judge,
+    source: Path,
+    output: Path,
+    on_progress: Callable[[JudgeSummary], None] | None,
+    kept: Sequence[str],
+) -> JudgeSummary:
     cut_before = judge.prompts_cut
     begun = output.exists() and output.stat().st_size > 0
-    keep_settings(output, {**_about(judge), "input": str(source.resolve())}, begun)
-    done = _finished(output)
-    summary = JudgeSummary()
+    keep_settings(output, {**_about(judge), "input": str(source.resolve()), "fields": [*kept, *RESULT]}, begun)
+    done, repeated = _finished(output)
+    summary = JudgeSummary(repeated=repeated)
     errors_path(output).unlink(missing_ok=True)
     with source.open("rb") as lines, output.open("ab") as out, errors_path(output).open("wb") as errors:
 
@@ -85,9 +120,10 @@ def judge_file(
 
         def flush(rows: list[_Row]) -> None:
             for row, readings in _judged(judge, rows, report):
-                _write(out, {"id": row.id, **_result(judge, readings), "row": row.digest})
+                _write(out, {"id": row.id, **row.kept, **_result(judge, readings), "row": row.digest})
                 summary.judged += 1
                 summary.no_anchor += sum(r.no_anchor for r in readings)
+                summary.truncated += sum(r.truncated for r in readings)
             _sync(out)
             _sync(errors)
             if on_progress is not None:
@@ -111,7 +147,7 @@ def judge_file(
                         )
                     summary.skipped += 1
                     continue
-                waiting.append(_Row(number, id, digest, judge.encode(record, "row")))
+                waiting.append(_Row(number, id, digest, judge.encode(record, "row"), _taken(record, kept)))
             except DataError as error:
                 report(number, id, str(error))
             if len(waiting) == judge.config.evaluation.batch_size:
@@ -163,8 +199,32 @@ def _result(judge: Judge, readings: list[Reading]) -> dict[str, Any]:
     samples = row.pop("samples")
     for sample in samples:
         del sample["samples"]
-    order = ("score", "distribution", "sampled_score", "critique", "no_anchor")
-    return {key: row[key] for key in order} | ({"samples": samples} if samples else {})
+    return {key: row[key] for key in RESULT} | ({"samples": samples} if samples else {})
+
+
+def fields_to_keep(names: Sequence[str]) -> list[str]:
+    """The fields that output rows get from the input, besides `id`, which every row has.
+
+    Raises ConfigError for a name that the row has itself.
+    """
+    own = [name for name in names if name in (*RESULT, "samples", "row")]
+    if own:
+        raise ConfigError(
+            f"keep_fields: {own[0]!r} is a field of the output row itself; give the input's column another name"
+        )
+    return [name for name in dict.fromkeys(names) if name != "id"]
+
+
+def _taken(record: dict[str, Any], kept: Sequence[str]) -> dict[str, Any]:
+    """The fields of a row that its output row has, too."""
+    for name in kept:
+        if name not in record:
+            raise DataError(f"no field {name!r}, which keep_fields names; the fields are {', '.join(record)}")
+        try:
+            json.dumps(record[name], allow_nan=False)
+        except ValueError:
+            raise DataError(f"{name!r}, which keep_fields names, holds NaN or Infinity, which are no JSON") from None
+    return {name: record[name] for name in kept}
 
 
 def _about(judge: Judge) -> dict[str, Any]:
@@ -183,11 +243,15 @@ def _about(judge: Judge) -> dict[str, Any]:
     }
 
 
-def _finished(output: Path) -> dict[str, str]:
-    """Ids in the output, with the digests of their rows; a last line that was cut short is removed from the file."""
+def _finished(output: Path) -> tuple[dict[str, str], int]:
+    """Ids in the output, with the digests of their rows, and how many rows had the id of one before.
+
+    These, and a last line that was cut short, are removed from the file.
+    """
     done: dict[str, str] = {}
+    repeated: set[int] = set()
     if not output.exists():
-        return done
+        return done, 0
     whole = 0
     with output.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
@@ -195,14 +259,34 @@ def _finished(output: Path) -> dict[str, str]:
                 break
             try:
                 row = json.loads(line)
-                done[row["id"]] = row["row"]
+                if row["id"] in done:
+                    repeated.add(number)
+                done.setdefault(row["id"], row["row"])
             except (ValueError, KeyError, TypeError) as error:
-                raise ConfigError(f"{output}, line {number}: not a row of this job; choose another output") from error
+                raise ConfigError(
+                    f"{output}, line {number}: not a row of this job; remove the line to have its row judged again, or "
+                    "choose another output"
+                ) from error
             whole += len(line)
     if whole < output.stat().st_size:
         logger.warning("%s: removed a last line that was cut short", output)
         os.truncate(output, whole)
-    return done
+    if repeated:
+        logger.warning(
+            "%s: removed %d rows whose id stood there before, as two jobs at once leave them (the first: line %d)",
+            *(output, len(repeated), min(repeated)),
+        )
+        _remove_lines(output, repeated)
+    return done, len(repeated)
+
+
+def _remove_lines(file: Path, numbers: set[int]) -> None:
+    file = file.resolve()
+    fresh = file.with_name(file.name + ".tmp")
+    with file.open("rb") as lines, fresh.open("wb") as out:
+        out.writelines(line for number, line in enumerate(lines, start=1) if number not in numbers)
+        _sync(out)
+    os.replace(fresh, file)
 
 
 def _write(file: BinaryIO, row: dict[str, Any]) -> None:

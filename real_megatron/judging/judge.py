@@ -33,18 +33,29 @@ Prompt = str | Sequence[Mapping[str, str]] | Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Score:
-    """A judge's answer to one prompt. With several critiques the first three are means over those that have a score."""
+    """A judge's answer to one prompt. With several critiques the numbers are means over those that have a score, and
+    critique, no_anchor and truncated are the first one's."""
 
     score: float | None
-    """Expected score (RAIL); None where no critique came to its score."""
+    """Expected score (RAIL), as the judge was trained (`scale.probabilities`): `full` is Σ_k v_k π(k) over the whole
+    vocabulary, and so below the scale where other tokens have a part of the probability (0.2 on a scale of 1 to 5 is
+    possible); `renormalized` is `score_renormalized`. None where no critique came to its score."""
+    score_renormalized: float | None
+    """Expected score given that it is one of the scale: Σ_k v_k π(k) / Σ_k π(k). Always within the scale; says nothing
+    of how little `score_mass` it may rest on."""
+    score_mass: float | None
+    """Σ_k π(k), the probability that what follows the anchor is a score at all. Near 1 for a trained judge."""
     distribution: dict[str, float] | None
-    """Score text → probability over the whole vocabulary."""
+    """Score text → π(k), its probability over the whole vocabulary; the sum is `score_mass`."""
     sampled_score: float | None
-    """A score drawn from the distribution."""
+    """The value of a score drawn from the distribution, renormalised over the scale."""
     critique: str
-    """The first critique, up to the score's anchor."""
+    """The critique, up to the score's anchor."""
     no_anchor: bool
-    """The first critique did not come to the anchor by itself."""
+    """The critique did not come to the anchor by itself. Its score, if it has one, was read behind an anchor that was
+    appended (`evaluation.no_anchor: force`)."""
+    truncated: bool
+    """It did not because it was cut at `data.max_response_tokens`."""
     samples: list["Score"] = field(default_factory=list)
     """Each critique with its own score, where there are several."""
 
@@ -230,10 +241,13 @@ class Judge:
         first = readings[0]
         return Score(
             None if answer is None else answer.expected,
+            None if answer is None else answer.renormalized,
+            None if answer is None else sum(answer.probabilities),
             None if answer is None else dict(zip(self.scale.texts, answer.probabilities, strict=True)),
             None if answer is None else answer.sampled,
             first.critique,
             first.no_anchor,
+            first.truncated,
             list(samples),
         )
 

@@ -18,7 +18,9 @@ class Answer:
     """The score behind a critique."""
 
     expected: float
-    """RAIL: Σ_k v_k π(k)."""
+    """RAIL: Σ_k v_k π(k), over the whole vocabulary or the scale alone (`scale.probabilities`)."""
+    renormalized: float
+    """Σ_k v_k π(k) / Σ_k π(k): always within the scale."""
     sampled: float
     """The value of one score drawn from π, renormalised over the scale."""
     probabilities: list[float]
@@ -76,6 +78,7 @@ def mean_answer(answers: Sequence[Answer]) -> Answer | None:
     columns = zip(*(answer.probabilities for answer in answers), strict=True)
     return Answer(
         fmean(answer.expected for answer in answers),
+        fmean(answer.renormalized for answer in answers),
         fmean(answer.sampled for answer in answers),
         [fmean(column) for column in columns],
     )
@@ -96,5 +99,5 @@ def _answer(scale: ScoreScale, score_logprobs: list[float], uniform: float, reno
     q = np.exp(logp - logp.max())
     q /= q.sum()
     drawn = min(int(np.searchsorted(q.cumsum(), uniform, side="right")), len(q) - 1)
-    expected = float((q if renormalized else p) @ np.asarray(scale.values))
-    return Answer(expected, scale.values[drawn], p.tolist())
+    full, within = (float(weights @ np.asarray(scale.values)) for weights in (p, q))
+    return Answer(within if renormalized else full, within, scale.values[drawn], p.tolist())

@@ -3,7 +3,7 @@
 import logging
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -16,15 +16,16 @@ from real_megatron.batch.types import Group
 from real_megatron.config import RunConfig
 from real_megatron.errors import ConfigError
 from real_megatron.hf.directory import check_vocabulary, checkpoint_directory, load_tokenizer
+from real_megatron.hf.side_files import RUN_FILE
 from real_megatron.judging.evaluate import evaluate_sets, forget_evaluations, load_evaluation_sets
 from real_megatron.judging.judge import Judge
-from real_megatron.judging.settings import RUN_FILE
+from real_megatron.locks import only_writer
 from real_megatron.policy.checkpoint import read_state
 from real_megatron.policy.checkpoint_errors import explain_checkpoint_errors
 from real_megatron.policy.policy import Policy
 from real_megatron.rollout.engine import EngineSpec, RolloutEngine
 from real_megatron.rollout.factory import build_engine, check_servers
-from real_megatron.runtime import default_dtype, from_rank_0, host_group
+from real_megatron.runtime import default_dtype, from_rank_0, host_group, join_torchrun
 from real_megatron.scores import ScoreScale
 from real_megatron.training.batch_order import BatchOrder
 from real_megatron.training.checkpoints import CheckpointStore
@@ -46,8 +47,9 @@ class Session:
     """A run: its data, policy, engine and checkpoints. Every rank holds one; its methods are collective.
 
     Built in order: what fails fast comes first. `load` makes the training groups. The rollout engine is started by
-    `start_engine`, at the latest by the first evaluation. Raises ConfigError, DataError or CheckpointError when data,
-    scale, layout and model do not fit together.
+    `start_engine`, at the latest by the first evaluation. No other run can use the output directory until `close`.
+    Raises ConfigError, DataError or CheckpointError when data, scale, layout and model do not fit together, or another
+    run uses the output directory.
     """
 
     def __init__(self, config: RunConfig, load: Load) -> None:
@@ -72,8 +74,12 @@ class Session:
         self.metrics_of_start: dict[str, float] = {}
         """Metrics of the last of those steps."""
         total_updates = self.steps * config.batch.mini_batches
-        self.policy = Policy(config, self.scale.score_ids, self.scale.values, total_updates, self.model_dir)
-        self.inputs = from_rank_0(lambda: inputs(config, self.model_dir, self.groups))
+        join_torchrun(config.parallel.timeout_minutes)
+        with ExitStack() as held:
+            from_rank_0(lambda: held.enter_context(only_writer(config.output, inside=True)))
+            self.policy = Policy(config, self.scale.score_ids, self.scale.values, total_updates, self.model_dir)
+            self.inputs = from_rank_0(lambda: inputs(config, self.model_dir, self.groups))
+            self._lock = held.pop_all()
         self.store = CheckpointStore(config.output / "checkpoints", config.checkpoint.keep)
         self.stop = StopSignal(self.policy.runtime.device)
         self.timer = PhaseTimer()
@@ -124,9 +130,10 @@ class Session:
         dist.barrier()
 
     def close(self) -> None:
-        """End the engine's servers, and requests that are under way. Not collective."""
-        if self._engine is not None:
-            self._engine.close()
+        """End the engine's servers, and requests that are under way; another run may use the output. Not collective."""
+        with self._lock:
+            if self._engine is not None:
+                self._engine.close()
 
     # --- before the first step --------------------------------------------------------------------------------------
 
@@ -202,7 +209,13 @@ class Session:
             "inputs": self.inputs,
             "metrics": metrics,
         }
-        self.store.save(done, lambda directory: self.policy.save(directory, state))
+
+        def write(directory: Path) -> None:
+            self.policy.save(directory, state)
+            if self.policy.runtime.rank == 0:  # for `convert to-hf`, which reads tensors alone
+                (directory / RUN_FILE).write_text(self.config.to_yaml(), encoding="utf-8")
+
+        self.store.save(done, write)
 
     def evaluation_due(self, done: int) -> bool:
         """Whether an evaluation belongs after `done` steps: every `evaluation.every` steps, and at the end."""

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from real_megatron.errors import ConfigError
 from real_megatron.hf.staging import staged_directory
 
 
@@ -31,6 +32,17 @@ def test_leftovers_of_a_killed_attempt_are_replaced(tmp_path: Path) -> None:
     with staged_directory(tmp_path / "out") as staging:
         (staging / "new").touch()
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["new"]
+
+
+def test_a_second_attempt_does_not_remove_what_the_first_is_writing(tmp_path: Path) -> None:
+    with staged_directory(tmp_path / "out") as staging:
+        (staging / "file").write_text("x")
+        with (
+            pytest.raises(ConfigError, match="out is being written by another job"),
+            staged_directory(tmp_path / "out"),
+        ):
+            pass
+    assert (tmp_path / "out/file").read_text() == "x"
 
 
 def test_existing_output(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from real_megatron.errors import ConfigError
 from real_megatron.judging import critiques
 from real_megatron.judging.critiques import write_critiques
 from real_megatron.judging.judge import Judge
+from real_megatron.locks import only_writer
 from real_megatron.rollout.engine import Response
 from real_megatron.scores import ScoreScale
 from tests.support.rollout_fakes import ScriptedEngine
@@ -139,6 +140,13 @@ def test_a_model_that_never_writes_the_anchor_is_named_and_leaves_nothing(write,
     with pytest.raises(ConfigError, match=r"writer wrote no critique with the anchor '\[RESULT\] '"):
         write(config_of(tmp_path), ["none", "neither"])
     assert not (tmp_path / "cots.jsonl").exists()
+
+
+def test_two_jobs_into_one_file_are_one_too_many(write, tmp_path: Path) -> None:
+    config = config_of(tmp_path)
+    with only_writer(tmp_path / "cots.jsonl"), pytest.raises(ConfigError, match="is being written by another job"):
+        write(config, ["one .[RESULT] ", "two .[RESULT] "])
+    assert not write.seeds and write(config, ["one .[RESULT] ", "two .[RESULT] "])
 
 
 def test_without_data_there_is_nothing_to_write(tmp_path: Path) -> None:

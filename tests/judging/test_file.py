@@ -7,7 +7,7 @@ import pytest
 
 from real_megatron.errors import ConfigError, EngineError
 from real_megatron.judging.evaluate import EvaluationPrompt, evaluate_set
-from real_megatron.judging.file import errors_path, judge_file
+from real_megatron.judging.file import RESULT, errors_path, judge_file
 from real_megatron.judging.job import job_path
 from real_megatron.rollout.engine import SamplingParams
 from tests.support.judges import make_judge
@@ -25,9 +25,9 @@ def source(tmp_path):
 
 @pytest.fixture
 def run(engine, tokenizer, scale, source, tmp_path):
-    def call(output=tmp_path / "out.jsonl", engine=engine, params=PARAMS, on_progress=None, **options):
+    def call(output=tmp_path / "out.jsonl", engine=engine, params=PARAMS, on_progress=None, keep=(), **options):
         judge = make_judge(engine, tokenizer, scale, params, **{"batch": 3} | options)
-        return judge_file(judge, source, output, on_progress)
+        return judge_file(judge, source, output, on_progress, keep)
 
     return call
 
@@ -49,7 +49,7 @@ def test_rows_say_what_evaluation_says(run, engine, tokenizer, scale, source, tm
     judge = make_judge(engine, tokenizer, scale, PARAMS, seed=4, bootstrap=1)
     expected = evaluate_set(judge, examples, "x").predictions
     for row, prediction in zip(rows, expected, strict=True):
-        assert list(row) == ["id", "score", "distribution", "sampled_score", "critique", "no_anchor", "row"]
+        assert list(row) == ["id", *RESULT, "row"]
         assert row["id"] == prediction.id and row["critique"] == prediction.critiques[0]
         assert row["sampled_score"] == prediction.sampled
         assert list(row["distribution"]) == scale.texts
@@ -59,14 +59,111 @@ def test_rows_say_what_evaluation_says(run, engine, tokenizer, scale, source, tm
             sum(row["distribution"][t] * v for t, v in zip(scale.texts, scale.values, strict=True))
         )
     assert summary.no_anchor == sum(row["no_anchor"] for row in rows)
+    assert summary.truncated == sum(row["truncated"] for row in rows) > 0
     assert not errors_path(tmp_path / "out.jsonl").exists()
 
 
 def test_several_critiques_are_listed_and_averaged(run, tmp_path) -> None:
     run(params=SamplingParams(n=3, max_new_tokens=12))
     for row in read_rows(tmp_path / "out.jsonl"):
-        assert len(row["samples"]) == 3 and row["critique"] == row["samples"][0]["critique"]
-        assert row["score"] == pytest.approx(sum(s["score"] for s in row["samples"]) / 3)
+        assert len(row["samples"]) == 3 and list(row) == ["id", *RESULT, "samples", "row"]
+        assert all(list(sample) == [*RESULT] for sample in row["samples"])
+        for key in ("critique", "no_anchor", "truncated"):
+            assert row[key] == row["samples"][0][key]
+        for key in ("score", "score_renormalized", "score_mass", "sampled_score"):
+            assert row[key] == pytest.approx(sum(s[key] for s in row["samples"]) / 3)
+
+
+@pytest.mark.parametrize("mode", ["full", "renormalized"])
+def test_a_row_explains_its_score(mode: str, run, scale, tmp_path) -> None:
+    """A random model puts most of the probability beside the scale: its full expectation is below 1."""
+    run(probabilities=mode)
+    for row in read_rows(tmp_path / "out.jsonl"):
+        p = row["distribution"]
+        full = sum(p[t] * v for t, v in zip(scale.texts, scale.values, strict=True))
+        assert row["score_mass"] == pytest.approx(sum(p.values())) and 0 < row["score_mass"] < 0.9
+        assert row["score_renormalized"] == pytest.approx(full / row["score_mass"]) and full < 3
+        assert 1 <= row["score_renormalized"] <= 3
+        assert row["score"] == pytest.approx({"full": full, "renormalized": row["score_renormalized"]}[mode])
+
+
+def test_fields_of_the_input_reach_the_output_on_request(run, source, tmp_path) -> None:
+    kept = [{"source": {"file": "ä", "page": i}, "label": None, "id": i} for i in range(3)]
+    lines = [json.dumps({"prompt": "start", "more": 1} | row) for row in kept]
+    lines += [
+        '{"prompt": "start", "id": "a", "label": 3}',
+        '{"prompt": "start", "id": "b", "label": [NaN], "source": 1}',
+    ]
+    source.write_text("\n".join(lines) + "\n")
+    output = tmp_path / "out.jsonl"
+    summary = run(keep=["source", "id", "label"])
+    rows = read_rows(output)
+    assert (summary.judged, summary.bad) == (3, 2)
+    assert [list(row) for row in rows] == [["id", "source", "label", *RESULT, "row"]] * 3
+    assert [row["id"] for row in rows] == ["0", "1", "2"]
+    assert [(row["source"], row["label"]) for row in rows] == [(row["source"], row["label"]) for row in kept]
+    assert [row["error"] for row in read_rows(errors_path(output))] == [
+        "no field 'source', which keep_fields names; the fields are prompt, id, label",
+        "'label', which keep_fields names, holds NaN or Infinity, which are no JSON",
+    ]
+    before = output.read_bytes()
+    for other in ([], ["source"], ["label", "source"]):
+        with pytest.raises(ConfigError, match=r"begun with other settings \(fields was"):
+            run(keep=other)
+    for own in ("score", "row", "samples"):
+        with pytest.raises(ConfigError, match=f"'{own}' is a field of the output row itself"):
+            run(keep=[own])
+    assert output.read_bytes() == before
+
+
+def test_rows_of_a_version_with_other_fields_are_not_continued(run, tmp_path) -> None:
+    output = tmp_path / "out.jsonl"
+    run()
+    settings = json.loads(job_path(output).read_text())
+    assert settings.pop("fields") == [*RESULT]
+    job_path(output).write_text(json.dumps(settings))
+    with pytest.raises(ConfigError, match="fields was None, is"):
+        run()
+
+
+def test_two_jobs_into_one_output_are_one_too_many(run, engine, tmp_path) -> None:
+    output, refused = tmp_path / "out.jsonl", []
+
+    class Interrupted:
+        def generate(self, *args):
+            for other in (output, tmp_path / "other.jsonl"):
+                try:
+                    run(other)
+                except ConfigError as error:
+                    refused.append(str(error))
+            return engine.generate(*args)
+
+        def next_token_logprobs(self, *args):
+            return engine.next_token_logprobs(*args)
+
+    assert run(engine=Interrupted()).judged == 7
+    assert len(refused) == 3 and all(f"{output} is being written by another job" in text for text in refused)
+    for path in (output, tmp_path / "other.jsonl"):
+        assert [row["id"] for row in read_rows(path)] == [f"r{i}" for i in range(7)]
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_rows_that_two_jobs_have_left_twice_are_removed_and_counted(run, tmp_path, caplog) -> None:
+    """As the versions before the lock left them."""
+    output = tmp_path / "out.jsonl"
+    run()
+    whole = output.read_bytes()
+    lines = whole.splitlines(keepends=True)
+    again = json.loads(lines[1]) | {"critique": "of the second job"}
+    output.write_bytes(b"".join([*lines[:4], lines[0], json.dumps(again).encode() + b"\n", *lines[4:], b'{"id": "r']))
+    summary = run()
+    assert (summary.judged, summary.skipped, summary.repeated) == (0, 7, 2) and output.read_bytes() == whole
+    assert "removed 2 rows whose id stood there before" in caplog.text and "the first: line 5" in caplog.text
+    assert run().repeated == 0 and {p.name for p in tmp_path.iterdir()} == {
+        "in.jsonl",
+        "out.jsonl",
+        job_path(output).name,
+    }
 
 
 def test_bad_rows_are_reported_and_tried_again(run, source, tmp_path) -> None:

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from real_megatron.batch.types import Group
 from real_megatron.config import RunConfig
 from real_megatron.data.tiny_judge import build_config, build_tokenizer, write_task
-from real_megatron.errors import EngineError
+from real_megatron.errors import ConfigError, EngineError
 from real_megatron.judging import evaluate as judging
 from real_megatron.judging.critiques import write_critiques
 from real_megatron.judging.file import JudgeSummary, judge_file
@@ -27,6 +27,7 @@ from real_megatron.judging.judge import Judge
 from real_megatron.objective import Objective
 from real_megatron.policy.policy import Policy
 from real_megatron.rollout.embedded.engine import TransformersEngine
+from real_megatron.runtime import OtherRankFailed
 from real_megatron.training import rl, rollouts, sft
 from real_megatron.training.session import Session
 from real_megatron.training.stop import Terminated
@@ -160,6 +161,30 @@ def train_with_broken_evaluation(config: RunConfig, step: int) -> None:
 def with_notes(error: BaseException) -> str:
     """The error's message and the notes on where it happened."""
     return " ".join([str(error), *getattr(error, "__notes__", ())])
+
+
+def errors_of_runs(configs: list[RunConfig]) -> list[str]:
+    """The message with which each run ends on this rank."""
+    messages = []
+    for config in configs:
+        try:
+            train(config)
+        except (ConfigError, OtherRankFailed) as error:
+            messages.append(str(error))
+    return messages
+
+
+def lock_during_and_after(config: RunConfig) -> tuple[bool, bool]:
+    """Whether a run's output was locked while it saved, and is when it has ended."""
+    lock, save, seen = config.output / ".lock", Session.save, []
+
+    def looked(session: Session, *args: Any) -> None:
+        seen.append(lock.exists())
+        save(session, *args)
+
+    with patch.object(Session, "save", looked):
+        train(config)
+    return seen == [True], lock.exists()
 
 
 def weights(output: Path) -> dict[str, bytes]:

@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM
 
+from real_megatron.bridge import convert_megatron_to_hf
 from real_megatron.config import RunConfig
 from real_megatron.evaluation.report import read_run, write_report
 from real_megatron.evaluation.result import Evaluation
+from real_megatron.judging.judge import Judge
 from tests.support.ranks import run_ranks
 from tests.support.tiny_runs import (
     critiques,
@@ -87,6 +89,26 @@ def test_the_exported_checkpoint_scores_like_the_run(pipeline: Path) -> None:
     saved = json.loads((pipeline / "checkpoint/evaluation/dev.json").read_text())
     value = saved["metrics"]["rail"]["mse"]["value"]
     assert value == pytest.approx(rows(pipeline / "real")[2]["eval/dev/rail/mse"], rel=1e-5)
+
+
+def test_a_converted_checkpoint_of_the_run_is_asked_like_the_run(pipeline: Path, tmp_path: Path) -> None:
+    """Though the tokenizer comes from the start model, whose run was another."""
+    convert_megatron_to_hf(
+        pipeline / "real/checkpoints/step-000002",
+        tmp_path / "hf",
+        hf_path=pipeline / "sft/hf",
+        workers=1,
+        progress=False,
+    )
+    name = "real_megatron.yaml"
+    run = (pipeline / "real/hf" / name).read_text()
+    assert (tmp_path / "hf" / name).read_text() == run != (pipeline / "sft/hf" / name).read_text()
+    prompts = ["start 3 marks good slip note good reversed good - - - - - critique:"] * 2
+    answers = []
+    for model in (pipeline / "real/hf", tmp_path / "hf"):
+        with Judge.from_pretrained(model) as judge:
+            answers.append(judge.score(prompts, critiques=2))
+    assert answers[0] == answers[1]
 
 
 def test_ranks_share_the_examples_of_an_evaluation(pipeline: Path, tmp_path: Path) -> None:

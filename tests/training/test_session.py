@@ -5,8 +5,19 @@ from pathlib import Path
 
 import pytest
 
+from real_megatron.config import RunConfig
+from real_megatron.locks import only_writer
 from tests.support.ranks import run_ranks
-from tests.support.tiny_runs import order_of_work, poisoned, rows, tiny_config, train, write_tiny_task
+from tests.support.tiny_runs import (
+    errors_of_runs,
+    lock_during_and_after,
+    order_of_work,
+    poisoned,
+    rows,
+    tiny_config,
+    train,
+    write_tiny_task,
+)
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +60,20 @@ def test_a_sampled_score_is_rolled_out_and_trained_as_every_other_token(task: Pa
     # The engine's log-probs are of the weights before the step: the second mini-batch is one update away.
     first = rows(tmp_path)[0]
     assert first["mismatch/mean"] < 0.1 and first["ratio"] == pytest.approx(1.0, abs=0.1)
+
+
+def test_two_runs_in_one_directory_are_one_too_many(task: Path, tmp_path: Path) -> None:
+    """The ranks of one run are one owner: until it ends."""
+    data = {"train": [{"path": str(task / "train_sft.jsonl")}]}
+    configs = [tiny_config(task, tmp_path, steps=1, objective={"name": name}, data=data) for name in ("real", "raft")]
+    with only_writer(tmp_path, inside=True):
+        for first, second in run_ranks(2, errors_of_runs, configs):
+            assert (
+                f"{tmp_path} is being written by another job (process" in first and first.rpartition(":")[2] in second
+            )
+    assert not list(tmp_path.iterdir())
+    assert run_ranks(2, lock_during_and_after, configs[0]) == [(True, False)] * 2
+    assert RunConfig.from_yaml(tmp_path / "checkpoints/step-000001/real_megatron.yaml") == configs[0]
 
 
 def test_each_batch_is_generated_with_the_newest_weights(task: Path, tmp_path: Path) -> None:
