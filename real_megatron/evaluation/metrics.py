@@ -19,6 +19,10 @@ LOWER_IS_BETTER = ("mse", "mae")
 LEVEL = 0.95
 ROUNDING = 1e-12
 """Difference of metrics that float64 sums in another order can make."""
+FEWEST = 5
+"""Fewest clusters with an interval. Of n examples even a perfect order, or its reverse, comes by chance with
+probability 2/n!, of 4 in 8 % of all cases: resampling cannot show it (of 2 examples every correlation is 1 or −1), and
+its interval would be of no width."""
 Groups = Sequence[Hashable] | None
 
 
@@ -50,9 +54,9 @@ def agreement(
 
     The intervals are bias-corrected and accelerated (BCa; Efron 1987, scipy.stats.bootstrap) and resample clusters with
     replacement: all examples of one value of `clusters` [n] together, by default each example by itself. Where a
-    resample has no correlation, or BCa is undefined, the interval is that of the percentiles, with a note; of a single
-    cluster there is none. The same seed and clusters give the same resamples. Raises ValueError for unequal lengths, no
-    examples, or NaN.
+    resample has no correlation, or BCa is undefined, the interval is that of the percentiles, with a note; of fewer
+    than 5 clusters there is none (`FEWEST`). The same seed and clusters give the same resamples. Raises ValueError for
+    unequal lengths, no examples, or NaN.
     """
     x, y = _checked(predictions, labels)
     metrics = Agreement(x, y, scale_values, _numbers(within, len(y)))
@@ -91,11 +95,12 @@ def _estimates(
     values = _difference([part(np.ones((1, n))) for part in parts])
     whys = [next((why for part in parts if (why := part.why(name))), "") for name in names]
     notes = [next((note for part in parts if (note := part.note(name))), "") for name in names]
-    if (count := int(members.max()) + 1) < 2:
-        one = "one example only" if n == 1 else "one cluster only"
+    if (count := int(members.max()) + 1) < FEWEST:
+        unit = "example" if count == n else "cluster"
+        few = f"{count} {unit}s: too few for an interval" if count > 1 else f"one {unit} only: no interval"
         return {
-            name: Estimate(float(value), math.nan, math.nan, why or f"{one}: no interval")
-            for name, value, why in zip(names, values[:, 0], whys, strict=True)
+            name: Estimate(float(value), math.nan, math.nan, why or "; ".join(filter(None, [note, few])))
+            for name, value, why, note in zip(names, values[:, 0], whys, notes, strict=True)
         }
     with np.errstate(all="ignore"):  # of degenerate data: the notes say it, metric by metric
         replicates = _near(values, _replicates(parts, members, count, resamples, seed))

@@ -139,9 +139,9 @@ def _test_set(name: str, evaluations: Mapping[str, Evaluation]) -> list[str]:
         "",
     ]
     lines += _table(
-        ["run", "decoding", *(TITLES[m] + (" ↓" if m in LOWER_IS_BETTER else "") for m in NAMES)],
+        ["run", "decoding", "examples", *(TITLES[m] + (" ↓" if m in LOWER_IS_BETTER else "") for m in NAMES)],
         [
-            [run, DECODING_TITLES[d], *(cell(e.metrics[d][m]) for m in NAMES)]
+            [run, DECODING_TITLES[d], str(_answered(e)), *(cell(e.metrics[d][m]) for m in NAMES)]
             for run, e in evaluations.items()
             for d in DECODINGS
         ],
@@ -178,7 +178,7 @@ def _test_set(name: str, evaluations: Mapping[str, Evaluation]) -> list[str]:
             "without anchor",
             "cut by length",
             "forced",
-            "unanswered",
+            "examples without score",
             "tokens",
             "mass on scores",
         ],
@@ -187,7 +187,8 @@ def _test_set(name: str, evaluations: Mapping[str, Evaluation]) -> list[str]:
                 run,
                 "–" if e.step is None else str(e.step),
                 str(e.counts["responses"]),
-                *(str(e.counts[c]) for c in ("no_anchor", "truncated", "forced", "unanswered")),
+                *(_share(e.counts[c], e.counts["responses"]) for c in ("no_anchor", "truncated", "forced")),
+                _share(e.counts["unanswered"], e.counts["examples"]),
                 f"{e.means['response_tokens']:.1f}",
                 f"{e.means['score_mass']:.3f}",
             ]
@@ -230,7 +231,11 @@ def _differences(evaluations: Mapping[str, Evaluation]) -> list[str]:
 
 
 def _notes(label: str, decoding: str, estimates: Mapping[str, Estimate]) -> list[str]:
-    return [f"- {label}, {decoding}, {TITLES[m]}: {e.note}." for m, e in estimates.items() if e.note]
+    of: dict[str, list[str]] = {}
+    for metric, estimate in estimates.items():
+        if estimate.note:
+            of.setdefault(estimate.note, []).append(TITLES[metric])
+    return [f"- {label}, {decoding}, {', '.join(titles)}: {note}." for note, titles in of.items()]
 
 
 def _unit(evaluation: Evaluation) -> str:
@@ -263,25 +268,56 @@ def _settings(evaluations: Mapping[str, Evaluation]) -> list[str]:
     return [*lines, ""]
 
 
+def how_answered(evaluation: Evaluation) -> str:
+    """In one sentence, how the answers behind the metrics came about: critiques that were cut or got an anchor
+    appended, examples without a score."""
+    c, limit = evaluation.counts, evaluation.config.get("max_new_tokens")
+    without = f"{c['no_anchor']} of {c['responses']} critiques ({_percent(c['no_anchor'], c['responses'])})"
+    unscored = f"{c['unanswered']} of {c['examples']} examples ({_percent(c['unanswered'], c['examples'])})"
+    return (
+        f"{without} did not come to the anchor: {c['truncated']} were cut at {limit} tokens "
+        f"(data.max_response_tokens), {c['forced']} got the anchor appended, and with it a score all the same; "
+        f"{unscored} have no score"
+    )
+
+
 def console_table(results: Mapping[str, Evaluation]) -> Table:
-    """The metrics of one judge on several test sets, for a terminal."""
+    """The metrics of one judge on several test sets, for a terminal; the last columns are shares: of the critiques
+    those that were cut by length and those that got an anchor appended, of the examples those without a score."""
     shown = [*NAMES, *(m for m in WITHIN if any(m in e.metrics[d] for e in results.values() for d in DECODINGS))]
-    table = Table("test set", "decoding", *shown)
+    table = Table("test set", "decoding", "examples", *shown, "cut", "forced", "no score")
     for name, result in results.items():
         for decoding in DECODINGS:
             estimates = [result.metrics[decoding].get(metric) for metric in shown]
             cells = ["" if e is None else f"{cell(e)} ({e.note})" if e.note else cell(e) for e in estimates]
-            table.add_row(f"{name}, by {_unit(result)}", decoding, *cells)
+            c = result.counts
+            shares = [_percent(c[kind], c["responses"]) for kind in ("truncated", "forced")]
+            shares.append(_percent(c["unanswered"], c["examples"]))
+            table.add_row(f"{name}, by {_unit(result)}", decoding, str(_answered(result)), *cells, *shares)
     return table
 
 
 def cell(estimate: Estimate, signed: bool = False) -> str:
-    """`value [low, high]`, without the interval or the value where they are undefined."""
+    """`value [low, high]`; a dash in place of an interval that is undefined, as of too few examples."""
     if not math.isfinite(estimate.value):
         return "undefined"
     style = "+.3f" if signed else ".3f"
-    interval = "" if not math.isfinite(estimate.low) else f" [{estimate.low:{style}}, {estimate.high:{style}}]"
-    return f"{estimate.value:{style}}{interval}"
+    interval = "–" if not math.isfinite(estimate.low) else f"{estimate.low:{style}}, {estimate.high:{style}}"
+    return f"{estimate.value:{style}} [{interval}]"
+
+
+def _answered(evaluation: Evaluation) -> int:
+    """How many examples the metrics are of."""
+    return evaluation.counts["examples"] - evaluation.counts["unanswered"]
+
+
+def _percent(part: int, whole: int) -> str:
+    return f"{part / max(1, whole):.1%}"
+
+
+def _share(part: int, whole: int) -> str:
+    """`4 (6.7%)`."""
+    return f"{part} ({_percent(part, whole)})"
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

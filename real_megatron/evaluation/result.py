@@ -66,9 +66,13 @@ class Evaluation:
     """One per example."""
 
     def summary(self) -> dict[str, float]:
-        """Flat numbers for metric sinks: `rail/pearson`, `sampled/mse`, …, `no_anchor` (share), means."""
+        """Flat numbers for metric sinks: `rail/pearson`, `sampled/mse`, …; the shares of responses `no_anchor`,
+        `truncated` and `forced`, and of examples `unanswered`; means."""
         values = {f"{decoding}/{name}": e.value for decoding, row in self.metrics.items() for name, e in row.items()}
-        return values | {"no_anchor": self.counts["no_anchor"] / max(1, self.counts["responses"])} | self.means
+        for kind in ("no_anchor", "truncated", "forced"):
+            values[kind] = self.counts[kind] / max(1, self.counts["responses"])
+        values["unanswered"] = self.counts["unanswered"] / max(1, self.counts["examples"])
+        return values | self.means
 
     def save(self, path: Path) -> None:
         """Write `path` (JSON, indented; NaN as null) and the predictions beside it, in `predictions_path(path)`."""

@@ -1,8 +1,10 @@
 """A judge on labelled test sets: each example is judged, and the scores are compared with the labels."""
 
+import logging
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -14,14 +16,17 @@ from real_megatron.config import RunConfig
 from real_megatron.data import encode_prompts, label_column, load_examples
 from real_megatron.errors import ConfigError, DataError
 from real_megatron.evaluation.metrics import Estimate, agreement
-from real_megatron.evaluation.report import evaluation_path
+from real_megatron.evaluation.report import evaluation_path, how_answered
 from real_megatron.evaluation.result import DECODINGS, Evaluation, Prediction, clusters_of, groups_of
 from real_megatron.evaluation.weighted import NAMES
 from real_megatron.judging.judge import Judge
 from real_megatron.judging.reading import Reading, answers_of, mean_answer
+from real_megatron.locks import only_writer
 from real_megatron.rollout.engine import naming_prompts
 from real_megatron.runtime import from_rank_0, join_torchrun, rank
 from real_megatron.scores import ScoreScale
+
+logger = logging.getLogger(__name__)
 
 CLUSTER = "group"
 """The column whose rows of one value are a cluster, where the test set names none."""
@@ -62,17 +67,28 @@ def evaluate(
         `config.output/hf`
     output: default: `config.output`
 
-    Under torchrun the ranks share the examples, and every rank gets the results.
+    Under torchrun the ranks share the examples, and every rank gets the results. How many critiques were cut, or got
+    an anchor appended, and how many examples have no score, is logged at the end.
 
-    Raises ConfigError when there is no test set, CheckpointError when there is no checkpoint.
+    Raises ConfigError when there is no test set, or another evaluation writes the same file (`only_writer`),
+    CheckpointError when there is no checkpoint.
     """
     model, output = model or config.output / "hf", output or config.output
     if not config.data.eval:
         raise ConfigError("data.eval is empty: name at least one test set, for example data.eval.dev.path=dev.jsonl")
     join_torchrun(config.parallel.timeout_minutes)
-    with Judge.from_pretrained(model, revision=revision, config=config, work_dir=output / "rollout") as judge:
+    with ExitStack() as held:
+        for name in config.data.eval:
+            from_rank_0(lambda name=name: held.enter_context(only_writer(evaluation_path(output, name))))  # type: ignore[misc]
+        judge = held.enter_context(
+            Judge.from_pretrained(model, revision=revision, config=config, work_dir=output / "rollout")
+        )
         sets = load_evaluation_sets(config, judge.tokenizer, judge.scale)
-        return evaluate_sets(judge, sets, output, about={"model": judge.name})
+        results = evaluate_sets(judge, sets, output, about={"model": judge.name})
+    for name, result in results.items() if rank() == 0 else ():
+        seen = any(result.counts[kind] for kind in ("no_anchor", "unanswered"))
+        logger.log(logging.WARNING if seen else logging.INFO, "%s: %s", name, how_answered(result))
+    return results
 
 
 def load_evaluation_sets(

@@ -190,9 +190,9 @@ def test_the_interval_of_pearson_is_fishers() -> None:
 @pytest.mark.parametrize(
     ("x", "y", "note"),
     [
-        ([3.0] * 4, [1.0, 2.0, 3.0, 4.0], "all predictions are equal"),
-        ([0.1 + 0.2] * 4, [1.0, 2.0, 3.0, 4.0], "all predictions are equal"),
-        ([1.0, 2.0, 3.0, 4.0], [2.0] * 4, "all labels are equal"),
+        ([3.0] * 5, [1.0, 2.0, 3.0, 4.0, 5.0], "all predictions are equal"),
+        ([0.1 + 0.2] * 5, [1.0, 2.0, 3.0, 4.0, 5.0], "all predictions are equal"),
+        ([1.0, 2.0, 3.0, 4.0, 5.0], [2.0] * 5, "all labels are equal"),
         ([1.0], [1.0], "one example only"),
     ],
 )
@@ -207,11 +207,26 @@ def test_constants_have_no_correlation(x, y, note) -> None:
 
 
 def test_resamples_without_correlation_are_counted() -> None:
-    found = agreement([1.0, 2.0, 3.0], [1.0, 2.0, 3.0], SCALE, 400)
-    # All three draws equal: 3 of 27.
+    found = agreement([1.0, 1.0, 1.0, 1.0, 2.0], [1.0, 1.0, 1.0, 1.0, 2.0], SCALE, 1000)
+    # All five draws equal, from the four or the one: 4^5 + 1 of 5^5. Three standard errors.
     kept = int(found["pearson"].note.removeprefix("interval from ").split()[0])
-    assert kept / 400 == pytest.approx(24 / 27, abs=0.05)
+    assert kept / 1000 == pytest.approx(1 - (4**5 + 1) / 5**5, abs=0.045)
     assert found["pearson"].value == pytest.approx(1.0) and found["pearson"].low == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("n", [2, 3, 4])
+def test_of_few_examples_or_clusters_there_is_no_interval(n: int) -> None:
+    """A perfect order of 4 is chance in 2 of 4! cases, more than 5 %: an interval without width would deny it."""
+    labels = [float(i + 1) for i in range(n)]
+    found = agreement(labels, labels, SCALE, 50)
+    assert all(math.isnan(e.low) and math.isnan(e.high) for e in found.values())
+    assert {e.note for e in found.values()} == {f"{n} examples: too few for an interval"}
+    assert found["pearson"].value == pytest.approx(1.0) and found["mse"].value == 0.0
+    x, y = data(20)
+    clustered = agreement(x, y, SCALE, 50, clusters=[i % n for i in range(20)])
+    assert all(math.isnan(e.low) and e.note == f"{n} clusters: too few for an interval" for e in clustered.values())
+    assert not any(math.isnan(e.low) for e in agreement(x, y, SCALE, 50, clusters=[i % 5 for i in range(20)]).values())
+    assert all(math.isnan(e.low) for e in paired_difference(labels, labels[::-1], labels, SCALE, 50).values())
 
 
 def test_paired_differences_use_the_same_resamples() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,7 +11,15 @@ from matplotlib.image import imread
 from real_megatron.errors import ConfigError, DataError
 from real_megatron.evaluation import plots
 from real_megatron.evaluation.metrics import agreement
-from real_megatron.evaluation.report import evaluation_path, read_metrics, read_run, run_names, write_report
+from real_megatron.evaluation.report import (
+    console_table,
+    evaluation_path,
+    how_answered,
+    read_metrics,
+    read_run,
+    run_names,
+    write_report,
+)
 from real_megatron.evaluation.result import Evaluation, Prediction
 
 SCALE = [1.0, 2.0, 3.0, 4.0, 5.0]
@@ -63,13 +72,14 @@ def test_the_table_compares_the_newest_evaluations(runs, tmp_path) -> None:
         for run, noise in (("SFT", 2.0), ("REAL", 0.5)):
             for decoding, title in (("rail", "RAIL"), ("sampled", "sampled score")):
                 (row,) = [line for line in rows if line.startswith(f"| {run} | {title} |")]
-                cells = [cell.strip() for cell in row.strip("|").split("|")][2:]
+                n, *cells = [cell.strip() for cell in row.strip("|").split("|")][2:]
+                assert n == "60"
                 for cell, e in zip(cells, make(name, noise).metrics[decoding].values(), strict=True):
                     assert cell == f"{e.value:.3f} [{e.low:.3f}, {e.high:.3f}]"
         (gain,) = [line for line in rows if line.startswith("| REAL − SFT (60) | RAIL |")]
         expected = make(name, 0.5).metrics["rail"]["pearson"].value - make(name, 2.0).metrics["rail"]["pearson"].value
         assert gain.split("|")[3].strip().startswith(f"{expected:+.3f} [+")
-        assert "| REAL | 20 | 60 | 4 | 3 | 4 | 0 | 12.0 | 0.990 |" in rows
+        assert "| REAL | 20 | 60 | 4 (6.7%) | 3 (5.0%) | 4 (6.7%) | 0 (0.0%) | 12.0 | 0.990 |" in rows
         assert "- REAL: model `runs/0.5/hf`, 1 critique an example at temperature 1" in section
     for image in ("curves.png", "evaluation.png"):
         pixels = imread(tmp_path / "report" / image)
@@ -119,9 +129,32 @@ def test_undefined_numbers_are_said_to_be(tmp_path) -> None:
     constant.metrics["rail"] = agreement([2.0, 2.0], [1.0, 3.0], SCALE, 10)
     constant.save(evaluation_path(tmp_path / "run", "set"))
     text = write_report(tmp_path / "report", [read_run("A", tmp_path / "run")]).read_text()
-    assert "| A | RAIL | undefined | undefined | undefined | 1.000 [1.000, 1.000] |" in text
-    assert "- A, RAIL, Pearson: all predictions are equal." in text
+    assert "| A | RAIL | 60 | undefined | undefined | undefined | 1.000 [–] |" in text
+    assert "- A, RAIL, Pearson, Spearman, Kendall: all predictions are equal." in text
+    assert "- A, RAIL, MSE, MAE, accuracy: 2 examples: too few for an interval." in text
     assert not (tmp_path / "report" / "curves.png").exists() and "png" not in text
+
+
+def test_rows_count_the_examples_that_they_are_of(tmp_path) -> None:
+    """Two of four examples have a score: a correlation of 1 without an interval."""
+    few = make("set", 0.0, n=4)
+    for i in (1, 2):
+        few.predictions[i] = replace(few.predictions[i], rail=None, sampled=None, probabilities=None)
+    few.counts |= {"unanswered": 2, "responses": 4, "no_anchor": 2, "truncated": 2, "forced": 0}
+    few.metrics = {d: agreement([1.0, 2.0], [1.0, 3.0], SCALE, 10) for d in ("rail", "sampled")}
+    few.config["max_new_tokens"] = 64
+    few.save(evaluation_path(tmp_path / "run", "set"))
+    text = write_report(tmp_path / "report", [read_run("A", tmp_path / "run")]).read_text()
+    assert "| A | RAIL | 2 | 1.000 [–] | 1.000 [–] |" in text
+    assert "| A | – | 4 | 2 (50.0%) | 2 (50.0%) | 0 (0.0%) | 2 (50.0%) |" in text
+    table = console_table({"set": few})
+    columns = {str(column.header): list(column.cells) for column in table.columns}
+    assert columns["examples"] == ["2", "2"] and columns["cut"] == columns["no score"] == ["50.0%"] * 2
+    assert columns["forced"] == ["0.0%"] * 2 and columns["pearson"][0].startswith("1.000 [–] (2 examples: too few")
+    assert how_answered(few) == (
+        "2 of 4 critiques (50.0%) did not come to the anchor: 2 were cut at 64 tokens (data.max_response_tokens), "
+        "0 got the anchor appended, and with it a score all the same; 2 of 4 examples (50.0%) have no score"
+    )
 
 
 def test_differences_are_between_the_same_examples_only(tmp_path) -> None:

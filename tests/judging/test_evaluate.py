@@ -130,7 +130,7 @@ def test_a_judge_that_never_answers_has_no_numbers_and_says_why(engine, tokenize
     assert math.isnan(found.summary()["score_mass"]) and found.summary()["no_anchor"] == 1.0
     found.save(tmp_path / "evaluation/set.json")
     text = write_report(tmp_path, [read_run("silent", tmp_path)]).read_text()
-    assert "| silent | RAIL | undefined |" in text and "no response has the anchor" in text
+    assert "| silent | RAIL | 0 | undefined |" in text and "no response has the anchor" in text
 
 
 def test_a_saved_evaluation_comes_back(result, tmp_path) -> None:

@@ -10,8 +10,10 @@ from real_megatron.config import RunConfig
 from real_megatron.data.byte_model import byte_tokenizer
 from real_megatron.errors import ConfigError
 from real_megatron.evaluation.metrics import agreement
-from real_megatron.evaluation.report import evaluation_path, read_run, write_report
-from real_megatron.judging.evaluate import evaluate_sets, forget_evaluations, load_evaluation_sets
+from real_megatron.evaluation.report import console_table, evaluation_path, read_run, write_report
+from real_megatron.judging.evaluate import evaluate, evaluate_sets, forget_evaluations, load_evaluation_sets
+from real_megatron.judging.judge import Judge
+from real_megatron.locks import only_writer
 from real_megatron.rollout.engine import SamplingParams
 from real_megatron.scores import ScoreScale
 from tests.support.judges import make_judge
@@ -50,6 +52,35 @@ def test_evaluations_of_steps_that_will_be_done_again_are_removed(tmp_path: Path
     left = [*kept, *(path.with_suffix(".predictions.jsonl") for path in kept)]
     assert sorted((tmp_path / "evaluation").iterdir()) == sorted(left)
     forget_evaluations(tmp_path / "absent", 0)
+
+
+def test_the_end_of_an_evaluation_says_how_many_critiques_were_cut_and_forced(
+    engine, tokenizer, scale, tmp_path: Path, monkeypatch, caplog
+) -> None:
+    """One token is no critique: the correlations below are of answers that the judge did not give."""
+    path = tmp_path / "dev.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"{i} a", "label": i}) + "\n" for i in (1, 2, 3)))
+    eval_ = {"dev": {"path": str(path)}}
+    judge = make_judge(engine, tokenizer, scale, SamplingParams(n=2, max_new_tokens=1), bootstrap=5, eval=eval_)
+    monkeypatch.setattr(Judge, "from_pretrained", lambda *_, **__: judge)
+    monkeypatch.setattr(engine, "close", lambda: None)
+    with only_writer(evaluation_path(tmp_path, "dev")), pytest.raises(ConfigError, match=r"dev\.json is being written"):
+        evaluate(judge.config, "model", tmp_path)
+    results = evaluate(judge.config, "model", tmp_path)
+    (said,) = [record for record in caplog.records if record.message.startswith("dev: ")]
+    cut = results["dev"].counts["truncated"]
+    assert 0 < cut <= 6  # a critique can end by itself
+    assert said.levelname == "WARNING" and said.message == (
+        f"dev: 6 of 6 critiques (100.0%) did not come to the anchor: {cut} were cut at 1 tokens "
+        "(data.max_response_tokens), 6 got the anchor appended, and with it a score all the same; 0 of 3 examples "
+        "(0.0%) have no score"
+    )
+    table = {str(column.header): list(column.cells) for column in console_table(results).columns}
+    assert table["cut"] == [f"{cut / 6:.1%}"] * 2
+    assert table["forced"] == ["100.0%"] * 2 and table["no score"] == ["0.0%"] * 2
+    summary = results["dev"].summary()
+    assert (summary["truncated"], summary["forced"], summary["unanswered"]) == (cut / 6, 1.0, 0.0)
+    assert sorted(p.name for p in (tmp_path / "evaluation").iterdir()) == ["dev.json", "dev.predictions.jsonl"]
 
 
 def test_clusters_and_groups_reach_intervals_and_report(engine, tokenizer, scale, tmp_path: Path) -> None:
