@@ -24,9 +24,9 @@ def only_writer(output: str | Path, *, inside: bool = False) -> Iterator[None]:
 
     output: a file, or a directory that appears as a whole; with `inside` a directory in which the job writes
 
-    The lock is `flock` on a side file, `.NAME.lock` beside the output or `.lock` in it, which is removed
-    at the end. The operating system releases it when the process ends, however it ends, so that a file that a killed
-    job has left locks nothing. Child processes do not hold it. Of several ranks rank 0 takes it for all.
+    The lock is `flock` on a side file, `.NAME.lock` beside the output or `.lock` in it, which is removed at the end.
+    The operating system releases it when the process ends, however it ends, so that a side file that a killed job has
+    left locks nothing. Child processes do not hold it. A job of several ranks takes it on rank 0, for all.
 
     On a network file system the lock reaches as far as the file system's own: NFS and Lustre with `flock` lock for all
     nodes (and may keep the lock of a node that crashed for a minute or two); mounted with `nolock` or `localflock`,

@@ -87,7 +87,7 @@ def convert_hf_to_megatron(
     workers: number of processes; default: one per CPU core, at most 8
 
     Raises CheckpointError for a source that is missing, partial or damaged, UnsupportedModel, ConfigError for a layout
-    that does not divide the model, FileExistsError for an output that exists.
+    that does not divide the model and for an output that another job writes, FileExistsError for one that exists.
     """
     start = time.monotonic()
     directory = checkpoint_directory(hf_path, revision)
