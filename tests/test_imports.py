@@ -29,7 +29,7 @@ ALLOWED: dict[str, set[str]] = {
     "evaluation": {"scores", "errors"},
     "judging": {"evaluation", "data", "rollout", "hf", "scores", "config", "sections", "runtime", "errors"},
     "training": {"judging", "data", "rollout", "policy", "bridge", "hf", "objective", "batch"}
-    | {"scores", "config", "runtime", "terminal", "errors"},
+    | {"scores", "config", "sections", "runtime", "terminal", "errors"},
     # Names of the library, imported on first use.
     "__init__": {"training", "judging", "evaluation", "data", "rollout", "policy", "bridge", "objective"}
     | {"config", "errors", "version"},

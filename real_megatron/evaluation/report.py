@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 
 from real_megatron.errors import ConfigError, DataError
@@ -263,15 +265,31 @@ def _settings(evaluations: Mapping[str, Evaluation]) -> list[str]:
     return [*lines, ""]
 
 
-def console_table(results: Mapping[str, Evaluation]) -> Table:
-    """The metrics of one judge on several test sets, for a terminal."""
+def console_table(results: Mapping[str, Evaluation], width: int) -> Table:
+    """The metrics of one judge on several test sets, for a terminal of `width` columns: a column a metric, or a line a
+    metric where these would not fit. Numbers are never cut."""
     shown = [*NAMES, *(m for m in WITHIN if any(m in e.metrics[d] for e in results.values() for d in DECODINGS))]
-    table = Table("test set", "decoding", *shown)
+    title = ", ".join(dict.fromkeys(str(e.config["model"]) for e in results.values() if e.config.get("model")))
+    table = Table("test set", "decoding", *shown, title=title)
     for name, result in results.items():
         for decoding in DECODINGS:
             estimates = [result.metrics[decoding].get(metric) for metric in shown]
             cells = ["" if e is None else f"{cell(e)} ({e.note})" if e.note else cell(e) for e in estimates]
             table.add_row(f"{name}, by {_unit(result)}", decoding, *cells)
+    wide = Console(width=10_000)
+    if Measurement.get(wide, wide.options, table).maximum <= width:
+        return table
+    table = Table(title=title)
+    table.add_column("test set, metric", overflow="fold")
+    table.add_column("decoding", no_wrap=True)
+    table.add_column("value", no_wrap=True)
+    for name, result in results.items():
+        table.add_row(f"{name}, by {_unit(result)}")
+        for metric in shown:
+            for decoding in DECODINGS:
+                estimate = result.metrics[decoding].get(metric)
+                if estimate is not None:
+                    table.add_row(f"{metric} ({estimate.note})" if estimate.note else metric, decoding, cell(estimate))
     return table
 
 

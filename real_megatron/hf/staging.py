@@ -6,17 +6,26 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from real_megatron.hf.output import check_output
+
+
+def check_new(output: str | Path) -> None:
+    """Raise FileExistsError when `output` exists and is not empty, ConfigError when it cannot be made."""
+    output = Path(output)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise FileExistsError(f"{output} exists already; choose another output or remove it")
+    check_output(output.parent, "output")
+
 
 @contextmanager
 def staged_directory(output: str | Path) -> Iterator[Path]:
     """Yield a hidden directory beside `output`; on success flush it to disk and rename it to `output`.
 
     On an exception it is removed. A killed process leaves only the hidden directory `.<name>.partial`, which the next
-    attempt removes. Raises FileExistsError when `output` exists and is not empty.
+    attempt removes. Raises as `check_new`.
     """
     output = Path(output)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise FileExistsError(f"{output} exists already; choose another output or remove it")
+    check_new(output)
     output.parent.mkdir(parents=True, exist_ok=True)
     partial = output.parent / f".{output.name}.partial"
     if partial.exists():

@@ -19,6 +19,7 @@ from real_megatron.evaluation.metrics import Estimate, agreement
 from real_megatron.evaluation.report import evaluation_path
 from real_megatron.evaluation.result import DECODINGS, Evaluation, Prediction, clusters_of, groups_of
 from real_megatron.evaluation.weighted import NAMES
+from real_megatron.hf.output import check_output
 from real_megatron.judging.job import weights_written
 from real_megatron.judging.judge import Judge
 from real_megatron.judging.kept import KeptReadings
@@ -79,8 +80,10 @@ def evaluate(
     model, output = model or config.output / "hf", output or config.output
     if not config.data.eval:
         raise ConfigError("data.eval is empty: name at least one test set, for example data.eval.dev.path=dev.jsonl")
+    check_output(output / "evaluation", "output")
     join_torchrun(config.parallel.timeout_minutes)
-    with Judge.from_pretrained(model, revision=revision, config=config, work_dir=output / "rollout") as judge:
+    work_dir = output / "rollout"
+    with Judge.from_pretrained(model, revision=revision, config=config, work_dir=work_dir, start=False) as judge:
         sets = load_evaluation_sets(config, judge.tokenizer, judge.scale)
         return evaluate_sets(judge, sets, output, about={"model": judge.name}, keep=True, on_progress=on_progress)
 
