@@ -29,7 +29,7 @@ EXIT_SIGNAL = 128  # and the signal's number, as a shell reports it: 130 for SIG
 # Errors whose message says all: shown without a traceback, unless --traceback asks for it. OSError: a full disk, a
 # missing file. FloatingPointError: a loss that is not finite. Every other error is a bug.
 EXPLAINED = (UserError, EngineError, OSError, FloatingPointError)
-# Tables in a file or pipe are not squeezed into 80 columns.
+# Tables in a file or pipe have room.
 CONSOLE_OUT = Console(width=None if sys.stdout.isatty() else 180)
 show_traceback = False
 verbose_log = False
@@ -150,6 +150,7 @@ def critiques(
         from real_megatron.judging.critiques import write_critiques
         from real_megatron.terminal import Counter
 
+        refuse_model_path(overrides)
         with Counter("prompts", enabled=is_rank_0()) as shown:
             count = write_critiques(
                 RunConfig.from_yaml(config, overrides or []),
@@ -192,11 +193,12 @@ def evaluate(
         from real_megatron.judging.evaluate import evaluate as run
         from real_megatron.terminal import Counter
 
+        refuse_model_path(overrides)
         chosen = RunConfig.from_yaml(config, overrides or [])
         with Counter("examples", enabled=is_rank_0()) as shown:
             results = run(chosen, model, output, revision=revision, on_progress=shown)
         if is_rank_0():
-            CONSOLE_OUT.print(console_table(results))
+            CONSOLE_OUT.print(console_table(results, CONSOLE_OUT.width))
 
 
 @app.command()
@@ -234,6 +236,7 @@ def judge(
     """
     with reported(lambda: f"{lines_of(output):,} rows of {source} are judged; {GO_ON}"):
         from real_megatron.config import RunConfig
+        from real_megatron.hf.output import check_output_file
         from real_megatron.judging.file import count_rows, fields_to_keep, judge_file
         from real_megatron.judging.judge import Judge
         from real_megatron.locks import only_writer
@@ -242,13 +245,20 @@ def judge(
 
         if world_size() > 1:
             raise ConfigError("judge runs as one process: start it without torchrun; servers take several GPUs")
+        refuse_model_path(overrides)
+        check_output_file(output, "output")
         rows = count_rows(source)
         kept = fields_to_keep([name for name in map(str.strip, keep_fields.split(",")) if name])
         with only_writer(output):  # judge_file does it: here only to be refused before the model is loaded
             pass
         chosen = None if config is None else RunConfig.from_yaml(config)
         loaded = Judge.from_pretrained(
-            model, revision=revision, config=chosen, overrides=overrides or [], work_dir=output.parent / "rollout"
+            model,
+            revision=revision,
+            config=chosen,
+            overrides=overrides or [],
+            work_dir=output.parent / "rollout",
+            start=False,
         )
         with loaded as asked, Counter("rows") as shown:
             shown("judging", 0, rows)
@@ -282,7 +292,9 @@ def report(
     """
     with reported():
         from real_megatron.evaluation.report import read_run, run_names, write_report
+        from real_megatron.hf.output import check_output
 
+        check_output(output or runs[-1], "output")
         results = [read_run(name, run) for name, run in zip(run_names(runs), runs, strict=True)]
         typer.echo(write_report(output or runs[-1], results, command=["real-megatron", *sys.argv[1:]], title=title))
 
@@ -407,6 +419,16 @@ def show_verification(hf: Path, megatron: Path, family: str) -> None:
     )
     if not result.passed:
         raise CheckpointError(f"{megatron} does not compute what {hf} computes: their logits differ as shown above")
+
+
+def refuse_model_path(overrides: list[str] | None) -> None:
+    """Raise ConfigError for an override of the model that training starts from, where another one is asked."""
+    for override in overrides or []:
+        if override.partition("=")[0].strip() in ("model.path", "model.revision"):
+            raise ConfigError(
+                f"override `{override}`: model.path and model.revision are what training starts from; name the "
+                "checkpoint to ask with --model (and --revision)"
+            )
 
 
 def torch_dtype(name: str | None) -> Any:

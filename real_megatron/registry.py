@@ -6,6 +6,7 @@ it has registered nothing of that name, the module's attribute `name`.
 
 import importlib
 import sys
+import traceback
 from collections.abc import Iterator, Mapping
 from typing import Generic, TypeVar
 
@@ -51,6 +52,15 @@ class Registry(Generic[T]):
         except ImportError as error:
             raise ConfigError(
                 f"{self.key}: {name!r}: module {module_name} cannot be imported ({error}); is it on PYTHONPATH?"
+            ) from error
+        except ConfigError:
+            raise
+        except Exception as error:  # whatever a user's module does when it is imported
+            fault = f"{type(error).__name__}: {error}".splitlines()[0]
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            raise ConfigError(
+                f"{self.key}: {name!r}: module {module_name} fails when it is imported ({fault}, {where.filename} line "
+                f"{where.lineno}); mend the module"
             ) from error
         if f"{self._module_of.get(short)}.".startswith(f"{module_name}."):
             return self[short]

@@ -16,14 +16,18 @@ from rich.progress import (
     MofNCompleteColumn,
     Progress,
     ProgressColumn,
+    Task,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.text import Text
 
 CONSOLE = Console(stderr=True)
 OURS = "real_megatron"
 LINE_EVERY_S = 30.0
+_NUMBERS = 54
+"""Columns that a bar's name, counts and times need."""
 
 logger = logging.getLogger(__name__)
 
@@ -58,15 +62,28 @@ def _is_ours(record: logging.LogRecord) -> bool:
     return record.name == OURS or record.name.startswith(OURS + ".")
 
 
+class _Figures(ProgressColumn):
+    """Those of a task's figures that there is room for, whole."""
+
+    def render(self, task: Task) -> Text:
+        room, shown = CONSOLE.width - _NUMBERS - 24, ""
+        for figure in task.fields["figures"].split("  "):
+            if len(shown) + 2 + len(figure) > room:
+                break
+            shown += f"  {figure}" if shown else figure
+        return Text(shown, no_wrap=True)
+
+
 def progress(enabled: bool, count: ProgressColumn | None = None) -> Progress:
     """A bar per task: done of total (or `count`), elapsed, remaining, and the task's field `figures`."""
     return Progress(
         TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
+        # On a narrow terminal the bar is shorter, and figures are left out: rich would cut the numbers.
+        BarColumn(bar_width=max(4, min(24, CONSOLE.width - _NUMBERS))),
         count or MofNCompleteColumn(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[figures]}"),
+        _Figures(),
         console=CONSOLE,
         disable=not (enabled and CONSOLE.is_terminal),
     )

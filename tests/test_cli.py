@@ -78,6 +78,33 @@ def test_help_imports_neither_torch_nor_megatron() -> None:
         (["train", "RUN", "model.path=nowhere"], "nowhere: no such directory"),
         (["train", "RUN", "rollout.engine=x", "model.path=m"], "rollout.engine: unknown engine 'x'"),
         (["train", "RUN", "rollout.engine=no_such:x", "model.path=m"], "module no_such cannot be imported"),
+        (["train", "RUN", "model.path=nowhere"], "model.path: nowhere: no such directory"),
+        (
+            ["train", "RUN", "model.path=MEGATRON"],
+            "is a Megatron checkpoint: make a Hugging Face checkpoint of it with",
+        ),
+        (["judge", "--model", "MEGATRON", "--input", "RUN", "--output", "o.jsonl"], "`real-megatron convert to-hf "),
+        (["train", "RUN", "model.path=m", "output=RUN/a/b"], "run.yaml/a/b cannot be a directory, since "),
+        (
+            ["evaluate", "RUN", "data.eval.dev.path=x.jsonl", "output=RUN/a"],
+            "a/evaluation cannot be a directory, since",
+        ),
+        (["judge", "--model", "m", "--input", "RUN", "--output", "RUN/a/o"], "output: "),
+        (
+            ["critiques", "RUN", "data.train.0.path=x", "--model", "m", "--output", "RUN/o"],
+            "cannot be a directory, since",
+        ),
+        (["convert", "to-megatron", "m", "RUN/out"], "run.yaml cannot be a directory, since "),
+        (["report", "nowhere", "--output", "RUN/out"], "run.yaml/out cannot be a directory, since "),
+        (
+            ["evaluate", "RUN", "model.path=x"],
+            "override `model.path=x`: model.path and model.revision are what training",
+        ),
+        (["train", "RUN", "model.path=m", "parallel.tensor=3"], "= 3 does not divide the 1 ranks of this run"),
+        (
+            ["train", "RUN", "model.path=m", "optimizer.warmup_steps=2"],
+            "must be less than the run's 2 optimizer updates",
+        ),
         (["report", "nowhere"], "nowhere: no such directory"),
         (["convert", "to-megatron", "nowhere"], "name the OUTPUT directory, or add --dry-run"),
         (["convert", "to-megatron", "nowhere", "out"], "nowhere: no such directory"),
@@ -91,11 +118,83 @@ def test_a_mistake_is_one_message_without_a_traceback(
 ) -> None:
     config = tmp_path / "run.yaml"
     config.write_text("steps: 2\n")
-    result = run(*[str(config) if a == "RUN" else a for a in arguments])
+    (tmp_path / "megatron").mkdir()
+    (tmp_path / "megatron/.metadata").touch()
+    places = {"RUN": str(config), "MEGATRON": str(tmp_path / "megatron")}
+    for name, place in places.items():
+        arguments = [argument.replace(name, place) for argument in arguments]
+    result = run(*arguments)
     assert result.exit_code == 1
     errors = capfd.readouterr().err + result.output
     assert message in " ".join(errors.split())
     assert "Traceback" not in errors and errors.count("error:") == 1
+
+
+@pytest.mark.parametrize("command", ["train", "sft"])
+def test_settings_are_checked_before_data_and_model_are_read(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Those of the output's own run, its layout, its schedule: hours may lie between."""
+    from real_megatron.data.byte_model import make_byte_model
+
+    def loads(*_: object, **__: object) -> None:
+        raise AssertionError("something was loaded")
+
+    for place in ("examples.load_examples", "session.load_tokenizer", "session.Policy"):
+        monkeypatch.setattr(f"real_megatron.training.{place}", loads)
+    model, output = make_byte_model(tmp_path / "model"), tmp_path / "runs"
+    config = tmp_path / "run.yaml"
+    name = "real" if command == "train" else "raft"
+    config.write_text(
+        f"{{steps: 2, output: {output}, model: {{path: {model}}}, objective: {{name: {name}}}, "
+        f"data: {{train: [{{path: {tmp_path / 'absent.jsonl'}}}]}}}}"
+    )
+
+    def refused(*overrides: str) -> str:
+        result = run(command, str(config), *overrides)
+        assert result.exit_code == 1
+        return " ".join((capfd.readouterr().err + result.output).split())
+
+    assert "something was loaded" in refused()
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert "parallel.tensor = 3 does not divide the model's" in refused("parallel.tensor=3")
+    assert "layers: choose one of 1, 2" in refused("parallel.pipeline=3", "model.path=" + str(model))
+    monkeypatch.delenv("WORLD_SIZE")
+    (output / "hf").mkdir(parents=True)
+    made = RunConfig.from_yaml(config)
+    (output / "hf/real_megatron.yaml").write_text(made.to_yaml())
+    assert "something was loaded" in refused()
+    message = refused("seed=3", "optimizer.schedule=cosine", "steps=5")
+    assert (
+        f"{output}/hf belongs to another run: optimizer.schedule: 'constant' in the checkpoint, 'cosine' now" in message
+    )
+    assert "seed: 0 in the checkpoint, 3 now" in message
+    assert "A run can be given more steps where optimizer.schedule is constant" in message
+    (output / "hf/real_megatron.yaml").rename(output / "hf/model.safetensors")
+    assert f"{output}/hf exists, and no run has made it" in refused()
+
+
+def test_a_file_judged_with_other_settings_is_refused_before_the_model_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from real_megatron.data.byte_model import make_byte_model
+
+    starts = []
+
+    def build(*_: object) -> None:
+        starts.append(1)
+        raise EngineError("started")
+
+    monkeypatch.setattr("real_megatron.judging.judge.build_engine", build)
+    model = make_byte_model(tmp_path / "model", num_hidden_layers=1)
+    (tmp_path / "in.jsonl").write_text('{"prompt": "x"}\n')
+    command = ["judge", "--model", str(model), "--input", str(tmp_path / "in.jsonl")]
+    command += ["--output", str(tmp_path / "out.jsonl")]
+    assert run(*command).exit_code == 1 and len(starts) == 1
+    (tmp_path / "out.jsonl").write_text("{}\n")
+    result = run(*command, "seed=1")
+    assert result.exit_code == 1 and len(starts) == 1
+    assert "seed was 0, is 1" in capfd.readouterr().err + result.output
 
 
 def test_a_bug_is_shown_whole_with_where_to_report_it(

@@ -31,7 +31,7 @@ ALLOWED: dict[str, set[str]] = {
     "evaluation": {"scores", "errors"},
     "judging": {"evaluation", "data", "rollout", "hf", "scores", "config", "sections", "runtime", "locks", "errors"},
     "training": {"judging", "data", "rollout", "policy", "bridge", "hf", "objective", "batch"}
-    | {"scores", "config", "runtime", "terminal", "locks", "errors"},
+    | {"scores", "config", "sections", "runtime", "terminal", "locks", "errors"},
     # Names of the library, imported on first use.
     "__init__": {"training", "judging", "evaluation", "data", "rollout", "policy", "bridge", "objective"}
     | {"config", "errors", "version"},

@@ -20,12 +20,14 @@ def registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Registry[str]:
     )
     (tmp_path / "user_two.py").write_text("import probe\nprobe.registry.register('own', 'two', __name__)\n")
     (tmp_path / "user_three.py").write_text("import no_such_module\n")
+    (tmp_path / "user_five.py").write_text("\nhalf = 1 / 0\n")
+    (tmp_path / "user_six.py").write_text("def half(:\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     import probe  # type: ignore[import-not-found]
 
     probe.registry = registry
     yield registry
-    for name in ("probe", "user_one", "user_two", "user_three", "user_four"):
+    for name in ("probe", "user_one", "user_two", "user_three", "user_four", "user_five", "user_six"):
         sys.modules.pop(name, None)
 
 
@@ -72,6 +74,9 @@ def test_a_modules_name_is_never_anothers(registry: Registry[str]) -> None:
     [
         ("nope", r"some\.key: unknown sort 'nope'; known: plain, or module:name"),
         ("no_such:x", "'no_such:x': module no_such cannot be imported"),
+        ("user_five:x", "fails when it is imported .ZeroDivisionError: division by zero, .*user_five.py line 2.; mend"),
+        ("user_six:x", "module user_six fails when it is imported .SyntaxError: "),
+        ("..up:x", "module ..up fails when it is imported"),
         ("user_three:x", "module user_three cannot be imported .*no_such_module"),
         ("user_one:nope", "module user_one neither registers nor defines 'nope'"),
     ],

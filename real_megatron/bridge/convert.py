@@ -37,7 +37,7 @@ from real_megatron.errors import CheckpointError
 from real_megatron.hf import side_files
 from real_megatron.hf.checkpoint import HFCheckpoint, Shape
 from real_megatron.hf.directory import checkpoint_directory
-from real_megatron.hf.staging import staged_directory
+from real_megatron.hf.staging import check_new, staged_directory
 
 logger = logging.getLogger(__name__)
 
@@ -90,6 +90,7 @@ def convert_hf_to_megatron(
     that does not divide the model and for an output that another job writes, FileExistsError for one that exists.
     """
     start = time.monotonic()
+    check_new(output)
     directory = checkpoint_directory(hf_path, revision)
     description = describe(side_files.read_config(directory), family)
     layout = ParallelLayout(tensor, pipeline, expert)
@@ -134,6 +135,7 @@ def convert_megatron_to_hf(
     which a judge is asked, comes along, also where hf_path is another run's. Raises what the other direction raises.
     """
     start = time.monotonic()
+    check_new(output)
     megatron_path = Path(megatron_path)
     source = TorchDistCheckpoint(megatron_path)
     side = side_directory(megatron_path, hf_path, revision)
@@ -251,7 +253,7 @@ def side_directory(megatron_path: Path, hf_path: str | Path | None = None, revis
     if not side.is_dir():
         raise CheckpointError(
             f"{megatron_path}: no subfolder '{side_files.FOLDER}' with config.json and tokenizer; name the original "
-            "Hugging Face checkpoint (hf_path, --hf)"
+            "Hugging Face checkpoint (hf_path, --hf): of a training checkpoint, model.path in its run's config.yaml"
         )
     return checkpoint_directory(side)
 

@@ -13,7 +13,7 @@ that Transformer Engine does not fuse into a linear layer (from its version 2 on
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from real_megatron.bridge.description import ModelDescription
+from real_megatron.bridge.description import ModelDescription, divisors, one_of
 from real_megatron.bridge.expansion import padded_vocab, parameters
 from real_megatron.bridge.table import Parameter
 from real_megatron.bridge.transforms import Block
@@ -123,18 +123,23 @@ def check_layout(description: ModelDescription, layout: ParallelLayout) -> None:
         raise ConfigError(f"expert={expert} is for models with experts; this one has no experts: use expert=1")
     if expert > 1 and description.num_experts % expert:
         raise ConfigError(
-            f"expert={expert} does not divide the {description.num_experts} experts of this model; use a divisor"
+            f"expert={expert} does not divide the {description.num_experts} experts of this model; "
+            f"{one_of(divisors(description.num_experts))}"
         )
     if description.num_layers % pipeline:
         raise ConfigError(
-            f"pipeline={pipeline} does not divide the {description.num_layers} layers of this model; use a divisor"
+            f"pipeline={pipeline} does not divide the {description.num_layers} layers of this model; "
+            f"{one_of(divisors(description.num_layers))}"
         )
     if description.num_groups % tensor and tensor % description.num_groups:
         raise ConfigError(
-            f"tensor={tensor} is neither a divisor nor a multiple of {description.num_groups} query groups; use one"
+            f"tensor={tensor} is neither a divisor nor a multiple of {description.num_groups} query groups; "
+            f"{one_of(description.tensor_sizes)}"
         )
     for parameter in parameters(description, vocab_rows=padded_vocab(description, tensor, 1)):
         try:
             parameter.transform.blocks(0, tensor)
         except ConfigError as error:
-            raise ConfigError(f"tensor={tensor} does not divide '{parameter.name}': {error}") from error
+            raise ConfigError(
+                f"tensor={tensor} does not divide '{parameter.name}': {error}; {one_of(description.tensor_sizes)}"
+            ) from error

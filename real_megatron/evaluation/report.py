@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 
 from real_megatron.errors import ConfigError, DataError
@@ -286,20 +288,43 @@ def how_answered(evaluation: Evaluation) -> str:
     )
 
 
-def console_table(results: Mapping[str, Evaluation]) -> Table:
-    """The metrics of one judge on several test sets, for a terminal; the last columns are shares: of the critiques
-    those that were cut by length and those that got an anchor appended, of the examples those without a score."""
-    shown = [*NAMES, *(m for m in WITHIN if any(m in e.metrics[d] for e in results.values() for d in DECODINGS))]
-    table = Table("test set", "decoding", "examples", *shown, "cut", "forced", "no score")
+def console_table(results: Mapping[str, Evaluation], width: int) -> Table:
+    """The metrics of one judge on several test sets, for a terminal of `width` columns: a column a metric, or a line a
+    metric where these would not fit. Numbers are never cut.
+
+    `cut` and `forced` are shares of the critiques: those that were cut by length, and those that got an anchor
+    appended. `no score` is a share of the examples.
+    """
+    metrics = [*NAMES, *(m for m in WITHIN if any(m in e.metrics[d] for e in results.values() for d in DECODINGS))]
+    title = ", ".join(dict.fromkeys(str(e.config["model"]) for e in results.values() if e.config.get("model")))
+    rows: dict[tuple[str, str], dict[str, tuple[str, str]]] = {}
+    """Of a test set and a decoding: value and note, by column."""
     for name, result in results.items():
+        c = result.counts
         for decoding in DECODINGS:
-            estimates = [result.metrics[decoding].get(metric) for metric in shown]
-            cells = ["" if e is None else f"{cell(e)} ({e.note})" if e.note else cell(e) for e in estimates]
-            c = result.counts
-            shares = [_percent(c[kind], c["responses"]) for kind in ("truncated", "forced")]
-            shares.append(_percent(c["unanswered"], c["examples"]))
-            table.add_row(f"{name}, by {_unit(result)}", decoding, str(_answered(result)), *cells, *shares)
-    return table
+            row = rows[f"{name}, by {_unit(result)}", decoding] = {"examples": (str(_answered(result)), "")}
+            for metric in metrics:
+                estimate = result.metrics[decoding].get(metric)
+                row[metric] = ("", "") if estimate is None else (cell(estimate), estimate.note)
+            row["cut"] = _percent(c["truncated"], c["responses"]), ""
+            row["forced"] = _percent(c["forced"], c["responses"]), ""
+            row["no score"] = _percent(c["unanswered"], c["examples"]), ""
+    wide = Table("test set", "decoding", "examples", *metrics, "cut", "forced", "no score", title=title)
+    for key, row in rows.items():
+        wide.add_row(*key, *(f"{value} ({note})" if note else value for value, note in row.values()))
+    terminal = Console(width=10_000)
+    if Measurement.get(terminal, terminal.options, wide).maximum <= width:
+        return wide
+    long = Table(title=title)
+    long.add_column("test set, metric", overflow="fold")
+    long.add_column("decoding", no_wrap=True)
+    long.add_column("value", no_wrap=True)
+    for (name, decoding), row in rows.items():
+        long.add_row(name, decoding)
+        for column, (value, note) in row.items():
+            if value:
+                long.add_row(f"{column} ({note})" if note else column, decoding, value)
+    return long
 
 
 def cell(estimate: Estimate, signed: bool = False) -> str:

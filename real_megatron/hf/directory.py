@@ -38,6 +38,13 @@ def checkpoint_directory(path: str | Path, revision: str | None = None, weights:
     elif revision is not None:
         raise MissingCheckpoint(f"{path} is a directory here, without a revision {revision!r}: leave the revision out")
     if not (directory / "config.json").is_file():
+        if (directory / ".metadata").is_file():
+            raise MissingCheckpoint(
+                f"{path} is a Megatron checkpoint: make a Hugging Face checkpoint of it with `real-megatron convert "
+                f"to-hf {path} OUTPUT`, and name OUTPUT"
+            )
+        if (directory / "hf/config.json").is_file():
+            raise MissingCheckpoint(f"{path}: no config.json there; did you mean {directory / 'hf'}?")
         raise MissingCheckpoint(f"{path}: no config.json there; name the directory of a Hugging Face checkpoint")
     return directory
 

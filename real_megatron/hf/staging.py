@@ -6,7 +6,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from real_megatron.hf.output import check_output
 from real_megatron.locks import only_writer
+
+
+def check_new(output: str | Path) -> None:
+    """Raise FileExistsError when `output` exists and is not empty, ConfigError when it cannot be made."""
+    output = Path(output)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise FileExistsError(f"{output} exists already; choose another output or remove it")
+    check_output(output.parent, "output")
 
 
 @contextmanager
@@ -14,13 +23,12 @@ def staged_directory(output: str | Path) -> Iterator[Path]:
     """Yield a hidden directory beside `output`; on success flush it to disk and rename it to `output`.
 
     On an exception it is removed. A killed process leaves only the hidden directory `.<name>.partial`, which the next
-    attempt removes. Raises FileExistsError when `output` exists and is not empty, ConfigError while another process
-    writes it.
+    attempt removes. Raises as `check_new`, and ConfigError while another process writes it.
     """
     output = Path(output)
+    check_new(output)
     with only_writer(output):
-        if output.exists() and (not output.is_dir() or any(output.iterdir())):
-            raise FileExistsError(f"{output} exists already; choose another output or remove it")
+        check_new(output)  # another may have written it meanwhile
         partial = output.parent / f".{output.name}.partial"
         if partial.exists():
             shutil.rmtree(partial)

@@ -13,6 +13,7 @@ from real_megatron.config import RunConfig
 from real_megatron.data import JudgeExample, encode_prompts, load_examples
 from real_megatron.data.files import source_digest
 from real_megatron.errors import ConfigError
+from real_megatron.hf.output import check_output_file
 from real_megatron.judging.job import keep_settings, template_digest, weights_written
 from real_megatron.judging.judge import Judge
 from real_megatron.judging.reading import example_seed
@@ -57,6 +58,7 @@ def write_critiques(
     """
     if not config.data.train:
         raise ConfigError("data.train is empty: name at least one data set whose prompts are to get critiques")
+    check_output_file(output, "output")
     join_torchrun(config.parallel.timeout_minutes)
     partial = output.with_name(output.name + ".partial")
     about = {"model": str(model), "revision": revision, "weights_written": weights_written(Path(model))}
@@ -67,7 +69,7 @@ def write_critiques(
             logger.info("%s is complete", output)
             return len(_lines(output))
         work = output.parent / "rollout"
-        with Judge.from_pretrained(model, revision=revision, config=config, work_dir=work) as judge:
+        with Judge.from_pretrained(model, revision=revision, config=config, work_dir=work, start=False) as judge:
             _sample(judge, samples, partial, on_progress)
         found = from_rank_0(lambda: _finish(partial, output))
         barrier()

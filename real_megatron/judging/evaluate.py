@@ -20,6 +20,7 @@ from real_megatron.evaluation.metrics import Estimate, agreement
 from real_megatron.evaluation.report import evaluation_path, how_answered
 from real_megatron.evaluation.result import DECODINGS, Evaluation, Prediction, clusters_of, groups_of
 from real_megatron.evaluation.weighted import NAMES
+from real_megatron.hf.output import check_output
 from real_megatron.judging.job import weights_written
 from real_megatron.judging.judge import Judge
 from real_megatron.judging.kept import KeptReadings
@@ -83,12 +84,14 @@ def evaluate(
     model, output = model or config.output / "hf", output or config.output
     if not config.data.eval:
         raise ConfigError("data.eval is empty: name at least one test set, for example data.eval.dev.path=dev.jsonl")
+    check_output(output / "evaluation", "output")
     join_torchrun(config.parallel.timeout_minutes)
+    work_dir = output / "rollout"
     with ExitStack() as held:
         for name in config.data.eval:
             from_rank_0(lambda name=name: held.enter_context(only_writer(evaluation_path(output, name))))  # type: ignore[misc]
         judge = held.enter_context(
-            Judge.from_pretrained(model, revision=revision, config=config, work_dir=output / "rollout")
+            Judge.from_pretrained(model, revision=revision, config=config, work_dir=work_dir, start=False)
         )
         sets = load_evaluation_sets(config, judge.tokenizer, judge.scale)
         results = evaluate_sets(judge, sets, output, about={"model": judge.name}, keep=True, on_progress=on_progress)

@@ -4,7 +4,7 @@ import hashlib
 import logging
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -63,7 +63,7 @@ class Score:
 class Judge:
     """A checkpoint that can be asked. Close it, or use it as a context manager, to end its servers.
 
-    engine: serves the model
+    engine: serves the model; or a function that starts it, called for the first question
     tokenizer, scale: of the model
     config: its `scale`, `data` (template and lengths), `evaluation` (sampling) and `seed` decide what is asked
     name: what results call the model
@@ -73,13 +73,13 @@ class Judge:
 
     def __init__(
         self,
-        engine: RolloutEngine,
+        engine: RolloutEngine | Callable[[], RolloutEngine],
         tokenizer: PreTrainedTokenizerBase,
         scale: ScoreScale,
         config: RunConfig,
         name: str = "",
     ) -> None:
-        self.engine = engine
+        self._engine = engine
         self.tokenizer = tokenizer
         self.scale = scale
         self.config = config
@@ -101,6 +101,7 @@ class Judge:
         config: RunConfig | None = None,
         overrides: Sequence[str] = (),
         work_dir: Path | None = None,
+        start: bool = True,
     ) -> Self:
         """A judge from a Hugging Face checkpoint.
 
@@ -110,6 +111,7 @@ class Judge:
             (see `judge_config`).
         overrides: `key=value` as on the command line, for example `rollout.python=…`, `scale.scores=[A, B, C]`.
         work_dir: for logs of servers; default: a temporary directory.
+        start: start the engine now; else with the first question, when other things have been checked.
 
         Raises CheckpointError, ConfigError or EngineError, each saying what is wrong.
         """
@@ -139,15 +141,20 @@ class Judge:
             fp32_logits=config.model.fp32_logits,
             serve_loaded=True,
         )
-        judge = cls(
-            build_engine(spec, host_group(config.parallel.timeout_minutes)),
-            tokenizer,
-            scale,
-            config,
-            str(model) if revision is None else f"{model}@{revision}",
-        )
+        timeout = config.parallel.timeout_minutes
+        name = str(model) if revision is None else f"{model}@{revision}"
+        judge = cls(lambda: build_engine(spec, host_group(timeout)), tokenizer, scale, config, name)
         judge.directory, judge._scratch = directory, scratch
+        if start:
+            _ = judge.engine
         return judge
+
+    @property
+    def engine(self) -> RolloutEngine:
+        """The engine, started now if it has not been. Collective then."""
+        if callable(self._engine):
+            self._engine = self._engine()
+        return self._engine
 
     def score(self, prompts: Sequence[Prompt], critiques: int = 1) -> list[Score]:
         """Judge each prompt with `critiques` sampled critiques.
@@ -254,7 +261,8 @@ class Judge:
 
     def close(self) -> None:
         """End the engine and the servers that it started."""
-        self.engine.close()
+        if not callable(self._engine):
+            self._engine.close()
         if self._scratch is not None:
             shutil.rmtree(self._scratch, ignore_errors=True)
 

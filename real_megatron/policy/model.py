@@ -1,5 +1,6 @@
 """The Megatron-Core model of a judge: packed attention, positions from the micro-batch, and our head."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -7,9 +8,12 @@ from megatron.core import parallel_state
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
+from real_megatron import bridge
 from real_megatron.bridge import ModelDescription, padded_vocab
-from real_megatron.config import ModelConfig, ParallelConfig
+from real_megatron.bridge.description import divisors, one_of
+from real_megatron.config import ModelConfig, ParallelConfig, RunConfig
 from real_megatron.errors import ConfigError
+from real_megatron.hf.side_files import read_config
 from real_megatron.policy import cpu, megatron_versions
 from real_megatron.policy.judge_head import JudgeHead
 from real_megatron.policy.layers import block_spec
@@ -69,26 +73,39 @@ def _judge_class(model: ModelConfig) -> Any:
     return HybridJudgeModel
 
 
+def check_model(config: RunConfig, model_dir: Path) -> ModelDescription:
+    """The description of the model of a run, after checks that need config.json alone. Raises ConfigError as
+    `check_divides` does and for `data` that admits longer sequences than the rotary embedding, UnsupportedModel and
+    CheckpointError for a checkpoint that cannot be trained."""
+    description = bridge.describe(read_config(model_dir), config.model.family)
+    check_divides(description, config.parallel)
+    longest = config.data.max_prompt_tokens + config.data.max_response_tokens
+    description.rotary.check_length("data.max_prompt_tokens + data.max_response_tokens", longest)
+    return description
+
+
 def check_divides(description: ModelDescription, parallel: ParallelConfig) -> None:
     """Raise ConfigError for parallel sizes that do not divide the model."""
     config = description.transformer_config
     dense = not all(map(description.is_moe_layer, range(description.num_layers)))
     stages = parallel.pipeline * (parallel.virtual_pipeline or 1)
+    tensor = description.tensor_sizes
+    layers = description.num_layers
     sizes = [
-        ("parallel.pipeline × parallel.virtual_pipeline", stages, "layers", description.num_layers),
-        ("parallel.tensor", parallel.tensor, "attention heads", description.num_heads),
-        ("parallel.tensor", parallel.tensor, "neurons of an MLP", config["ffn_hidden_size"] if dense else 0),
-        ("parallel.tensor", parallel.tensor, "neurons of an expert", config.get("moe_ffn_hidden_size") or 0),
-        ("parallel.expert", parallel.expert, "experts", description.num_experts),
+        ("parallel.pipeline × parallel.virtual_pipeline", stages, "layers", layers, divisors(layers)),
+        ("parallel.tensor", parallel.tensor, "attention heads", description.num_heads, tensor),
+        ("parallel.tensor", parallel.tensor, "neurons of an MLP", config["ffn_hidden_size"] if dense else 0, tensor),
+        ("parallel.tensor", parallel.tensor, "neurons of an expert", config.get("moe_ffn_hidden_size") or 0, tensor),
+        ("parallel.expert", parallel.expert, "experts", description.num_experts, divisors(description.num_experts)),
     ]
-    for key, size, what, count in sizes:
+    for key, size, what, count, works in sizes:
         if count % size:
-            raise ConfigError(f"{key} = {size} does not divide the model's {count} {what}: choose a divisor")
+            raise ConfigError(f"{key} = {size} does not divide the model's {count} {what}: {one_of(works)}")
     groups = description.num_groups
     if groups % parallel.tensor and parallel.tensor % groups:
         raise ConfigError(
             f"parallel.tensor = {parallel.tensor} is neither a divisor nor a multiple of the model's {groups} key and "
-            "value heads: choose one"
+            f"value heads: {one_of(tensor)}"
         )
     if parallel.expert > 1 and not description.num_experts:
         raise ConfigError(f"parallel.expert = {parallel.expert}: the model has no experts, set it to 1")

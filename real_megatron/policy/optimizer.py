@@ -61,6 +61,15 @@ def build_optimizer(
     )
 
 
+def check_warmup(config: OptimizerConfig, total_updates: int) -> None:
+    """Raise ConfigError for a warm-up that does not end within the run's optimizer updates."""
+    if config.warmup_steps >= total_updates:
+        raise ConfigError(
+            f"optimizer.warmup_steps = {config.warmup_steps} must be less than the run's {total_updates} optimizer "
+            "updates (steps × batch.mini_batches): lower it, or train for more steps"
+        )
+
+
 def build_scheduler(
     optimizer: MegatronOptimizer, config: OptimizerConfig, total_updates: int
 ) -> OptimizerParamScheduler:
@@ -70,11 +79,7 @@ def build_scheduler(
 
     Raises ConfigError for a warm-up that does not end within them.
     """
-    if config.warmup_steps >= total_updates:
-        raise ConfigError(
-            f"optimizer.warmup_steps = {config.warmup_steps} must be less than the run's {total_updates} optimizer "
-            "updates (steps × batch.mini_batches): lower it, or train for more steps"
-        )
+    check_warmup(config, total_updates)
     return OptimizerParamScheduler(
         optimizer,
         # Megatron interpolates from init_lr over n - 1 of w - 1 updates, which is lr · n / w.

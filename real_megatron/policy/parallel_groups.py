@@ -40,18 +40,7 @@ def initialize(parallel: ParallelConfig, seed: int = 0) -> Runtime:
     if not dist.is_initialized():
         start_process_group(parallel.timeout_minutes)
     world_size = dist.get_world_size()
-    model_size = parallel.tensor * parallel.pipeline * parallel.context
-    if world_size % model_size:
-        raise ConfigError(
-            f"parallel.tensor × parallel.pipeline × parallel.context = {model_size} does not divide the {world_size} "
-            f"ranks of this run; start a multiple of {model_size} ranks."
-        )
-    expert_size = parallel.tensor * parallel.pipeline * parallel.expert
-    if world_size % expert_size:
-        raise ConfigError(
-            f"parallel.tensor × parallel.pipeline × parallel.expert = {expert_size} does not divide the {world_size} "
-            f"ranks of this run; start a multiple of {expert_size} ranks."
-        )
+    check_ranks(parallel, world_size)
     _end_model_groups()
     with cpu.device_mode():
         parallel_state.initialize_model_parallel(
@@ -70,6 +59,22 @@ def initialize(parallel: ParallelConfig, seed: int = 0) -> Runtime:
         data_rank=parallel_state.get_data_parallel_rank(),
         data_size=parallel_state.get_data_parallel_world_size(),
     )
+
+
+def check_ranks(parallel: ParallelConfig, world_size: int) -> None:
+    """Raise ConfigError for parallel sizes that do not divide the ranks of a run."""
+    model_size = parallel.tensor * parallel.pipeline * parallel.context
+    if world_size % model_size:
+        raise ConfigError(
+            f"parallel.tensor × parallel.pipeline × parallel.context = {model_size} does not divide the {world_size} "
+            f"ranks of this run; start a multiple of {model_size} ranks."
+        )
+    expert_size = parallel.tensor * parallel.pipeline * parallel.expert
+    if world_size % expert_size:
+        raise ConfigError(
+            f"parallel.tensor × parallel.pipeline × parallel.expert = {expert_size} does not divide the {world_size} "
+            f"ranks of this run; start a multiple of {expert_size} ranks."
+        )
 
 
 def _end_model_groups() -> None:

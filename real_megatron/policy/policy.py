@@ -31,7 +31,6 @@ from real_megatron.batch.packing import PackedMicrobatch, responses_of, sampled_
 from real_megatron.batch.types import Group
 from real_megatron.config import RunConfig
 from real_megatron.hf.directory import checkpoint_directory
-from real_megatron.hf.side_files import read_config
 from real_megatron.objective import (
     GroupObjective,
     MetricSums,
@@ -44,7 +43,7 @@ from real_megatron.objective import (
 )
 from real_megatron.policy import checkpoint, cpu, parallel_groups
 from real_megatron.policy.forward import run_microbatches
-from real_megatron.policy.model import build_model
+from real_megatron.policy.model import build_model, check_model
 from real_megatron.policy.optimizer import allocate_moments, build_optimizer, build_scheduler, wrap_ddp
 from real_megatron.policy.plan import Planner
 
@@ -90,9 +89,7 @@ class Policy:
         self.temperature = config.rollout.temperature if config.is_rl else 1.0
         self.values = torch.tensor(score_values, dtype=torch.float32, device=self.runtime.device)
         self.model_dir = model_dir or checkpoint_directory(config.model.path, config.model.revision)
-        self.description = bridge.describe(read_config(self.model_dir), config.model.family)
-        longest = config.data.max_prompt_tokens + config.data.max_response_tokens
-        self.description.rotary.check_length("data.max_prompt_tokens + data.max_response_tokens", longest)
+        self.description = check_model(config, self.model_dir)
         self.planner = Planner(
             self.description,
             self.score_ids,

@@ -63,9 +63,11 @@ def check_same_run(saved: dict[str, Any], config: RunConfig, where: str) -> None
         if before.get(key) != now.get(key) and not any(key == name or key.startswith(name + ".") for name in free)
     ]
     if differences:
+        longer = {line.split(":")[0].strip() for line in differences} & {"steps", "epochs"}
         raise ConfigError(
             f"{where} belongs to another run:\n"
             + "\n".join(differences)
+            + ("\nA run can be given more steps where optimizer.schedule is constant." if longer else "")
             + "\nChange these keys back, or start a new run with another output directory."
         )
 

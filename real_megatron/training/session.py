@@ -4,7 +4,7 @@ import logging
 import shutil
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -15,19 +15,24 @@ from transformers import PreTrainedTokenizerBase
 
 from real_megatron.batch.types import Group
 from real_megatron.config import RunConfig
-from real_megatron.errors import ConfigError
+from real_megatron.errors import ConfigError, MissingCheckpoint
 from real_megatron.hf.directory import check_vocabulary, checkpoint_directory, load_tokenizer
+from real_megatron.hf.output import check_output
 from real_megatron.hf.side_files import RUN_FILE
 from real_megatron.judging.evaluate import evaluate_sets, forget_evaluations, load_evaluation_sets
 from real_megatron.judging.judge import Judge
 from real_megatron.locks import only_writer
 from real_megatron.policy.checkpoint import read_state
 from real_megatron.policy.checkpoint_errors import explain_checkpoint_errors
+from real_megatron.policy.model import check_model
+from real_megatron.policy.optimizer import check_warmup
+from real_megatron.policy.parallel_groups import check_ranks
 from real_megatron.policy.policy import Policy
 from real_megatron.rollout.engine import EngineSpec, RolloutEngine
 from real_megatron.rollout.factory import build_engine, check_servers
-from real_megatron.runtime import default_dtype, from_rank_0, host_group, join_torchrun
+from real_megatron.runtime import default_dtype, from_rank_0, host_group, join_torchrun, world_size
 from real_megatron.scores import ScoreScale
+from real_megatron.sections import read_tree
 from real_megatron.training.batch_order import BatchOrder
 from real_megatron.training.checkpoints import CheckpointStore
 from real_megatron.training.export import save_hf
@@ -47,10 +52,11 @@ Load = Callable[[RunConfig, Path, PreTrainedTokenizerBase, ScoreScale], list[Gro
 class Session:
     """A run: its data, policy, engine and checkpoints. Every rank holds one; its methods are collective.
 
-    Built in order: what fails fast comes first. `load` makes the training groups. The rollout engine is started by
-    `start_engine`, at the latest by the first evaluation. No other run can use the output directory until `close`.
-    Raises ConfigError, DataError or CheckpointError when data, scale, layout and model do not fit together, or another
-    run uses the output directory.
+    Built in order: what fails fast comes first. Settings, output, layout and schedule are checked before a data set or
+    a model is read. `load` makes the training groups. The rollout engine is started by `start_engine`, at the latest by
+    the first evaluation. No other run can use the output directory until `close`. Raises ConfigError, DataError or
+    CheckpointError when data, scale, layout and model do not fit together, the output directory holds another run, or
+    another uses it.
     """
 
     def __init__(self, config: RunConfig, load: Load) -> None:
@@ -58,9 +64,17 @@ class Session:
         if not config.model.path:
             raise ConfigError("model.path is not set: name the Hugging Face checkpoint to start from")
         check_sinks(config.metrics)
+        check_ranks(config.parallel, world_size())
+        if config.epochs is None:
+            check_warmup(config.optimizer, config.steps * config.batch.mini_batches)
+        check_output(config.output, "output")
+        self.store = CheckpointStore(config.output / "checkpoints", config.checkpoint.keep)
+        self._check_same_output()
         if config.is_rl or config.data.eval:
             check_servers(config.rollout, trainer=True)
-        self.model_dir = checkpoint_directory(config.model.path, config.model.revision)
+        with naming_key("model.path"):
+            self.model_dir = checkpoint_directory(config.model.path, config.model.revision)
+        check_model(config, self.model_dir)
         self.tokenizer = load_tokenizer(self.model_dir)
         check_vocabulary(self.model_dir, self.tokenizer)
         scale = config.scale
@@ -75,13 +89,13 @@ class Session:
         self.metrics_of_start: dict[str, float] = {}
         """Metrics of the last of those steps."""
         total_updates = self.steps * config.batch.mini_batches
+        check_warmup(config.optimizer, total_updates)
         join_torchrun(config.parallel.timeout_minutes)
         with ExitStack() as held:
             from_rank_0(lambda: held.enter_context(only_writer(config.output, inside=True)))
             self.policy = Policy(config, self.scale.score_ids, self.scale.values, total_updates, self.model_dir)
             self.inputs = from_rank_0(lambda: inputs(config, self.model_dir, self.groups))
             self._lock = held.pop_all()
-        self.store = CheckpointStore(config.output / "checkpoints", config.checkpoint.keep)
         self.stop = StopSignal(self.policy.runtime.device)
         self._stopped_by = 0
         self.timer = PhaseTimer()
@@ -143,27 +157,37 @@ class Session:
     def resume(self) -> None:
         """Continue from the newest complete checkpoint, if there is one.
 
-        Raises ConfigError when the checkpoint is another run's, was trained with other data or another model, or
-        resuming is switched off, OSError when it is damaged.
+        Raises ConfigError when the checkpoint was trained with other data or another model, OSError when it is damaged.
         """
         newest = self.store.newest()
         if newest is None:
             return
         step, path = newest
-        if not self.config.checkpoint.resume:
-            raise ConfigError(f"{path} exists and checkpoint.resume is false: choose another output, or resume")
-        with explain_checkpoint_errors(
-            f"{path}: cannot be read", "remove it to resume from the checkpoint before it, if there is one"
-        ):
+        with _readable(path):
             state = read_state(path)
-            # Before the load: another run's tensors may have other shapes, and Megatron's error would say only that.
-            # Its inputs first: an older version had other keys, which nobody could change back.
-            saved = saved_inputs(state, str(path))
-            check_same_run(state["config"], self.config, str(path))
-            check_same_inputs(saved, self.inputs, self.config, str(path))
+            check_same_inputs(saved_inputs(state, str(path)), self.inputs, self.config, str(path))
             self.policy.load(path)
         self.start, self.metrics_of_start = state["step"], state["metrics"]
         logger.info("resumed from %s: %d of %d steps are done", path, self.start, self.steps)
+
+    def _check_same_output(self) -> None:
+        """Raise ConfigError when the output directory holds another run's checkpoints or export, or resuming is
+        switched off; CheckpointError or OSError for a checkpoint that cannot be read. Before anything is loaded."""
+        newest = self.store.newest()
+        if newest is not None:
+            path = newest[1]
+            if not self.config.checkpoint.resume:
+                raise ConfigError(f"{path} exists and checkpoint.resume is false: choose another output, or resume")
+            with _readable(path):
+                state = read_state(path)
+            # Its inputs first: an older version had other keys, which nobody could change back.
+            saved_inputs(state, str(path))
+            check_same_run(state["config"], self.config, str(path))
+        elif self.config.checkpoint.save_hf and self._hf.exists():
+            if (self._hf / RUN_FILE).exists():
+                check_same_run(read_tree(self._hf / RUN_FILE), self.config, str(self._hf))
+            elif not self._hf.is_dir() or any(self._hf.iterdir()):
+                raise ConfigError(f"{self._hf} exists, and no run has made it: choose another output, or remove it")
 
     def finished(self) -> bool:
         """Whether all steps are done and exported; says so."""
@@ -286,6 +310,21 @@ def open_session(config: RunConfig, load: Load) -> Iterator[Session]:
         yield session
     finally:
         session.close()
+
+
+@contextmanager
+def naming_key(key: str) -> Iterator[None]:
+    """Put the configuration's key in front of the message of a checkpoint that is missing."""
+    try:
+        yield
+    except MissingCheckpoint as error:
+        raise MissingCheckpoint(f"{key}: {error}") from error
+
+
+def _readable(path: Path) -> AbstractContextManager[None]:
+    return explain_checkpoint_errors(
+        f"{path}: cannot be read", "remove it to resume from the checkpoint before it, if there is one"
+    )
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """The report from files of runs: tables hold the evaluations' numbers, curves are drawn, faults are named."""
 
+import io
 import json
 import math
 from dataclasses import replace
@@ -7,11 +8,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from matplotlib.image import imread
+from rich.console import Console
 
 from real_megatron.errors import ConfigError, DataError
 from real_megatron.evaluation import plots
 from real_megatron.evaluation.metrics import agreement
 from real_megatron.evaluation.report import (
+    cell,
     console_table,
     evaluation_path,
     how_answered,
@@ -74,10 +77,10 @@ def test_the_table_compares_the_newest_evaluations(runs, tmp_path) -> None:
         for run, noise in (("SFT", 2.0), ("REAL", 0.5)):
             for decoding, title in (("rail", "RAIL"), ("sampled", "sampled score")):
                 (row,) = [line for line in rows if line.startswith(f"| {run} | {title} |")]
-                n, *cells = [cell.strip() for cell in row.strip("|").split("|")][2:]
+                n, *cells = [text.strip() for text in row.strip("|").split("|")][2:]
                 assert n == "60"
-                for cell, e in zip(cells, make(name, noise).metrics[decoding].values(), strict=True):
-                    assert cell == f"{e.value:.3f} [{e.low:.3f}, {e.high:.3f}]"
+                for shown, e in zip(cells, make(name, noise).metrics[decoding].values(), strict=True):
+                    assert shown == f"{e.value:.3f} [{e.low:.3f}, {e.high:.3f}]"
         (gain,) = [line for line in rows if line.startswith("| REAL − SFT (60) | RAIL |")]
         expected = make(name, 0.5).metrics["rail"]["pearson"].value - make(name, 2.0).metrics["rail"]["pearson"].value
         assert gain.split("|")[3].strip().startswith(f"{expected:+.3f} [+")
@@ -156,7 +159,7 @@ def test_rows_count_the_examples_that_they_are_of(tmp_path) -> None:
     text = write_report(tmp_path / "report", [read_run("A", tmp_path / "run")]).read_text()
     assert "| A | RAIL | 2 | 1.000 [–] | 1.000 [–] |" in text
     assert "| A | – | 4 | 2 (50.0%) | 2 (50.0%) | 0 (0.0%) | 2 (50.0%) |" in text
-    table = console_table({"set": few})
+    table = console_table({"set": few}, 500)
     columns = {str(column.header): list(column.cells) for column in table.columns}
     assert columns["examples"] == ["2", "2"] and columns["cut"] == columns["no score"] == ["50.0%"] * 2
     assert columns["forced"] == ["0.0%"] * 2 and columns["pearson"][0].startswith("1.000 [–] (2 examples: too few")
@@ -209,3 +212,17 @@ def test_runs_are_named_by_what_tells_them_apart(tmp_path, monkeypatch) -> None:
     assert run_names([tmp_path / "."]) == [tmp_path.name]
     with pytest.raises(ConfigError, match="not one with itself"):
         run_names([tmp_path / "a", tmp_path / "b/../a"])
+
+
+@pytest.mark.parametrize("width", [60, 80, 180])
+def test_a_table_keeps_its_numbers_and_names_the_model_on_a_narrow_terminal(width) -> None:
+    results = {name: make(name, 1.0) for name in ("in_domain", "ood")}
+    results["ood"].metrics["rail"] = agreement([2.0, 2.0], [1.0, 3.0], SCALE, 10)
+    console = Console(width=width, record=True, file=io.StringIO())
+    console.print(console_table(results, console.width))
+    text = console.export_text()
+    assert "runs/1.0/hf" in text and "…" not in text and max(map(len, text.splitlines())) <= width
+    for result in results.values():
+        for metrics in result.metrics.values():
+            assert all(cell(estimate) in text for estimate in metrics.values())
+    assert "all predictions are equal" in " ".join(text.replace("│", " ").split()) or width == 60

@@ -75,7 +75,7 @@ def test_the_end_of_an_evaluation_says_how_many_critiques_were_cut_and_forced(
         "(data.max_response_tokens), 6 got the anchor appended, and with it a score all the same; 0 of 3 examples "
         "(0.0%) have no score"
     )
-    table = {str(column.header): list(column.cells) for column in console_table(results).columns}
+    table = {str(column.header): list(column.cells) for column in console_table(results, 500).columns}
     assert table["cut"] == [f"{cut / 6:.1%}"] * 2
     assert table["forced"] == ["100.0%"] * 2 and table["no score"] == ["0.0%"] * 2
     summary = results["dev"].summary()

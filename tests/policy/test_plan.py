@@ -180,11 +180,11 @@ MOE = describe(
 @pytest.mark.parametrize(
     ("model", "parallel", "message"),
     [
-        (MODEL, {"pipeline": 3}, "virtual_pipeline = 3 does not divide the model's 4 layers"),
+        (MODEL, {"pipeline": 3}, "virtual_pipeline = 3 does not divide the model's 4 layers: choose one of 1, 2, 4$"),
         (MODEL, {"pipeline": 2, "virtual_pipeline": 4}, "virtual_pipeline = 8 does not divide the model's 4 layers"),
         (MODEL, {"tensor": 8}, "parallel.tensor = 8 does not divide the model's 4 attention heads"),
         (MODEL, {"expert": 2}, "parallel.expert = 2: the model has no experts"),
-        (MOE, {"expert": 4}, "parallel.expert = 4 does not divide the model's 6 experts"),
+        (MOE, {"expert": 4}, "parallel.expert = 4 does not divide the model's 6 experts: choose one of 1, 2, 3, 6$"),
         (
             describe(Qwen3Config(**{**SIZES, "intermediate_size": 50})),
             {"tensor": 4},
@@ -201,3 +201,21 @@ def test_parallel_sizes_that_do_not_divide_the_model_are_refused(model, parallel
     check_divides(model, ParallelConfig())
     with pytest.raises(ConfigError, match=message):
         check_divides(model, ParallelConfig(**parallel))
+
+
+@pytest.mark.parametrize("heads", [(4, 2), (12, 6), (12, 3), (6, 1)])
+@pytest.mark.parametrize("experts", [0, 6])
+def test_the_sizes_that_are_offered_are_those_that_work(heads, experts):
+    sizes = {**SIZES, "intermediate_size": 48, "num_attention_heads": heads[0], "num_key_value_heads": heads[1]}
+    moe = dict(moe_intermediate_size=24, num_experts=6, num_experts_per_tok=2, decoder_sparse_step=2)
+    model = describe(Qwen3MoeConfig(**sizes, **moe) if experts else Qwen3Config(**sizes))
+
+    def works(size):
+        try:
+            check_divides(model, ParallelConfig(tensor=size))
+        except ConfigError as error:
+            assert str(error).endswith(f"choose one of {', '.join(map(str, model.tensor_sizes))}")
+            return False
+        return True
+
+    assert [size for size in range(1, 50) if works(size)] == model.tensor_sizes

@@ -60,8 +60,13 @@ def test_the_form_of_the_optimizers_state_stays() -> None:
 
 def test_more_steps_only_where_the_schedule_does_not_decay() -> None:
     resumed("steps=500")
-    with pytest.raises(ConfigError, match="steps: 100 in the checkpoint, 500 now"):
-        resumed("steps=500", base=("optimizer.schedule=cosine",))
+    for key in ("steps", "epochs"):
+        with pytest.raises(ConfigError, match=f"{key}: .* in the checkpoint, 500.* now\n") as error:
+            resumed(f"{key}=500", base=("optimizer.schedule=cosine",))
+        assert "A run can be given more steps where optimizer.schedule is constant." in str(error.value)
+    with pytest.raises(ConfigError) as error:
+        resumed("seed=1")
+    assert "more steps" not in str(error.value)
 
 
 @pytest.fixture
