@@ -351,6 +351,45 @@ def test_killed_in_mid_batch(engine):
     assert worst_difference(engine.generate(PROMPTS, PARAMS), model) < 1e-4
 
 
+def test_float32_logits_of_bfloat16_weights(engine, sglang_python, tmp_path, caplog):
+    """A model whose layers add nothing, so that both implementations have the same bfloat16 hidden states."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(tiny_qwen3(len(TOKENIZER), initializer_range=3.0)).bfloat16().eval()
+    for layer in model.model.layers:
+        layer.self_attn.o_proj.weight.data.zero_()
+        layer.mlp.down_proj.weight.data.zero_()
+    model.save_pretrained(tmp_path / "model")
+    TOKENIZER.save_pretrained(tmp_path / "model")
+    bfloat16 = {"dtype": torch.bfloat16, "serve_loaded": True}
+    served = build(settings(python=sglang_python), tmp_path / "model", tmp_path, **bfloat16)
+    try:
+        groups = served.generate(PROMPTS, PARAMS)
+        scored = served.next_token_logprobs(PROMPTS, [5, 40]).double()
+        build(settings(servers=[url(served)]), tmp_path / "model", tmp_path, **bfloat16).close()
+    finally:
+        served.close()
+
+    def exact(ids: list[int]) -> torch.Tensor:
+        hidden = model.model(torch.tensor([ids])).last_hidden_state[0].double()
+        return hidden @ model.lm_head.weight.double().t()
+
+    with torch.no_grad():
+        logits = torch.stack([exact(prompt)[-1] for prompt in PROMPTS])
+        assert (logits.bfloat16() - logits).abs().max() > 0.1
+        # Logits of up to 60, and those divided by T: 32 exact products summed in float32.
+        close = {"atol": 5e-5, "rtol": 0}
+        torch.testing.assert_close(scored, logits.log_softmax(-1)[:, [5, 40]], **close)
+        for prompt, group in zip(PROMPTS, groups, strict=True):
+            for response in group:
+                ids = response.token_ids
+                logprobs = (exact(prompt + ids)[len(prompt) - 1 : -1] / PARAMS.temperature).log_softmax(-1)
+                found = torch.tensor(response.logprobs, dtype=torch.float64)
+                torch.testing.assert_close(found, logprobs.gather(1, torch.tensor(ids)[:, None])[:, 0], **close)
+    assert "rounded" not in caplog.text
+    build(settings(servers=[url(engine)]), tmp_path / "model", tmp_path, dtype=torch.bfloat16).close()
+    assert f"{url(engine)}: logits are rounded" in caplog.text
+
+
 def test_killed_in_mid_sync(engine):
     """Between two broadcasts. The server comes back with the new weights before it takes a request."""
     process = engine._pool.replicas[0].process
