@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -341,6 +342,8 @@ def test_every_option_arrives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         calls.clear()
         result = run(*arguments)
         assert result.exit_code == 0, result.output
+        for _, _, options in calls:
+            options.pop("on_progress", None)
         return list(calls)
 
     asked = ["--model", "m", "--output", "cots.jsonl", "--samples", "4", "--revision", "v2"]
@@ -373,12 +376,15 @@ def test_logits_that_differ_end_a_conversion(monkeypatch: pytest.MonkeyPatch) ->
         show_verification(Path("hf"), Path("out"), "auto")
 
 
-def test_a_run_that_was_stopped_ends_as_a_shell_reports_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_run_that_was_stopped_ends_as_a_shell_reports_it(
+    number: int, status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from real_megatron.training.stop import Terminated
 
     def stopped(*_: object) -> None:
-        raise Terminated("stopped by SIGTERM after step 3")
+        raise Terminated("stopped after step 3", number)
 
     monkeypatch.setattr("real_megatron.training.rl.train", stopped)
     (tmp_path / "run.yaml").write_text("steps: 9\n")
-    assert run("train", str(tmp_path / "run.yaml")).exit_code == 143
+    assert run("train", str(tmp_path / "run.yaml")).exit_code == status

@@ -1,5 +1,6 @@
 """Documents are in step with the code: generated ones are as generated, and what any text refers to exists."""
 
+import ast
 import importlib
 import importlib.util
 import json
@@ -18,8 +19,18 @@ from real_megatron.config import DataSource, RolloutConfig, RunConfig
 from real_megatron.data import load_examples
 from real_megatron.data.byte_model import make_byte_model
 from real_megatron.errors import DataError, EngineError, PromptRefused, UnsupportedModel
+from real_megatron.evaluation.weighted import NAMES, WITHIN
 from real_megatron.hf.directory import load_tokenizer
-from real_megatron.objective import ResponseView, RewardOptions, find_reward
+from real_megatron.objective import (
+    ReinforceObjective,
+    ResponseView,
+    RewardOptions,
+    ScoredBatch,
+    SupervisedObjective,
+    Totals,
+    find_reward,
+    summarize,
+)
 from real_megatron.objective.rewards import compute_rewards
 from real_megatron.rollout.engine import EngineSpec, SamplingParams
 from real_megatron.rollout.factory import build_engine
@@ -32,6 +43,7 @@ from tests.support.documents import (
     dead_keys,
     dead_paths,
     differing_blocks,
+    explained_metrics,
     forbidden_words,
     included_files,
     repository_texts,
@@ -304,6 +316,54 @@ def test_a_dead_command_is_found(text: str, faults: list[str]) -> None:
 def test_words_that_lead_nowhere_are_found(text: str, words: list[str], tmp_path: Path) -> None:
     found = forbidden_words(markdown(text), tmp_path)
     assert len(found) == len(words) and all(word in fault for word, fault in zip(words, found, strict=True))
+
+
+# --- docs/reading_a_run.md ----------------------------------------------------------------------------------------
+
+
+def metrics_of_objectives() -> set[str]:
+    """What objectives report, with all their terms."""
+    scored = ScoredBatch(
+        torch.tensor([-1.0, -2.0]),
+        torch.tensor([0, 1]),
+        torch.full((2, 2), 0.5).log(),
+        torch.tensor([True, True]),
+        torch.tensor([1.0, 2.0]),
+        torch.tensor([0, 0]),
+        torch.tensor([1.0, 2.0]),
+        old_logprobs=torch.tensor([-1.0, -2.0]),
+        ref_logprobs=torch.tensor([-1.0, -2.0]),
+    )
+    rl = ReinforceObjective(find_reward("real"), kl=0.1, ratio="ppo")
+    return {
+        name
+        for objective in (rl, SupervisedObjective(squared=1.0))
+        for name in summarize(objective(scored, Totals(1, 2, 2))[1])
+    }
+
+
+def test_the_metrics_that_are_explained_are_those_that_code_writes() -> None:
+    explained = explained_metrics()
+    written = metrics_of_objectives() | {f"cot/distinct_{n}" for n in (1, 2, 3)}
+    written |= {f"eval/NAME/DECODING/{name}" for name in (*NAMES, *WITHIN)}
+    assert written <= explained, sorted(written - explained)
+    places = ("rollout/sampling.py", "training/*.py", "policy/p*.py", "judging/evaluate.py")
+    words = {
+        node.value
+        for place in places
+        for path in (ROOT / "real_megatron").glob(place)
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Constant)
+    }
+    rest = explained - written
+    gone = {name for name in rest if not {name, re.sub(r"^(rollout|seconds|eval/NAME)/", "", name)} & words}
+    assert not gone, sorted(gone)
+
+
+def test_the_text_about_runs_names_explained_metrics_only() -> None:
+    text = (ROOT / "docs/reading_a_run.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`((?:rollout|rewards|cot|mismatch|seconds|eval)/\w[\w/]*)`", text))
+    assert len(named) > 40 and named <= explained_metrics() | {"rollout/"}, sorted(named - explained_metrics())
 
 
 # --- docs/extending.md --------------------------------------------------------------------------------------------

@@ -81,9 +81,10 @@ def learning_curves(path: Path, runs: Mapping[str, Sequence[Row]]) -> bool:
             ax.plot(steps, smooth, color=colours[name], linewidth=1.8, label=name)
             if len(values) == 1:
                 ax.plot(steps, values, "o", color=colours[name])
+            rows = [row for row in runs[name] if math.isfinite(panel.value(row))]
             for low, high in panel.bands:
-                edges = [[row[edge] for row in runs[name] if math.isfinite(panel.value(row))] for edge in (low, high)]
-                ax.fill_between(steps, *edges, color=colours[name], alpha=0.15, linewidth=0)
+                lower, upper = [row[low] for row in rows], [row[high] for row in rows]
+                ax.fill_between(steps, lower, upper, color=colours[name], alpha=0.15, linewidth=0)
         if panel.log:
             ax.set_yscale("log")
         _label(ax, panel.title, panel.unit)

@@ -354,6 +354,22 @@ def forbidden_words(text: Text, root: Path = ROOT) -> list[str]:
     return faults
 
 
+# --- metrics ----------------------------------------------------------------------------------------------------------
+
+
+def explained_metrics(root: Path = ROOT) -> set[str]:
+    """The metrics that docs/reading_a_run.md explains, with NAME for a test set and DECODING for `rail`, `sampled`."""
+    text = (root / "docs/reading_a_run.md").read_text(encoding="utf-8")
+    rows = [line for line in text.partition("\n## Every metric\n")[2].splitlines() if line.startswith("| `")]
+    return {name for row in rows for name in re.findall(r"`([^`]+)`", row.split(" | ")[0])}
+
+
+def metric_pattern(name: str) -> str:
+    """The name of a run's metric as `explained_metrics` has it."""
+    name = re.sub(r"^eval/[^/]+/", "eval/NAME/", name)
+    return re.sub(r"^eval/NAME/(rail|sampled)/", "eval/NAME/DECODING/", name)
+
+
 # --- code blocks --------------------------------------------------------------------------------------------------
 
 _INCLUDED = re.compile(r"^```\w+ ([\w./-]+)\n(.*?)^```", re.DOTALL | re.MULTILINE)

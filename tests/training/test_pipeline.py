@@ -13,6 +13,7 @@ from real_megatron.config import RunConfig
 from real_megatron.evaluation.report import read_run, write_report
 from real_megatron.evaluation.result import Evaluation
 from real_megatron.judging.judge import Judge
+from tests.support.documents import explained_metrics, metric_pattern
 from tests.support.ranks import run_ranks
 from tests.support.tiny_runs import (
     critiques,
@@ -81,6 +82,12 @@ def test_every_run_leaves_its_metrics(pipeline: Path) -> None:
     # The last evaluation of SFT and the first of REAL see the same weights and seeds.
     assert sft[4]["eval/dev/rail/mse"] == pytest.approx(real[0]["eval/dev/rail/mse"], rel=1e-5)
     assert list((pipeline / "real/tensorboard").iterdir()) and (pipeline / "real/config.yaml").exists()
+
+
+def test_the_document_explains_every_metric_that_a_run_writes(pipeline: Path) -> None:
+    lines = [line for run in ("sft", "real") for line in (pipeline / run / "metrics.jsonl").read_text().splitlines()]
+    names = {metric_pattern(name) for line in lines for name in json.loads(line)} - {"step"}
+    assert len(names) > 60 and names <= explained_metrics(), sorted(names - explained_metrics())
 
 
 def test_the_samples_of_a_step_are_what_the_model_says_of_them(pipeline: Path, task: Path) -> None:
