@@ -13,6 +13,7 @@ import argparse
 import ast
 import compileall
 import datetime
+import gc
 import multiprocessing
 import os
 import py_compile
@@ -183,7 +184,9 @@ def _pytest(tree: Path, tests: Sequence[str], output: Path) -> None:
     sys.dont_write_bytecode = True
     import pytest
 
-    status = pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *tests])
+    gc.freeze()  # pytest collects garbage several times, and the large packages are none
+    plugins = (option for name in ("cacheprovider", "xdist", "anyio") for option in ("-p", f"no:{name}"))
+    status = pytest.main(["-x", "-q", "--assert=plain", *plugins, *tests])
     sys.stdout.flush()
     os._exit(int(status))  # without waiting for ranks, as multiprocessing would
 

@@ -84,6 +84,7 @@ def test_a_prompt_that_is_refused_with_its_critique_is_named_by_its_own_index(en
     answered, open_end = TOKENIZER.encode("good [RESULT] 4"), TOKENIZER.encode("no")
     scripted = [
         [Response(answered, [-1.0] * len(answered), "stop", 0, [[-1.0] * 3] * len(answered))] * 2,
+        [Response(answered, [-1.0] * len(answered), "stop", 0, [[-1.0] * 3] * len(answered))] * 2,
         [Response(open_end, [-1.0] * len(open_end), "length", 0, [[-1.0] * 3] * len(open_end))] * 2,
         [Response(open_end, [-1.0] * len(open_end), "length", 0, [[-1.0] * 3] * len(open_end))] * 2,
     ]
@@ -91,10 +92,10 @@ def test_a_prompt_that_is_refused_with_its_critique_is_named_by_its_own_index(en
     class Generated(ScriptedEngine):
         next_token_logprobs = staticmethod(engine.next_token_logprobs)
 
-    prompts = [PROMPTS[0], PROMPTS[1], [5] * (limit - len(open_end))]
+    prompts = [PROMPTS[0], PROMPTS[2], PROMPTS[1], [5] * (limit - len(open_end))]
     with pytest.raises(PromptRefused, match=f"exceeds the model's {limit} positions") as refused:
         sample_scored(Generated(scripted), TOKENIZER, SCALE, prompts, SamplingParams(n=2), "force")
-    assert refused.value.index == 2
+    assert refused.value.index == 3  # of the second pass it is the sequence number 2
 
 
 @pytest.mark.parametrize("spare", [0, 1])
