@@ -32,7 +32,9 @@ def flex_segment_attention(
     On CUDA the kernel is compiled once per shape class; on CPU it runs uncompiled, for tests.
     """
     mask = _mask(tree, window, shard, query.device)
-    attend: Callable[..., Any] = _compiled if query.is_cuda else flex_attention
+    attend: Callable[..., Any] = flex_attention
+    if query.is_cuda:
+        attend = _compiled
     q, k, v = (x.transpose(0, 1)[None] for x in (query, key, value))
     out: Tensor = attend(q, k, v, block_mask=mask, scale=scale, enable_gqa=query.size(1) > key.size(1))
     return out[0].transpose(0, 1)
