@@ -170,7 +170,7 @@ def recompiles(args: argparse.Namespace, bars: list[Bar]) -> list[str]:
     rng = random.Random(0)
     torch._dynamo.reset()
     counters.clear()
-    flex._compiled.cache_clear()
+    flex._kernel.cache_clear()
 
     def graphs_after(tree: SegmentTree, backward: bool) -> int:
         tensors = inputs(tree.total, args.heads, args.kv_heads, args.dim, torch.float32)

@@ -57,13 +57,13 @@ class PackedMicrobatch:
 
 
 def pack(
-    groups: Sequence[Group], score_ids: Sequence[int], share_prompt: bool = True, multiple: int = 1
+    groups: Sequence[Group], score_ids: Sequence[int], share_prompt: bool = True, multiple: int = 1, empty: int = 1
 ) -> PackedMicrobatch:
     """Pack whole groups into one micro-batch.
 
     With `share_prompt` a group is packed as [prompt | response 1 | … | response K], the prompt's tokens once;
     without, as K whole sequences. The total is padded to a multiple of `multiple` tokens (context and sequence
-    parallelism shard it), by a segment that no row reads. An empty list packs to padding alone.
+    parallelism shard it), by a segment that no row reads. An empty list packs to padding alone, `empty` tokens or more.
 
     Raises ValueError when some trajectories have log-probs or an advantage and others have none.
     """
@@ -106,7 +106,8 @@ def pack(
             trajectories.append(trajectory)
             group_index.append(g)
 
-    padding = -len(tokens) % multiple or (multiple if not tokens else 0)
+    wanted = len(tokens) or empty
+    padding = wanted + -wanted % multiple - len(tokens)
     if padding:
         tokens += [0] * padding
         segments.append(Segment(padding))

@@ -12,6 +12,10 @@ from real_megatron.batch.segments import SegmentTree
 from real_megatron.batch.shards import TokenShard
 from real_megatron.policy.block_mask import block_mask
 
+RECOMPILE_LIMIT = 64
+"""Gradients on or off, a window, lengths up to a block: each compiles anew. Beyond the limit torch would silently run
+uncompiled, with a dense T × T matrix; as one whole graph that is an error."""
+
 
 def flex_segment_attention(
     query: Tensor,
@@ -30,18 +34,23 @@ def flex_segment_attention(
     mask = _mask(tree, window, shard, query.device)
     attend: Callable[..., Any] = flex_attention
     if query.is_cuda:
-        attend = _compiled()
+        attend = _compiled
     q, k, v = (x.transpose(0, 1)[None] for x in (query, key, value))
     out: Tensor = attend(q, k, v, block_mask=mask, scale=scale, enable_gqa=query.size(1) > key.size(1))
     return out[0].transpose(0, 1)
 
 
+def _compiled(*args: Any, **kwargs: Any) -> Any:
+    # Each thread has its own limit, and where activations are recomputed autograd's calls this.
+    with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT):
+        return _kernel()(*args, **kwargs)
+
+
 @lru_cache(maxsize=1)
-def _compiled() -> Callable[..., Tensor]:
-    # Gradients on or off, a window, lengths up to a block: each compiles anew. Beyond the limit torch would silently
-    # run uncompiled, with a dense T × T matrix; with `fullgraph` that is an error.
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
-    return torch.compile(flex_attention, dynamic=True, fullgraph=True)
+def _kernel() -> Callable[..., Any]:
+    # Here, and not in torch's pool of processes: a signal to the process group would end that, and the step under way
+    # would wait for it should it meet new shapes.
+    return torch.compile(flex_attention, dynamic=True, fullgraph=True, options={"compile_threads": 1})
 
 
 @lru_cache(maxsize=16)

@@ -15,6 +15,7 @@ from real_megatron.batch.types import Group
 from real_megatron.bridge import ModelDescription
 from real_megatron.config import BatchConfig, ParallelConfig
 from real_megatron.policy import flops
+from real_megatron.policy.block_mask import BLOCK
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,8 @@ class Planner:
         parallel = self.parallel
         # Context-parallel ranks have equally many tokens, which sequence parallelism shards evenly once more.
         multiple = parallel.context * (parallel.tensor if parallel.sequence_parallel else 1)
-        microbatch = pack(groups, self.score_ids, self.batch.share_prompt, multiple)
+        # Padding alone is a block of queries a rank: for the few tokens of `multiple` attention would compile anew.
+        microbatch = pack(groups, self.score_ids, self.batch.share_prompt, multiple, empty=BLOCK * parallel.context)
         if parallel.context == 1:
             return microbatch
         costs = flops.uneven_flops(self.description, microbatch.tree, microbatch.row_positions)

@@ -105,6 +105,7 @@ def test_padding_is_a_segment_that_no_row_reads():
 def test_no_groups_pack_to_padding_alone():
     packed = pack([], SCORES, multiple=4)
     assert packed.tree.total == 4
+    assert pack([], SCORES, multiple=4, empty=10).tree.total == 12
     assert packed.row_positions.numel() == packed.ids.numel() == packed.num_trajectories == 0
     assert packed.offsets.tolist() == [0]
 

@@ -1,11 +1,15 @@
 """Packed attention, both implementations, against dense masked attention in float64."""
 
+import functools
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from megatron.core.models.common.embeddings.rope_utils import _apply_rotary_pos_emb_bshd
 
 from real_megatron.batch.segments import Segment, SegmentTree
 from real_megatron.hf.rotary import Rotary
+from real_megatron.policy import flex
 from real_megatron.policy.attention import PackedAttention, PackedParams, segment_attention
 from real_megatron.policy.flex import flex_segment_attention
 from real_megatron.policy.rope import rotary_embedding
@@ -61,6 +65,24 @@ def test_flex_forward_equals_dense_attention(window, heads, kv_heads):
     expected = dense(q, k, v, TREE, 0.3, window)
     found = flex_segment_attention(q.float(), k.float(), v.float(), TREE, 0.3, window)
     assert close([found], [expected])
+
+
+def test_every_thread_may_compile_as_often(monkeypatch):
+    """Autograd's threads, which recompute, too: torch's own limit is 8. The kernel here is Python, compiled anew for
+    every word."""
+    monkeypatch.setattr(flex, "flex_attention", lambda x, word: x + len(word))
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    flex._kernel.cache_clear()
+    x = torch.zeros(3)
+
+    def run() -> list[float]:
+        return [flex._compiled(x, "a" * n)[0].item() for n in range(12)]
+
+    try:
+        with ThreadPoolExecutor(1) as thread:
+            assert thread.submit(run).result() == run() == [float(n) for n in range(12)]
+    finally:
+        flex._kernel.cache_clear()
 
 
 def test_a_prompts_gradient_sums_over_its_responses():

@@ -41,6 +41,19 @@ def make_group(prompt: int, responses: list[int], name: str = "") -> Group:
     return Group([1] * prompt, trajectories, label=1.0, meta={"group": name, "prompt": prompt})
 
 
+@pytest.mark.parametrize("parallel", [{}, {"context": 2}, {"tensor": 4, "context": 2}])
+def test_padding_alone_is_a_block_of_tokens_a_rank(parallel):
+    """Attention's kernel knows that length already, and takes fewer than a block of queries for another kind."""
+    packed, padding = plan_all([make_group(9, [5])], {"max_tokens": 64}, 2, **parallel)
+    (microbatch,) = padding.microbatches
+    context = parallel.get("context", 1)
+    assert microbatch.tree == SegmentTree((Segment(128 * context),))
+    assert not microbatch.row_positions.numel() and not microbatch.num_trajectories
+    if microbatch.shards:
+        assert [shard.index().numel() for shard in microbatch.shards] == [128] * context
+    assert packed.microbatches[0].tree.total < 128, "what has tokens is packed as ever"
+
+
 def random_groups(seed: int, count: int) -> list[Group]:
     rng = random.Random(seed)
     return [

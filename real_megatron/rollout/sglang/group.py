@@ -49,6 +49,7 @@ class SenderGroup:
         self._group: dist.ProcessGroup | None = None
         self._lock = threading.Lock()
         self._sending = False
+        self._stream: torch.cuda.Stream | None = None
 
     def join(self, world_size: int) -> None:
         """Blocks until every server has joined, or raises at the timeout."""
@@ -69,24 +70,37 @@ class SenderGroup:
         options = dist.BroadcastOptions()
         options.rootRank = 0
         options.rootTensor = 0
-        if self._backend == "nccl":
-            torch.cuda.set_device(self._device)
-            flat = flat.to(self._device)  # weights kept on the host come to a server that was started anew
         with self._lock:
             group = self._group
             if group is None:
                 raise WeightSyncError(f"the process group {self.name} has been given up")
             self._sending = True
         try:
-            group.broadcast([flat], options).wait()
-            if flat.is_cuda:
-                torch.cuda.synchronize(flat.device)
+            if self._backend == "nccl":
+                self._broadcast_on_a_stream(group, flat, options)
+            else:
+                group.broadcast([flat], options).wait()
         finally:
             with self._lock:
                 self._sending = False
                 given_up = self._group is None
             if given_up:
                 _destroy(group)
+
+    def _broadcast_on_a_stream(self, group: dist.ProcessGroup, flat: Tensor, options: dist.BroadcastOptions) -> None:
+        """On a stream of its own: a server is restored while the policy trains, which on the default stream would wait
+        for a broadcast that the server may never receive."""
+        torch.cuda.set_device(self._device)
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(self._device)
+        stream = self._stream
+        if flat.is_cuda:  # the export of a sync, which the default stream has computed
+            stream.wait_stream(torch.cuda.default_stream(self._device))
+            flat.record_stream(stream)
+        with torch.cuda.stream(stream):
+            # Weights kept on the host come to a server that was started anew.
+            group.broadcast([flat.to(self._device)], options).wait()
+        stream.synchronize()
 
     def abort(self) -> None:
         """Give the group up. Connections close at once, or, while a broadcast runs, when that ends."""
