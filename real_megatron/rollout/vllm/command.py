@@ -26,6 +26,7 @@ def server_command(spec: EngineSpec, index: int, port: int, context: int) -> Ser
     config = spec.config
     arguments = [config.python or sys.executable, str(LAUNCHER), "vllm.entrypoints.openai.api_server"]
     arguments += ["--model", str(spec.model_dir), "--served-model-name", SERVED_NAME, "--host", "127.0.0.1"]
+    arguments += ["--middleware", "vllm_guard.RequireKey"]  # beside the launcher: vLLM's own check leaves routes open
     arguments += ["--port", str(port), "--dtype", str(spec.dtype).removeprefix("torch.")]
     arguments += ["--max-model-len", str(context + RESERVED_TOKENS), "--tensor-parallel-size", str(config.tensor)]
     arguments += _HF_FORMAT
@@ -36,5 +37,4 @@ def server_command(spec: EngineSpec, index: int, port: int, context: int) -> Ser
     names = visible.split(",") if visible else [str(gpu) for gpu in range(first + config.tensor)]
     gpus = ",".join(names[first : first + config.tensor])
     environment = {"VLLM_SERVER_DEV_MODE": "1", "CUDA_VISIBLE_DEVICES": gpus}
-    # The key guards, depending on the release, the routes below /v1 alone or all but /health and the like.
     return ServerCommand(arguments + config.server_args, "VLLM_API_KEY", environment)
