@@ -3,6 +3,8 @@
 Another's server, here always a healthy one that would take any request, must be left as it was found.
 """
 
+import asyncio
+import importlib.util
 import logging
 import os
 import re
@@ -220,6 +222,38 @@ def test_the_launcher_hands_the_key_over_inside_the_process_and_keeps_it_out_of_
     assert server.returncode == 0 and len(lines) == 6, log
     assert sum("[API key]" in line for line in lines) == 4 and key not in log
     assert lines[2] == "7 of server" and lines[5] == "7 of child"
+
+
+@pytest.mark.parametrize(
+    ("path", "authorization", "status"),
+    [
+        ("/collective_rpc", None, 401),
+        ("/collective_rpc", b"Bearer another", 401),
+        ("/collective_rpc", b"secret", 401),
+        ("/v1/completions", None, 401),
+        ("/health/", None, 401),
+        ("/collective_rpc", b"Bearer secret", 200),
+        ("/health", None, 200),
+    ],
+)
+def test_a_local_vllm_server_asks_for_the_key_on_every_route(monkeypatch, path, authorization, status):
+    """Its own check leaves those open by which weights are loaded."""
+    monkeypatch.setenv("VLLM_API_KEY", "secret")
+    guard = importlib.util.spec_from_file_location("vllm_guard", LAUNCHER.parent / "vllm_guard.py")
+    module = importlib.util.module_from_spec(guard)
+    guard.loader.exec_module(module)
+    sent = []
+
+    async def send(message):
+        sent.append(message)
+
+    async def app(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    headers = [(b"accept", b"*/*")] + ([] if authorization is None else [(b"authorization", authorization)])
+    scope = {"type": "http", "method": "POST", "path": path, "headers": headers}
+    asyncio.run(module.RequireKey(app)(scope, None, send))
+    assert sent[0]["status"] == status
 
 
 # --- attached servers -------------------------------------------------------------------------------------------------

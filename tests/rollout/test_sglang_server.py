@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from real_megatron.config import RolloutConfig
 from real_megatron.errors import EngineError

@@ -17,7 +17,6 @@ RESERVED_TOKENS = 1
 _FP32_LOGITS = ("--hf-overrides", '{"head_dtype": "float32"}')
 """A user's own `--hf-overrides` replaces it."""
 
-# The key guards, depending on the release, the routes below /v1 alone or all but /health and the like.
 KEY_VARIABLE = "VLLM_API_KEY"
 
 # Where a directory holds consolidated*.safetensors too, "auto" takes Mistral's format, whose config, weights and
@@ -44,6 +43,7 @@ def server_command(spec: EngineSpec, index: int, port: int, context: int) -> Ser
     arguments += ["--model", str(spec.model_dir), "--served-model-name", SERVED_NAME, "--host", "127.0.0.1"]
     if spec.fp32_logits and spec.dtype.itemsize < 4:
         arguments += _FP32_LOGITS
+    arguments += ["--middleware", "vllm_guard.RequireKey"]  # beside the launcher: vLLM's own check leaves routes open
     arguments += ["--port", str(port), "--dtype", str(spec.dtype).removeprefix("torch.")]
     arguments += ["--max-model-len", str(context + RESERVED_TOKENS), *_HF_FORMAT]
     environment = {"VLLM_SERVER_DEV_MODE": "1"}
