@@ -177,7 +177,8 @@ def evaluate(
     """Evaluate a checkpoint on the configuration's test sets (data.eval).
 
     Samples evaluation.samples critiques per example, reads RAIL (expected score) and sampled scores, and prints
-    Pearson, Spearman and Kendall correlation and squared error with 95 % bootstrap intervals.
+    Pearson, Spearman and Kendall correlation and squared error with 95 % bootstrap intervals. Run it again to go on
+    where it stopped.
 
     Examples:
 
