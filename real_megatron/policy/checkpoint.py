@@ -65,7 +65,7 @@ def load(
     have no meaning, and those of the run's seed stay.
     """
     # Megatron describes the tensors to read by those that are there.
-    allocate_moments(optimizer)
+    allocate_moments(sharded_torch_adams(optimizer))
     with cpu.device_mode(), steps_everywhere(optimizer):
         state = read_state(directory)
         same_layout = state.pop("layout") == _layout()

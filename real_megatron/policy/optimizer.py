@@ -105,23 +105,25 @@ def sharded_torch_adams(optimizer: MegatronOptimizer) -> list[DistributedOptimiz
     """Megatron's distributed optimizers, of those that `optimizer` chains, around torch's own Adam, which Megatron-Core
     takes where neither Transformer Engine nor Apex is installed."""
     return [
-        one
-        for one in chained(optimizer)
-        if isinstance(one, DistributedOptimizer) and isinstance(one.optimizer, torch.optim.Adam | torch.optim.AdamW)
+        one for one in chained(optimizer) if isinstance(one, DistributedOptimizer) and _is_torch_adam(one.optimizer)
     ]
 
 
-def allocate_moments(optimizer: MegatronOptimizer) -> None:
-    """Allocate now what the first step of `sharded_torch_adams` would allocate: zeros, which that step then uses."""
-    for sharded in sharded_torch_adams(optimizer):
-        adam = sharded.optimizer
-        for parameter in (p for group in adam.param_groups for p in group["params"]):
-            if not adam.state[parameter]:
-                adam.state[parameter] = {
-                    "step": torch.zeros((), dtype=torch.float32),
-                    "exp_avg": torch.zeros_like(parameter),
-                    "exp_avg_sq": torch.zeros_like(parameter),
-                }
+def _is_torch_adam(optimizer: torch.optim.Optimizer) -> bool:
+    return isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW)
+
+
+def allocate_moments(optimizers: Sequence[MegatronOptimizer]) -> None:
+    """Allocate now what the first step of each would allocate: zeros, which that step then uses.
+
+    Around whichever Adam: torch's counts the steps in the state of each parameter, the fused ones of Transformer Engine
+    and Apex in the groups.
+    """
+    for one in optimizers:
+        one.init_state_fn(one.optimizer, one.config)
+        if _is_torch_adam(one.optimizer):
+            for state in one.optimizer.state.values():
+                state.setdefault("step", torch.zeros((), dtype=torch.float32))
 
 
 _NO_PARAMETER = "no parameter"

@@ -44,7 +44,7 @@ from real_megatron.objective import (
 from real_megatron.policy import checkpoint, cpu, parallel_groups
 from real_megatron.policy.forward import run_microbatches
 from real_megatron.policy.model import build_model, check_model
-from real_megatron.policy.optimizer import allocate_moments, build_optimizer, build_scheduler, wrap_ddp
+from real_megatron.policy.optimizer import allocate_moments, build_optimizer, build_scheduler, chained, wrap_ddp
 from real_megatron.policy.plan import Planner
 
 
@@ -213,7 +213,7 @@ class Policy:
 
     def allocate_optimizer_state(self) -> None:
         """Allocate Adam's moments now, before a rollout server takes the memory that is free."""
-        allocate_moments(self.optimizer)
+        allocate_moments(chained(self.optimizer))
 
     def save(self, directory: str | Path, state: dict[str, Any]) -> None:
         """Write a training checkpoint with the caller's `state` (plain data)."""

@@ -21,6 +21,7 @@ from tests.support.policy_ranks import (
     make_config,
     make_groups,
     make_policy,
+    moments_before_and_after_a_step,
     save_and_continue,
     save_as_with_a_gpu,
     train,
@@ -250,6 +251,14 @@ def test_moments_allocated_early_are_those_of_the_first_step(checkpoint, one_ran
     curve, weights = run_ranks(1, train_with_moments_allocated, make_config(checkpoint))[0]
     assert curve == one_rank[0]
     assert all(torch.equal(tensor, one_rank[1][name]) for name, tensor in weights.items())
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["torch", "fused"])
+def test_every_adams_moments_are_there_before_a_server_takes_the_memory(fused, checkpoint):
+    """Sharded or not, and of an Adam as Transformer Engine has it: the first step allocates none."""
+    configs = [make_config(checkpoint, parallel={"distributed_optimizer": sharded}) for sharded in (True, False)]
+    for early, after in run_ranks(1, moments_before_and_after_a_step, configs, fused)[0]:
+        assert early == after and len(early) > 10
 
 
 def test_a_checkpoint_continues_bit_identically_and_at_other_layouts(checkpoint, tmp_path):

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import megatron.core.optimizer
+import pytest
 import torch
 import torch.distributed as dist
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
@@ -18,7 +20,7 @@ from real_megatron.objective import build_objective
 from real_megatron.policy import checkpoint, cpu, model, optimizer
 from real_megatron.policy.attention import HeadRows
 from real_megatron.policy.judge_head import JudgeHead
-from real_megatron.policy.optimizer import sharded_torch_adams
+from real_megatron.policy.optimizer import chained, sharded_torch_adams
 from real_megatron.policy.policy import Policy
 from tests.support.ranks import forget_policies
 
@@ -138,6 +140,54 @@ def train_with_moments_allocated(config: RunConfig) -> tuple[list[dict[str, floa
         return train(config)
     finally:
         Policy.train_step = real_step
+
+
+class FusedAdam(torch.optim.Optimizer):
+    """AdamW with the structure of Transformer Engine's: the steps are counted in the groups."""
+
+    def __init__(self, params: Any, *, adam_w_mode: bool, **defaults: Any) -> None:
+        super().__init__(params, defaults)
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        for group in self.param_groups:
+            done = group["step"] = group.get("step", 0) + 1
+            beta1, beta2 = group["betas"]
+            for p in (p for p in group["params"] if p.grad is not None):
+                if not self.state[p]:
+                    self.state[p] = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
+                mean, square = self.state[p]["exp_avg"], self.state[p]["exp_avg_sq"]
+                mean.lerp_(p.grad, 1 - beta1)
+                square.lerp_(p.grad**2, 1 - beta2)
+                scale = (square / (1 - beta2**done)).sqrt() + group["eps"]
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.addcdiv_(mean / (1 - beta1**done), scale, value=-group["lr"])
+
+
+def moments_before_and_after_a_step(configs: list[RunConfig], fused: bool) -> list[tuple[set[int], set[int]]]:
+    """Per configuration the addresses of Adam's moments: allocated before the first step, and after that step. fused:
+    with `FusedAdam` in the place of torch's."""
+    found = []
+    with pytest.MonkeyPatch.context() as patch:
+        if fused:
+            patch.setattr(megatron.core.optimizer, "Adam", FusedAdam)
+            patch.setattr(megatron.core.optimizer, "USING_PYTORCH_OPTIMIZER", False)
+            patch.setattr(megatron.core.optimizer.distrib_optimizer, "Adam", FusedAdam)
+        for config in configs:
+            policy = make_policy(config)
+            adams = [one.optimizer for one in chained(policy.optimizer)]
+            assert all(isinstance(adam, FusedAdam) == fused for adam in adams)
+
+            def moments(adams: list[torch.optim.Optimizer] = adams) -> set[int]:
+                states = [state for adam in adams for state in adam.state.values()]
+                return {state[name].data_ptr() for state in states for name in ("exp_avg", "exp_avg_sq")}
+
+            policy.allocate_optimizer_state()
+            early = moments()
+            policy.train_step(make_groups(), build_objective(config.objective))
+            found.append((early, moments()))
+            forget_policies()
+    return found
 
 
 def train_all(
