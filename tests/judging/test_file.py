@@ -324,6 +324,11 @@ def test_a_job_is_not_resumed_with_other_settings(run, tmp_path) -> None:
         run(name="b")
     with pytest.raises(ConfigError, match="seed was 0, is 1"):
         run(name="a", seed=1)
+    # Nor where the job's settings do not say all: an older version had written them.
+    job = json.loads(job_path(output).read_text())
+    job_path(output).write_text(json.dumps({key: value for key, value in job.items() if key != "seed"}))
+    with pytest.raises(ConfigError, match="seed was None, is 0"):
+        run(name="a")
     job_path(output).unlink()
     with pytest.raises(ConfigError, match="cannot be resumed"):
         run(name="a")
