@@ -93,6 +93,17 @@ def test_served_log_probs_are_the_policys_after_every_sync(engine):
         previous = model
 
 
+def test_requests_without_the_runs_key_are_refused(engine):
+    """Also those that could load other weights, which vLLM itself would take."""
+    replica = engine._pool.replicas[0]
+    for path in ("/v1/models", "/weight_info", "/server_info"):
+        asked = engine._http.get(replica.url + path, 60, anonymous=True)
+        assert engine._loop.run(asked).status == 401
+    process = replica.process
+    command = Path(f"/proc/{process.pid}/cmdline").read_bytes()
+    assert engine.api_key.encode() not in command + process.log.read_bytes()
+
+
 def test_a_prompts_seed_decides_its_samples(engine):
     params = SamplingParams(n=4, max_new_tokens=16)
     seeds = [7, 7, 8, 9, 10]
