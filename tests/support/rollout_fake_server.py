@@ -36,10 +36,10 @@ def expected_ids(prompt: list[int], k: int, length: int) -> list[int]:
 
 class FakeServer:
     """State of one server. `faults` are consumed one per generation request: hang, disconnect, truncate, error_500,
-    refuse_400, wrong_k, short_logprobs, nan, abort, stale; or a number of seconds to wait before a good reply.
-    `control_faults` maps a control path to statuses that it answers with, one per call, or "hang", or for a reload of
-    vLLM "half", after which all later reloads fail and a request ends the server. With a `key`, all requests but
-    /health need it."""
+    refuse_400, wrong_k, short_logprobs, nan, abort, stale, until_paused (vLLM); or a number of seconds to wait before
+    a good reply. `control_faults` maps a control path to statuses that it answers with, one per call, or "hang", or
+    for a reload of vLLM "half", after which all later reloads fail and a request ends the server. With a `key`, all
+    requests but /health need it."""
 
     def __init__(self, flavour: str = "sglang", port: int = 0, key: str | None = None) -> None:
         self.flavour = flavour
@@ -63,7 +63,7 @@ class FakeServer:
         self.requests_hold_the_cache = False
         self.half_loaded = False
         self.pauses = 0
-        self._resumed = threading.Event()
+        self._paused, self._resumed = threading.Event(), threading.Event()
         self._resumed.set()
         self.hangs_waited_for = 0
         self.generations = 0
@@ -112,6 +112,8 @@ class FakeServer:
             pauses = self.pauses
             if isinstance(fault, (int, float)):
                 time.sleep(fault)
+            if fault == "until_paused":
+                self._paused.wait(10)
             if self.pauses > pauses:
                 fault = "abort"
             if self.half_loaded:
@@ -238,8 +240,10 @@ class FakeServer:
             self.paused = True
             self.pauses += 1
             self._resumed.clear()
+            self._paused.set()
         elif path == "/resume":
             self.paused = False
+            self._paused.clear()
             self._resumed.set()
         elif path == "/update_weight_version":
             self.version = body["new_version"]
