@@ -36,8 +36,8 @@ def expected_ids(prompt: list[int], k: int, length: int) -> list[int]:
 
 class FakeServer:
     """State of one server. `faults` are consumed one per generation request: hang, disconnect, truncate, error_500,
-    refuse_400, wrong_k, short_logprobs, nan, abort, stale; or, before a good reply, a number of seconds or an Event to
-    wait for.
+    refuse_400, wrong_k, short_logprobs, nan, abort, stale, until_paused (vLLM); or, before a good reply, a number of
+    seconds or an Event to wait for.
     `control_faults` maps a control path to statuses that it answers with, one per call, or "hang", or for a reload of
     vLLM "half", after which all later reloads fail and a request ends the server. With a `key`, all requests but
     /health need it."""
@@ -65,7 +65,7 @@ class FakeServer:
         self.requests_hold_the_cache = False
         self.half_loaded = False
         self.pauses = 0
-        self._resumed = threading.Event()
+        self._paused, self._resumed = threading.Event(), threading.Event()
         self._resumed.set()
         self.hangs_waited_for = 0
         self.generations = 0
@@ -116,6 +116,8 @@ class FakeServer:
                 time.sleep(fault)
             if isinstance(fault, threading.Event):
                 fault.wait(600)
+            if fault == "until_paused":
+                self._paused.wait(10)
             if self.pauses > pauses:
                 fault = "abort"
             if self.half_loaded:
@@ -242,8 +244,10 @@ class FakeServer:
             self.paused = True
             self.pauses += 1
             self._resumed.clear()
+            self._paused.set()
         elif path == "/resume":
             self.paused = False
+            self._paused.clear()
             self._resumed.set()
         elif path == "/update_weight_version":
             self.version = body["new_version"]
