@@ -354,3 +354,18 @@ def test_a_killed_conversion_leaves_nothing_that_looks_complete(models: Path, tm
     assert partial.exists() and not (partial / "metadata.json").exists() and not output.exists()
     convert_hf_to_megatron(models / "qwen3_moe", output, **QUIET)
     assert [p.name for p in tmp_path.iterdir()] == ["m"]
+
+
+def test_config_names_the_dtype_of_most_parameters() -> None:
+    """As of checkpoints that keep some in float32, wherever they stand."""
+    half, single = torch.bfloat16, torch.float32
+    for dtypes in ([half, half, single], [single, half, half], [half, single, half]):
+        assert convert_module._one_dtype(dtypes) is half
+
+
+def test_the_vocabulary_is_padded_as_asked(models: Path, tmp_path: Path) -> None:
+    """To a multiple of so many rows on each of two ranks."""
+    rows = read_config(models / "qwen3").vocab_size
+    convert_hf_to_megatron(models / "qwen3", tmp_path / "m", tensor=2, vocab_multiple=24, **QUIET)
+    stored = TorchDistCheckpoint(tmp_path / "m").tensors["embedding.word_embeddings.weight"].size[0]
+    assert stored == -(-rows // 48) * 48
