@@ -178,6 +178,14 @@ def test_a_refusal_is_not_repeated(make, flavour):
     assert fake.generations == 1
 
 
+def until_under_way(fake: FakeServer, requests: int) -> None:
+    """Wait until so many requests have come to a server."""
+    deadline = time.monotonic() + 60
+    while fake.generations < requests:
+        assert time.monotonic() < deadline, f"{fake.generations} of {requests} requests"
+        time.sleep(0.01)
+
+
 def test_requests_in_flight_are_bounded_and_those_that_wait_keep_none_from_the_other(make):
     """Three requests wait at one server until the other has answered all the rest."""
     engine, (waiting, other) = make(2, concurrency=3, timeout_s=600)
@@ -187,6 +195,7 @@ def test_requests_in_flight_are_bounded_and_those_that_wait_keep_none_from_the_o
     for index, group in engine.generate_stream(PROMPTS, PARAMS):
         groups[index] = group
         if len(groups) == len(PROMPTS) - 3:
+            until_under_way(waiting, 3)
             assert waiting.generations == 3 and other.generations == len(PROMPTS) - 3
             go_on.set()
     check([groups[index] for index in range(len(PROMPTS))])
@@ -200,10 +209,7 @@ def test_a_server_that_goes_away_leaves_its_work_to_the_other(make):
     groups = {}
     for index, group in engine.generate_stream(PROMPTS, PARAMS):
         if not groups:
-            deadline = time.monotonic() + 60
-            while first.generations < 4:  # until they are under way
-                assert time.monotonic() < deadline
-                time.sleep(0.01)
+            until_under_way(first, 4)
             first.__exit__()
         groups[index] = group
     never.set()
