@@ -55,7 +55,7 @@ def test_before_there_is_anything_to_save_a_command_ends_at_once(
         monkeypatch.setattr(f"real_megatron.{place}", signals_itself(number))
     (tmp_path / "run.yaml").write_text("{}")
     before = [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)]
-    result = run(command, tmp_path / "run.yaml")
+    result = run(command, tmp_path if command == "report" else tmp_path / "run.yaml")
     (line,) = (result.output).splitlines()
     assert result.exit_code == 128 + number
     assert line.endswith(f"stopped by {signal.Signals(number).name}: run the same command again to go on")

@@ -259,11 +259,15 @@ def side_directory(megatron_path: Path, hf_path: str | Path | None = None, revis
 
 
 def _carry_run_file(megatron_path: Path, target: Path) -> None:
-    """Put the run that made the weights beside them: that of the Megatron checkpoint, whatever run the files are from
-    that have been carried from elsewhere."""
-    own = [megatron_path / side_files.RUN_FILE, megatron_path / side_files.FOLDER / side_files.RUN_FILE]
-    for file in filter(Path.is_file, own):
-        shutil.copyfile(file, target / side_files.RUN_FILE)
+    """Put the run that made the weights beside them, and its template: that of the Megatron checkpoint, whatever run
+    the files are from that have been carried from elsewhere."""
+    for own in (megatron_path, megatron_path / side_files.FOLDER):
+        if not (own / side_files.RUN_FILE).is_file():
+            continue
+        (target / side_files.TEMPLATE_FILE).unlink(missing_ok=True)
+        for name in (side_files.RUN_FILE, side_files.TEMPLATE_FILE):
+            if (own / name).is_file():
+                shutil.copyfile(own / name, target / name)
         return
     if not (target / side_files.RUN_FILE).exists() and not (megatron_path / side_files.FOLDER).is_dir():
         logger.warning(

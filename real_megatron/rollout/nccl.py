@@ -24,7 +24,9 @@ def check_nccl(python: str) -> None:
     """
     own = own_version()
     try:
-        asked = subprocess.run([python, "-c", _ASK], capture_output=True, text=True, timeout=_ASK_TIMEOUT_S)
+        asked = subprocess.run(
+            [python, "-c", _ASK], capture_output=True, encoding="utf-8", errors="replace", timeout=_ASK_TIMEOUT_S
+        )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise ConfigError(f"rollout.python: {python} cannot be asked for its version of NCCL: {error}") from None
     if asked.returncode:

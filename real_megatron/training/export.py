@@ -8,6 +8,7 @@ import torch.distributed as dist
 
 from real_megatron.bridge import parameters
 from real_megatron.bridge.hf_writer import SafetensorsStream, plan_files, write_index
+from real_megatron.config import RunConfig
 from real_megatron.data import is_built_in
 from real_megatron.hf.side_files import RUN_FILE, TEMPLATE_FILE, carry
 from real_megatron.hf.staging import staged_directory
@@ -38,8 +39,7 @@ def _write(policy: Policy, output: Path, max_file_bytes: int) -> None:
     tensors = policy.export()
     with staged_directory(output) as staging:
         carry(policy.model_dir, staging, dtype)
-        (staging / RUN_FILE).write_text(policy.config.to_yaml(), encoding="utf-8")
-        _keep_template(policy.config.data.template, staging / TEMPLATE_FILE)
+        write_run(policy.config, staging)
         for file in files:
             stream = SafetensorsStream(staging, file)
             for expected, _, _ in file.tensors():
@@ -52,12 +52,15 @@ def _write(policy: Policy, output: Path, max_file_bytes: int) -> None:
         write_index(staging, files)
 
 
-def _keep_template(template: str, file: Path) -> None:
-    """Put a template of the user's own beside the weights: a judge reads no other file that a checkpoint names."""
+def write_run(config: RunConfig, directory: Path) -> None:
+    """Put beside the weights how they were trained, from which follows how a judge is asked; a template of the user's
+    own with it, since a judge reads no other file that a checkpoint names."""
+    (directory / RUN_FILE).write_text(config.to_yaml(), encoding="utf-8")
+    file = directory / TEMPLATE_FILE
     file.unlink(missing_ok=True)  # that of the start model
-    if is_built_in(template):
+    if is_built_in(config.data.template):
         return
     try:
-        shutil.copyfile(template, file)
+        shutil.copyfile(config.data.template, file)
     except OSError as error:
         logger.warning("the template does not go with the checkpoint (%s): judge it with data.template=FILE", error)

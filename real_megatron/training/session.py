@@ -35,7 +35,7 @@ from real_megatron.scores import ScoreScale
 from real_megatron.sections import read_tree
 from real_megatron.training.batch_order import BatchOrder
 from real_megatron.training.checkpoints import CheckpointStore
-from real_megatron.training.export import save_hf
+from real_megatron.training.export import save_hf, write_run
 from real_megatron.training.lengths import check_lengths
 from real_megatron.training.metrics import check_sinks
 from real_megatron.training.resume import check_same_inputs, check_same_run, inputs, saved_inputs
@@ -245,7 +245,7 @@ class Session:
         def write(directory: Path) -> None:
             self.policy.save(directory, state)
             if self.policy.runtime.rank == 0:  # for `convert to-hf`, which reads tensors alone
-                (directory / RUN_FILE).write_text(self.config.to_yaml(), encoding="utf-8")
+                write_run(self.config, directory)
 
         self.store.save(done, write)
 

@@ -23,6 +23,7 @@ from real_megatron.hf.checkpoint import HFCheckpoint, check_servers_read_the_sam
 from real_megatron.hf.model import load_model
 from real_megatron.hf.side_files import read_config
 from real_megatron.judging.judge import Judge
+from real_megatron.training.export import write_run
 from tests.support.bridge_ranks import VARIANTS, tiny_model
 
 QUIET = dict(workers=1, progress=False)
@@ -184,7 +185,7 @@ def test_a_judge_there_and_back_is_asked_as_before(tmp_path: Path, caplog: pytes
         "scale.anchor='so: '",
     ]
     keys += ["data.max_response_tokens=8", "evaluation.temperature=0.7", "scale.probabilities=renormalized"]
-    (source / "real_megatron.yaml").write_text(RunConfig.from_yaml(None, keys).to_yaml())
+    write_run(RunConfig.from_yaml(None, keys), source)
     convert_hf_to_megatron(source, tmp_path / "m", **QUIET)
     convert_megatron_to_hf(tmp_path / "m", tmp_path / "back", **QUIET)
     convert_megatron_to_hf(tmp_path / "m", tmp_path / "cast", dtype=torch.float32, **QUIET)

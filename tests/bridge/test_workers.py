@@ -35,4 +35,4 @@ def test_no_process_still_writes_when_a_task_has_failed(
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux alone tells a child of its parent's death")
 def test_a_process_leaves_ctrl_c_to_its_parent_and_dies_with_it() -> None:
     found = run(signals, [0, 1], 2, workers=2, title="test", show_progress=False)
-    assert found == [(signal.SIG_IGN, signal.SIGKILL)] * 2
+    assert found == [(True, signal.SIGKILL)] * 2

@@ -669,13 +669,6 @@ def test_more_than_a_vllm_server_takes_in_a_request_is_refused_before_it_is_sent
     assert fake.generations == 0
 
 
-def test_a_prompts_seed_reaches_a_vllm_server(make):
-    """SGLang gives all samples of a request one seed, so it gets none."""
-    engine, (fake,) = make(1, "vllm", concurrency=1)
-    engine.generate(PROMPTS[:2], PARAMS, [2**62 + 3, 5])
-    assert [body["seed"] for body in fake.bodies] == [3, 5]
-
-
 def test_a_vllm_server_looks_for_stop_texts_among_special_tokens_too(make):
     """As the other engines do: an anchor may hold some. Its default leaves them out of the text."""
     engine, (fake,) = make(1, "vllm")

@@ -21,6 +21,7 @@ class Servers:
             concurrency=concurrency,
             start_timeout_s=0,
             restarts=restarts,
+            port_taken=lambda port: "",
             probe=self.probe,
             restore=self.restore,
         )

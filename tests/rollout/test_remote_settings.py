@@ -111,8 +111,8 @@ def test_weights_are_kept_for_servers_that_come_back_where_configured(make, mode
 
 
 def test_seeds_reach_vllm_one_a_prompt(make):
-    """31 bits of them; SGLang's requests have none, since all samples of one would get it."""
-    seeds = [5, 2**40 + 7]
+    """62 bits of them; SGLang's requests have none, since all samples of one would get it."""
+    seeds = [5, 2**62 + 7]
     for flavour, expected in (("vllm", [5, 7]), ("sglang", [None, None])):
         engine, fake = make(flavour, {"serve_loaded": True})
         engine.generate([[1, 2], [3, 4]], PARAMS, seeds)
@@ -124,14 +124,14 @@ def test_seeds_reach_vllm_one_a_prompt(make):
 
 def test_vllm_requests_name_every_parameter(make):
     engine, fake = make("vllm", {"serve_loaded": True})
-    params = SamplingParams(n=2, temperature=0, top_p=0.9, max_new_tokens=7, stop=("x", "y"), watch_ids=(9, 4))
+    params = SamplingParams(n=2, temperature=1, top_p=0.9, max_new_tokens=7, stop=("x", "y"), watch_ids=(9, 4))
     engine.generate([[1, 2]], params)
     (body,) = fake.bodies
     assert body.pop("stop_token_ids") and body == {
         "model": "policy",
         "prompt": [1, 2],
         "n": 2,
-        "temperature": 0,
+        "temperature": 1,
         "top_p": 0.9,
         "top_k": -1,
         "min_p": 0.0,
@@ -141,6 +141,7 @@ def test_vllm_requests_name_every_parameter(make):
         "max_tokens": 7,
         "stop": ["x", "y"],
         "include_stop_str_in_output": True,
+        "skip_special_tokens": False,
         "logprobs": 2,
         "logprob_token_ids": [9, 4],
         "return_token_ids": True,

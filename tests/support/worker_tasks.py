@@ -24,8 +24,8 @@ def write_on_and_on(task: tuple[str, Path], progress: Progress) -> None:
         time.sleep(0.01)
 
 
-def signals(task: int, progress: Progress) -> tuple[object, int]:
-    """What this process does on SIGINT, and the signal that it gets when its parent dies (Linux)."""
+def signals(task: int, progress: Progress) -> tuple[bool, int]:
+    """Whether SIGINT is blocked in this process, and the signal that it gets when its parent dies (Linux)."""
     on_death = ctypes.c_int()
     ctypes.CDLL(None).prctl(2, ctypes.byref(on_death), 0, 0, 0)  # PR_GET_PDEATHSIG
-    return signal.getsignal(signal.SIGINT), on_death.value
+    return signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, []), on_death.value

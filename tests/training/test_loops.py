@@ -179,7 +179,7 @@ def test_a_run_that_must_not_be_resumed_is_not(tmp_path: Path) -> None:
     run = Logged(RunConfig.from_yaml(None, ["checkpoint.resume=false"]), 99)
     run.store = SimpleNamespace(newest=lambda: (3, tmp_path / "step-000003"))
     with pytest.raises(ConfigError, match="step-000003 exists and checkpoint.resume is false: choose another output"):
-        Session.resume(run)
+        Session._check_same_output(run)
     run.store = SimpleNamespace(newest=lambda: None)
     Session.resume(run)
     assert run.start == 0
@@ -188,11 +188,13 @@ def test_a_run_that_must_not_be_resumed_is_not(tmp_path: Path) -> None:
 def test_a_checkpoint_says_what_it_belongs_to(tmp_path: Path) -> None:
     run = Logged(RunConfig.from_yaml(None, ["seed=3"]), 99)
     run.inputs, saved = {"data.template": "a digest"}, []
+    (tmp_path / "5").mkdir()
     run.store = SimpleNamespace(save=lambda step, write: write(tmp_path / str(step)))
     run.policy.save = lambda *of: saved.append(of)
     Session.save(run, 5, {"loss": 0.5})
     state = {"step": 5, "config": run.config.model_dump(mode="json"), "inputs": run.inputs, "metrics": {"loss": 0.5}}
     assert saved == [(tmp_path / "5", state)]
+    assert RunConfig.from_yaml(tmp_path / "5/real_megatron.yaml") == run.config
 
 
 def test_an_evaluation_becomes_metrics_and_a_line(

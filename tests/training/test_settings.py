@@ -79,6 +79,7 @@ def test_a_session_is_what_its_configuration_says(open_session, model: Path, tmp
     assert run.steps == 7  # two passes over ten examples, three at a time
     assert run.policy.arguments == (config, run.scale.score_ids, run.scale.values, 7 * 2, model)
     assert (run.store.directory, run.store.keep) == (tmp_path / "run/checkpoints", 7)
+    run.close()
     assert open_session(config.with_overrides(["epochs=null", "steps=4"]), prompt_groups).steps == 4
     # The template's text, the label, the id, and the columns that a reward may read.
     assert bytes(run.groups[3].prompt_ids) == b"Q: is it 3?"
@@ -159,6 +160,7 @@ def test_weights_are_published_once_and_colocated_servers_sleep_between(
         for step in (0, 0, 1) if not colocate else (0, 0):
             run.publish(step)
         assert engine.asked == expected
+        run._lock.close()
 
 
 def test_an_export_is_that_of_the_runs_last_step(model: Path, tmp_path: Path) -> None:
