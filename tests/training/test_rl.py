@@ -83,6 +83,8 @@ def test_copies_and_distinct_n_show_degeneration() -> None:
     varied = cot_metrics([group([1, 2, 3], [4, 5, 6])])
     copied = cot_metrics([group([1, 2, 3], [1, 2, 3])])
     assert varied["cot/copies"] == 0.0 and copied["cot/copies"] == 0.5
+    thrice = cot_metrics([group([1, 2], [1, 2], [1, 2]), group([1, 2], [3, 4], [5, 6])])
+    assert thrice["cot/copies"] == 2 / 6, "of three equal ones two are copies; equal ones of other prompts are none"
     assert varied["cot/distinct_2"] == 1.0 and copied["cot/distinct_2"] == 0.5
 
 
