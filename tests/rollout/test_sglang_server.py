@@ -135,20 +135,7 @@ def test_nothing_is_generated_before_the_first_weights(engine):
 
 @pytest.mark.parametrize("transport", ["distributed", "tensor", "disk"])
 def test_served_log_probs_are_the_policys_after_every_sync(attach, transport):
-    engine = attach(weight_sync=transport)
-    previous = None
-    for version in (1, 2, 3):
-        model = policy(10 + version)
-        engine.update_weights(model.named_parameters(), version)
-        groups = engine.generate(PROMPTS, PARAMS)
-        assert worst_difference(groups, model) < 1e-4
-        assert previous is None or worst_difference(groups, previous) > 0.1
-        assert {r.weight_version for g in groups for r in g} == {version}
-        scored = engine.next_token_logprobs(PROMPTS, [40, 5, 300])
-        with torch.no_grad():
-            exact = torch.stack([model(torch.tensor([p])).logits[0, -1].log_softmax(-1)[[40, 5, 300]] for p in PROMPTS])
-        torch.testing.assert_close(scored, exact, atol=1e-4, rtol=0)
-        previous = model
+    served_policy.check_syncs(attach(weight_sync=transport), CONFIG, PARAMS)
 
 
 def test_responses_end_as_they_say(engine):
@@ -169,24 +156,11 @@ def test_a_prompt_is_prefilled_once_for_all_its_samples(engine):
 
 
 def test_the_longest_prompt_gets_the_longest_response(engine):
-    params = SamplingParams(n=2, max_new_tokens=64)
-    for _ in range(20):
-        (group,) = engine.generate([[40 + i for i in range(64)]], params)
-        if any(response.finish_reason == "length" for response in group):
-            break
-    assert max(len(response.token_ids) for response in group) == 64
+    served_policy.check_longest(engine, 64, 64)
 
 
 def test_greedy_log_probs_are_at_temperature_one(engine):
-    model = policy(2)
-    engine.update_weights(model.named_parameters(), 2)
-    params = SamplingParams(n=2, temperature=0, max_new_tokens=8, watch_ids=PARAMS.watch_ids)
-    groups = engine.generate(PROMPTS, params)
-    assert worst_difference(groups, model, 0) < 1e-4
-    for prompt, group in zip(PROMPTS, groups, strict=True):
-        assert group[0].token_ids == group[1].token_ids
-        with torch.no_grad():
-            assert group[0].token_ids[0] == model(torch.tensor([prompt])).logits[0, -1].argmax()
+    served_policy.check_greedy(engine, CONFIG, PARAMS.watch_ids)
 
 
 def test_scores_in_one_pass(engine):

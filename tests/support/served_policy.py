@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from real_megatron.rollout.engine import Response
+from real_megatron.rollout.engine import Response, RolloutEngine, SamplingParams
 from tests.support.rollout_models import byte_level
 
 TOKENIZER = byte_level()
@@ -64,3 +64,46 @@ def check_endings(groups: Sequence[Sequence[Response]], tokenizer: PreTrainedTok
         else:
             assert len(ids) == longest and tokenizer.eos_token_id not in ids and "a" not in text
     assert all(reasons.values()), reasons
+
+
+def check_syncs(engine: RolloutEngine, config: PretrainedConfig, params: SamplingParams) -> None:
+    """After each of three syncs the log-probs are those of the new weights, and not of the old ones."""
+    previous = None
+    for version in (1, 2, 3):
+        model = policy(config, 10 + version)
+        engine.update_weights(model.named_parameters(), version)
+        groups = engine.generate(PROMPTS, params)
+
+        def worst(model: PreTrainedModel, groups: Sequence[Sequence[Response]] = groups) -> float:
+            return worst_difference(groups, model, params.temperature, PROMPTS, params.watch_ids)
+
+        assert worst(model) < 1e-4
+        assert previous is None or worst(previous) > 0.1
+        assert {r.weight_version for g in groups for r in g} == {version}
+        scored = engine.next_token_logprobs(PROMPTS, [40, 5, 300])
+        with torch.no_grad():
+            exact = torch.stack([model(torch.tensor([p])).logits[0, -1].log_softmax(-1)[[40, 5, 300]] for p in PROMPTS])
+        torch.testing.assert_close(scored, exact, atol=1e-4, rtol=0)
+        previous = model
+
+
+def check_greedy(engine: RolloutEngine, config: PretrainedConfig, watch_ids: tuple[int, ...]) -> None:
+    """Greedy responses are the most probable tokens, with log-probs at temperature 1."""
+    model = policy(config, 2)
+    engine.update_weights(model.named_parameters(), 2)
+    groups = engine.generate(PROMPTS, SamplingParams(n=2, temperature=0, max_new_tokens=8, watch_ids=watch_ids))
+    assert worst_difference(groups, model, 1, PROMPTS, watch_ids) < 1e-4
+    for prompt, group in zip(PROMPTS, groups, strict=True):
+        assert group[0].token_ids == group[1].token_ids
+        with torch.no_grad():
+            assert group[0].token_ids[0] == model(torch.tensor([prompt])).logits[0, -1].argmax()
+
+
+def check_longest(engine: RolloutEngine, prompt: int, response: int) -> None:
+    """A prompt of so many tokens gets a response of so many."""
+    params = SamplingParams(n=2, max_new_tokens=response)
+    for _ in range(20):
+        (group,) = engine.generate([[40 + i for i in range(prompt)]], params)
+        if any(r.finish_reason == "length" for r in group):
+            break
+    assert max(len(r.token_ids) for r in group) == response
