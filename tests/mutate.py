@@ -1,6 +1,6 @@
 """Would the tests notice? Applies deliberate changes to copies of the code and runs the tests that should turn red.
 
-    python -m tests.mutate                      # all changes: about an hour on two cores
+    python -m tests.mutate                      # all changes: about half an hour on two cores
     python -m tests.mutate training rollout     # those of two tables
     python -m tests.mutate training:3 policy    # the third of a table, and all of another
 
