@@ -244,10 +244,11 @@ def test_a_half_failed_sync_without_kept_weights_serves_nothing_until_the_next(a
     assert worst_difference(engine.generate(PROMPTS, PARAMS), model) < 1e-4
 
 
-def test_ranks_of_a_trainer_share_one_server(engine, model_dir, tmp_path, key):
+def test_ranks_of_a_trainer_share_one_server(engine, model_dir, tmp_path):
     """In a gloo world: rank 0 broadcasts over a group beside it, the others follow the export and get the responses."""
     engine.update_weights(policy(11).named_parameters(), 1)
-    results = run_ranks(2, rollout_ranks.attached, url(engine), str(model_dir), str(tmp_path), PROMPTS)
+    server = url(engine), engine.api_key
+    results = run_ranks(2, rollout_ranks.attached, *server, str(model_dir), str(tmp_path), PROMPTS)
     assert results[0] == results[1]
     model = rollout_ranks.model_of(str(model_dir))
     for prompt, (ids, logprobs) in zip(PROMPTS, results[0], strict=True):
@@ -326,7 +327,7 @@ def test_killed_in_mid_batch(engine):
     assert worst_difference(engine.generate(PROMPTS, PARAMS), model) < 1e-4
 
 
-def test_float32_logits_of_bfloat16_weights(engine, sglang_python, tmp_path, caplog):
+def test_float32_logits_of_bfloat16_weights(engine, sglang_python, tmp_path, caplog, monkeypatch):
     """A model whose layers add nothing, so that both implementations have the same bfloat16 hidden states."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(tiny_qwen3(len(TOKENIZER), initializer_range=3.0)).bfloat16().eval()
@@ -340,7 +341,9 @@ def test_float32_logits_of_bfloat16_weights(engine, sglang_python, tmp_path, cap
     try:
         groups = served.generate(PROMPTS, PARAMS)
         scored = served.next_token_logprobs(PROMPTS, [5, 40]).double()
-        build(settings(servers=[url(served)]), tmp_path / "model", tmp_path, **bfloat16).close()
+        monkeypatch.setenv("KEY_OF_SERVER", served.api_key)
+        config = settings(servers=[url(served)], api_key_variable="KEY_OF_SERVER")
+        build(config, tmp_path / "model", tmp_path, **bfloat16).close()
     finally:
         served.close()
 
@@ -361,7 +364,9 @@ def test_float32_logits_of_bfloat16_weights(engine, sglang_python, tmp_path, cap
                 found = torch.tensor(response.logprobs, dtype=torch.float64)
                 torch.testing.assert_close(found, logprobs.gather(1, torch.tensor(ids)[:, None])[:, 0], **close)
     assert "rounded" not in caplog.text
-    build(settings(servers=[url(engine)]), tmp_path / "model", tmp_path, dtype=torch.bfloat16).close()
+    monkeypatch.setenv("KEY_OF_SERVER", engine.api_key)
+    config = settings(servers=[url(engine)], api_key_variable="KEY_OF_SERVER")
+    build(config, tmp_path / "model", tmp_path, dtype=torch.bfloat16).close()
     assert f"{url(engine)}: logits are rounded" in caplog.text
 
 

@@ -1,5 +1,6 @@
 """What the ranks do in tests/rollout/test_distributed.py."""
 
+import os
 from pathlib import Path
 
 import torch
@@ -126,8 +127,12 @@ def model_of(model_dir: str):
     return model
 
 
-def attached(url: str, model_dir: str, work_dir: str, prompts: list[list[int]]):
-    """Every rank builds the engine that a configuration asks for, syncs from a collective export and generates."""
+def attached(url: str, key: str, model_dir: str, work_dir: str, prompts: list[list[int]]):
+    """Every rank builds the engine that a configuration asks for, syncs from a collective export and generates.
+
+    key: the server's; ranks are kept for several tests, and do not have the environment of the one that runs
+    """
+    os.environ["KEY_OF_SERVER"] = key
     config = RolloutConfig(engine="sglang", servers=[url], api_key_variable="KEY_OF_SERVER")
     lengths = {"max_prompt_tokens": 64, "max_response_tokens": 64}
     engine = build_engine(engine_spec(config, Path(model_dir), Path(work_dir), tokenizer=byte_level(), **lengths))
