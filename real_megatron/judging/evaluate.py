@@ -172,10 +172,12 @@ def _tell(on_progress: Callable[[str, int, int], None], name: str, total: int, d
 
 def _kept(judge: Judge, test_set: EvaluationSet, result: Path) -> KeptReadings | None:
     """Of rank 0, which alone keeps readings."""
+    if rank() != 0:
+        return None
     written = None if judge.directory is None else weights_written(judge.directory)
     prompts = [[prompt.id, prompt.prompt_ids] for prompt in test_set.prompts]
     about = {**judge_settings(judge), "model": judge.name, "weights_written": written, "prompts": prompts}
-    return KeptReadings(result.with_suffix(".partial.jsonl"), about) if rank() == 0 else None
+    return KeptReadings(result.with_suffix(".partial.jsonl"), about)
 
 
 def evaluate_set(

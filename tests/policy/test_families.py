@@ -5,19 +5,10 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from real_megatron.objective import Totals, build_objective
-from tests.support.policy_ranks import VOCAB, make_config, make_groups, train_all, write_checkpoint
+from tests.support.policy_ranks import SIZES, make_config, make_groups, train_all, write_checkpoint
 from tests.support.policy_reference import hf_scored
 from tests.support.ranks import run_ranks
 
-SIZES = dict(
-    vocab_size=VOCAB,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=128,
-)
 LLAMA3_ROPE = {
     "rope_type": "llama3",
     "factor": 8.0,

@@ -15,23 +15,14 @@ from real_megatron.policy import parallel_groups
 from real_megatron.policy import policy as policy_module
 from real_megatron.policy import verify as verify_module
 from real_megatron.policy.model import check_divides, transformer_config
-from tests.support.policy_ranks import VOCAB, make_config, make_policy, write_checkpoint
+from tests.support.policy_ranks import SIZES, make_config, make_policy, write_checkpoint
 
-SIZES = dict(
-    vocab_size=VOCAB,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=8,
-    max_position_embeddings=128,
-)
+QWEN3 = SIZES | {"head_dim": 8}
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    return write_checkpoint(tmp_path_factory.mktemp("checkpoint"), Qwen3Config(**SIZES))
+    return write_checkpoint(tmp_path_factory.mktemp("checkpoint"), Qwen3Config(**QWEN3))
 
 
 def test_a_policy_is_what_its_configuration_says(checkpoint, monkeypatch):
@@ -65,7 +56,7 @@ def test_a_policy_is_what_its_configuration_says(checkpoint, monkeypatch):
 )
 def test_megatrons_configuration_is_the_runs(model, expected):
     parallel = {"tensor": 2, "pipeline": 4, "virtual_pipeline": 3, "context": 5, "sequence_parallel": True}
-    description = describe(Qwen3Config(**SIZES | {"num_hidden_layers": 24}))
+    description = describe(Qwen3Config(**QWEN3 | {"num_hidden_layers": 24}))
     found = transformer_config(description, ParallelConfig(**parallel), ModelConfig(dtype="bfloat16", **model))
     assert (found.recompute_granularity, found.recompute_method, found.recompute_num_layers) == expected
     if expected[0] == "selective":
@@ -76,7 +67,7 @@ def test_megatrons_configuration_is_the_runs(model, expected):
 
 
 def test_key_and_value_heads_may_be_fewer_than_ranks():
-    description = describe(Qwen3Config(**SIZES))
+    description = describe(Qwen3Config(**QWEN3))
     check_divides(description, ParallelConfig(tensor=4))
     with pytest.raises(ConfigError, match="parallel.tensor = 3 does not divide the model's 4 attention heads"):
         check_divides(description, ParallelConfig(tensor=3))
@@ -103,7 +94,7 @@ def test_the_longest_sequence_fits_the_rotary_embedding(tmp_path):
     """Prompt and response together: with longrope longer ones would have other frequencies."""
     rope = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "rope_theta": 10000.0}
     rope |= {"original_max_position_embeddings": 40}
-    longrope = write_checkpoint(tmp_path, Qwen3Config(**SIZES, rope_parameters=rope))
+    longrope = write_checkpoint(tmp_path, Qwen3Config(**QWEN3, rope_parameters=rope))
     make_policy(make_config(longrope))
     with pytest.raises(ConfigError, match="data.max_prompt_tokens [+] data.max_response_tokens = 41"):
         make_policy(make_config(longrope, data={"max_prompt_tokens": 21}))

@@ -25,6 +25,16 @@ from real_megatron.policy.policy import Policy
 from tests.support.ranks import forget_policies
 
 VOCAB = 90
+SIZES = dict(
+    vocab_size=VOCAB,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=128,
+)
+"""Of a model of two narrow layers, of any family."""
 SCORE_IDS = [10, 11, 12]
 SCORE_VALUES = [1.0, 2.0, 3.0]
 
