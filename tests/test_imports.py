@@ -17,6 +17,7 @@ ALLOWED: dict[str, set[str]] = {
     "runtime": {"errors"},
     "locks": {"errors"},
     "registry": {"errors"},
+    "hardware": {"errors"},
     "sections": {"errors"},
     "config": {"sections"},
     "scores": {"errors"},
@@ -25,17 +26,18 @@ ALLOWED: dict[str, set[str]] = {
     "batch": set(),
     "hf": {"locks", "errors"},
     "bridge": {"hf", "processes", "registry", "terminal", "errors"},
-    "policy": {"bridge", "hf", "head", "objective", "batch", "config", "processes", "runtime", "errors"},
+    "policy": {"bridge", "hf", "head", "objective", "batch", "config", "processes", "runtime"} | {"hardware", "errors"},
+    "planning": {"policy", "bridge", "batch", "config", "hardware", "errors"},
     "rollout": {"head", "batch", "hf", "scores", "config", "registry", "errors"},
     "data": {"batch", "scores", "config", "registry", "errors"},
     "evaluation": {"scores", "errors"},
     "judging": {"evaluation", "data", "rollout", "hf", "scores", "config", "sections", "runtime", "locks", "errors"},
-    "training": {"judging", "data", "rollout", "policy", "bridge", "hf", "objective", "batch"}
+    "training": {"planning", "judging", "data", "rollout", "policy", "bridge", "hf", "objective", "batch"}
     | {"scores", "config", "sections", "runtime", "terminal", "locks", "errors"},
     # Names of the library, imported on first use.
     "__init__": {"training", "judging", "evaluation", "data", "rollout", "policy", "bridge", "objective"}
     | {"config", "errors", "version"},
-    "cli": {"training", "judging", "evaluation", "policy", "bridge", "hf", "config"}
+    "cli": {"training", "planning", "judging", "evaluation", "policy", "bridge", "hf", "config"}
     | {"runtime", "terminal", "locks", "errors", "version"},
     "__main__": {"cli"},
 }
@@ -45,6 +47,7 @@ FORBIDDEN = {
     "errors": {"megatron", "torch", "transformers"},
     "locks": {"megatron", "torch", "transformers"},
     "registry": {"megatron", "torch", "transformers"},
+    "hardware": {"megatron", "torch", "transformers"},
     "sections": {"megatron", "torch", "transformers"},
     "config": {"megatron", "torch", "transformers"},
     "terminal": {"megatron", "torch", "transformers"},

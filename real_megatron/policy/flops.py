@@ -5,19 +5,9 @@ from collections import Counter
 import torch
 from torch import Tensor
 
+from real_megatron import hardware
 from real_megatron.batch.segments import SegmentTree
 from real_megatron.bridge import ModelDescription
-
-# Dense bfloat16 tensor-core peak, in FLOP/s, from NVIDIA's data sheets (without sparsity).
-_PEAKS = {
-    "A100": 312e12,
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "H200": 989e12,
-    "GH200": 989e12,
-    "B200": 2250e12,
-    "GB200": 2500e12,
-}
 
 
 def linear_flops(description: ModelDescription) -> float:
@@ -76,6 +66,4 @@ def peak_flops(device: torch.device) -> float | None:
     """Peak bfloat16 FLOP/s of a GPU, for MFU; None on CPU and on GPUs that the table does not know."""
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
-    matches = [key for key in _PEAKS if key in name]
-    return _PEAKS[max(matches, key=len)] if matches else None
+    return hardware.peak_flops(torch.cuda.get_device_name(device))
