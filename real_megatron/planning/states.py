@@ -2,8 +2,8 @@
 
 Megatron's gradient buffer decides all of them. It is filled from a chunk's last parameter to its first, each aligned to
 64 elements, and cut into buckets whose ends the distributed optimizer pads, so that data-parallel ranks own equal parts
-of each (megatron.core.distributed.param_and_grad_buffer). Weights lie in a buffer of the same arrangement. A test builds
-the same ranks on the meta device (policy/meta.py) and finds the same bytes.
+of each (megatron.core.distributed.param_and_grad_buffer). Weights lie in a buffer of the same arrangement. A test
+builds the same ranks on the meta device (policy/meta.py) and finds the same bytes.
 """
 
 from collections.abc import Sequence
@@ -13,6 +13,7 @@ from math import lcm, prod
 from real_megatron.bridge import padded_vocab, parameters
 from real_megatron.bridge.table import Parameter
 from real_megatron.planning.workload import Layout
+from real_megatron.policy.stages import layers_of_chunks
 
 ALIGNMENT = 64
 """Elements to which the buffer aligns the start of a parameter."""
@@ -139,16 +140,16 @@ class Buffer:
 def chunk_parameters(layout: Layout, stage: int) -> list[list[LocalParameter]]:
     """The parameters of each model chunk of a rank of pipeline stage `stage`, in the order of Megatron's modules."""
     description, parallel = layout.description, layout.parallel
-    tensor, layers = parallel.tensor, description.num_layers // layout.stages
+    tensor = parallel.tensor
     experts = description.num_experts // parallel.expert if description.num_experts else 0
     embedding, final, output, kinds = _table(layout)
+    places = layers_of_chunks(description.num_layers, parallel)
     chunks = []
-    for index in range(parallel.virtual_pipeline or 1):
-        place = index * parallel.pipeline + stage  # chunks are dealt out to the stages in turn
-        first, last = place == 0, place == layout.stages - 1
+    for place in range(stage, len(places), parallel.pipeline):
+        first, last = place == 0, place == len(places) - 1
         shared = description.tied and parallel.pipeline > 1
         chunk = [_local(embedding, tensor, shared)] if first else []
-        for layer in range(place * layers, (place + 1) * layers):
+        for layer in places[place]:
             kind = kinds[description.is_moe_layer(layer)]
             chunk += [_local(p, tensor, layer=layer) for p in kind if p.expert is None or p.expert < experts]
         if last:

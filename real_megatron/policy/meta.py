@@ -70,10 +70,10 @@ def imagined_world(parallel: ParallelConfig, world: int, rank: int) -> Iterator[
     megatron_versions.fill_gaps()
     parallel_groups.check_ranks(parallel, world)
     cpu.install()
-    gather = dist.all_gather_object
+    real = {"all_gather_object": dist.all_gather_object}
     random_state = torch.get_rng_state()
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
-    dist.all_gather_object = _own_object
+    vars(dist)["all_gather_object"] = _own_object
     try:
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=parallel.tensor,
@@ -87,7 +87,7 @@ def imagined_world(parallel: ParallelConfig, world: int, rank: int) -> Iterator[
             tensor_parallel.model_parallel_cuda_manual_seed(0, force_reset_rng=True)
         yield
     finally:
-        dist.all_gather_object = gather
+        vars(dist).update(real)
         parallel_groups.end_model_groups()
         dist.destroy_process_group()
         torch.set_rng_state(random_state)

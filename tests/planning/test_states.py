@@ -80,7 +80,9 @@ RECIPES = {
     "Llama-3.1-70B": dict(world=64, tensor=8, pipeline=8),
     "Qwen2.5-72B": dict(world=64, tensor=8, pipeline=8),
     "Qwen3-30B-A3B": dict(world=512, tensor=8, pipeline=8, expert=8),
-    "Qwen3-235B-A22B": dict(world=256, tensor=8, pipeline=2, expert=8),
+    "Qwen3-235B-A22B": dict(
+        world=512, tensor=8, pipeline=8, expert=8, account_for_embedding=True, account_for_loss=True
+    ),
 }
 
 
