@@ -35,8 +35,9 @@ class Kernels:
 CPU = Kernels(transformer_engine=False, fused_swiglu=False, flex_attention=False)
 """What runs without a GPU. Tests compare its numbers with what torch's hooks for saved tensors count."""
 GPU = Kernels(transformer_engine=True, fused_swiglu=True, flex_attention=True)
-"""With a GPU and Transformer Engine. Its numbers come from reading alone, of Transformer Engine's public source as
-well: nothing has counted them. With `model.spec: local` on a GPU it is `replace(GPU, transformer_engine=False)`."""
+"""With a GPU and Transformer Engine. Nothing has counted its tensors on a GPU: they are from reading, Transformer
+Engine's in its public source. Tests count those of flex attention, uncompiled on the CPU. With `model.spec: local` on a
+GPU it is `replace(GPU, transformer_engine=False)`."""
 
 
 @dataclass(frozen=True)

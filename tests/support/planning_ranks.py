@@ -1,10 +1,13 @@
 """Rank functions for tests of estimates: what torch counts while a policy trains."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
+from unittest import mock
 
 import torch
+import torch.nn.attention.flex_attention
 from megatron.core import parallel_state
 from torch import Tensor
 
@@ -13,6 +16,8 @@ from real_megatron.batch.types import Group, Trajectory
 from real_megatron.config import RunConfig
 from real_megatron.objective import build_objective
 from real_megatron.planning.saved_tensors import MicrobatchSize
+from real_megatron.policy import attention
+from real_megatron.policy.flex import flex_segment_attention
 from tests.support.policy_ranks import VOCAB, make_policy
 from tests.support.ranks import forget_policies
 
@@ -66,18 +71,29 @@ def even_groups(count: int) -> list[Group]:
     return [Group(ids, responses, label=2.0) for _ in range(count)]
 
 
-def most_saved(cases: Sequence[tuple[RunConfig, int]]) -> list[tuple[int, MicrobatchSize, int]]:
-    """Per (configuration, groups of a training step), on this rank: the most bytes that autograd holds at a time beside
-    weights; the size of its micro-batches, of which each has one group; and how many there are."""
+@contextmanager
+def flex_attention_on_cpu() -> Iterator[None]:
+    """Attention as on a GPU, uncompiled. torch refuses it a backward pass on the CPU, though it has one."""
+    with (
+        mock.patch.object(attention, "segment_attention", flex_segment_attention),
+        mock.patch.object(torch.nn.attention.flex_attention, "_validate_device", lambda *args: None),
+    ):
+        yield
+
+
+def most_saved(cases: Sequence[tuple[RunConfig, int, bool]]) -> list[tuple[int, MicrobatchSize, int]]:
+    """Per (configuration, groups of a training step, whether with flex attention), on this rank: the most bytes that
+    autograd holds at a time beside weights; the size of its micro-batches, of which each has one group; and how many
+    there are."""
     found = []
-    for config, count in cases:
+    for config, count, flex in cases:
         policy = make_policy(config)
         groups = even_groups(count)
         microbatches = policy.planner.plan(groups).microbatches
         context = parallel_state.get_context_parallel_rank() if config.parallel.context > 1 else None
         (size,) = {microbatch_size(microbatch, context) for microbatch in microbatches}
         weights = {p.untyped_storage().data_ptr() for chunk in policy.chunks for p in chunk.parameters()}
-        with SavedBytes(weights) as saved:
+        with SavedBytes(weights) as saved, flex_attention_on_cpu() if flex else nullcontext():
             policy.train_step(groups, build_objective(config.objective))
         assert saved.live == 0
         found.append((saved.most, size, len(microbatches)))
