@@ -1,10 +1,11 @@
-"""Published times of reinforcement-learning steps and weight syncs on H100s, with their set-ups in this package's terms.
+"""Published times of reinforcement-learning steps and weight syncs on H100s, their set-ups in this package's terms.
 
 What a set-up does not say is an assumption here, and stated. All are of others' frameworks: `tools/scaling_study.py`
 compares projections with them.
 """
 
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from transformers import AutoConfig
@@ -28,6 +29,7 @@ VERL = "verl-project/verl issue 7060 and pull request 7085: `timing_s/update_wei
 SLIME = "Biao He and others, “Efficient RL Training: Optimizing Weight Sync in slime” (hebiao064.github.io), 8 H100s"
 
 
+@cache
 def description_of(model: str) -> ModelDescription:
     """A model of tests/fixtures/configs."""
     return describe(AutoConfig.from_pretrained(CONFIGS / f"{model}.json"))
@@ -68,15 +70,19 @@ class PublishedStep:
     @property
     def layout(self) -> Layout:
         """In this package's terms."""
+        description = description_of(self.model)
+        uneven = description.num_layers % self.pipeline > 0
         parallel = ParallelConfig(
             tensor=self.tensor,
             pipeline=self.pipeline,
+            account_for_embedding=uneven,
+            account_for_loss=uneven,
             context=self.context,
             expert=self.expert,
             sequence_parallel=self.tensor > 1,
         )
         model = ModelConfig.model_validate({"recompute": self.recompute, "head": "logits"})
-        return Layout(description_of(self.model), parallel, model, self.world)
+        return Layout(description, parallel, model, self.world)
 
     @property
     def workload(self) -> Workload:

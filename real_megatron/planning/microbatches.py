@@ -24,15 +24,8 @@ class Microbatches:
     """Forward FLOPs of attention."""
     head_flops: float
     """Forward FLOPs of the output head."""
-    rounding: float
-    """Units of work of the busiest rank over the mean, from whole groups alone."""
     split: int
     """Pieces of a group; more than 1 where it exceeds batch.max_tokens, which needs a scoring pass."""
-
-    @property
-    def microbatch_tokens(self) -> float:
-        """Mean tokens of a micro-batch."""
-        return self.tokens / self.count
 
 
 def microbatches(layout: Layout, workload: Workload, updates: int) -> Microbatches:
@@ -68,6 +61,5 @@ def microbatches(layout: Layout, workload: Workload, updates: int) -> Microbatch
         linear_flops=flops.linear_flops(description) * busiest * unit_tokens,
         attention_flops=pairs / split * busiest,
         head_flops=flops.head_flops(description) * busiest * total * response / split,
-        rounding=busiest * ranks / units,
         split=split,
     )

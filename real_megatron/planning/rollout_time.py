@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from real_megatron.bridge import ModelDescription
 from real_megatron.hardware import Gpu
 from real_megatron.planning.efficiency import DEFAULT, Efficiency
-from real_megatron.planning.links import group
+from real_megatron.planning.links import Group, group
 from real_megatron.planning.servers import Servers, kv_bytes_per_token, server_memory
 from real_megatron.planning.shapes import Shapes, shapes
 from real_megatron.planning.workload import Workload
@@ -25,7 +25,16 @@ def rollout_time(
     Of n sequences that start together, n (1 − x/M)^(M/R − 1) are longer than x tokens: their mean is R, the longest has
     M = max_response_tokens. Prompts have the mean length and are computed once per group.
     """
-    server = _Server(description, gpu, servers, efficiency, shapes(description))
+    server = _Server(
+        description,
+        gpu,
+        servers,
+        efficiency,
+        shapes(description),
+        server_memory(description, servers.tensor),
+        kv_bytes_per_token(description, servers.tensor),
+        group(gpu, efficiency, 1, servers.tensor),
+    )
     prompts = math.ceil(workload.prompts / servers.count)
     sequences = prompts * workload.responses
     mean, longest = workload.response_tokens, float(max(workload.max_response_tokens, workload.response_tokens))
@@ -62,12 +71,16 @@ class _Server:
     servers: Servers
     efficiency: Efficiency
     weights: Shapes
+    weight_bytes: float
+    """On each GPU."""
+    kv_bytes: float
+    """Per token on each GPU."""
+    ranks: Group
 
     @property
     def tokens(self) -> float:
         """Tokens that the KV cache of the server holds."""
-        free = self.gpu.memory * self.efficiency.server_memory - server_memory(self.description, self.servers.tensor)
-        return max(0.0, free) / kv_bytes_per_token(self.description, self.servers.tensor)
+        return max(0.0, self.gpu.memory * self.efficiency.server_memory - self.weight_bytes) / self.kv_bytes
 
     def step(self, batch: float, context: float) -> float:
         """Seconds of one decoding step of `batch` sequences with `context` tokens each."""
@@ -78,17 +91,15 @@ class _Server:
             share = description.transformer_config["moe_router_topk"] / description.num_experts
             untouched = 2.0 * weights.experts * (1 - share) ** batch / tensor
         embedding = 0 if description.tied else description.vocab_size * description.hidden_size
-        read = server_memory(description, tensor) - untouched - 2.0 * embedding / tensor
-        read += batch * context * kv_bytes_per_token(description, tensor)
+        read = self.weight_bytes - untouched - 2.0 * embedding / tensor + batch * context * self.kv_bytes
         memory = read / (self.gpu.bandwidth * self.efficiency.decode_memory)
         flops = 2.0 * batch * (weights.active + description.vocab_size * description.hidden_size) / tensor
         compute = flops / (self.gpu.flops * self.efficiency.decode_gemm)
         seconds = max(memory, compute) + self.efficiency.decode_step + batch * self.efficiency.decode_sequence
         if tensor > 1:
-            ranks = group(self.gpu, self.efficiency, 1, tensor)
             calls = 2.0 * weights.layers
-            latency = self.efficiency.network_latency if ranks.between_nodes else self.efficiency.reduce_latency
-            seconds += calls * latency + ranks.gather(2.0 * calls * 2.0 * batch * description.hidden_size, 0)
+            latency = self.efficiency.network_latency if self.ranks.between_nodes else self.efficiency.reduce_latency
+            seconds += calls * latency + self.ranks.gather(2.0 * calls * 2.0 * batch * description.hidden_size, 0)
         return seconds
 
     def prefill(self, prompts: int, length: float) -> float:

@@ -1,7 +1,6 @@
 """Seconds of the policy's own work in a step: updates, and forward passes for log-probs."""
 
-import math
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -11,6 +10,7 @@ from real_megatron.planning.links import Group, group
 from real_megatron.planning.microbatches import Microbatches, microbatches
 from real_megatron.planning.shapes import Shapes, shapes
 from real_megatron.planning.workload import Layout, Workload
+from real_megatron.policy.stages import layers_of_chunks
 
 _ADAM_BYTES = 30
 """Of HBM traffic per weight of an Adam update: reads gradient, weight and both moments in float32 and writes the last
@@ -41,11 +41,7 @@ def bubble(pipeline: int, virtual_pipeline: int | None, count: int) -> float:
 
 def gemm_efficiency(efficiency: Efficiency, rows: float, width: float) -> float:
     """Share of the peak that a matrix product of `rows` × `width` results reaches."""
-    return (
-        efficiency.gemm * rows / (rows + efficiency.gemm_rows) * width / (width + efficiency.gemm_width)
-        if rows
-        else efficiency.gemm
-    )
+    return efficiency.gemm * rows / (rows + efficiency.gemm_rows) * width / (width + efficiency.gemm_width)
 
 
 def _scaled(parts: Mapping[str, float], factor: float) -> dict[str, float]:
@@ -54,7 +50,7 @@ def _scaled(parts: Mapping[str, float], factor: float) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class _Model:
-    """A layout on a GPU, with what all of its passes have in common."""
+    """A layout on a GPU, with its groups of ranks."""
 
     layout: Layout
     gpu: Gpu
@@ -80,38 +76,39 @@ class _Model:
         )
 
     @property
-    def stage_share(self) -> float:
-        """Share of the layers on the stage that has most."""
-        layers, stages = self.layout.description.num_layers, self.layout.stages
-        return math.ceil(layers / stages) * (stages / self.layout.parallel.pipeline) / layers
+    def layers(self) -> list[int]:
+        """Layers of each pipeline rank."""
+        pipeline = self.layout.parallel.pipeline
+        chunks = layers_of_chunks(self.weights.layers, self.layout.parallel)
+        return [sum(map(len, chunks[rank::pipeline])) for rank in range(pipeline)]
 
     def passes(self, batch: Microbatches, backward: bool) -> dict[str, float]:
-        """Forward passes of all micro-batches on the busiest stage, with their backward passes or without."""
+        """Forward passes of all micro-batches on the slowest stage, with their backward passes or without."""
         parallel, recompute = self.layout.parallel, self.layout.model.recompute
-        forward = self.computation(batch)
-        communication = self.communication(batch)
-        again = {"full": 1.0, "selective": 0.0, "none": 0.0}[recompute]
-        # How often each part runs: forward, backward (twice the work), recomputation.
-        times = 3.0 if backward else 1.0
-        parts: Counter[str] = Counter()
-        for name, seconds in forward.items():
-            parts[name] += seconds * times * self.stage_share
+        again = 1.0 if recompute == "full" else 0.0
+        whole: dict[str, float] = defaultdict(float)
+        for name, seconds in self.computation(batch).items():
+            whole[name] += seconds * (3.0 if backward else 1.0)
             if backward:
-                repeated = 1.0 if recompute == "selective" and name == "attention" else again
-                parts["recomputation"] += seconds * repeated * self.stage_share
-        for name, seconds in communication.items():
+                whole["recomputation"] += seconds * (1.0 if recompute == "selective" and name == "attention" else again)
+        for name, seconds in self.communication(batch).items():
             # Backward has the mirror image of each collective; sequence parallelism gathers its inputs once more.
-            extra = 0.25 if parallel.sequence_parallel and name.startswith("tensor parallelism") else 0.0
-            parts[name] += seconds * ((2.0 + extra + again) if backward else 1.0) * self.stage_share
-        parts["output head"] += self.head(batch, backward)
-        work = sum(parts.values())
-        if parallel.pipeline > 1:
-            parts["pipeline bubble"] += work * bubble(parallel.pipeline, parallel.virtual_pipeline, batch.count)
-            parts[f"messages of pipeline stages {self.stages.where}"] += self.messages(batch, 2 if backward else 1)
-        # What the busiest rank has beyond the mean is waiting for the others.
-        computed = work + parts["pipeline bubble"]
-        parts["waiting for the busiest rank"] += computed * (self.efficiency.imbalance - 1)
-        return dict(parts)
+            extra = 0.5 if parallel.sequence_parallel and name.startswith("tensor parallelism") else 0.0
+            whole[name] += seconds * (2.0 + extra + again if backward else 1.0)
+        head = self.head(batch, backward)
+        most, last = max(self.layers) / self.weights.layers, self.layers[-1] / self.weights.layers
+        layers = sum(whole.values())
+        if layers * most > layers * last + head:  # another stage is slower than the last one with its head
+            last, head = most, 0.0
+        parts = {name: seconds * last for name, seconds in whole.items()}
+        parts["output head"] = head
+        work = layers * last + head
+        idle = work * bubble(parallel.pipeline, parallel.virtual_pipeline, batch.count)
+        parts["pipeline bubble"] = idle
+        parts[f"messages of pipeline stages {self.stages.where}"] = self.messages(batch, 2 if backward else 1)
+        # What the busiest rank has beyond the mean, the others wait for.
+        parts["waiting for the busiest rank"] = (work + idle) * (self.efficiency.imbalance - 1)
+        return parts
 
     def computation(self, batch: Microbatches) -> dict[str, float]:
         """Forward seconds of all layers on one rank as if it had all of them."""
@@ -164,7 +161,7 @@ class _Model:
         config, hidden, layers = description.transformer_config, description.hidden_size, weights.layers
         moe_layers = weights.moe_layers
         tokens = batch.tokens / parallel.context
-        parts: Counter[str] = Counter()
+        parts: dict[str, float] = defaultdict(float)
         # Attention and dense MLP: an all-reduce each, or with sequence parallelism its two halves.
         blocks = layers + (layers - moe_layers)
         calls = 2.0 * blocks * batch.count
@@ -186,13 +183,15 @@ class _Model:
             parts[f"tensor parallelism {self.tensor.where}"] += self.tensor.gather(
                 2.0 * copies * tokens * imbalance, calls
             )
-        return dict(parts)
+        return parts
 
     def head(self, batch: Microbatches, backward: bool) -> float:
         """Seconds of the output head on the last stage. Its linear form computes the logits again in backward."""
         parallel = self.layout.parallel
         rows = batch.rows / parallel.context / batch.count
         width = self.layout.description.vocab_size / parallel.tensor
+        if not rows:
+            return 0.0
         reached = self.gpu.flops * gemm_efficiency(self.efficiency, rows, width)
         times = 1.0
         if backward:
@@ -214,14 +213,15 @@ class _Model:
         vocabulary = layout.description.vocab_size * layout.description.hidden_size
         if parallel.pipeline == 1:
             vocabulary = weights.vocabulary
-        layers = (weights.attention + weights.mlp) * self.stage_share + vocabulary
+        share = max(self.layers) / weights.layers
+        layers = (weights.attention + weights.mlp) * share + vocabulary
         shards = [
             (
                 layers / parallel.tensor,
                 group(self.gpu, self.efficiency, parallel.tensor, layout.data * parallel.context),
             ),
             (
-                weights.experts * self.stage_share / (parallel.tensor * parallel.expert),
+                weights.experts * share / (parallel.tensor * parallel.expert),
                 group(self.gpu, self.efficiency, parallel.tensor * parallel.expert, layout.expert_data),
             ),
         ]
