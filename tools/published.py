@@ -4,6 +4,7 @@ What a set-up does not say is an assumption here, and stated. All are of others'
 compares projections with them.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -20,6 +21,7 @@ from real_megatron.planning.workload import Layout, Workload
 
 CONFIGS = Path(__file__).parents[1] / "tests" / "fixtures" / "configs"
 H100 = GPUS["H100"]
+PHASES = ("update", "log-probs", "rollout", "sync")
 BLOG = (
     "NVIDIA developer blog, “Reinforcement Learning with NVIDIA NeMo-RL: Megatron-Core Support for Optimized Training "
     "Throughput” (NeMo-RL 0.3), table 1"
@@ -57,10 +59,8 @@ class PublishedStep:
     max_sequence: int
     recompute: str
     seconds: float
-    training: float | None = None
-    log_probs: float | None = None
-    rollout: float | None = None
-    sync: float | None = None
+    phases: Mapping[str, float]
+    """Seconds of phases, named as in StepTime; empty where the source has the total only."""
 
     @property
     def gpus(self) -> int:
@@ -131,12 +131,13 @@ def _step(
     """gpus: training, serving (0: the same). layout: tensor, context, expert, pipeline, as the tables have it, but for
     experts: these are whole on a rank there and have the layout's tensor-parallel size here, so that as many ranks
     share them where expert is smaller by that. lengths: responses a step, their mean length, the longest sequence.
-    seconds: total, training, log-probs, rollout, sync."""
+    seconds: the total, and those of PHASES."""
     world, serving = gpus
     tensor, context, expert, pipeline = layout
     return PublishedStep(
         model, source, world, tensor, pipeline, context, expert,
-        serving or world, server_tensor, not serving, *lengths, recompute, *seconds,
+        serving or world, server_tensor, not serving, *lengths, recompute, seconds[0],
+        dict(zip(PHASES, seconds[1:], strict=len(seconds) > 1)),
     )  # fmt: skip
 
 
