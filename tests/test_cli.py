@@ -141,7 +141,7 @@ def test_settings_are_checked_before_data_and_model_are_read(
     def loads(*_: object, **__: object) -> None:
         raise AssertionError("something was loaded")
 
-    for place in ("examples.load_examples", "session.load_tokenizer", "session.Policy"):
+    for place in ("examples.load_examples", "preparation.load_tokenizer", "session.Policy"):
         monkeypatch.setattr(f"real_megatron.training.{place}", loads)
     model, output = make_byte_model(tmp_path / "model"), tmp_path / "runs"
     config = tmp_path / "run.yaml"
