@@ -92,6 +92,14 @@ class ParallelConfig(Section):
     virtual_pipeline: int | None = Field(
         None, ge=2, description="Model chunks per pipeline rank (interleaved schedule)."
     )
+    account_for_embedding: bool = Field(
+        False,
+        description="The embedding counts as a layer where layers are dealt out to pipeline stages: the first stage "
+        "has one fewer.",
+    )
+    account_for_loss: bool = Field(
+        False, description="So does the output layer: the last stage has one layer fewer. 94 layers then divide by 8."
+    )
     context: int = Field(
         1,
         ge=1,
@@ -113,6 +121,11 @@ class ParallelConfig(Section):
             raise ValueError("sequence_parallel shards over tensor-parallel ranks: set tensor above 1 or switch it off")
         if self.virtual_pipeline and self.pipeline == 1:
             raise ValueError("virtual_pipeline splits pipeline ranks: set pipeline above 1 or leave it unset")
+        if self.pipeline == 1 and (self.account_for_embedding or self.account_for_loss):
+            raise ValueError(
+                "account_for_embedding and account_for_loss say how layers are dealt out to pipeline stages: set "
+                "pipeline above 1 or switch them off"
+            )
         return self
 
 

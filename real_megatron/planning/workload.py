@@ -18,11 +18,6 @@ class Layout:
     world: int
 
     @property
-    def stages(self) -> int:
-        """Model chunks along the pipeline, all ranks together."""
-        return self.parallel.pipeline * (self.parallel.virtual_pipeline or 1)
-
-    @property
     def data(self) -> int:
         """Data-parallel size."""
         return self.world // (self.parallel.tensor * self.parallel.pipeline * self.parallel.context)

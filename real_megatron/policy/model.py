@@ -18,6 +18,7 @@ from real_megatron.policy import cpu, megatron_versions
 from real_megatron.policy.judge_head import JudgeHead
 from real_megatron.policy.layers import block_spec
 from real_megatron.policy.megatron_versions import GPTModelWithHead
+from real_megatron.policy.stages import chunk_count, counted_layers
 from real_megatron.runtime import default_dtype
 
 
@@ -40,7 +41,7 @@ def build_model(description: ModelDescription, parallel: ParallelConfig, model: 
     """
     check_divides(description, parallel)
     config = transformer_config(description, parallel, model)
-    judge = _judge_class(model)
+    judge = _judge_class(model, parallel)
     chunks = []
     with cpu.device_mode():
         for stage in range(parallel.virtual_pipeline or 1):
@@ -63,10 +64,15 @@ def build_model(description: ModelDescription, parallel: ParallelConfig, model: 
     return chunks
 
 
-def _judge_class(model: ModelConfig) -> Any:
+def _judge_class(model: ModelConfig, parallel: ParallelConfig) -> Any:
     """JudgeModel or HybridJudgeModel."""
     if model.megatron_class == "GPTModel":
         return JudgeModel
+    if parallel.account_for_embedding or parallel.account_for_loss:
+        raise ConfigError(
+            "parallel.account_for_embedding and account_for_loss are GPTModel's: switch them off, or set "
+            "model.megatron_class to GPTModel"
+        )
     megatron_versions.require_hybrid_model()
     from real_megatron.policy.hybrid import HybridJudgeModel
 
@@ -88,19 +94,19 @@ def check_divides(description: ModelDescription, parallel: ParallelConfig) -> No
     """Raise ConfigError for parallel sizes that do not divide the model."""
     config = description.transformer_config
     dense = not all(map(description.is_moe_layer, range(description.num_layers)))
-    stages = parallel.pipeline * (parallel.virtual_pipeline or 1)
     tensor = description.tensor_sizes
-    layers = description.num_layers
+    layers = counted_layers(description.num_layers, parallel)
+    what = "layers" if layers == description.num_layers else "layers (with what parallel.account_for_… adds)"
     sizes = [
-        ("parallel.pipeline × parallel.virtual_pipeline", stages, "layers", layers, divisors(layers)),
+        ("parallel.pipeline × parallel.virtual_pipeline", chunk_count(parallel), what, layers, divisors(layers)),
         ("parallel.tensor", parallel.tensor, "attention heads", description.num_heads, tensor),
         ("parallel.tensor", parallel.tensor, "neurons of an MLP", config["ffn_hidden_size"] if dense else 0, tensor),
         ("parallel.tensor", parallel.tensor, "neurons of an expert", config.get("moe_ffn_hidden_size") or 0, tensor),
         ("parallel.expert", parallel.expert, "experts", description.num_experts, divisors(description.num_experts)),
     ]
-    for key, size, what, count, works in sizes:
+    for key, size, things, count, works in sizes:
         if count % size:
-            raise ConfigError(f"{key} = {size} does not divide the model's {count} {what}: {one_of(works)}")
+            raise ConfigError(f"{key} = {size} does not divide the model's {count} {things}: {one_of(works)}")
     groups = description.num_groups
     if groups % parallel.tensor and parallel.tensor % groups:
         raise ConfigError(
@@ -130,6 +136,8 @@ def transformer_config(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,
+        account_for_embedding_in_pipeline_split=parallel.account_for_embedding,
+        account_for_loss_in_pipeline_split=parallel.account_for_loss,
         context_parallel_size=parallel.context,
         expert_model_parallel_size=parallel.expert,
         sequence_parallel=parallel.sequence_parallel,

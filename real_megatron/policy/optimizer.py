@@ -15,8 +15,11 @@ from real_megatron.config import OptimizerConfig, ParallelConfig
 from real_megatron.errors import ConfigError
 
 
-def wrap_ddp(chunks: Sequence[nn.Module], parallel: ParallelConfig) -> list[DistributedDataParallel]:
-    """Wrap each model chunk; gradients are summed over data-parallel ranks in float32.
+def wrap_ddp(
+    chunks: Sequence[nn.Module], parallel: ParallelConfig, overlap: bool | None = None
+) -> list[DistributedDataParallel]:
+    """Wrap each model chunk; gradients are summed over data-parallel ranks in float32, on GPUs while the backward pass
+    runs (`overlap`).
 
     Experts get gradient buffers and, with them, an optimizer of their own. Megatron does that only with expert
     parallelism; here it is so at every layout, as the chain of optimizers must be the same where a checkpoint is
@@ -28,7 +31,7 @@ def wrap_ddp(chunks: Sequence[nn.Module], parallel: ParallelConfig) -> list[Dist
                 parameter.allreduce = False  # type: ignore[attr-defined]  # Megatron's mark
     config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
-        overlap_grad_reduce=torch.cuda.is_available(),
+        overlap_grad_reduce=torch.cuda.is_available() if overlap is None else overlap,
         use_distributed_optimizer=parallel.distributed_optimizer,
     )
     return [
@@ -39,9 +42,11 @@ def wrap_ddp(chunks: Sequence[nn.Module], parallel: ParallelConfig) -> list[Dist
 
 
 def build_optimizer(
-    chunks: list[DistributedDataParallel], config: OptimizerConfig, parallel: ParallelConfig
+    chunks: list[DistributedDataParallel], config: OptimizerConfig, parallel: ParallelConfig, gloo: bool = True
 ) -> MegatronOptimizer:
-    """Adam with the run's settings, its state sharded over data-parallel ranks unless configured otherwise."""
+    """Adam with the run's settings, its state sharded over data-parallel ranks unless configured otherwise.
+
+    gloo: whether Megatron has formed groups of gloo beside its own, which gather the state for checkpoints."""
     dtype = chunks[0].config.params_dtype
     return get_megatron_optimizer(
         MegatronOptimizerConfig(
@@ -58,6 +63,7 @@ def build_optimizer(
             use_distributed_optimizer=parallel.distributed_optimizer,
         ),
         chunks,
+        use_gloo_process_groups=gloo,
     )
 
 

@@ -41,7 +41,7 @@ def initialize(parallel: ParallelConfig, seed: int = 0) -> Runtime:
         start_process_group(parallel.timeout_minutes)
     world_size = dist.get_world_size()
     check_ranks(parallel, world_size)
-    _end_model_groups()
+    end_model_groups()
     with cpu.device_mode():
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=parallel.tensor,
@@ -77,7 +77,7 @@ def check_ranks(parallel: ParallelConfig, world_size: int) -> None:
         )
 
 
-def _end_model_groups() -> None:
+def end_model_groups() -> None:
     """End Megatron's groups. Megatron itself only forgets them: torch keeps each one, and with gloo a thread that polls
     a hundred times a second."""
     for group in parallel_state._global_process_group_list or ():

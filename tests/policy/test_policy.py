@@ -151,6 +151,13 @@ LAYOUTS = {
     "TP4 SP": {"tensor": 4, "sequence_parallel": True},
     "PP2 DP2": {"pipeline": 2},
     "PP2 VPP2 DP2": {"pipeline": 2, "virtual_pipeline": 2},
+    # Four layers over six chunks: the first has the embedding alone, the last the output layer alone.
+    "PP2 VPP3 DP2": {
+        "pipeline": 2,
+        "virtual_pipeline": 3,
+        "account_for_embedding": True,
+        "account_for_loss": True,
+    },
     "PP4": {"pipeline": 4},
     "TP2 PP2 SP": {"tensor": 2, "pipeline": 2, "sequence_parallel": True},
     "CP2 DP2": {"context": 2},

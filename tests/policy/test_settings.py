@@ -78,7 +78,7 @@ def test_ranks_wait_for_each_other_as_long_as_configured(monkeypatch):
     monkeypatch.setattr(parallel_groups.dist, "is_initialized", lambda: False)
     monkeypatch.setattr(parallel_groups.dist, "get_world_size", lambda: 1)
     monkeypatch.setattr(parallel_groups, "start_process_group", asked.append)
-    monkeypatch.setattr(parallel_groups, "_end_model_groups", lambda: None)
+    monkeypatch.setattr(parallel_groups, "end_model_groups", lambda: None)
 
     def groups(**sizes: Any) -> None:
         asked.append(sizes["distributed_timeout_minutes"])
