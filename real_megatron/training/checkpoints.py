@@ -35,6 +35,10 @@ class CheckpointStore:
         """Step and directory of the newest complete checkpoint. Collective: rank 0 looks, all ranks get its answer."""
         return from_rank_0(lambda: max(self._complete(), default=None))
 
+    def count(self) -> int:
+        """How many complete checkpoints there are."""
+        return len(self._complete())
+
     def save(self, step: int, write: Callable[[Path], None]) -> Path:
         """Let `write` fill a directory on all ranks, then publish it and drop the oldest beyond `keep`. Collective.
 

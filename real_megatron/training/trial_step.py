@@ -24,6 +24,7 @@ class TrialStep:
     """The micro-batches of one step, or of several."""
 
     about: str
+    """Which steps, or what their responses are taken to be."""
     steps: int
     updates: int
     microbatches: int
@@ -48,14 +49,14 @@ def trial_steps(config: RunConfig, objective: Objective, prepared: Prepared, lay
     if not config.is_rl:
         steps = min(SUPERVISED_STEPS, prepared.steps)
         batches = [[groups[i] for i in prepared.order.batch(step)] for step in range(steps)]
-        return [_trial(config, objective, prepared, layout, f"the first {steps} steps", batches)]
+        return [_trial(config, objective, prepared, layout, f"steps 1 to {steps}", batches)]
     first = [groups[i] for i in prepared.order.batch(0)]
     trials = []
     for share in RESPONSE_SHARES:
         length = max(1, int(share * config.data.max_response_tokens))
         stand_in = Trajectory([0] * length, length - 1)
         batch = [replace(group, trajectories=[stand_in] * config.rollout.n) for group in first]
-        about = f"the first step, if all responses have {length:,} tokens"
+        about = f"responses of {length:,}"
         trials.append(_trial(config, objective, prepared, layout, about, [batch]))
     return trials
 
@@ -68,9 +69,8 @@ def _trial(
     about: str,
     batches: Sequence[list[Group]],
 ) -> TrialStep:
-    planner = Planner(
-        prepared.description, prepared.scale.score_ids, config.parallel, config.batch, data_rank=0, data_size=layout.data
-    )
+    scores = prepared.scale.score_ids
+    planner = Planner(prepared.description, scores, config.parallel, config.batch, data_rank=0, data_size=layout.data)
     updates = [groups for batch in batches for groups in mini_batches(batch, config.batch.mini_batches)]
     plans = [planner.arrange(groups, scoring_pass=objective.needs_advantages) for groups in updates]
     everything = [mine for plan in plans for rank in plan.microbatches for mine in rank]
