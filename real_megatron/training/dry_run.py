@@ -102,17 +102,12 @@ def _data(config: RunConfig, prepared: Prepared) -> list[Line]:
         lengths = _lengths([len(prompt.prompt_ids) for prompt in test_set.prompts])
         count = f"{len(test_set.prompts):,} examples ({test_set.dropped:,} dropped, {test_set.cut:,} cut)"
         lines.append((name, f"{count}, prompts of {lengths}"))
-    tokens = ", ".join(f"{text!r} {id}" for text, id in zip(scale.texts, scale.score_ids, strict=True))
-    lines.append(
-        ("scale", f"anchor {scale.anchor_text!r} as {counted(len(scale.anchor_ids), 'token')}, scores {tokens}")
-    )
-    unit = "prompt" if config.is_rl else "example"
-    lines.append(
-        (
-            "schedule",
-            f"{counted(prepared.steps, 'step')} of {counted(config.batch.prompts, unit)}, {counted(prepared.updates, 'update')}",
-        )
-    )
+    scores = ", ".join(f"{text!r} {id}" for text, id in zip(scale.texts, scale.score_ids, strict=True))
+    anchor = f"anchor {scale.anchor_text!r}: {counted(len(scale.anchor_ids), 'token')}"
+    lines.append(("scale", f"{anchor}; scores as tokens: {scores}"))
+    batch = counted(config.batch.prompts, "prompt" if config.is_rl else "example")
+    steps, updates = counted(prepared.steps, "step"), counted(prepared.updates, "optimizer update")
+    lines.append(("schedule", f"{steps} of {batch}, {updates}"))
     return lines
 
 

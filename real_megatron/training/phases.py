@@ -58,13 +58,13 @@ def counted(number: int, noun: str) -> str:
 
 
 def _rollout(config: RunConfig, world: int) -> str:
-    rollout, prompts, longest = config.rollout, config.batch.prompts, config.data.max_response_tokens
-    responses = prompts * rollout.n
-    text = (
-        f"{counted(prompts, 'request')} of {counted(rollout.n, 'response')}: at most {responses * longest:,} tokens; "
-    )
-    if not find_engine(rollout.engine).server_package:
-        return text + f"requests a rank: {ceil(prompts / world):,}, sequences at once: {rollout.batch_size:,}"
+    rollout, prompts = config.rollout, config.batch.prompts
+    tokens = prompts * rollout.n * config.data.max_response_tokens
+    text = f"{counted(prompts, 'request')} of {counted(rollout.n, 'response')}: at most {tokens:,} tokens; "
+    kind = find_engine(rollout.engine)
+    if not kind.server_package:
+        share = ceil(prompts / (world if kind.on_every_rank else 1))
+        return text + f"requests a rank: {share:,}, sequences at once: {rollout.batch_size:,}"
     servers = len(rollout.servers) or rollout.replicas
     share = ceil(prompts / servers)
     text += f"requests a server: {share:,}, {min(share, rollout.concurrency):,} at once"
@@ -81,9 +81,8 @@ def _sync(config: RunConfig, layout: Layout) -> str:
         how = "tensor" if rollout.colocate else "distributed"
     elif how == "auto" and rollout.engine == "vllm":
         how = "disk"
-    text += (
-        f", to {counted(len(rollout.servers) or rollout.replicas, 'server')} {_TRANSPORTS.get(how, 'in their own way')}"
-    )
+    servers = counted(len(rollout.servers) or rollout.replicas, "server")
+    text += f", to {servers} {_TRANSPORTS.get(how, 'in their own way')}"
     kept = rollout.keep_weights and how in ("distributed", "tensor")
     return text + ("; a copy stays in the host memory of rank 0 (rollout.keep_weights)" if kept else "")
 

@@ -5,14 +5,21 @@ import re
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import pytest
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from real_megatron.bridge import describe
 from real_megatron.config import RunConfig
 from real_megatron.errors import ConfigError
+from real_megatron.hf.side_files import read_config
+from real_megatron.planning.storage import checkpoint_bytes, weight_bytes
+from real_megatron.planning.workload import Layout
 from tests.support.ranks import TIMEOUT_S, run_ranks
 from tests.support.tiny_runs import (
     children,
@@ -40,6 +47,17 @@ def whole(task: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("whole")
     run_ranks(1, train, tiny_config(task, output, checkpoint={"save_hf": True}, metrics={"samples_every": 1}))
     return output
+
+
+def test_a_checkpoint_holds_as_many_bytes_as_a_dry_run_says(task: Path, whole: Path) -> None:
+    """All but scalars: the optimizer's step, the schedule, random states."""
+    config = RunConfig.from_yaml(whole / "config.yaml")
+    layout = Layout(describe(read_config(task / "model")), config.parallel, config.model, 1)
+    stored = FileSystemReader(whole / "checkpoints/step-000003").read_metadata().state_dict_metadata.values()
+    tensors = [entry for entry in stored if isinstance(entry, TensorStorageMetadata) and entry.size.numel() > 1]
+    held = sum(entry.size.numel() * entry.properties.dtype.itemsize for entry in tensors)
+    assert held == checkpoint_bytes(replace(layout, model=config.model.model_copy(update={"dtype": "float32"})))
+    assert weight_bytes(layout) == sum(map(len, weights(whole).values())) // 2, "auto is 16 bits where it is planned"
 
 
 @pytest.mark.parametrize("objective", [{}, {"kl": 0.1}], ids=["plain", "kl"])
