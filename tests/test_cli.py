@@ -183,6 +183,27 @@ def test_settings_are_checked_before_data_and_model_are_read(
     assert f"{output}/hf exists, and no run has made it" in refused()
 
 
+def test_a_dry_run_prints_its_findings_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Its status says that the run could start; under torchrun rank 0 speaks."""
+    from real_megatron.data.byte_model import make_byte_model
+
+    model, output = make_byte_model(tmp_path / "model", num_hidden_layers=1), tmp_path / "run"
+    (tmp_path / "train.jsonl").write_text('{"prompt": "is it [x]?", "label": 1}\n')
+    config = tmp_path / "run.yaml"
+    data = f"{{train: [{{path: {tmp_path / 'train.jsonl'}}}]}}"
+    config.write_text(f"{{output: {output}, model: {{path: {model}}}, data: {data}, batch: {{max_tokens: 25}}}}")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    for rank, printed in (("0", True), ("1", False)):
+        monkeypatch.setenv("RANK", rank)
+        result = run("train", str(config), "--dry-run", "--gpu", "H200", "batch.prompts=2")
+        assert result.exit_code == 0
+        text = capfd.readouterr().out + result.output
+        assert ("train on 4 H200: DP 4" in text) == ("warning: batch.max_tokens is 25: 1 of 1" in text) == printed
+    assert not output.exists()
+
+
 def test_a_file_judged_with_other_settings_is_refused_before_the_model_is_loaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

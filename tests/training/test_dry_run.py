@@ -10,9 +10,7 @@ from typing import Any
 
 import pytest
 import torch.distributed as dist
-from typer.testing import CliRunner
 
-from real_megatron.cli import app
 from real_megatron.config import RunConfig
 from real_megatron.data.byte_model import make_byte_model
 from real_megatron.errors import ConfigError, UserError
@@ -223,19 +221,3 @@ def test_attached_servers_are_asked_whether_they_are_there(run: Any) -> None:
     assert lines == [f"{urls[0]} answers", f"{urls[1]} does not answer now"]
     (warning,) = found.warnings
     assert warning.startswith("rollout.servers: 1 of 2 do not answer now (the run waits 900 s for them): " + urls[1])
-
-
-def test_the_command_prints_the_findings_once(
-    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    """Its status says that the run could start; under torchrun rank 0 speaks."""
-    config = tmp_path / "run.yaml"
-    config.write_text(run("batch.max_tokens=25").to_yaml())
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    for rank, printed in (("0", True), ("1", False)):
-        monkeypatch.setenv("RANK", rank)
-        result = CliRunner().invoke(app, ["train", str(config), "--dry-run", "--gpu", "H200"])
-        assert result.exit_code == 0
-        output = capfd.readouterr().out + result.output
-        assert ("train on 4 H200: DP 4" in output) == ("warning: batch.max_tokens is 25: " in output) == printed
-    assert not (tmp_path / "run").exists()
