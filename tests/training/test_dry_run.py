@@ -1,6 +1,7 @@
 """A dry run finds what a run would stumble over, with the same message, and says what the run would do."""
 
 import json
+import shutil
 import socket
 import sys
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from real_megatron.hardware import find_gpu
 from real_megatron.locks import only_writer
 from real_megatron.rollout.remote.process import free_port
 from real_megatron.training import dry_run as module
-from real_megatron.training import session
+from real_megatron.training import preparation, session
 from real_megatron.training.checkpoints import CheckpointStore
 from real_megatron.training.dry_run import DryRun, dry_run, trainers_of_a_node
 from real_megatron.training.examples import prompt_groups
@@ -159,10 +160,7 @@ def test_supervised_training_shows_its_own_responses(run: Any) -> None:
 
 def test_weights_need_not_be_there_but_are_missed(run: Any, model: Path, tmp_path: Path) -> None:
     bare = tmp_path / "bare"
-    bare.mkdir()
-    for file in model.iterdir():
-        if file.suffix != ".safetensors":
-            (bare / file.name).write_bytes(file.read_bytes())
+    shutil.copytree(model, bare, ignore=shutil.ignore_patterns("*.safetensors"))
     found = dry_run(run(f"model.path={bare}"), "train", 1, H100)
     assert found.warnings == [f"model.path: {bare} holds no weights, which the run itself would not start without"]
     assert shown(dry_run(run(), "train", 1, H100), "files")["model"] == f"{model}: 24 tensors, all there"
@@ -221,3 +219,15 @@ def test_attached_servers_are_asked_whether_they_are_there(run: Any) -> None:
     assert lines == [f"{urls[0]} answers", f"{urls[1]} does not answer now"]
     (warning,) = found.warnings
     assert warning.startswith("rollout.servers: 1 of 2 do not answer now (the run waits 900 s for them): " + urls[1])
+
+
+def test_of_a_model_on_the_hub_weights_are_not_downloaded(
+    run: Any, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    bare = tmp_path / "snapshot"
+    shutil.copytree(model, bare, ignore=shutil.ignore_patterns("*.safetensors"))
+    monkeypatch.setattr(preparation, "checkpoint_directory", lambda *of: asked.append(of) or bare)
+    found = dry_run(run("model.path=owner/name"), "train", 1, H100)
+    assert asked == [("owner/name", None, False)] and not found.warnings
+    assert shown(found, "files")["model"] == "owner/name: weights are not downloaded yet; the run does it"
