@@ -211,14 +211,14 @@ def test_ranks_leave_the_servers_gpus_free_where_they_need_several_nodes(run: An
 
 
 def test_attached_servers_are_asked_whether_they_are_there(run: Any) -> None:
-    with FakeServer() as server:
-        urls = [server.url, f"http://127.0.0.1:{free_port()}"]
-        config = run("rollout.engine=sglang", f"rollout.servers={urls}")
-        found = dry_run(config, "train", 1, H100)
+    with FakeServer() as server, FakeServer() as ill:
+        ill.paused = True
+        urls = [server.url, f"http://127.0.0.1:{free_port()}", ill.url]
+        found = dry_run(run("rollout.engine=sglang", f"rollout.servers={urls}"), "train", 1, H100)
     lines = [text for _, text in found.sections["servers"]]
-    assert lines == [f"{urls[0]} answers", f"{urls[1]} does not answer now"]
+    assert lines == [f"{urls[0]} answers", f"{urls[1]} does not answer now", f"{urls[2]} does not answer now"]
     (warning,) = found.warnings
-    assert warning.startswith("rollout.servers: 1 of 2 do not answer now (the run waits 900 s for them): " + urls[1])
+    assert warning.startswith("rollout.servers: 2 of 3 do not answer now (the run waits 900 s for them): " + urls[1])
 
 
 def test_of_a_model_on_the_hub_weights_are_not_downloaded(
