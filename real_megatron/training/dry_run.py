@@ -22,12 +22,15 @@ from real_megatron.hf.side_files import read_config
 from real_megatron.locks import only_writer
 from real_megatron.planning.storage import checkpoint_bytes, weight_bytes
 from real_megatron.planning.workload import Layout
+from real_megatron.policy.checkpoint import read_state
 from real_megatron.rollout.factory import Node, find_engine
 from real_megatron.rollout.remote.probe import silent_servers
 from real_megatron.rollout.remote.rotary import check_served_rotary
+from real_megatron.training.checkpoints import reading
 from real_megatron.training.examples import prompt_groups, target_groups
 from real_megatron.training.phases import counted, phases, size
 from real_megatron.training.preparation import Prepared, export_directory, prepare
+from real_megatron.training.resume import check_same_inputs, inputs, saved_inputs
 from real_megatron.training.rl import reinforcement_objective
 from real_megatron.training.sft import supervised_objective
 from real_megatron.training.trial_step import TrialStep, trial_steps
@@ -158,8 +161,13 @@ def _check_writable(output: Path) -> None:
 
 
 def _files(config: RunConfig, prepared: Prepared, layout: Layout, found: DryRun) -> list[Line]:
-    newest = prepared.store.newest()
-    begin = "" if newest is None else f"; goes on behind step {newest[0]:,} of {prepared.steps:,}"
+    newest, begin = prepared.store.newest(), ""
+    if newest is not None:
+        step, path = newest
+        with reading(path):
+            saved = saved_inputs(read_state(path), str(path))
+        check_same_inputs(saved, inputs(config, prepared.model_dir, prepared.data.groups), config, str(path))
+        begin = f"; the run goes on behind step {step:,} of {prepared.steps:,}"
     lines = [("output", f"{config.output} can be written{begin}")]
     checkpoint = checkpoint_bytes(layout)
     # A new checkpoint is complete before the oldest goes.

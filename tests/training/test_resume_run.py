@@ -17,9 +17,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from real_megatron.bridge import describe
 from real_megatron.config import RunConfig
 from real_megatron.errors import ConfigError
+from real_megatron.hardware import find_gpu
 from real_megatron.hf.side_files import read_config
 from real_megatron.planning.storage import checkpoint_bytes, weight_bytes
 from real_megatron.planning.workload import Layout
+from real_megatron.training.dry_run import dry_run
 from tests.support.ranks import TIMEOUT_S, run_ranks
 from tests.support.tiny_runs import (
     children,
@@ -58,6 +60,17 @@ def test_a_checkpoint_holds_as_many_bytes_as_a_dry_run_says(task: Path, whole: P
     held = sum(entry.size.numel() * entry.properties.dtype.itemsize for entry in tensors)
     assert held == checkpoint_bytes(replace(layout, model=config.model.model_copy(update={"dtype": "float32"})))
     assert weight_bytes(layout) == sum(map(len, weights(whole).values())) // 2, "auto is 16 bits where it is planned"
+
+
+def test_a_dry_run_sees_what_a_run_would_resume_from(task: Path, whole: Path, tmp_path: Path) -> None:
+    config = RunConfig.from_yaml(whole / "config.yaml")
+    lines = dict(dry_run(config, "train", 1, find_gpu("H100")).sections["files"])
+    assert lines["output"].endswith("; the run goes on behind step 3 of 3") and lines["disk"].startswith("2 × ")
+    rows = (task / "train_rl.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "other.jsonl").write_text("".join(rows[1:]))
+    other = config.with_overrides([f"data.train.0.path={tmp_path}/other.jsonl"])
+    with pytest.raises(ConfigError, match="was trained with other data or another model"):
+        dry_run(other, "train", 1, find_gpu("H100"))
 
 
 @pytest.mark.parametrize("objective", [{}, {"kl": 0.1}], ids=["plain", "kl"])
