@@ -16,13 +16,16 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
 
 from real_megatron.errors import ConfigError, EngineError, UserError
 from real_megatron.version import VERSION
+
+if TYPE_CHECKING:
+    from real_megatron.config import RunConfig
 
 EXIT_ERROR = 1
 EXIT_SIGNAL = 128  # and the signal's number, as a shell reports it: 130 for SIGINT (Ctrl-C), 143 for SIGTERM
@@ -79,8 +82,26 @@ def options(
     show_traceback, verbose_log = with_traceback, verbose
 
 
+RunDryRun = Annotated[
+    bool,
+    typer.Option(
+        "--dry-run",
+        help="Check settings, data, files, servers and memory on one CPU and say what the run would do; no weights are "
+        "read, nothing is written (docs/dry_run.md).",
+    ),
+]
+World = Annotated[int | None, typer.Option(min=1, help="With --dry-run: ranks of the run; default: torchrun's, or 1.")]
+GpuName = Annotated[str | None, typer.Option("--gpu", help="With --dry-run: A100, H100 (default), H200 or B200.")]
+
+
 @app.command()
-def train(config: ConfigFile, overrides: Overrides = None) -> None:
+def train(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    dry_run: RunDryRun = False,
+    world: World = None,
+    gpu: GpuName = None,
+) -> None:
     """Train by reinforcement learning: REAL, or a baseline (rloo, grpo, jepo).
 
     Each step samples rollout.n responses to batch.prompts prompts, scores them from the policy's own score
@@ -95,16 +116,28 @@ def train(config: ConfigFile, overrides: Overrides = None) -> None:
       real-megatron train real.yaml optimizer.lr=5e-7 output=runs/lower-lr
 
       torchrun --nproc-per-node 8 -m real_megatron train real.yaml parallel.tensor=4
+
+      real-megatron train real.yaml --dry-run --world 8 parallel.tensor=4
     """
     with reported():
         from real_megatron.config import RunConfig
+
+        chosen = RunConfig.from_yaml(config, overrides or [])
+        if only_dry_run("train", chosen, dry_run, world, gpu):
+            return
         from real_megatron.training.rl import train as run
 
-        run(RunConfig.from_yaml(config, overrides or []))
+        run(chosen)
 
 
 @app.command()
-def sft(config: ConfigFile, overrides: Overrides = None) -> None:
+def sft(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    dry_run: RunDryRun = False,
+    world: World = None,
+    gpu: GpuName = None,
+) -> None:
     """Fine-tune on given critiques: plain SFT, RAFT or TRACT (objective.name).
 
     raft and tract add the squared error of the expected score to the next-token loss. TRACT's second stage trains on
@@ -117,12 +150,39 @@ def sft(config: ConfigFile, overrides: Overrides = None) -> None:
       real-megatron sft sft.yaml epochs=3 objective.name=raft
 
       torchrun --nproc-per-node 2 -m real_megatron sft sft.yaml parallel.pipeline=2
+
+      real-megatron sft sft.yaml --dry-run --world 8 --gpu H200
     """
     with reported():
         from real_megatron.config import RunConfig
+
+        chosen = RunConfig.from_yaml(config, overrides or [])
+        if only_dry_run("sft", chosen, dry_run, world, gpu):
+            return
         from real_megatron.training.sft import train as run
 
-        run(RunConfig.from_yaml(config, overrides or []))
+        run(chosen)
+
+
+def only_dry_run(
+    command: Literal["train", "sft"], config: "RunConfig", dry_run: bool, world: int | None, gpu: str | None
+) -> bool:
+    """Whether a dry run was asked for, which is then done and shown: once, also under torchrun."""
+    if not dry_run:
+        if world or gpu:
+            raise ConfigError("--world and --gpu are what a dry run is to assume: add --dry-run, or leave them out")
+        return False
+    if is_rank_0():
+        from real_megatron.hardware import find_gpu
+        from real_megatron.runtime import world_size
+        from real_megatron.training.dry_run import dry_run as look
+        from real_megatron.training.dry_run import table
+
+        found = look(config, command, world or world_size(), find_gpu(gpu or "H100"))
+        CONSOLE_OUT.print(table(found))
+        for warning in found.warnings:
+            CONSOLE_OUT.print(f"warning: {warning}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+    return True
 
 
 @app.command()

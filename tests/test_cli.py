@@ -68,6 +68,14 @@ def test_help_imports_neither_torch_nor_megatron() -> None:
         (["train", "RUN", "objective.name=raft"], "use `real-megatron sft`"),
         (["sft", "RUN"], "use `real-megatron train`"),
         (["train", "RUN", "model.path="], "model.path is not set"),
+        (["train", "RUN", "model.path=", "--dry-run"], "model.path is not set"),
+        (["sft", "RUN", "--dry-run"], "use `real-megatron train`"),
+        (["train", "RUN", "--world", "4"], "--world and --gpu are what a dry run is to assume: add --dry-run"),
+        (["train", "RUN", "--dry-run", "--gpu", "H99"], "GPU 'H99' is not in the table: choose one of A100, H100"),
+        (
+            ["train", "RUN", "model.path=m", "parallel.tensor=3", "--dry-run", "--world", "8"],
+            "= 3 does not divide the 8 ranks of this run",
+        ),
         (["train", "RUN", "batch.mini_batches=2"], "set objective.ratio to ppo or truncated_is"),
         (["train", "RUN", "rollout.staleness=1"], "rollout.staleness is 1"),
         (["train", "RUN", "rollout.top_p=0.9"], "rollout.top_p is 0.9: "),
@@ -141,7 +149,7 @@ def test_settings_are_checked_before_data_and_model_are_read(
     def loads(*_: object, **__: object) -> None:
         raise AssertionError("something was loaded")
 
-    for place in ("examples.load_examples", "session.load_tokenizer", "session.Policy"):
+    for place in ("examples.load_examples", "preparation.load_tokenizer", "session.Policy"):
         monkeypatch.setattr(f"real_megatron.training.{place}", loads)
     model, output = make_byte_model(tmp_path / "model"), tmp_path / "runs"
     config = tmp_path / "run.yaml"
@@ -173,6 +181,27 @@ def test_settings_are_checked_before_data_and_model_are_read(
     assert "A run can be given more steps where optimizer.schedule is constant" in message
     (output / "hf/real_megatron.yaml").rename(output / "hf/model.safetensors")
     assert f"{output}/hf exists, and no run has made it" in refused()
+
+
+def test_a_dry_run_prints_its_findings_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Its status says that the run could start; under torchrun rank 0 speaks."""
+    from real_megatron.data.byte_model import make_byte_model
+
+    model, output = make_byte_model(tmp_path / "model", num_hidden_layers=1), tmp_path / "run"
+    (tmp_path / "train.jsonl").write_text('{"prompt": "is it [x]?", "label": 1}\n')
+    config = tmp_path / "run.yaml"
+    data = f"{{train: [{{path: {tmp_path / 'train.jsonl'}}}]}}"
+    config.write_text(f"{{output: {output}, model: {{path: {model}}}, data: {data}, batch: {{max_tokens: 25}}}}")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    for rank, printed in (("0", True), ("1", False)):
+        monkeypatch.setenv("RANK", rank)
+        result = run("train", str(config), "--dry-run", "--gpu", "H200", "batch.prompts=2")
+        assert result.exit_code == 0
+        text = capfd.readouterr().out + result.output
+        assert ("train on 4 H200: DP 4" in text) == ("warning: batch.max_tokens is 25: 1 of 1" in text) == printed
+    assert not output.exists()
 
 
 def test_a_file_judged_with_other_settings_is_refused_before_the_model_is_loaded(

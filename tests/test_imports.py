@@ -33,12 +33,12 @@ ALLOWED: dict[str, set[str]] = {
     "evaluation": {"scores", "errors"},
     "judging": {"evaluation", "data", "rollout", "hf", "scores", "config", "sections", "runtime", "locks", "errors"},
     "training": {"planning", "judging", "data", "rollout", "policy", "bridge", "hf", "objective", "batch"}
-    | {"scores", "config", "sections", "runtime", "terminal", "locks", "errors"},
+    | {"scores", "config", "sections", "runtime", "terminal", "locks", "hardware", "errors"},
     # Names of the library, imported on first use.
     "__init__": {"training", "judging", "evaluation", "data", "rollout", "policy", "bridge", "objective"}
     | {"config", "errors", "version"},
     "cli": {"training", "planning", "judging", "evaluation", "policy", "bridge", "hf", "config"}
-    | {"runtime", "terminal", "locks", "errors", "version"},
+    | {"runtime", "terminal", "locks", "hardware", "errors", "version"},
     "__main__": {"cli"},
 }
 # Third-party packages that a folder must never touch.

@@ -1,6 +1,7 @@
 """Judge data: published data sets and plain JSONL, prompt templates, prompts and supervised targets as tokens."""
 
 from real_megatron.data.encode import (
+    EncodedGroups,
     EncodedPrompts,
     encode_prompt,
     encode_prompts,
@@ -15,6 +16,7 @@ from real_megatron.data.template import Template, is_built_in, load_template
 
 __all__ = [
     "BadRecord",
+    "EncodedGroups",
     "EncodedPrompts",
     "JudgeExample",
     "Record",

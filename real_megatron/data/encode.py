@@ -32,6 +32,17 @@ class EncodedPrompts:
     """Of the kept ones, those that lost their beginning."""
 
 
+@dataclass(frozen=True)
+class EncodedGroups:
+    """Examples as groups of tokens, and how many were too long."""
+
+    groups: list[Group]
+    dropped: int
+    """Examples that are left out, since their prompt or their response is too long."""
+    cut: int
+    """Examples whose prompt lost its beginning."""
+
+
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, example: JudgeExample, data: DataConfig) -> list[int]:
     """Token ids of the prompt, to be continued by a response, at any length.
 
@@ -152,7 +163,7 @@ def encode_targets(
     examples: Sequence[JudgeExample],
     data: DataConfig,
     stop_ids: Sequence[int] = (),
-) -> list[Group]:
+) -> EncodedGroups:
     """Groups of one supervised response each. Too long prompts are dropped or cut (`data.long_prompts`), responses
     beyond `data.max_response_tokens` are dropped; both are counted and logged.
 
@@ -160,7 +171,8 @@ def encode_targets(
     """
     groups = []
     end = end_of_response(tokenizer, stop_ids, data)
-    short = encode_prompts(tokenizer, examples, data).kept
+    prompts = encode_prompts(tokenizer, examples, data)
+    short = prompts.kept
     for example, prompt_ids in short:
         target = encode_target(tokenizer, scale, example, end)
         if len(target.response_ids) <= data.max_response_tokens:
@@ -172,7 +184,7 @@ def encode_targets(
             len(short),
             data.max_response_tokens,
         )
-    return groups
+    return EncodedGroups(groups, len(examples) - len(groups), prompts.cut)
 
 
 def _encode(

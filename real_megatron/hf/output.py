@@ -11,11 +11,16 @@ def check_output(directory: Path, key: str) -> None:
 
     key: what names it, for the message
     """
-    nearest = next(path for path in (directory, *directory.absolute().parents) if os.path.exists(path))
+    nearest = nearest_path(directory)
     if not nearest.is_dir():
         raise ConfigError(f"{key}: {directory} cannot be a directory, since {nearest} is a file: choose another")
     if not os.access(nearest, os.W_OK | os.X_OK):
         raise ConfigError(f"{key}: {directory} cannot be written: {nearest} is read-only for this user; choose another")
+
+
+def nearest_path(path: Path) -> Path:
+    """The path itself, or the nearest of the directories above it that is there."""
+    return next(place for place in (path, *path.absolute().parents) if os.path.exists(place))
 
 
 def check_output_file(file: Path, key: str) -> None:

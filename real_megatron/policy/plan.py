@@ -19,6 +19,16 @@ from real_megatron.policy.block_mask import BLOCK
 
 
 @dataclass(frozen=True)
+class Distribution:
+    """Where the groups of a training step run."""
+
+    microbatches: list[list[list[Group]]]
+    """Per data-parallel rank its micro-batches, not packed yet: whole groups, or subgroups."""
+    metrics: dict[str, float]
+    """See `Planner.plan`."""
+
+
+@dataclass(frozen=True)
 class Plan:
     """One data-parallel rank's micro-batches of a training step, and metrics of the whole plan."""
 
@@ -57,17 +67,23 @@ class Planner:
         the average one waits), `tokens` (run through the model, the scoring pass included), `information_tokens`
         (prompts once, and responses), `model_flops` (of those, forward and backward) and `split_groups`.
         """
+        found = self.arrange(groups, scoring_pass)
+        return Plan([self.pack(mine) for mine in found.microbatches[self.data_rank]], found.metrics)
+
+    def arrange(self, groups: Sequence[Group], scoring_pass: bool = False) -> Distribution:
+        """The micro-batches of all data-parallel ranks, as `plan` packs them."""
         whole = [group for group in groups if self.fits(group)]
         large = [group for group in groups if not self.fits(group)]
         subgroups = [subgroup for group in large for subgroup in self.split(group)]
-        microbatches: list[PackedMicrobatch] = []
+        microbatches: list[list[list[Group]]] = [[] for _ in range(self.data_size)]
         count, waiting, work = 0, 0.0, 0.0
         for kind in (whole, subgroups):
             if not kind:
                 continue
             costs = [self._flops(group, self.batch.share_prompt) for group in kind]
             distributed = self._balance(kind, costs)
-            microbatches += [self.pack([kind[i] for i in items]) for items in distributed[self.data_rank]]
+            for mine, chosen in zip(microbatches, distributed, strict=True):
+                mine += [[kind[i] for i in items] for items in chosen]
             count += sum(len(mine) for mine in distributed)
             waiting += imbalance(costs, distributed) * sum(costs)
             work += sum(costs)
@@ -75,7 +91,7 @@ class Planner:
         if scoring_pass:
             # Subgroups again: that pass has split the same groups in the same way.
             tokens += sum(map(self._tokens, subgroups))
-        return Plan(
+        return Distribution(
             microbatches,
             {
                 "microbatches": float(count),

@@ -5,6 +5,7 @@ import os
 import shutil
 import sys
 import tempfile
+from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 import torch
@@ -30,11 +31,21 @@ def find_engine(name: str) -> EngineKind:
     return kind
 
 
-def check_servers(config: RolloutConfig, *, trainer: bool) -> None:
+@dataclass(frozen=True)
+class Node:
+    """The node of rank 0, on which local servers start: the "this node" of messages."""
+
+    gpus: int
+    trainers: int
+    """Training ranks there; rank i uses GPU i."""
+
+
+def check_servers(config: RolloutConfig, *, trainer: bool, node: Node | None = None) -> None:
     """Raise ConfigError for an engine that is unknown or servers that could not work here, before a model is loaded for
     nothing.
 
-    trainer: whether this process trains, so that it needs its GPU and sends weights
+    trainer: whether this process trains, so that it needs its GPU and sends weights. node: one to judge by instead of
+    this one, which may have no GPU; NCCL, which both ends have, is not compared then.
     """
     kind = find_engine(config.engine)
     if not kind.server_package:
@@ -64,7 +75,7 @@ def check_servers(config: RolloutConfig, *, trainer: bool) -> None:
         )
     if asks:
         check_ports(config)
-        if broadcasts and config.python and torch.cuda.is_available():
+        if broadcasts and config.python and node is None and torch.cuda.is_available():
             check_nccl(config.python)
     scratch = tempfile.gettempdir()
     if (length := len(os.fsencode(scratch))) > _TMPDIR_BYTES:
@@ -72,20 +83,21 @@ def check_servers(config: RolloutConfig, *, trainer: bool) -> None:
             f"TMPDIR has {length} bytes ({scratch}), too many for the sockets that rollout servers make in it: set "
             f"TMPDIR to a directory with a path of at most {_TMPDIR_BYTES}, such as /tmp"
         )
-    if torch.cuda.is_available():
-        _check_gpus(config, torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if trainer else 0)
+    if node is None and torch.cuda.is_available():
+        node = Node(torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if trainer else 0)
+    if node is not None:
+        _check_gpus(config, node)
 
 
-def _check_gpus(config: RolloutConfig, gpus: int, trainers: int) -> None:
-    """trainers: ranks on this node; rank i uses GPU i"""
+def _check_gpus(config: RolloutConfig, node: Node) -> None:
     end = config.first_gpu + config.replicas * config.tensor
     wanted = f"rollout.replicas × rollout.tensor = {config.replicas * config.tensor} GPUs from rollout.first_gpu = "
     wanted += f"{config.first_gpu} on"
-    if end > gpus:
-        raise ConfigError(f"{wanted} do not fit into the {gpus} GPUs of this node")
-    if config.first_gpu < trainers and not config.colocate:
+    if end > node.gpus:
+        raise ConfigError(f"{wanted} do not fit into the {node.gpus} GPUs of this node")
+    if config.first_gpu < node.trainers and not config.colocate:
         raise ConfigError(
-            f"{wanted} are also those of the {trainers} training ranks of this node: start fewer ranks and set "
+            f"{wanted} are also those of the {node.trainers} training ranks of this node: start fewer ranks and set "
             "rollout.first_gpu to their number, attach to servers elsewhere with rollout.servers, or set "
             "rollout.colocate"
         )

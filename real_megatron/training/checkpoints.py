@@ -5,6 +5,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch.distributed as dist
@@ -33,6 +34,10 @@ class CheckpointStore:
     def newest(self) -> tuple[int, Path] | None:
         """Step and directory of the newest complete checkpoint. Collective: rank 0 looks, all ranks get its answer."""
         return from_rank_0(lambda: max(self._complete(), default=None))
+
+    def count(self) -> int:
+        """How many complete checkpoints there are."""
+        return len(self._complete())
 
     def save(self, step: int, write: Callable[[Path], None]) -> Path:
         """Let `write` fill a directory on all ranks, then publish it and drop the oldest beyond `keep`. Collective.
@@ -66,6 +71,13 @@ class CheckpointStore:
     def _complete(self) -> list[tuple[int, Path]]:
         matches = ((_COMPLETE.fullmatch(path.name), path) for path in self.directory.glob("step-*"))
         return [(int(match[1]), path) for match, path in matches if match]
+
+
+def reading(checkpoint: Path) -> AbstractContextManager[None]:
+    """Turn what can go wrong while a checkpoint is read into an OSError that says what to do."""
+    return explain_checkpoint_errors(
+        f"{checkpoint}: cannot be read", "remove it to resume from the checkpoint before it, if there is one"
+    )
 
 
 def _remove(checkpoint: Path) -> None:

@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from real_megatron.batch.types import Group
 from real_megatron.config import DataSource, RunConfig
-from real_megatron.data import JudgeExample, encode_prompts, encode_targets, load_examples
+from real_megatron.data import EncodedGroups, JudgeExample, encode_prompts, encode_targets, load_examples
 from real_megatron.data.critiques import find_leak
 from real_megatron.errors import ConfigError, DataError
 from real_megatron.hf.stop_ids import stop_ids
@@ -17,16 +17,17 @@ from real_megatron.scores import ScoreScale
 
 def prompt_groups(
     config: RunConfig, model_dir: Path, tokenizer: PreTrainedTokenizerBase, scale: ScoreScale
-) -> list[Group]:
+) -> EncodedGroups:
     """Prompt and label of every training example, without responses yet. Too long prompts: `data.long_prompts`."""
     examples = [example for _, loaded in _load(config, scale, critiques=False) for example in loaded]
-    kept = encode_prompts(tokenizer, examples, config.data).kept
-    return _some([Group(ids, [], example.label, example.id, example.meta) for example, ids in kept])
+    prompts = encode_prompts(tokenizer, examples, config.data)
+    groups = [Group(ids, [], example.label, example.id, example.meta) for example, ids in prompts.kept]
+    return _some(EncodedGroups(groups, prompts.dropped, prompts.cut))
 
 
 def target_groups(
     config: RunConfig, model_dir: Path, tokenizer: PreTrainedTokenizerBase, scale: ScoreScale
-) -> list[Group]:
+) -> EncodedGroups:
     """Every training example with its CoT, or without one (`sft.cots`). Too long ones are dropped or cut, and
     counted (`encode_targets`).
 
@@ -67,10 +68,10 @@ def _check_critiques(source: DataSource, examples: list[JudgeExample], scale: Sc
         )
 
 
-def _some(groups: list[Group]) -> list[Group]:
-    if not groups:
+def _some(encoded: EncodedGroups) -> EncodedGroups:
+    if not encoded.groups:
         raise ConfigError(
             "no training example is left: raise data.max_prompt_tokens or data.max_response_tokens, set "
             "data.long_prompts=cut_left, or use other data"
         )
-    return groups
+    return encoded

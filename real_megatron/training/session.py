@@ -3,50 +3,34 @@
 import logging
 import shutil
 import signal
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from threading import Lock
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from transformers import PreTrainedTokenizerBase
 
-from real_megatron.batch.types import Group
 from real_megatron.config import RunConfig
-from real_megatron.errors import ConfigError, MissingCheckpoint
-from real_megatron.hf.directory import check_vocabulary, checkpoint_directory, load_tokenizer
-from real_megatron.hf.output import check_output
 from real_megatron.hf.side_files import RUN_FILE
-from real_megatron.judging.evaluate import evaluate_sets, forget_evaluations, load_evaluation_sets
+from real_megatron.judging.evaluate import evaluate_sets, forget_evaluations
 from real_megatron.judging.judge import Judge
 from real_megatron.locks import only_writer
 from real_megatron.policy.checkpoint import read_state
-from real_megatron.policy.checkpoint_errors import explain_checkpoint_errors
-from real_megatron.policy.model import check_model
-from real_megatron.policy.optimizer import check_warmup
-from real_megatron.policy.parallel_groups import check_ranks
 from real_megatron.policy.policy import Policy
 from real_megatron.rollout.engine import EngineSpec, RolloutEngine
-from real_megatron.rollout.factory import build_engine, check_servers
+from real_megatron.rollout.factory import build_engine
 from real_megatron.runtime import default_dtype, from_rank_0, host_group, join_torchrun, world_size
-from real_megatron.scores import ScoreScale
-from real_megatron.sections import read_tree
-from real_megatron.training.batch_order import BatchOrder
-from real_megatron.training.checkpoints import CheckpointStore
+from real_megatron.training.checkpoints import reading
 from real_megatron.training.export import save_hf, write_run
-from real_megatron.training.lengths import check_lengths
-from real_megatron.training.metrics import check_sinks
-from real_megatron.training.resume import check_same_inputs, check_same_run, inputs, saved_inputs
+from real_megatron.training.preparation import Load, export_directory, prepare
+from real_megatron.training.resume import check_same_inputs, inputs, saved_inputs
 from real_megatron.training.step_log import StepLog
 from real_megatron.training.stop import StopSignal, Terminated
 from real_megatron.training.timer import PhaseTimer
 
 logger = logging.getLogger(__name__)
-
-Load = Callable[[RunConfig, Path, PreTrainedTokenizerBase, ScoreScale], list[Group]]
-"""From the configuration, the start model's directory, its tokenizer and the score scale."""
 
 
 class Session:
@@ -60,40 +44,24 @@ class Session:
     """
 
     def __init__(self, config: RunConfig, load: Load) -> None:
+        prepared = prepare(config, load, world_size())
         self.config = config
-        if not config.model.path:
-            raise ConfigError("model.path is not set: name the Hugging Face checkpoint to start from")
-        check_sinks(config.metrics)
-        check_ranks(config.parallel, world_size())
-        if config.epochs is None:
-            check_warmup(config.optimizer, config.steps * config.batch.mini_batches)
-        check_output(config.output, "output")
-        self.store = CheckpointStore(config.output / "checkpoints", config.checkpoint.keep)
-        self._check_same_output()
-        if config.is_rl or config.data.eval:
-            check_servers(config.rollout, trainer=True)
-        with naming_key("model.path"):
-            self.model_dir = checkpoint_directory(config.model.path, config.model.revision)
-        check_model(config, self.model_dir)
-        self.tokenizer = load_tokenizer(self.model_dir)
-        check_vocabulary(self.model_dir, self.tokenizer)
-        scale = config.scale
-        self.scale = ScoreScale.resolve(self.tokenizer, scale.scores, scale.values, scale.anchor)
-        self.groups = load(config, self.model_dir, self.tokenizer, self.scale)
-        self.evaluation_sets = load_evaluation_sets(config, self.tokenizer, self.scale)
-        check_lengths(config, self.model_dir, self.groups, self.evaluation_sets)
-        self.order = BatchOrder(len(self.groups), config.batch.prompts, config.seed)
-        self.steps = self.order.steps_of(config.epochs) if config.epochs is not None else config.steps
+        self.store = prepared.store
+        self.model_dir = prepared.model_dir
+        self.tokenizer = prepared.tokenizer
+        self.scale = prepared.scale
+        self.groups = prepared.data.groups
+        self.evaluation_sets = prepared.evaluation_sets
+        self.order = prepared.order
+        self.steps = prepared.steps
         self.start = 0
         """Steps done before: those of the checkpoint that was resumed."""
         self.metrics_of_start: dict[str, float] = {}
         """Metrics of the last of those steps."""
-        total_updates = self.steps * config.batch.mini_batches
-        check_warmup(config.optimizer, total_updates)
         join_torchrun(config.parallel.timeout_minutes)
         with ExitStack() as held:
             from_rank_0(lambda: held.enter_context(only_writer(config.output, inside=True)))
-            self.policy = Policy(config, self.scale.score_ids, self.scale.values, total_updates, self.model_dir)
+            self.policy = Policy(config, self.scale.score_ids, self.scale.values, prepared.updates, self.model_dir)
             self.inputs = from_rank_0(lambda: inputs(config, self.model_dir, self.groups))
             self._lock = held.pop_all()
         self.stop = StopSignal(self.policy.runtime.device)
@@ -163,31 +131,12 @@ class Session:
         if newest is None:
             return
         step, path = newest
-        with _readable(path):
+        with reading(path):
             state = read_state(path)
             check_same_inputs(saved_inputs(state, str(path)), self.inputs, self.config, str(path))
             self.policy.load(path)
         self.start, self.metrics_of_start = state["step"], state["metrics"]
         logger.info("resumed from %s: %d of %d steps are done", path, self.start, self.steps)
-
-    def _check_same_output(self) -> None:
-        """Raise ConfigError when the output directory holds another run's checkpoints or export, or resuming is
-        switched off; CheckpointError or OSError for a checkpoint that cannot be read. Before anything is loaded."""
-        newest = self.store.newest()
-        if newest is not None:
-            path = newest[1]
-            if not self.config.checkpoint.resume:
-                raise ConfigError(f"{path} exists and checkpoint.resume is false: choose another output, or resume")
-            with _readable(path):
-                state = read_state(path)
-            # Its inputs first: an older version had other keys, which nobody could change back.
-            saved_inputs(state, str(path))
-            check_same_run(state["config"], self.config, str(path))
-        elif self.config.checkpoint.save_hf and self._hf.exists():
-            if (self._hf / RUN_FILE).exists():
-                check_same_run(read_tree(self._hf / RUN_FILE), self.config, str(self._hf))
-            elif not self._hf.is_dir() or any(self._hf.iterdir()):
-                raise ConfigError(f"{self._hf} exists, and no run has made it: choose another output, or remove it")
 
     def finished(self) -> bool:
         """Whether all steps are done and exported; says so."""
@@ -299,7 +248,7 @@ class Session:
 
     @property
     def _hf(self) -> Path:
-        return self.config.output / "hf"
+        return export_directory(self.config)
 
 
 @contextmanager
@@ -310,21 +259,6 @@ def open_session(config: RunConfig, load: Load) -> Iterator[Session]:
         yield session
     finally:
         session.close()
-
-
-@contextmanager
-def naming_key(key: str) -> Iterator[None]:
-    """Put the configuration's key in front of the message of a checkpoint that is missing."""
-    try:
-        yield
-    except MissingCheckpoint as error:
-        raise MissingCheckpoint(f"{key}: {error}") from error
-
-
-def _readable(path: Path) -> AbstractContextManager[None]:
-    return explain_checkpoint_errors(
-        f"{path}: cannot be read", "remove it to resume from the checkpoint before it, if there is one"
-    )
 
 
 @contextmanager

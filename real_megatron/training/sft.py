@@ -2,18 +2,14 @@
 
 from real_megatron.config import RunConfig
 from real_megatron.errors import ConfigError
-from real_megatron.objective import build_objective
+from real_megatron.objective import Objective, build_objective
 from real_megatron.training.examples import target_groups
 from real_megatron.training.session import naming_step, open_session
 
 
 def train(config: RunConfig) -> None:
     """A whole run: resume or start, train, evaluate, save, export. Collective. Errors as of `rl.train`."""
-    if config.is_rl:
-        raise ConfigError(
-            f"objective.name is {config.objective.name}: use `real-megatron train`, or set it to raft, tract or sft"
-        )
-    objective = build_objective(config.objective, config.scale.probabilities)
+    objective = supervised_objective(config)
     with open_session(config, target_groups) as run:
         timer, rank = run.timer, run.policy.runtime.rank
         run.resume()
@@ -39,3 +35,12 @@ def train(config: RunConfig) -> None:
                 if stopping:
                     raise run.terminated(done)
         run.export()
+
+
+def supervised_objective(config: RunConfig) -> Objective:
+    """The configured objective. Raises ConfigError for one that trains on sampled responses."""
+    if config.is_rl:
+        raise ConfigError(
+            f"objective.name is {config.objective.name}: use `real-megatron train`, or set it to raft, tract or sft"
+        )
+    return build_objective(config.objective, config.scale.probabilities)

@@ -109,9 +109,8 @@ def test_a_thinking_block_that_the_template_begins_is_closed(generation: str, cl
         "{{ messages[0]['content'] }}!{% if add_generation_prompt %}{{ '" + generation + "' }}{% endif %}"
     )
     assert bytes(encode_prompt(tokenizer, user("a"), DATA)).decode() == f"a!{closed}"
-    (group,) = encode_targets(
-        tokenizer, ScoreScale.resolve(tokenizer, ["1", "2"]), [user("a", cot="c", label=1.0)], DATA
-    )
+    scale = ScoreScale.resolve(tokenizer, ["1", "2"])
+    (group,) = encode_targets(tokenizer, scale, [user("a", cot="c", label=1.0)], DATA).groups
     assert bytes(group.prompt_ids).decode() == f"a!{closed}"
 
 
@@ -168,8 +167,9 @@ def test_targets_are_groups_and_long_ones_are_dropped(caplog: pytest.LogCaptureF
     tokenizer = byte_tokenizer()
     scale = ScoreScale.resolve(tokenizer, ["1", "2"], anchor="=")
     examples = [user(p, cot=c, label=1.4) for p, c in (("a", "c"), ("bb", "c"), ("a", "cc"))]
-    groups = encode_targets(tokenizer, scale, examples, DataConfig(max_prompt_tokens=1, max_response_tokens=5))
-    (group,) = groups
+    encoded = encode_targets(tokenizer, scale, examples, DataConfig(max_prompt_tokens=1, max_response_tokens=5))
+    (group,) = encoded.groups
+    assert (encoded.dropped, encoded.cut) == (2, 0)
     assert (group.prompt_ids, group.label, group.example_id) == ([97], 1.4, "x")
     assert group.trajectories[0].response_ids == [*b"c\n=1", 257]
     assert "dropped 1 of 3 examples whose prompt is longer than 1 tokens (data.max_prompt_tokens)" in caplog.text
@@ -201,7 +201,7 @@ def test_a_target_ends_as_the_template_ends_a_turn(
     if template != "{{ raise_exception('no') }}":
         scale = ScoreScale.resolve(tokenizer, list("12345"))
         example = user("p", cot="ok", label=4)
-        (group,) = encode_targets(tokenizer, scale, [example], data, stops)
+        (group,) = encode_targets(tokenizer, scale, [example], data, stops).groups
         assert group.trajectories[0].response_ids[-2:] == [scale.score_ids[3], end]
         assert group.trajectories[0].loss_mask[-2:] == [False, True]
 

@@ -13,7 +13,7 @@ from real_megatron.errors import ConfigError
 from real_megatron.rollout import nccl
 from real_megatron.rollout.embedded.engine import TransformersEngine
 from real_megatron.rollout.engine import SamplingParams
-from real_megatron.rollout.factory import _check_gpus, build_engine, check_servers, find_engine
+from real_megatron.rollout.factory import Node, _check_gpus, build_engine, check_servers, find_engine
 from tests.support.rollout_fake_server import python_that_runs
 from tests.support.rollout_models import byte_level, tiny_qwen3
 from tests.support.rollout_specs import engine_spec
@@ -70,12 +70,12 @@ def test_who_only_evaluates_sends_no_weights():
 
 def test_servers_get_gpus_that_are_there_and_free():
     config = RolloutConfig(engine="sglang", first_gpu=4, replicas=2, tensor=2)
-    _check_gpus(config, gpus=8, trainers=4)
+    _check_gpus(config, Node(8, trainers=4))
     with pytest.raises(ConfigError, match="= 4 GPUs from rollout.first_gpu = 4 on do not fit into the 7 GPUs"):
-        _check_gpus(config, gpus=7, trainers=4)
+        _check_gpus(config, Node(7, trainers=4))
     with pytest.raises(ConfigError, match="also those of the 5 training ranks of this node: start fewer ranks"):
-        _check_gpus(config, gpus=8, trainers=5)
-    _check_gpus(config.model_copy(update={"colocate": True}), gpus=8, trainers=8)
+        _check_gpus(config, Node(8, trainers=5))
+    _check_gpus(config.model_copy(update={"colocate": True}), Node(8, trainers=8))
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ def test_without_cots_the_target_is_anchor_and_score_alone(tmp_path: Path) -> No
     for name in ("train_sft", "train_rl"):
         data = {"train": [{"path": str(task / f"{name}.jsonl"), "limit": 5}]}
         config = tiny_config(task, tmp_path, objective={"name": "raft"}, data=data, sft={"cots": "none"})
-        groups = target_groups(config, task / "model", tokenizer, scale)
+        groups = target_groups(config, task / "model", tokenizer, scale).groups
         assert len(groups) == 5
         for group in groups:
             (target,) = group.trajectories
@@ -45,7 +45,7 @@ def test_critiques_that_say_the_label_are_refused(tmp_path: Path) -> None:
         config = tiny_config(task, tmp_path, objective={"name": objective}, data=data, sft={"cots": cots})
         return [
             tokenizer.decode(g.trajectories[0].response_ids)
-            for g in target_groups(config, task / "model", tokenizer, scale)
+            for g in target_groups(config, task / "model", tokenizer, scale).groups
         ]
 
     with pytest.raises(

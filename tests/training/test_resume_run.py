@@ -5,14 +5,23 @@ import re
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import pytest
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from real_megatron.bridge import describe
 from real_megatron.config import RunConfig
 from real_megatron.errors import ConfigError
+from real_megatron.hardware import find_gpu
+from real_megatron.hf.side_files import read_config
+from real_megatron.planning.storage import checkpoint_bytes, weight_bytes
+from real_megatron.planning.workload import Layout
+from real_megatron.training.dry_run import dry_run
 from tests.support.ranks import TIMEOUT_S, run_ranks
 from tests.support.tiny_runs import (
     children,
@@ -40,6 +49,28 @@ def whole(task: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("whole")
     run_ranks(1, train, tiny_config(task, output, checkpoint={"save_hf": True}, metrics={"samples_every": 1}))
     return output
+
+
+def test_a_checkpoint_holds_as_many_bytes_as_a_dry_run_says(task: Path, whole: Path) -> None:
+    """All but scalars: the optimizer's step, the schedule, random states."""
+    config = RunConfig.from_yaml(whole / "config.yaml")
+    layout = Layout(describe(read_config(task / "model")), config.parallel, config.model, 1)
+    stored = FileSystemReader(whole / "checkpoints/step-000003").read_metadata().state_dict_metadata.values()
+    tensors = [entry for entry in stored if isinstance(entry, TensorStorageMetadata) and entry.size.numel() > 1]
+    held = sum(entry.size.numel() * entry.properties.dtype.itemsize for entry in tensors)
+    assert held == checkpoint_bytes(replace(layout, model=config.model.model_copy(update={"dtype": "float32"})))
+    assert weight_bytes(layout) == sum(map(len, weights(whole).values())) // 2, "auto is 16 bits where it is planned"
+
+
+def test_a_dry_run_sees_what_a_run_would_resume_from(task: Path, whole: Path, tmp_path: Path) -> None:
+    config = RunConfig.from_yaml(whole / "config.yaml")
+    lines = dict(dry_run(config, "train", 1, find_gpu("H100")).sections["files"])
+    assert lines["output"].endswith("; the run goes on behind step 3 of 3") and lines["disk"].startswith("2 × ")
+    rows = (task / "train_rl.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "other.jsonl").write_text("".join(rows[1:]))
+    other = config.with_overrides([f"data.train.0.path={tmp_path}/other.jsonl"])
+    with pytest.raises(ConfigError, match="was trained with other data or another model"):
+        dry_run(other, "train", 1, find_gpu("H100"))
 
 
 @pytest.mark.parametrize("objective", [{}, {"kl": 0.1}], ids=["plain", "kl"])

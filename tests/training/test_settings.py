@@ -18,7 +18,7 @@ from real_megatron.data.byte_model import byte_tokenizer, make_byte_model
 from real_megatron.errors import ConfigError, DataError, PromptRefused
 from real_megatron.rollout.engine import Response, SamplingParams
 from real_megatron.scores import ScoreScale
-from real_megatron.training import rl, session, sft
+from real_megatron.training import preparation, rl, session, sft
 from real_megatron.training.batch_order import BatchOrder, rollout_seed
 from real_megatron.training.examples import prompt_groups, target_groups
 from real_megatron.training.rl import generate, reinforcement_objective
@@ -91,9 +91,9 @@ def test_the_model_is_asked_for_at_its_revision(
     open_session, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = []
-    monkeypatch.setattr(session, "checkpoint_directory", lambda *of: asked.append(of) or model)
+    monkeypatch.setattr(preparation, "checkpoint_directory", lambda *of: asked.append(of) or model)
     open_session(config_of(tmp_path, model, "model.revision=v2"), prompt_groups)
-    assert asked == [(str(model), "v2")]
+    assert asked == [(str(model), "v2", True)]
 
 
 @pytest.mark.parametrize(
@@ -288,7 +288,7 @@ def test_supervised_targets_end_as_the_checkpoint_does_and_fit(model: Path, tmp_
     # Anchor, score and end have nine tokens, each critique two more, and one for its line break.
     for longest, expected in ((11, ["Score: A"]), (12, ["Score: A", "so\nScore: B"])):
         fitting = config.with_overrides([f"data.max_response_tokens={longest}"])
-        groups = target_groups(fitting, model, TOKENIZER, SCALE)
+        groups = target_groups(fitting, model, TOKENIZER, SCALE).groups
         assert [TOKENIZER.decode(g.trajectories[0].response_ids) for g in groups] == [text + end for text in expected]
     assert bytes(groups[1].prompt_ids) == b"Q: is it 1?"
 
@@ -304,5 +304,5 @@ def test_supervised_targets_end_where_the_checkpoint_stops_to_generate(model: Pa
         directory = tmp_path / str(listed[0])
         make_byte_model(directory, num_hidden_layers=1)
         (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": listed}))
-        (group,) = target_groups(config, directory, tokenizer, SCALE)
+        (group,) = target_groups(config, directory, tokenizer, SCALE).groups
         assert tokenizer.decode(group.trajectories[0].response_ids) == f"Score: A{end}"

@@ -1,0 +1,24 @@
+"""Bytes of what a run writes and sends: training checkpoints, and the weights alone."""
+
+from math import prod
+
+from real_megatron.bridge import padded_vocab, parameter_count, parameters
+from real_megatron.planning.workload import Layout
+
+
+def weight_bytes(layout: Layout) -> int:
+    """The weights in `model.dtype`, as servers get them and the Hugging Face checkpoint has them."""
+    return parameter_count(layout.description) * _width(layout)
+
+
+def checkpoint_bytes(layout: Layout) -> int:
+    """A training checkpoint, but for some kilobytes a tensor and rank: weights with the vocabulary's padding, Adam's
+    two moments, and float32 copies of the weights, which the distributed optimizer saves of float32 weights, too."""
+    rows = padded_vocab(layout.description, layout.parallel.tensor, layout.model.vocab_multiple)
+    elements = sum(prod(parameter.transform.shape) for parameter in parameters(layout.description, rows))
+    copies = layout.parallel.distributed_optimizer or layout.model.dtype != "float32"
+    return elements * (_width(layout) + 8 + 4 * copies)
+
+
+def _width(layout: Layout) -> int:
+    return 4 if layout.model.dtype == "float32" else 2

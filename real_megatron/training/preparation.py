@@ -1,0 +1,126 @@
+"""What a run needs before its ranks meet: settings, output, layout, schedule, tokenizer and data, read and checked.
+
+Nothing here needs a GPU, the model's weights or a process group, so that a dry run does the same as a run, and fails
+with the same messages.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from real_megatron.bridge import ModelDescription
+from real_megatron.config import RunConfig
+from real_megatron.data import EncodedGroups
+from real_megatron.errors import ConfigError, MissingCheckpoint
+from real_megatron.hf.directory import check_vocabulary, checkpoint_directory, load_tokenizer
+from real_megatron.hf.output import check_output
+from real_megatron.hf.side_files import RUN_FILE
+from real_megatron.judging.evaluate import EvaluationSet, load_evaluation_sets
+from real_megatron.policy.checkpoint import read_state
+from real_megatron.policy.model import check_model
+from real_megatron.policy.optimizer import check_warmup
+from real_megatron.policy.parallel_groups import check_ranks
+from real_megatron.rollout.factory import Node, check_servers
+from real_megatron.scores import ScoreScale
+from real_megatron.sections import read_tree
+from real_megatron.training.batch_order import BatchOrder
+from real_megatron.training.checkpoints import CheckpointStore, reading
+from real_megatron.training.lengths import check_lengths
+from real_megatron.training.metrics import check_sinks
+from real_megatron.training.resume import check_same_run, saved_inputs
+
+Load = Callable[[RunConfig, Path, PreTrainedTokenizerBase, ScoreScale], EncodedGroups]
+"""From the configuration, the start model's directory, its tokenizer and the score scale."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a run starts with."""
+
+    model_dir: Path
+    """The directory of the Hugging Face checkpoint to start from."""
+    description: ModelDescription
+    tokenizer: PreTrainedTokenizerBase
+    scale: ScoreScale
+    data: EncodedGroups
+    """The training groups."""
+    evaluation_sets: dict[str, EvaluationSet]
+    order: BatchOrder
+    steps: int
+    updates: int
+    """Optimizer updates of all steps."""
+    store: CheckpointStore
+
+
+def prepare(config: RunConfig, load: Load, world: int, planned: Node | None = None) -> Prepared:
+    """Read and check everything that needs neither weights nor GPUs. Settings, output, layout and schedule come before
+    a data set is read: what fails fast comes first.
+
+    load: makes the training groups. world: ranks of the run. planned: for a dry run, the node whose GPUs ranks and
+    local servers will have; weights of a model on the hub are not downloaded then.
+
+    Raises ConfigError, DataError or CheckpointError when data, scale, layout and model do not fit together, or the
+    output directory holds another run.
+    """
+    if not config.model.path:
+        raise ConfigError("model.path is not set: name the Hugging Face checkpoint to start from")
+    check_sinks(config.metrics)
+    check_ranks(config.parallel, world)
+    if config.epochs is None:
+        check_warmup(config.optimizer, config.steps * config.batch.mini_batches)
+    check_output(config.output, "output")
+    store = CheckpointStore(config.output / "checkpoints", config.checkpoint.keep)
+    check_same_output(config, store)
+    if config.is_rl or config.data.eval:
+        check_servers(config.rollout, trainer=True, node=planned)
+    with naming_key("model.path"):
+        model_dir = checkpoint_directory(config.model.path, config.model.revision, planned is None)
+    description = check_model(config, model_dir)
+    tokenizer = load_tokenizer(model_dir)
+    check_vocabulary(model_dir, tokenizer)
+    scale = ScoreScale.resolve(tokenizer, config.scale.scores, config.scale.values, config.scale.anchor)
+    data = load(config, model_dir, tokenizer, scale)
+    evaluation_sets = load_evaluation_sets(config, tokenizer, scale)
+    check_lengths(config, model_dir, data.groups, evaluation_sets)
+    order = BatchOrder(len(data.groups), config.batch.prompts, config.seed)
+    steps = order.steps_of(config.epochs) if config.epochs is not None else config.steps
+    updates = steps * config.batch.mini_batches
+    check_warmup(config.optimizer, updates)
+    return Prepared(model_dir, description, tokenizer, scale, data, evaluation_sets, order, steps, updates, store)
+
+
+def export_directory(config: RunConfig) -> Path:
+    """Where a run writes its Hugging Face checkpoint."""
+    return config.output / "hf"
+
+
+def check_same_output(config: RunConfig, store: CheckpointStore) -> None:
+    """Raise ConfigError when the output directory holds another run's checkpoints or export, or resuming is switched
+    off; CheckpointError or OSError for a checkpoint that cannot be read."""
+    newest, hf = store.newest(), export_directory(config)
+    if newest is not None:
+        path = newest[1]
+        if not config.checkpoint.resume:
+            raise ConfigError(f"{path} exists and checkpoint.resume is false: choose another output, or resume")
+        with reading(path):
+            state = read_state(path)
+        # Its inputs first: an older version had other keys, which nobody could change back.
+        saved_inputs(state, str(path))
+        check_same_run(state["config"], config, str(path))
+    elif config.checkpoint.save_hf and hf.exists():
+        if (hf / RUN_FILE).exists():
+            check_same_run(read_tree(hf / RUN_FILE), config, str(hf))
+        elif not hf.is_dir() or any(hf.iterdir()):
+            raise ConfigError(f"{hf} exists, and no run has made it: choose another output, or remove it")
+
+
+@contextmanager
+def naming_key(key: str) -> Iterator[None]:
+    """Put the configuration's key in front of the message of a checkpoint that is missing."""
+    try:
+        yield
+    except MissingCheckpoint as error:
+        raise MissingCheckpoint(f"{key}: {error}") from error
