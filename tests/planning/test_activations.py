@@ -116,7 +116,7 @@ def table_of(layout: Layout, moe: bool = False, tokens: int = 8192, load: float 
 def test_a_layer_on_a_gpu_by_hand():
     """Qwen3-8B: hidden 4096, MLP 12288, 32 query and 8 key heads of 128; bytes of a token."""
     residual = 4 * 4096  # inputs of two norms, and of the projections behind them
-    attention = 6144 + 5120 + 5120 + 4096  # projection's output; as the norms take them; rotated; output
+    attention = 5120 + 5120 + 1024 + 4096  # as the norms take them; rotated; values; output
     mlp = 3 * 12288
     per_head = (40 + 32) * 4  # norms' statistics and log-sum-exp, in float32
     expected = 2 * (residual + attention + 4 * 128 + mlp) + per_head
@@ -156,9 +156,10 @@ def test_context_parallelism_halves_all_but_keys_and_values():
     assert four[whole] == two[whole] == 2 * 8192 * 8 * 128 * 2
 
 
-def test_more_ranks_than_key_heads_keep_the_gathered_projection():
+def test_more_ranks_than_key_heads_keep_the_gathered_projection_where_attention_is_recomputed():
     # 4 key heads.
-    four, eight = (table_of(layout_of("Qwen3-30B-A3B", tensor=t, sequence_parallel=True), True) for t in (4, 8))
+    layouts = (layout_of("Qwen3-30B-A3B", "selective", tensor=t, sequence_parallel=True) for t in (4, 8))
+    four, eight = (table_of(layout, True) for layout in layouts)
     assert four["queries, keys and values"] == 8192 * (32 + 8) / 4 * 128 * 2
     assert eight["queries, keys and values"] == 8192 * (32 + 8) * 128 * 2
     assert eight["rotated keys"] == four["rotated keys"]
@@ -205,11 +206,12 @@ def test_full_recomputation_keeps_inputs_and_one_block():
     assert full.transient - none.transient == none.layers / 64 - stream
 
 
-def test_selective_recomputation_with_flex_attention_gains_little_or_nothing():
-    """It saves log-sum-exp; under context parallelism this rank's keys, and its values with all that they are a view
-    of, instead of gathered keys and values."""
+def test_selective_recomputation_with_flex_attention_costs_memory():
+    """It saves log-sum-exp and, under context parallelism, gathered keys and values; but values that are a view keep the
+    whole output of the projection."""
     none, selective = stages("none")[3], stages("selective")[3]
-    assert none.layers - selective.layers == 16 * 32768 * 64 * 4
+    whole, values = 32768 * (64 + 2 * 8) * 128 * 2, 32768 * 8 * 128 * 2
+    assert selective.layers - none.layers == 16 * (whole - values - 32768 * 64 * 4)
     none, selective = stages("none", context=2)[3], stages("selective", context=2)[3]
     own, gathered = 16384 * (64 + 2 * 8 + 8) * 128 * 2, 32768 * 2 * 8 * 128 * 2
     assert selective.layers - none.layers == 16 * (own - gathered - 16384 * 64 * 4)
