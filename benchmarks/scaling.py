@@ -69,7 +69,7 @@ def work(args: argparse.Namespace) -> None:
 
 
 def measure(ranks: int, args: argparse.Namespace, checkpoint: str) -> dict:
-    """The seconds of the timed steps on so many ranks, and the tokens of one."""
+    """The seconds of the timed steps on so many ranks, the tokens of one, and the machine's load average after them."""
     command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", str(ranks), "-m", "benchmarks.scaling", "--checkpoint", checkpoint]
     for name in (*SIZES, "tensor"):
@@ -79,7 +79,7 @@ def measure(ranks: int, args: argparse.Namespace, checkpoint: str) -> dict:
     lines = [line for line in done.stdout.splitlines() if line.startswith('{"seconds"')]
     if done.returncode or not lines:
         raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-4000:]}")
-    return json.loads(lines[-1])
+    return json.loads(lines[-1]) | {"load": os.getloadavg()[0]}
 
 
 def gpu_here() -> Gpu | None:
@@ -121,9 +121,10 @@ def page(rows: dict[int, dict], args: argparse.Namespace, checkpoint: str, size:
         cells: list[object] = [ranks, f"{min(times):.2f}", f"{max(times):.2f}", f"{row['tokens']:,.0f}"]
         cells += [f"{rates[ranks] * ranks:,.0f}", f"{rates[ranks] / rates[first]:.2f}"]
         cells += [f"{seconds[ranks]:.2f}", f"{seconds[first] / seconds[ranks]:.2f}"] if gpu else ["–", "–"]
+        cells.append(f"{row['load']:.1f}")
         table.append(cells)
     header = ["ranks", "seconds, fastest", "slowest", "tokens a step", "tokens/s", "efficiency"]
-    header += ["projected seconds", "projected efficiency"]
+    header += ["projected seconds", "projected efficiency", "load average after"]
     return [
         *preamble,
         f"- Model: random Qwen3, {size / 1e6:.1f}M parameters (hidden {args.hidden}, {args.layers} layers, vocabulary "

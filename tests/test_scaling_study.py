@@ -2,10 +2,13 @@
 
 import importlib.util
 import sys
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+
+from real_megatron.planning.search import SAME_TIME, best_layouts
 
 ROOT = Path(__file__).parents[1]
 # Projected over published seconds: what the page reports lies within it. Not a tolerance to widen: a projection that
@@ -26,16 +29,32 @@ def study() -> ModuleType:
 
 @pytest.fixture(scope="module")
 def strong(study: ModuleType) -> dict:
-    return {model: study.curve(model, study.strong) for model in study.MODELS}
+    return study.strong_scaling()
 
 
 def test_the_page_is_what_its_command_writes(study, strong):
-    weak = {model: study.curve(model, study.weak) for model in study.MODELS}
     written = (ROOT / "docs/scaling.md").read_text(encoding="utf-8")
-    assert written == study.wrapped(study.page(strong, weak)), f"run: {study.COMMAND}"
+    assert written == study.wrapped(study.page(strong, study.weak_scaling(strong))), f"run: {study.COMMAND}"
     for line in written.splitlines():
         if line.startswith("!["):
             assert (ROOT / "docs" / line.partition("(")[2].rstrip(")")).is_file()
+
+
+def test_stored_layouts_fit_and_are_what_a_search_finds(study, strong):
+    for points in strong.values():
+        assert all(point.memory.fits for point in points)
+        assert [p.gpus for p in points] == [size for size in study.SIZES if size >= points[0].gpus]
+    first = strong["Qwen3-32B"][0]
+    best = best_layouts(study.description_of("Qwen3-32B"), first.gpus, study.GPU, study.WORKLOAD).best[0]
+    assert (best.layout, best.servers, best.workload) == (first.layout, first.servers, first.workload), (
+        f"run: {study.COMMAND} --search"
+    )
+
+
+def test_a_repeated_layout_does_the_same_work_on_each_gpu(study, strong):
+    for points in study.weak_scaling(strong).values():
+        assert len({point.workload.prompts / point.gpus for point in points}) == 1
+        assert len({point.time.parts["rollout: decoding"] for point in points}) == 1
 
 
 def test_projected_steps_are_near_published_ones(study):
@@ -59,8 +78,9 @@ def test_projected_syncs_are_of_the_published_ones_order(study):
 
 def test_more_gpus_take_no_longer(strong):
     for points in strong.values():
-        seconds = [point.seconds for point in points]
-        assert seconds == sorted(seconds, reverse=True)
+        seconds = [point.time.total for point in points]
+        # The search takes a simpler layout that is slower by less than SAME_TIME.
+        assert all(more < fewer * (1 + SAME_TIME) for fewer, more in pairwise(seconds))
 
 
 def test_bandwidths_matter_in_the_right_direction(study, strong):

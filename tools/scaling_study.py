@@ -1,17 +1,21 @@
 """Strong and weak scaling of large judges, projected from 16 to 1,024 GPUs; and weak scaling as measured here.
 
     python tools/scaling_study.py                           # writes docs/scaling.md and its plots
+    python tools/scaling_study.py --search                  # searches the layouts first: tools/scaling_layouts.json
     python tools/scaling_study.py --measure --ranks 1 2     # trains on this machine: python -m benchmarks.scaling
 
-The first needs no GPU and a few seconds. What it writes depends on the code alone.
+The first needs no GPU and a few seconds; the search takes minutes. What they write depends on the code alone.
 """
 
 import argparse
+import json
 import sys
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -19,16 +23,21 @@ from matplotlib.figure import Figure
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [path for path in (str(ROOT), str(ROOT / "tools")) if path not in sys.path]
 
-from candidates import Candidate, best_layouts  # noqa: E402
 from published import BLOG, PHASES, SLIME, STEPS, SUMMARY, SYNCS, VERL, description_of  # noqa: E402
 
 from benchmarks.report import table  # noqa: E402
+from real_megatron.config import ModelConfig, ParallelConfig  # noqa: E402
 from real_megatron.hardware import GPUS, Gpu  # noqa: E402
 from real_megatron.planning.efficiency import DEFAULT, Efficiency  # noqa: E402
-from real_megatron.planning.step_time import step_time  # noqa: E402
-from real_megatron.planning.workload import Workload  # noqa: E402
+from real_megatron.planning.memory import GIB, LayoutMemory  # noqa: E402
+from real_megatron.planning.report import layout_text, servers_text  # noqa: E402
+from real_megatron.planning.search import best_layouts, candidate_memory  # noqa: E402
+from real_megatron.planning.servers import Servers  # noqa: E402
+from real_megatron.planning.step_time import StepTime, step_time  # noqa: E402
+from real_megatron.planning.workload import Layout, Workload  # noqa: E402
 
 COMMAND = "python tools/scaling_study.py"
+LAYOUTS = Path(__file__).with_name("scaling_layouts.json")
 MODELS = ("Qwen3-32B", "Qwen2.5-72B", "Qwen3-235B-A22B")
 SIZES = (16, 32, 64, 128, 256, 512, 1024)
 GPU = GPUS["H100"]
@@ -41,73 +50,97 @@ WORKLOAD = Workload(
     max_response_tokens=1024,
     max_tokens=16384,
 )
-PROMPTS_PER_GPU = 4
-"""In weak scaling: the workload's prompts at 64 GPUs."""
 WIDTH = 120
 SENSITIVITY_SIZES = (64, 256, 1024)
 
 
 @dataclass(frozen=True)
 class Point:
-    """The best layout that was found for a number of GPUs."""
+    """A layout on a number of GPUs, its servers' among them."""
 
-    gpus: int
+    layout: Layout
     workload: Workload
-    candidate: Candidate
+    servers: Servers
 
     @property
-    def seconds(self) -> float:
-        """Of a step."""
-        return self.candidate.time.total
+    def gpus(self) -> int:
+        return self.layout.world + self.servers.gpus
+
+    @cached_property
+    def time(self) -> StepTime:
+        """Projected."""
+        return step_time(self.layout, self.workload, GPU, self.servers)
+
+    @cached_property
+    def memory(self) -> LayoutMemory:
+        """Estimated."""
+        return candidate_memory(self.layout, self.workload, GPU, self.servers)
 
     @property
     def rate(self) -> float:
         """Responses a second and GPU."""
-        return self.workload.prompts * self.workload.responses / self.seconds / self.gpus
+        return self.workload.prompts * self.workload.responses / self.time.total / self.gpus
+
+    def repeated(self, times: int) -> "Point":
+        """The same layout on so many times the GPUs, for so many times the prompts."""
+        return Point(
+            replace(self.layout, world=self.layout.world * times),
+            replace(self.workload, prompts=self.workload.prompts * times),
+            replace(self.servers, gpus=self.servers.gpus * times),
+        )
 
 
 Curves = Mapping[str, Sequence[Point]]
 
 
-def search(model: str, gpus: int, workload: Workload) -> Point | None:
-    """The fastest layout; None where none fits into so many GPUs."""
-    found = best_layouts(description_of(model), gpus, GPU, workload)
-    return Point(gpus, workload, found[0]) if found else None
+def search() -> dict[str, list[dict[str, Any]]]:
+    """Per model, the first of the layouts that `best_layouts` ranks, at each number of GPUs on which one fits."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for model in MODELS:
+        found[model] = []
+        for gpus in SIZES:
+            best = best_layouts(description_of(model), gpus, GPU, WORKLOAD, count=1).best
+            print(f"{model} on {gpus} GPUs: {layout_text(best[0].layout) if best else 'nothing fits'}", flush=True)
+            if best and best[0].servers is not None:
+                layout = best[0].layout
+                found[model].append(
+                    {
+                        "world": layout.world,
+                        "parallel": layout.parallel.model_dump(exclude_defaults=True),
+                        "recompute": layout.model.recompute,
+                        "max_tokens": best[0].workload.max_tokens,
+                        "servers": {"gpus": best[0].servers.gpus, "tensor": best[0].servers.tensor},
+                    }
+                )
+    return found
 
 
-def curve(model: str, workload: Callable[[int], Workload]) -> list[Point]:
-    """The points of a model over numbers of GPUs."""
-    points = [search(model, gpus, workload(gpus)) for gpus in SIZES]
-    return [point for point in points if point is not None]
+def strong_scaling() -> dict[str, list[Point]]:
+    """The same step on more GPUs, by the stored layouts."""
+    stored = json.loads(LAYOUTS.read_text(encoding="utf-8"))
+    return {model: [_point(model, one) for one in stored[model]] for model in MODELS}
 
 
-def strong(gpus: int) -> Workload:
-    """The same step at every size."""
-    return WORKLOAD
+def _point(model: str, one: dict[str, Any]) -> Point:
+    layout = Layout(
+        description_of(model),
+        ParallelConfig.model_validate(one["parallel"]),
+        ModelConfig.model_validate({"recompute": one["recompute"]}),
+        one["world"],
+    )
+    return Point(layout, replace(WORKLOAD, max_tokens=one["max_tokens"]), Servers(**one["servers"]))
 
 
-def weak(gpus: int) -> Workload:
-    """A step that grows with the GPUs."""
-    return replace(WORKLOAD, prompts=PROMPTS_PER_GPU * gpus)
+def weak_scaling(strong: Curves) -> dict[str, list[Point]]:
+    """The layout of the first size from 64 GPUs on, repeated with its prompts."""
+    curves = {}
+    for model, points in strong.items():
+        first = next(point for point in points if point.gpus >= 64)
+        curves[model] = [first.repeated(size // first.gpus) for size in SIZES if size >= first.gpus]
+    return curves
 
 
 # --- the page -----------------------------------------------------------------------------------------------------
-
-
-def sizes_of(candidate: Candidate) -> str:
-    """A layout and its servers, in a few characters."""
-    parallel, servers = candidate.layout.parallel, candidate.servers
-    text = f"TP {parallel.tensor}, PP {parallel.pipeline}"
-    if parallel.virtual_pipeline:
-        text += f" × {parallel.virtual_pipeline}"
-    for name, size in (("CP", parallel.context), ("EP", parallel.expert)):
-        text += f", {name} {size}" if size > 1 else ""
-    text += f", DP {candidate.layout.data}"
-    recompute = candidate.layout.model.recompute
-    text += "" if recompute == "none" else f", {recompute} recomputation"
-    if servers is not None:
-        text += f"; {servers.count} {'colocated ' if servers.colocated else ''}servers of {servers.tensor}"
-    return text
 
 
 def efficiency(points: Sequence[Point], point: Point) -> float:
@@ -118,12 +151,15 @@ def efficiency(points: Sequence[Point], point: Point) -> float:
 def curve_table(points: Sequence[Point]) -> list[str]:
     rows = []
     for point in points:
-        time = point.candidate.time
+        time = point.time
+        recompute = point.layout.model.recompute
         rows.append(
             [
                 f"{point.gpus:,}",
-                sizes_of(point.candidate),
+                layout_text(point.layout) + ("" if recompute == "none" else ", recomputation"),
+                servers_text(point.servers),
                 time.binds,
+                f"{point.memory.fullest.peak / GIB:.0f}",
                 f"{time.total:.1f}",
                 f"{time.training:.1f}",
                 f"{time.phase('rollout'):.1f}",
@@ -132,8 +168,8 @@ def curve_table(points: Sequence[Point]) -> list[str]:
                 f"{efficiency(points, point):.2f}",
             ]
         )
-    header = ["GPUs", "layout", "what binds", "step, s", "training, s", "rollout, s", "sync, s"]
-    return table([*header, "responses/s", "efficiency"], rows, left=3)
+    header = ["GPUs", "training", "servers", "what binds", "GiB", "step, s", "training, s", "rollout, s", "sync, s"]
+    return table([*header, "responses/s", "efficiency"], rows, left=4)
 
 
 def breaks(curves: Curves) -> list[str]:
@@ -147,8 +183,8 @@ def breaks(curves: Curves) -> list[str]:
         if half is None:
             line += f"Above half of its efficiency up to {points[-1].gpus:,}. "
         else:
-            line += f"At {half.gpus:,} less than half of its efficiency is left; `{half.candidate.time.binds}` binds. "
-        last = points[-1].candidate.time
+            line += f"At {half.gpus:,} less than half of its efficiency is left; `{half.time.binds}` binds. "
+        last = points[-1].time
         largest = sorted(last.parts, key=lambda part: -last.parts[part])[:3]
         shares = ", ".join(f"`{part}` {last.parts[part]:.1f} s" for part in largest)
         line += f"Of {last.total:.1f} s at {points[-1].gpus:,}, the largest parts are {shares}."
@@ -170,9 +206,9 @@ def sensitivity(curves: Curves) -> list[str]:
     for model, points in curves.items():
         for point in points:
             if point.gpus in SENSITIVITY_SIZES:
-                layout, servers = point.candidate.layout, point.candidate.servers
                 totals = [
-                    step_time(layout, point.workload, gpu, servers, assumed).total for gpu, assumed in changes.values()
+                    step_time(point.layout, point.workload, gpu, point.servers, assumed).total
+                    for gpu, assumed in changes.values()
                 ]
                 rows.append([model, f"{point.gpus:,}", *(f"{total:.1f}" for total in totals)])
     return table(["model", "GPUs", *changes], rows, left=2)
@@ -248,8 +284,9 @@ def page(strong_curves: Curves, weak_curves: Curves) -> list[str]:
         f"A step of REAL on nodes of 8 {GPU.name}s: {workload.prompts} prompts × {workload.responses} responses, "
         f"prompts of {workload.prompt_tokens:,} tokens and responses of {workload.response_tokens:g} in the mean, the "
         f"longest {workload.max_response_tokens:,}; shared prompts in micro-batches of at most {workload.max_tokens:,} "
-        "tokens; one update, no KL term. Layouts are the fastest that were found within memory; servers on GPUs of "
-        "their own count among the GPUs. A step is",
+        "tokens; one update, no KL term. Layouts are the first that `real-megatron plan`'s search ranks "
+        "(`--search`; stored in `tools/scaling_layouts.json`): they fit into memory and are the fastest, or within "
+        "a few per cent of it and simpler. Servers have GPUs of their own, which count. A step is",
         "",
         "- **rollout**: prefill by FLOPs, each prompt once; decoding by the bytes of weights, of visited experts and "
         "of the KV cache that each step reads; and the wait for the longest response, since the step waits for all;",
@@ -306,7 +343,8 @@ def page(strong_curves: Curves, weak_curves: Curves) -> list[str]:
         "",
         "## Weak scaling",
         "",
-        f"{PROMPTS_PER_GPU} prompts a GPU, so that the step above is that of 64 GPUs.",
+        "The layout of the first size from 64 GPUs on, repeated: as many times the data-parallel ranks, servers and "
+        "prompts.",
         "",
         "![Projected efficiency](images/scaling_weak.png)",
         "",
@@ -373,13 +411,13 @@ def plot(path: Path, curves: Curves, value: Callable[[Sequence[Point], Point], f
 
 def write(docs: Path) -> None:
     """Write scaling.md and its plots into a folder."""
-    strong_curves = {model: curve(model, strong) for model in MODELS}
-    weak_curves = {model: curve(model, weak) for model in MODELS}
+    strong_curves = strong_scaling()
+    weak_curves = weak_scaling(strong_curves)
     (docs / "scaling.md").write_text(wrapped(page(strong_curves, weak_curves)), encoding="utf-8")
     plot(
         docs / "images" / "scaling_strong.png",
         strong_curves,
-        lambda points, point: point.seconds,
+        lambda points, point: point.time.total,
         "Strong scaling, projected: 256 prompts × 8 responses",
         "seconds of a step",
     )
@@ -387,7 +425,7 @@ def write(docs: Path) -> None:
         docs / "images" / "scaling_weak.png",
         weak_curves,
         efficiency,
-        f"Weak scaling, projected: {PROMPTS_PER_GPU} prompts a GPU",
+        "Weak scaling, projected: prompts grow with GPUs",
         "responses/s and GPU, of the smallest size's",
     )
 
@@ -397,6 +435,7 @@ def main() -> None:
     parser.add_argument(
         "--measure", action="store_true", help="train here instead; further options: benchmarks.scaling"
     )
+    parser.add_argument("--search", action="store_true", help="search the layouts first, for minutes")
     parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="folder to write into")
     args, rest = parser.parse_known_args()
     if args.measure:
@@ -407,6 +446,8 @@ def main() -> None:
         return
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if args.search:
+        LAYOUTS.write_text(json.dumps(search(), indent=1) + "\n", encoding="utf-8")
     write(args.docs)
 
 
