@@ -127,7 +127,7 @@ def test_it_says_what_the_run_would_do_and_leaves_nothing_behind(run: Any, tmp_p
     phases = shown(found, "phases")
     assert phases["rollout"].startswith("4 requests of 2 responses: at most 160 tokens; requests a rank: 1, ")
     assert phases["evaluation"] == (
-        "dev: 10 × 1 response; before the first step, every 4 steps and at the end (2 times)"
+        "dev: 10 × 1 response; before the first step, every 4 steps and at the end (3 times)"
     )
     assert "every 5 steps and at the end (2 times); 2 kept" in phases["checkpoint"]
     assert phases["export"].endswith("run/hf") and "log-probs" not in phases
