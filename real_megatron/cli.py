@@ -1,4 +1,4 @@
-"""The command line: `real-megatron train | sft | critiques | evaluate | judge | report | convert`.
+"""The command line: `real-megatron train | sft | critiques | evaluate | judge | report | plan | convert`.
 
 Commands import what they need when they run, so that `--help` answers at once.
 """
@@ -13,6 +13,7 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -358,6 +359,58 @@ def report(
         check_output(output or runs[-1], "output")
         results = [read_run(name, run) for name, run in zip(run_names(runs), runs, strict=True)]
         typer.echo(write_report(output or runs[-1], results, command=["real-megatron", *sys.argv[1:]], title=title))
+
+
+@app.command()
+def plan(
+    model: Annotated[str, typer.Option(help=MODEL + ". config.json alone is needed.")],
+    gpus: Annotated[int, typer.Option(min=1, help="All GPUs: those that train and those that serve.")],
+    gpu: Annotated[str, typer.Option(help="Kind of GPU: A100, H100, H200 or B200.")] = "H100",
+    gpus_per_node: Annotated[int, typer.Option(min=1, help="GPUs of a node.")] = 8,
+    rollout: Annotated[
+        str, typer.Option(help="Servers: colocated with the trainer, separate, or auto (the faster); none: sft.")
+    ] = "auto",
+    prompt_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Mean length of a prompt; default: half of data.max_prompt_tokens.")
+    ] = None,
+    response_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Mean length of a response; default: half of data.max_response_tokens.")
+    ] = None,
+    top: Annotated[int, typer.Option(min=1, help="How many layouts to show.")] = 5,
+    config: Annotated[
+        Path | None, typer.Option(help="YAML of a run, for batch, lengths, responses and objective; default: defaults.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="YAML file to write the best layout's settings to.")] = None,
+    revision: Revision = None,
+    overrides: Overrides = None,
+) -> None:
+    """Choose how to spread a model over GPUs: memory to the byte and a projected step time of every layout.
+
+    Tries all sizes of parallelism that divide the model, recomputation, token budgets and placements of the rollout
+    servers; shows the fastest that fit, and the settings of the first. Nothing is loaded, and no GPU is needed.
+
+    Examples:
+
+      real-megatron plan --model Qwen/Qwen3-32B --gpus 32
+
+      real-megatron plan --model Qwen3-8B --gpus 8 --gpu A100 --config real.yaml rollout.n=16
+    """
+    with reported():
+        from real_megatron.config import RunConfig
+        from real_megatron.hardware import find_gpu
+        from real_megatron.planning.command import find_layouts
+        from real_megatron.planning.report import candidates_table, settings
+
+        kind = replace(find_gpu(gpu), per_node=gpus_per_node)
+        run = RunConfig.from_yaml(config, overrides or [])
+        found = find_layouts(run, model, gpus, kind, rollout, prompt_tokens, response_tokens, revision, top)
+        CONSOLE_OUT.print(candidates_table(found, kind))
+        text = settings(found.best[0], kind)
+        if output is None:
+            typer.echo(f"\nSettings of the first:\n\n{text}", nl=False)
+        else:
+            output.write_text(text, encoding="utf-8")
+            typer.echo(f"{output}: settings of the first")
 
 
 convert = typer.Typer(

@@ -1,8 +1,10 @@
 """What GPUs and the links between them can do: the small table behind MFU and behind estimates.
 
-Sources: NVIDIA's data sheets of A100 80GB SXM, H100 SXM, H200 SXM and HGX B200 (dense bfloat16 tensor-core rate, memory
-and its bandwidth, NVLink); the network is that of the DGX systems, one adapter a GPU: HDR InfiniBand (200 Gb/s) for
-A100, NDR (400 Gb/s) for the others.
+Sources, all NVIDIA's: "A100 Tensor Core GPU" (A100 80GB SXM), "H100 Tensor Core GPU" (SXM, PCIe and NVL), "H200 Tensor
+Core GPU", "Blackwell Architecture" (HGX B200; GB200) data sheets, where tensor-core rates with sparsity are halved.
+NVLink is given there for both directions: half is here. The network is that of the "DGX A100", "DGX H100", "DGX H200"
+and "DGX B200" data sheets, one adapter a GPU: HDR InfiniBand (200 Gb/s) in the first, NDR (400 Gb/s) in the others.
+Memory is what nvidia-smi reports less about half a GiB, which the CUDA context takes.
 """
 
 from dataclasses import dataclass
@@ -13,6 +15,7 @@ from real_megatron.errors import ConfigError
 _PEAKS = {
     "A100": 312e12,
     "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
     "H100": 989e12,
     "H200": 989e12,
     "GH200": 989e12,
@@ -29,7 +32,7 @@ class Gpu:
     flops: float
     """Dense bfloat16 FLOP/s."""
     memory: float
-    """Bytes that a process can allocate: the card's, less what driver and CUDA context take."""
+    """Bytes that a process can allocate."""
     bandwidth: float
     """Bytes/s of the GPU's memory."""
     nvlink: float

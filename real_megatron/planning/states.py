@@ -48,21 +48,24 @@ class StateBytes:
         return self.weights + self.gradients + self.optimizer
 
 
-def state_bytes(layout: Layout, stage: int, data_rank: int = 0, expert_data_rank: int = 0) -> StateBytes:
+def state_bytes(
+    layout: Layout, stage: int, data_rank: int = 0, expert_data_rank: int = 0, sizes: "LocalSizes | None" = None
+) -> StateBytes:
     """What a rank of pipeline stage `stage` holds; ranks of other tensor, context and expert ranks hold as much.
 
     data_rank, expert_data_rank: its place among the ranks that share optimizer state, context-parallel ones among them;
-    the first ones have most, since padding is at the end of each bucket.
+    the first ones have most, since padding is at the end of each bucket. sizes: those of the layout's model, where they
+    are known already.
     """
     parallel, model = layout.parallel, layout.model
+    sizes = sizes or LocalSizes.of(layout)
     width = 4 if model.dtype == "float32" else 2
     ranks = layout.data * parallel.context
     weights = gradients = optimizer = 0
-    for index, chunk in enumerate(chunk_parameters(layout, stage)):
+    for index, (dense, experts) in enumerate(sizes.chunks(layout, stage)):
         # As Megatron does: only the first chunk of the first stage is bucketed.
         bucket = max(40_000_000, 1_000_000 * layout.data) if index == stage == 0 else None
-        for experts, size, rank in ((False, ranks, data_rank), (True, layout.expert_data, expert_data_rank)):
-            mine = [parameter for parameter in chunk if parameter.expert is experts]
+        for mine, size, rank in ((dense, ranks, data_rank), (experts, layout.expert_data, expert_data_rank)):
             buffer = Buffer.arrange(mine, bucket, size if parallel.distributed_optimizer else None)
             weights += buffer.length * width
             gradients += buffer.length * 4
@@ -72,14 +75,10 @@ def state_bytes(layout: Layout, stage: int, data_rank: int = 0, expert_data_rank
 
 
 @dataclass(frozen=True)
-class LocalParameter:
-    """A parameter as one rank holds it."""
+class Shared:
+    """A tied embedding, of which the first and the last pipeline stage have a copy: it gets a bucket of its own."""
 
-    name: str
     elements: int
-    expert: bool
-    shared: bool
-    """A tied embedding, of which the first and the last pipeline stage have a copy."""
 
 
 @dataclass(frozen=True)
@@ -102,16 +101,20 @@ class Buffer:
         """Elements of parameters whose optimizer state rank `rank` keeps."""
         if self.ranks is None:
             return sum(end - start for start, end in self.places)
-        total = 0
+        total, at = 0, 0
         for start, end in self.buckets:
             part = (end - start) // self.ranks
             first = start + rank * part
-            total += sum(max(0, min(b, first + part) - max(a, first)) for a, b in self.places)
+            while at < len(self.places) and self.places[at][0] < end:
+                a, b = self.places[at]
+                total += max(0, min(b, first + part) - max(a, first))
+                at += 1
         return total
 
     @classmethod
-    def arrange(cls, held: Sequence[LocalParameter], bucket: int | None, ranks: int | None) -> "Buffer":
-        """Arrange parameters, given in the module's order. bucket: elements after which a bucket ends; None: one."""
+    def arrange(cls, held: Sequence[int | Shared], bucket: int | None, ranks: int | None) -> "Buffer":
+        """Arrange parameters of these sizes, given in the module's order. bucket: elements after which a bucket ends;
+        None: one bucket."""
         places: list[tuple[int, int]] = []
         buckets: list[tuple[int, int]] = []
         at = first = 0
@@ -123,13 +126,14 @@ class Buffer:
             first = end
             return end
 
-        for parameter in reversed(held):
+        for one in reversed(held):
+            elements = one.elements if isinstance(one, Shared) else one
             at = at if ranks is None else _up(at, ALIGNMENT)
-            alone = parameter.shared and ranks is not None
+            alone = isinstance(one, Shared) and ranks is not None
             if alone and at > first:
                 at = end_bucket(at)
-            places.append((at, at + parameter.elements))
-            at += parameter.elements
+            places.append((at, at + elements))
+            at += elements
             if alone or (bucket is not None and at - first >= bucket):
                 at = end_bucket(at)
         if at > first:
@@ -137,70 +141,78 @@ class Buffer:
         return cls(tuple(places), tuple(buckets), ranks)
 
 
-def chunk_parameters(layout: Layout, stage: int) -> list[list[LocalParameter]]:
-    """The parameters of each model chunk of a rank of pipeline stage `stage`, in the order of Megatron's modules."""
-    description, parallel = layout.description, layout.parallel
-    tensor = parallel.tensor
-    experts = description.num_experts // parallel.expert if description.num_experts else 0
-    embedding, final, output, kinds = _table(layout)
-    places = layers_of_chunks(description.num_layers, parallel)
-    chunks = []
-    for place in range(stage, len(places), parallel.pipeline):
-        first, last = place == 0, place == len(places) - 1
-        shared = description.tied and parallel.pipeline > 1
-        chunk = [_local(embedding, tensor, shared)] if first else []
-        for layer in places[place]:
-            kind = kinds[description.is_moe_layer(layer)]
-            chunk += [_local(p, tensor, layer=layer) for p in kind if p.expert is None or p.expert < experts]
-        if last:
-            chunk.append(_local(final, tensor))
-            if output is not None:
-                chunk.append(_local(output, tensor))
-            elif not first:
-                chunk.append(_local(embedding, tensor, shared))
-        chunks.append(chunk)
-    return chunks
+@dataclass(frozen=True)
+class LocalSizes:
+    """Elements of a model's parameters on one tensor-parallel rank, in the order of Megatron's modules."""
 
+    embedding: int
+    final_norm: int
+    output: int | None
+    """None: the output layer is tied to the embedding."""
+    layers: dict[bool, tuple[list[int], list[int]]]
+    """Of a dense layer (False) and of one with experts (True): all parameters but experts', and those of one expert."""
 
-def _table(layout: Layout) -> tuple[Parameter, Parameter, Parameter | None, dict[bool, list[Parameter]]]:
-    """Embedding, final norm, output layer (None: tied), and those of a dense layer (False) and of one of experts (True)
-    in the modules' order. Only one layer of each kind is listed: the largest models have tens of thousands of experts.
-    """
-    description = layout.description
-    kinds = [description.is_moe_layer(layer) for layer in range(description.num_layers)]
-    chosen = sorted({kind: layer for layer, kind in enumerate(kinds)}.values())
-    settings = {**description.transformer_config, "num_layers": len(chosen)}
-    if description.num_experts:
-        settings["moe_layer_freq"] = [settings["moe_layer_freq"][layer] for layer in chosen]
-    few = replace(description, transformer_config=settings)
-    rows = padded_vocab(description, layout.parallel.tensor, layout.model.vocab_multiple)
-    whole: dict[str, Parameter] = {}
-    layers: dict[bool, list[Parameter]] = {}
-    for parameter in parameters(few, vocab_rows=rows):
-        if parameter.layer is None:
-            whole[parameter.name] = parameter
-        else:
-            layers.setdefault(few.is_moe_layer(parameter.layer), []).append(parameter)
-    for of_kind in layers.values():
-        of_kind.sort(key=_place)
-    return (
-        whole["embedding.word_embeddings.weight"],
-        whole["decoder.final_layernorm.weight"],
-        whole.get("output_layer.weight"),
-        layers,
-    )
+    @classmethod
+    def of(cls, layout: Layout) -> "LocalSizes":
+        """The sizes at a layout's tensor-parallel size. Only one layer of each kind is looked at: the largest models
+        have tens of thousands of experts."""
+        description, tensor = layout.description, layout.parallel.tensor
+        kinds = [description.is_moe_layer(layer) for layer in range(description.num_layers)]
+        chosen = sorted({kind: layer for layer, kind in enumerate(kinds)}.values())
+        settings = {**description.transformer_config, "num_layers": len(chosen)}
+        if description.num_experts:
+            settings["moe_layer_freq"] = [settings["moe_layer_freq"][layer] for layer in chosen]
+        few = replace(description, transformer_config=settings)
+        rows = padded_vocab(description, tensor, layout.model.vocab_multiple)
+        whole: dict[str, int] = {}
+        layers: dict[bool, tuple[list[int], list[int]]] = {}
+        for parameter in sorted(parameters(few, vocab_rows=rows), key=_place):
+            elements = prod(parameter.transform.shard_shape(tensor))
+            if parameter.layer is None:
+                whole[parameter.name] = elements
+                continue
+            others, expert = layers.setdefault(few.is_moe_layer(parameter.layer), ([], []))
+            if parameter.expert is None:
+                others.append(elements)
+            elif parameter.expert == 0:
+                expert.append(elements)
+        return cls(
+            whole["embedding.word_embeddings.weight"],
+            whole["decoder.final_layernorm.weight"],
+            whole.get("output_layer.weight"),
+            layers,
+        )
+
+    def chunks(self, layout: Layout, stage: int) -> list[tuple[list[int | Shared], list[int]]]:
+        """Per model chunk of a rank of pipeline stage `stage`: all parameters but experts', and those of experts."""
+        description, parallel = layout.description, layout.parallel
+        count = description.num_experts // parallel.expert if description.num_experts else 0
+        embedding = Shared(self.embedding) if description.tied and parallel.pipeline > 1 else self.embedding
+        places = layers_of_chunks(description.num_layers, parallel)
+        chunks = []
+        for place in range(stage, len(places), parallel.pipeline):
+            first, last = place == 0, place == len(places) - 1
+            dense: list[int | Shared] = [embedding] if first else []
+            experts: list[int] = []
+            for layer in places[place]:
+                others, expert = self.layers[description.is_moe_layer(layer)]
+                dense += others
+                experts += expert * count
+            if last:
+                dense.append(self.final_norm)
+                if self.output is not None:
+                    dense.append(self.output)
+                elif not first:
+                    dense.append(embedding)
+            chunks.append((dense, experts))
+        return chunks
 
 
 def _place(parameter: Parameter) -> tuple[int, int, str, bool]:
+    """Where Megatron's modules have a parameter, within its layer."""
     name = parameter.name.partition(f"layers.{parameter.layer}.")[2]
-    module = next(index for index, prefix in enumerate(_ORDER) if name.startswith(prefix))
+    module = next((index for index, prefix in enumerate(_ORDER) if name.startswith(prefix)), -1)
     return module, parameter.expert or 0, name.rpartition(".")[0], name.endswith("bias")
-
-
-def _local(parameter: Parameter, tensor: int, shared: bool = False, layer: int | None = None) -> LocalParameter:
-    name = parameter.name.replace(f"layers.{parameter.layer}.", f"layers.{layer}.")
-    elements = prod(parameter.transform.shard_shape(tensor))
-    return LocalParameter(name, elements, parameter.expert is not None, shared)
 
 
 def _up(number: int, multiple: int) -> int:

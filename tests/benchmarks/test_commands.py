@@ -9,7 +9,7 @@ import pytest
 from benchmarks import measure
 
 
-@pytest.mark.parametrize("name", ["attention", "convert", "head", "rollout", "step", "training"])
+@pytest.mark.parametrize("name", ["attention", "convert", "head", "rollout", "scaling", "step", "training"])
 def test_a_benchmark_says_how_it_is_used(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     benchmark = importlib.import_module(f"benchmarks.{name}")
     with pytest.raises(SystemExit) as stopped:

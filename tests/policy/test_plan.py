@@ -216,6 +216,18 @@ def test_parallel_sizes_that_do_not_divide_the_model_are_refused(model, parallel
         check_divides(model, ParallelConfig(**parallel))
 
 
+def test_embedding_and_output_layer_may_count_as_layers():
+    model = describe(Qwen3Config(**{**SIZES, "num_hidden_layers": 94}))
+    both = dict(account_for_embedding=True, account_for_loss=True)
+    with pytest.raises(ConfigError, match="does not divide the model's 94 layers: choose one of 1, 2, 47, 94$"):
+        check_divides(model, ParallelConfig(pipeline=8))
+    check_divides(model, ParallelConfig(pipeline=8, **both))
+    with pytest.raises(ConfigError, match="does not divide the model's 96 layers .with what parallel.account_for_"):
+        check_divides(model, ParallelConfig(pipeline=5, **both))
+    with pytest.raises(ValueError, match="set pipeline above 1 or switch them off"):
+        ParallelConfig(account_for_loss=True)
+
+
 @pytest.mark.parametrize("heads", [(4, 2), (12, 6), (12, 3), (6, 1)])
 @pytest.mark.parametrize("experts", [0, 6])
 def test_the_sizes_that_are_offered_are_those_that_work(heads, experts):

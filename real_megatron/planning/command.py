@@ -1,0 +1,69 @@
+"""`real-megatron plan`: from a model's name and a number of GPUs to layouts."""
+
+from dataclasses import replace
+
+from real_megatron import bridge
+from real_megatron.config import RunConfig
+from real_megatron.errors import ConfigError
+from real_megatron.hardware import Gpu
+from real_megatron.hf.directory import checkpoint_directory
+from real_megatron.hf.rotary import longest_sequence
+from real_megatron.hf.side_files import read_config
+from real_megatron.planning.memory import GIB
+from real_megatron.planning.report import layout_text, servers_text
+from real_megatron.planning.search import Found, best_layouts
+from real_megatron.planning.workload import workload_of
+
+
+def find_layouts(
+    config: RunConfig,
+    model: str,
+    gpus: int,
+    gpu: Gpu,
+    placement: str = "auto",
+    prompt_tokens: int | None = None,
+    response_tokens: int | None = None,
+    revision: str | None = None,
+    count: int = 5,
+) -> Found:
+    """The best layouts for a run on `gpus` GPUs, its servers included.
+
+    config: batch, lengths, responses, objective and head; its own layout, token budget and servers are not read. model:
+    a directory with config.json, or a name on the hub. placement: see `search.PLACEMENTS`, or `none` for a run without
+    servers. prompt_tokens, response_tokens: mean lengths; None: half of the longest.
+
+    Raises ConfigError where no layout fits (it names the one that misses by the least, and what takes its memory),
+    MissingCheckpoint and UnsupportedModel for the model.
+    """
+    description = bridge.describe(
+        read_config(checkpoint_directory(model, revision, weights=False)), config.model.family
+    )
+    longest = config.data.max_prompt_tokens + config.data.max_response_tokens
+    positions = longest_sequence(read_config(directory))
+    if positions is not None and longest > positions:
+        raise ConfigError(
+            f"data.max_prompt_tokens + data.max_response_tokens = {longest}: {model} has {positions} positions "
+            "(max_position_embeddings in config.json, or what its rope_type allows); lower one of them"
+        )
+    workload = workload_of(
+        config,
+        prompt_tokens or config.data.max_prompt_tokens / 2,
+        response_tokens or config.data.max_response_tokens / 2,
+    )
+    if placement == "none":
+        placement, workload = "auto", replace(workload, generates=False)
+    found = best_layouts(description, gpus, gpu, workload, config.model, placement, count, config.rollout.staleness)
+    if not found.tried:
+        raise ConfigError(
+            f"--gpus {gpus}: no layout of as many GPUs divides {model} and gives every data-parallel rank a prompt of "
+            f"batch.prompts = {workload.prompts}: choose a multiple of {gpu.per_node} or of a power of two"
+        )
+    if found.closest is not None:
+        fullest = found.closest.memory.fullest
+        raise ConfigError(
+            f"--gpus {gpus}: none of {found.tried:,} layouts of {model} fits into {gpu.memory / GIB:.0f} GiB of "
+            f"{gpu.name}. The closest ({layout_text(found.closest.layout)}; servers: "
+            f"{servers_text(found.closest.servers)}) needs {fullest.peak / GIB:.0f} GiB, {fullest.binds} most of all: "
+            "use more GPUs, larger ones, or shorter sequences (data.max_prompt_tokens, data.max_response_tokens)"
+        )
+    return found

@@ -1,0 +1,212 @@
+"""The best layouts of a model on a number of GPUs: all that divide are tried, those that fit are ranked by time."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+
+from real_megatron.bridge import ModelDescription
+from real_megatron.bridge.description import divisors
+from real_megatron.config import ModelConfig, ParallelConfig
+from real_megatron.errors import ConfigError
+from real_megatron.hardware import Gpu
+from real_megatron.planning.memory import LayoutMemory, layout_memory
+from real_megatron.planning.servers import Servers, server_memory
+from real_megatron.planning.states import LocalSizes, StateBytes, state_bytes
+from real_megatron.planning.step_time import StepTime, step_time
+from real_megatron.planning.workload import Layout, Workload
+from real_megatron.policy.stages import chunk_count, counted_layers
+
+Placement = str
+"""`colocated`: servers on the trainer's GPUs; `separate`: on GPUs of their own; `auto`: whichever is faster."""
+PLACEMENTS = ("auto", "colocated", "separate")
+SAME_TIME = 0.03
+"""Projected times that differ by less are taken to be the same: the simpler layout then wins."""
+LARGEST_PIPELINE = 16
+LARGEST_VIRTUAL_PIPELINE = 8
+LARGEST_CONTEXT = 8
+LARGEST_BUDGET = 2**17
+"""Tokens of a micro-batch: beyond, its own work is large enough to hide every fixed cost."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to spread a run over its GPUs."""
+
+    layout: Layout
+    workload: Workload
+    """With the token budget of this candidate."""
+    servers: Servers | None
+    memory: LayoutMemory
+    time: StepTime
+
+    @property
+    def gpus(self) -> int:
+        """All GPUs, the servers' too."""
+        separate = 0 if self.servers is None or self.servers.colocated else self.servers.gpus
+        return self.layout.world + separate
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search has seen."""
+
+    best: list[Candidate]
+    """Those that fit, as `_ranked` orders them; of several with the same sizes of parallelism only the fastest."""
+    tried: int
+    """Layouts that divide model and GPUs."""
+    fitting: int
+    closest: Candidate | None
+    """Where none fits: the one that misses by the least."""
+
+
+def best_layouts(
+    description: ModelDescription,
+    gpus: int,
+    gpu: Gpu,
+    workload: Workload,
+    model: ModelConfig | None = None,
+    placement: Placement = "auto",
+    count: int = 5,
+    staleness: int = 0,
+) -> Found:
+    """Search the layouts of `gpus` GPUs, servers included.
+
+    workload: its `max_tokens` is a start; every budget from one longest response on is tried. model: what is not
+    searched (recomputation is); default: the configuration's defaults. Raises ConfigError for a placement that is not
+    known.
+    """
+    if placement not in PLACEMENTS:
+        raise ConfigError(f"placement {placement!r}: choose one of {', '.join(PLACEMENTS)}")
+    model = model or ModelConfig()
+    tried = fitting = 0
+    fastest: dict[tuple[object, ...], Candidate] = {}
+    closest: Candidate | None = None
+    known = _States(description, model)
+    for servers, world in _placements(description, gpus, gpu, workload, placement, staleness):
+        for parallel in _parallel_sizes(description, world, gpu, workload):
+            states = known.of(parallel, world)
+            for budget in _budgets(workload, parallel):
+                one = None
+                for recompute in ("none", "full"):  # which is slower: not tried where the first fits
+                    tried += 1
+                    chosen = model.model_copy(update={"recompute": recompute})
+                    layout, work = Layout(description, parallel, chosen, world), replace(workload, max_tokens=budget)
+                    memory = layout_memory(layout, work, gpu, servers, states=states)
+                    if memory.fits or (not fitting and recompute == "full"):
+                        one = Candidate(layout, work, servers, memory, step_time(layout, work, gpu, servers))
+                        break
+                if one is None or not one.memory.fits:
+                    if one and (closest is None or one.memory.fullest.peak < closest.memory.fullest.peak):
+                        closest = one
+                    break  # larger micro-batches take more
+                fitting += 1
+                key = (world, *_sizes(parallel), servers and servers.colocated)
+                if key not in fastest or one.time.total < fastest[key].time.total:
+                    fastest[key] = one
+    ranked = _ranked(list(fastest.values()))
+    return Found(ranked[:count], tried, fitting, None if fitting else closest)
+
+
+def _ranked(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """Fastest first; of those that differ by less than `SAME_TIME`, the ones with fewer kinds of parallelism."""
+    if not candidates:
+        return []
+    best = min(one.time.total for one in candidates)
+
+    def key(one: Candidate) -> tuple[int, int, float]:
+        kinds = sum(size > 1 for size in _sizes(one.layout.parallel)) + bool(one.layout.parallel.virtual_pipeline)
+        return int(math.log(one.time.total / best) / math.log(1 + SAME_TIME)), kinds, one.time.total
+
+    return sorted(candidates, key=key)
+
+
+class _States:
+    """Bytes of weights, gradients and optimizer on the first and the last pipeline stage, which have most: each
+    computed once."""
+
+    def __init__(self, description: ModelDescription, model: ModelConfig) -> None:
+        self.description, self.model = description, model
+        self._sizes: dict[int, LocalSizes] = {}
+        self._known: dict[tuple[object, ...], dict[int, StateBytes]] = {}
+
+    def of(self, parallel: ParallelConfig, world: int) -> dict[int, StateBytes]:
+        layout = Layout(self.description, parallel, self.model, world)
+        if parallel.tensor not in self._sizes:
+            self._sizes[parallel.tensor] = LocalSizes.of(layout)
+        key = (world, *parallel.model_dump().values())
+        if key not in self._known:
+            sizes = self._sizes[parallel.tensor]
+            stages = sorted({0, parallel.pipeline - 1})
+            self._known[key] = {stage: state_bytes(layout, stage, sizes=sizes) for stage in stages}
+        return self._known[key]
+
+
+def _sizes(parallel: ParallelConfig) -> tuple[int, ...]:
+    return (parallel.tensor, parallel.pipeline, parallel.context, parallel.expert)
+
+
+def _placements(
+    description: ModelDescription, gpus: int, gpu: Gpu, workload: Workload, placement: Placement, staleness: int
+) -> Iterator[tuple[Servers | None, int]]:
+    """Servers, and the training ranks that are left."""
+    if not workload.generates:
+        yield None, gpus
+        return
+    sizes = _server_sizes(description, gpu)
+    # A run starts servers on rank 0's node alone: colocated ones are there for one node.
+    if placement != "separate" and not staleness and gpus <= gpu.per_node:
+        for tensor in sizes:
+            if gpus % tensor == 0:
+                yield Servers(gpus, tensor, colocated=True), gpus
+    if placement != "colocated":
+        # Whole nodes serve where there are several.
+        unit = gpu.per_node if gpus > gpu.per_node else 1
+        shares = sorted({max(unit, round(gpus * eighths / 8 / unit) * unit) for eighths in (1, 2, 3, 4, 5, 6)})
+        for serving, tensor in product(shares, sizes):
+            if serving < gpus and serving % tensor == 0:
+                yield Servers(serving, tensor, staleness=staleness), gpus - serving
+
+
+def _server_sizes(description: ModelDescription, gpu: Gpu) -> list[int]:
+    """Tensor-parallel sizes of a server: the smallest whose weights take at most 60 % of a GPU, and twice that."""
+    sizes = [size for size in description.tensor_sizes if gpu.per_node % size == 0]
+    enough = [size for size in sizes if server_memory(description, size) <= 0.6 * gpu.memory]
+    return (enough or sizes[-1:])[:2]
+
+
+def _parallel_sizes(
+    description: ModelDescription, world: int, gpu: Gpu, workload: Workload
+) -> Iterator[ParallelConfig]:
+    """Every layout of `world` ranks that divides the model, with at least one group for each data-parallel rank."""
+    experts = divisors(description.num_experts) if description.num_experts else [1]
+    contexts = [size for size in (1, 2, 4, 8) if size <= LARGEST_CONTEXT]
+    tensors = [size for size in description.tensor_sizes if gpu.per_node % size == 0]
+    for tensor, pipeline, context, expert in product(tensors, range(1, LARGEST_PIPELINE + 1), contexts, experts):
+        size = tensor * pipeline * context
+        if world % size or world % (tensor * pipeline * expert):
+            continue
+        if world // size > workload.prompts // workload.mini_batches:
+            continue
+        for virtual, ends in product([None, *range(2, LARGEST_VIRTUAL_PIPELINE + 1)], (False, True)):
+            if pipeline == 1 and (virtual or ends):
+                continue
+            parallel = ParallelConfig(
+                tensor=tensor,
+                pipeline=pipeline,
+                virtual_pipeline=virtual,
+                context=context,
+                expert=expert,
+                sequence_parallel=tensor > 1,
+                account_for_embedding=ends,
+                account_for_loss=ends,
+            )
+            if counted_layers(description.num_layers, parallel) % chunk_count(parallel) == 0:
+                yield parallel
+
+
+def _budgets(workload: Workload, parallel: ParallelConfig) -> Sequence[int]:
+    """Token budgets: powers of two from the longest response's sequence on."""
+    longest = workload.max_prompt_tokens + workload.max_response_tokens
+    sizes = [2**power for power in range(10, LARGEST_BUDGET.bit_length()) if 2**power >= longest]
+    return [size for size in sizes if size <= 2**14 * max(2, parallel.context * parallel.tensor)]

@@ -1,0 +1,128 @@
+"""The search over layouts, its table, its settings and the command."""
+
+from dataclasses import replace
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from real_megatron.cli import app
+from real_megatron.config import ModelConfig, RunConfig
+from real_megatron.errors import ConfigError
+from real_megatron.hardware import GPUS, find_gpu
+from real_megatron.planning.memory import communicators, layout_memory, microbatches
+from real_megatron.planning.report import candidates_table, layout_text, settings
+from real_megatron.planning.search import best_layouts
+from real_megatron.planning.workload import workload_of
+from real_megatron.policy.meta import built_bytes
+from real_megatron.policy.model import check_divides
+from real_megatron.policy.parallel_groups import check_ranks
+from tests.support.layouts import CONFIGS, described
+
+H100 = find_gpu("H100")
+WORK = workload_of(RunConfig(), prompt_tokens=1000, response_tokens=500)
+
+
+@pytest.fixture(scope="module")
+def found():
+    return best_layouts(described("Qwen3-30B-A3B"), 16, H100, WORK)
+
+
+def test_every_layout_that_is_offered_divides_and_fits(found):
+    assert 0 < len(found.best) <= 5 and found.fitting <= found.tried
+    assert len({layout_text(one.layout) for one in found.best}) == len(found.best)
+    for one in found.best:
+        assert one.gpus == 16
+        check_ranks(one.layout.parallel, one.layout.world)
+        check_divides(one.layout.description, one.layout.parallel)
+        # The search looks at the first and last stage alone: all fit.
+        assert layout_memory(one.layout, one.workload, H100, one.servers).fits
+        assert one.memory.fullest.peak == layout_memory(one.layout, one.workload, H100, one.servers).fullest.peak
+
+
+def test_the_offered_memory_is_that_of_the_model_that_is_built(found):
+    one = found.best[0]
+    stage = one.memory.fullest.stage
+    rank = stage * one.layout.world // one.layout.parallel.pipeline
+    built = built_bytes(one.layout.description, one.layout.parallel, one.layout.model, one.layout.world, rank)
+    states = one.memory.fullest.states
+    assert (states.weights, states.gradients, states.optimizer) == (built.weights, built.gradients, built.optimizer)
+
+
+def test_faster_ones_come_first(found):
+    times = [one.time.total for one in found.best]
+    assert all(after > before / 1.03 for before, after in zip(times, times[1:], strict=False))
+
+
+def test_the_settings_are_a_configuration_that_says_the_same(found):
+    one = found.best[0]
+    config = RunConfig.from_tree(yaml.safe_load(settings(one, H100)))
+    assert config.parallel == one.layout.parallel and config.batch.max_tokens == one.workload.max_tokens
+    assert config.model.recompute == one.layout.model.recompute and config.rollout.tensor == one.servers.tensor
+    assert candidates_table(found, H100).row_count == len(found.best)
+
+
+def test_colocated_servers_are_those_of_one_node():
+    model = described("Qwen3-8B")
+    assert all(one.servers.colocated for one in best_layouts(model, 8, H100, WORK, placement="colocated").best)
+    assert not best_layouts(model, 16, H100, WORK, placement="colocated").tried
+    for one in best_layouts(model, 16, H100, WORK, placement="separate", staleness=1).best:
+        assert not one.servers.colocated and one.servers.gpus % 8 == 0 and one.layout.world % 8 == 0
+    supervised = best_layouts(model, 8, H100, replace(WORK, generates=False, responses=1))
+    assert all(one.servers is None and one.gpus == 8 for one in supervised.best)
+
+
+def test_a_larger_gpu_fits_more():
+    model = described("Qwen3-8B")
+    few, more = (best_layouts(model, 4, GPUS[name], WORK, ModelConfig()) for name in ("H100", "H200"))
+    assert few.fitting < more.fitting
+
+
+def test_micro_batches_come_in_rounds_of_the_interleaved_schedule(found):
+    one = found.best[0]
+    layout = replace(one.layout, parallel=one.layout.parallel.model_copy(update={"pipeline": 4, "virtual_pipeline": 2}))
+    assert microbatches(layout, one.workload) % 4 == 0
+    assert communicators(layout) >= 3
+
+
+def run(*arguments: str):
+    return CliRunner().invoke(app, ["plan", *arguments])
+
+
+@pytest.fixture
+def model_dir(tmp_path):
+    (tmp_path / "config.json").write_text((CONFIGS / "Qwen3-8B.json").read_text())
+    return str(tmp_path)
+
+
+def test_the_command_shows_the_best_and_writes_the_first(model_dir, tmp_path):
+    file = tmp_path / "layout.yaml"
+    result = run("--model", model_dir, "--gpus", "8", "--top", "2", "--output", str(file), "rollout.n=4")
+    assert result.exit_code == 0, result.output
+    assert "layouts fit in 79 GiB of H100" in result.output and "Projected, not measured" in result.output
+    RunConfig.from_yaml(file)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--gpus", "1"], r"none of .* layouts of .* fits into 79 GiB of H100. The closest \(1 GPU"),
+        (["--gpus", "1", "--rollout", "separate"], "--gpus 1: no layout of as many GPUs divides"),
+        (["--gpus", "8", "--gpu", "V100"], "GPU 'V100' is not in the table: choose one of A100, H100, H200, B200"),
+        (["--gpus", "8", "--rollout", "both"], "placement 'both': choose one of auto, colocated, separate"),
+        (["--gpus", "8", "data.max_prompt_tokens=50000"], "= 51024: .* has 40960 positions"),
+    ],
+)
+def test_what_cannot_be_planned_is_an_error(model_dir, arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        from real_megatron.planning.command import find_layouts
+
+        options = dict(zip(arguments[::2], arguments[1::2], strict=False))
+        overrides = [argument for argument in arguments if "=" in argument]
+        find_layouts(
+            RunConfig.from_yaml(None, overrides),
+            model_dir,
+            int(options["--gpus"]),
+            find_gpu(options.get("--gpu", "H100")),
+            options.get("--rollout", "auto"),
+        )

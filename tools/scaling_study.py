@@ -1,0 +1,414 @@
+"""Strong and weak scaling of large judges, projected from 16 to 1,024 GPUs; and weak scaling as measured here.
+
+    python tools/scaling_study.py                           # writes docs/scaling.md and its plots
+    python tools/scaling_study.py --measure --ranks 1 2     # trains on this machine: python -m benchmarks.scaling
+
+The first needs no GPU and a few seconds. What it writes depends on the code alone.
+"""
+
+import argparse
+import sys
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [path for path in (str(ROOT), str(ROOT / "tools")) if path not in sys.path]
+
+from candidates import Candidate, best_layouts  # noqa: E402
+from published import BLOG, PHASES, SLIME, STEPS, SUMMARY, SYNCS, VERL, description_of  # noqa: E402
+
+from benchmarks.report import table  # noqa: E402
+from real_megatron.hardware import GPUS, Gpu  # noqa: E402
+from real_megatron.planning.efficiency import DEFAULT, Efficiency  # noqa: E402
+from real_megatron.planning.step_time import step_time  # noqa: E402
+from real_megatron.planning.workload import Workload  # noqa: E402
+
+COMMAND = "python tools/scaling_study.py"
+MODELS = ("Qwen3-32B", "Qwen2.5-72B", "Qwen3-235B-A22B")
+SIZES = (16, 32, 64, 128, 256, 512, 1024)
+GPU = GPUS["H100"]
+WORKLOAD = Workload(
+    prompts=256,
+    responses=8,
+    prompt_tokens=1000,
+    response_tokens=500,
+    max_prompt_tokens=2048,
+    max_response_tokens=1024,
+    max_tokens=16384,
+)
+PROMPTS_PER_GPU = 4
+"""In weak scaling: the workload's prompts at 64 GPUs."""
+WIDTH = 120
+SENSITIVITY_SIZES = (64, 256, 1024)
+
+
+@dataclass(frozen=True)
+class Point:
+    """The best layout that was found for a number of GPUs."""
+
+    gpus: int
+    workload: Workload
+    candidate: Candidate
+
+    @property
+    def seconds(self) -> float:
+        """Of a step."""
+        return self.candidate.time.total
+
+    @property
+    def rate(self) -> float:
+        """Responses a second and GPU."""
+        return self.workload.prompts * self.workload.responses / self.seconds / self.gpus
+
+
+Curves = Mapping[str, Sequence[Point]]
+
+
+def search(model: str, gpus: int, workload: Workload) -> Point | None:
+    """The fastest layout; None where none fits into so many GPUs."""
+    found = best_layouts(description_of(model), gpus, GPU, workload)
+    return Point(gpus, workload, found[0]) if found else None
+
+
+def curve(model: str, workload: Callable[[int], Workload]) -> list[Point]:
+    """The points of a model over numbers of GPUs."""
+    points = [search(model, gpus, workload(gpus)) for gpus in SIZES]
+    return [point for point in points if point is not None]
+
+
+def strong(gpus: int) -> Workload:
+    """The same step at every size."""
+    return WORKLOAD
+
+
+def weak(gpus: int) -> Workload:
+    """A step that grows with the GPUs."""
+    return replace(WORKLOAD, prompts=PROMPTS_PER_GPU * gpus)
+
+
+# --- the page -----------------------------------------------------------------------------------------------------
+
+
+def sizes_of(candidate: Candidate) -> str:
+    """A layout and its servers, in a few characters."""
+    parallel, servers = candidate.layout.parallel, candidate.servers
+    text = f"TP {parallel.tensor}, PP {parallel.pipeline}"
+    if parallel.virtual_pipeline:
+        text += f" × {parallel.virtual_pipeline}"
+    for name, size in (("CP", parallel.context), ("EP", parallel.expert)):
+        text += f", {name} {size}" if size > 1 else ""
+    text += f", DP {candidate.layout.data}"
+    recompute = candidate.layout.model.recompute
+    text += "" if recompute == "none" else f", {recompute} recomputation"
+    if servers is not None:
+        text += f"; {servers.count} {'colocated ' if servers.colocated else ''}servers of {servers.tensor}"
+    return text
+
+
+def efficiency(points: Sequence[Point], point: Point) -> float:
+    """Responses a second and GPU beside those at the smallest size."""
+    return point.rate / points[0].rate
+
+
+def curve_table(points: Sequence[Point]) -> list[str]:
+    rows = []
+    for point in points:
+        time = point.candidate.time
+        rows.append(
+            [
+                f"{point.gpus:,}",
+                sizes_of(point.candidate),
+                time.binds,
+                f"{time.total:.1f}",
+                f"{time.training:.1f}",
+                f"{time.phase('rollout'):.1f}",
+                f"{time.phase('sync'):.1f}",
+                f"{point.workload.prompts * point.workload.responses / time.total:.1f}",
+                f"{efficiency(points, point):.2f}",
+            ]
+        )
+    header = ["GPUs", "layout", "what binds", "step, s", "training, s", "rollout, s", "sync, s"]
+    return table([*header, "responses/s", "efficiency"], rows, left=3)
+
+
+def breaks(curves: Curves) -> list[str]:
+    """Per model, where a step stops getting faster, and what binds there."""
+    lines = []
+    for model, points in curves.items():
+        line = f"- **{model}**: nothing fits on fewer than {points[0].gpus} GPUs. "
+        if points[0].gpus == SIZES[0]:
+            line = f"- **{model}**: fits on {SIZES[0]} GPUs. "
+        half = next((p for p in points if efficiency(points, p) < 0.5), None)
+        if half is None:
+            line += f"Above half of its efficiency up to {points[-1].gpus:,}. "
+        else:
+            line += f"At {half.gpus:,} less than half of its efficiency is left; `{half.candidate.time.binds}` binds. "
+        last = points[-1].candidate.time
+        largest = sorted(last.parts, key=lambda part: -last.parts[part])[:3]
+        shares = ", ".join(f"`{part}` {last.parts[part]:.1f} s" for part in largest)
+        line += f"Of {last.total:.1f} s at {points[-1].gpus:,}, the largest parts are {shares}."
+        lines.append(line)
+    return lines
+
+
+def sensitivity(curves: Curves) -> list[str]:
+    """Seconds of the same layouts with other bandwidths."""
+
+    changes: dict[str, tuple[Gpu, Efficiency]] = {
+        "as assumed": (GPU, DEFAULT),
+        "network × 0.5": (replace(GPU, network=GPU.network / 2), DEFAULT),
+        "network × 2": (replace(GPU, network=GPU.network * 2), DEFAULT),
+        "decoding × 0.5": (GPU, replace(DEFAULT, decode_memory=DEFAULT.decode_memory / 2)),
+        "decoding × 2": (GPU, replace(DEFAULT, decode_memory=DEFAULT.decode_memory * 2)),
+    }
+    rows = []
+    for model, points in curves.items():
+        for point in points:
+            if point.gpus in SENSITIVITY_SIZES:
+                layout, servers = point.candidate.layout, point.candidate.servers
+                totals = [
+                    step_time(layout, point.workload, gpu, servers, assumed).total for gpu, assumed in changes.values()
+                ]
+                rows.append([model, f"{point.gpus:,}", *(f"{total:.1f}" for total in totals)])
+    return table(["model", "GPUs", *changes], rows, left=2)
+
+
+def published_steps() -> list[str]:
+    rows = []
+    for step in STEPS:
+        time = step.projected()
+        rows.append(
+            [
+                step.model,
+                "blog" if step.source == BLOG else "summary",
+                f"{step.gpus}{'' if step.colocated else ', 1 off'}",
+                f"{step.tensor}, {step.context}, {step.expert}, {step.pipeline}; {step.server_tensor}",
+                f"{step.seconds:g}",
+                f"{time.total:.0f}",
+                f"**{time.total / step.seconds:.2f}**",
+                *(beside(step.phases.get(phase), time.phase(phase)) for phase in PHASES),
+            ]
+        )
+    header = ["model", "source", "GPUs", "TP, CP, EP, PP; servers' TP", "published, s", "projected, s", "ratio"]
+    return table([*header, "training", "log-probs", "rollout", "sync"], rows, left=4)
+
+
+def beside(known: float | None, projected: float) -> str:
+    """A phase's seconds, published / projected."""
+    return f"{known:g} / {projected:.0f}" if known is not None else f"– / {projected:.0f}"
+
+
+def published_syncs() -> list[str]:
+    rows = []
+    for sync in SYNCS:
+        seconds, source = sync.projected(), "verl" if sync.source == VERL else "slime"
+        rows.append(
+            [sync.model, source, sync.set_up, f"{sync.seconds:g}", f"{seconds:.1f}", f"{seconds / sync.seconds:.2f}"]
+        )
+    return table(["model", "source", "set-up", "published, s", "projected, s", "ratio"], rows, left=3)
+
+
+def range_of(pairs: Sequence[tuple[float, float]]) -> str:
+    """The lowest and the highest ratio of projected to published seconds."""
+    ratios = [projected / known for projected, known in pairs]
+    return f"{min(ratios):.2f} to {max(ratios):.2f}"
+
+
+def phase_range(phase: str) -> str:
+    """`range_of` a phase, of the steps whose source has its seconds."""
+    return range_of([(step.projected().phase(phase), step.phases[phase]) for step in STEPS if phase in step.phases])
+
+
+def page(strong_curves: Curves, weak_curves: Curves) -> list[str]:
+    """docs/scaling.md."""
+    workload = WORKLOAD
+    lines = [
+        "# Scaling, projected",
+        "",
+        f"Written by `{COMMAND}`: change the code, not this page. **No GPU has been run for it.** Every second here is "
+        "a projection: counted FLOPs, bytes and messages over data-sheet rates (`real_megatron/hardware.py`) and a "
+        "handful of assumed efficiencies (`real_megatron/planning/efficiency.py`), the same for all models and sizes. "
+        "The columns called “published” are others' measurements, of other frameworks.",
+        "",
+        "1. [What is projected](#what-is-projected)",
+        "2. [Beside published times](#beside-published-times)",
+        "3. [Strong scaling](#strong-scaling)",
+        "4. [Weak scaling](#weak-scaling)",
+        "5. [If bandwidths are others](#if-bandwidths-are-others)",
+        "6. [What is not in it](#what-is-not-in-it)",
+        "7. [Measuring](#measuring)",
+        "",
+        "## What is projected",
+        "",
+        f"A step of REAL on nodes of 8 {GPU.name}s: {workload.prompts} prompts × {workload.responses} responses, "
+        f"prompts of {workload.prompt_tokens:,} tokens and responses of {workload.response_tokens:g} in the mean, the "
+        f"longest {workload.max_response_tokens:,}; shared prompts in micro-batches of at most {workload.max_tokens:,} "
+        "tokens; one update, no KL term. Layouts are the fastest that were found within memory; servers on GPUs of "
+        "their own count among the GPUs. A step is",
+        "",
+        "- **rollout**: prefill by FLOPs, each prompt once; decoding by the bytes of weights, of visited experts and "
+        "of the KV cache that each step reads; and the wait for the longest response, since the step waits for all;",
+        "- **training**: FLOPs (shared prompts once, backward twice the forward) at an efficiency that falls for small "
+        "matrix products, memory-bound kernels, the pipeline's bubble, whole micro-batches and groups on the busiest "
+        "rank, and the collectives of each kind of parallelism over NVLink or the network;",
+        "- **sync**: buckets that are gathered on all ranks and broadcast by rank 0 through one adapter, one after the "
+        "other, with a copy to host memory on the way (`rollout.keep_weights`);",
+        "- **host**: 2 ms per response for what is done on rank 0.",
+        "",
+        "## Beside published times",
+        "",
+        "GRPO steps of NeMo-RL on H100s, on their layouts and lengths: ratios of projected to published seconds are "
+        f"**{range_of([(step.projected().total, step.seconds) for step in STEPS])}**. The efficiencies are one set for "
+        "all rows. They were chosen from the sources that they name, with the blog's table in sight, so that its rows "
+        "are no independent test. Those of the summary are one, but for the host's time per layer of experts "
+        "(`moe_launch`), which was lowered from 3 to 2 ms after seeing them. Phases are further off than their sum: "
+        f"training {phase_range('update')}, log-probs {phase_range('log-probs')}, rollout {phase_range('rollout')}, "
+        f"sync {phase_range('sync')}.",
+        "",
+        *published_steps(),
+        "",
+        f"Sources: blog, {BLOG}; summary, {SUMMARY}. What differs from this package: they do not share prompts (the "
+        "projection does not either), they pack up to the longest sequence (4,096 or 8,192 tokens), their servers are "
+        "vLLM's, their sync goes from every rank to its own server rather than through rank 0, experts are whole on a "
+        "rank where ours have the tensor-parallel size of the layout (EP is smaller by that here), and off-policy rows "
+        "(“1 off”) update weights while they generate. Phases: published / projected seconds.",
+        "",
+        "Weight syncs by themselves, here without the copy to host memory:",
+        "",
+        *published_syncs(),
+        "",
+        f"Sources: {VERL}; {SLIME}. verl says that it is bound by assembling whole tensors and by converting experts "
+        "one by one, not by the wire; its trainers there are FSDP's or offload weights, which the projection has no "
+        "term for. **Syncs are the least certain part**: the projection is below all of verl's, by 2 to 6 times.",
+        "",
+        "## Strong scaling",
+        "",
+        "The same step on more GPUs. Efficiency: responses/s and GPU beside those at the model's smallest size.",
+        "",
+        "![Projected seconds of a step](images/scaling_strong.png)",
+        "",
+    ]
+    for model, points in strong_curves.items():
+        lines += [f"**{model}**", "", *curve_table(points), ""]
+    lines += [
+        "Where it breaks, and why:",
+        "",
+        *breaks(strong_curves),
+        "",
+        f"A step of {workload.prompts} prompts has {workload.prompts} groups: more data-parallel ranks than that have "
+        "nothing to do. Decoding cannot be shortened by GPUs beyond the time of one response's tokens, one after the "
+        "other, and the sync does not get shorter at all.",
+        "",
+        "## Weak scaling",
+        "",
+        f"{PROMPTS_PER_GPU} prompts a GPU, so that the step above is that of 64 GPUs.",
+        "",
+        "![Projected efficiency](images/scaling_weak.png)",
+        "",
+    ]
+    for model, points in weak_curves.items():
+        lines += [f"**{model}**", "", *curve_table(points), ""]
+    lines += [
+        "## If bandwidths are others",
+        "",
+        "Projected seconds of the layouts above (strong scaling), when the network between nodes is slower or faster, "
+        "and when servers read their memory slower or faster while they decode:",
+        "",
+        *sensitivity(strong_curves),
+        "",
+        "## What is not in it",
+        "",
+        "Stragglers and failures; evaluation and checkpoints; the first steps, in which kernels compile; the spread of "
+        "prompt lengths; a scale-out network with less than one adapter a GPU, or oversubscribed; servers' prefix "
+        "caches that overflow. Training the longest micro-batches takes longer than the mean in a pipeline.",
+        "",
+        "## Measuring",
+        "",
+        f"`{COMMAND} --measure --ranks 1 2 4 8` trains on the machine at hand, a fixed amount of work a rank, and puts "
+        "tokens/s and efficiency beside the projection where the GPU is in the table; so far with gloo on a CPU "
+        "([benchmarks/results/scaling_cpu.md](../benchmarks/results/scaling_cpu.md)), which says nothing about GPUs. "
+        "`tools/gpu_acceptance.sh` is what to run first on a GPU ([gpu_acceptance.md](gpu_acceptance.md)).",
+    ]
+    return lines
+
+
+def wrapped(lines: Sequence[str]) -> str:
+    """The text of the page: paragraphs and list items in lines of 120 characters."""
+
+    def one(line: str) -> str:
+        if line.startswith(("|", "#", "!")) or len(line) <= WIDTH:
+            return line
+        indent = "  " if line.startswith("- ") else ""
+        return textwrap.fill(line, WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+
+    return "\n".join(map(one, lines)) + "\n"
+
+
+# --- plots --------------------------------------------------------------------------------------------------------
+
+
+def plot(path: Path, curves: Curves, value: Callable[[Sequence[Point], Point], float], title: str, unit: str) -> None:
+    """A line a model over the number of GPUs."""
+    figure = Figure(figsize=(6.5, 3.8), layout="constrained")
+    FigureCanvasAgg(figure)
+    ax = figure.subplots()
+    for model, points in curves.items():
+        ax.plot([p.gpus for p in points], [value(points, p) for p in points], marker="o", markersize=4, label=model)
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(SIZES, [f"{size:,}" for size in SIZES])
+    ax.set_title(title, fontsize=11)
+    ax.set_xlabel("H100 GPUs")
+    ax.set_ylabel(unit)
+    ax.set_ylim(bottom=0)
+    ax.grid(alpha=0.3)
+    ax.legend(fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=90, metadata={"Software": None})
+
+
+def write(docs: Path) -> None:
+    """Write scaling.md and its plots into a folder."""
+    strong_curves = {model: curve(model, strong) for model in MODELS}
+    weak_curves = {model: curve(model, weak) for model in MODELS}
+    (docs / "scaling.md").write_text(wrapped(page(strong_curves, weak_curves)), encoding="utf-8")
+    plot(
+        docs / "images" / "scaling_strong.png",
+        strong_curves,
+        lambda points, point: point.seconds,
+        "Strong scaling, projected: 256 prompts × 8 responses",
+        "seconds of a step",
+    )
+    plot(
+        docs / "images" / "scaling_weak.png",
+        weak_curves,
+        efficiency,
+        f"Weak scaling, projected: {PROMPTS_PER_GPU} prompts a GPU",
+        "responses/s and GPU, of the smallest size's",
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--measure", action="store_true", help="train here instead; further options: benchmarks.scaling"
+    )
+    parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="folder to write into")
+    args, rest = parser.parse_known_args()
+    if args.measure:
+        from benchmarks import scaling
+
+        sys.argv[1:] = rest  # what the page shows as its command
+        scaling.main(rest)
+        return
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    write(args.docs)
+
+
+if __name__ == "__main__":
+    main()
