@@ -20,8 +20,9 @@ from real_megatron.hf.checkpoint import HFCheckpoint, check_servers_read_the_sam
 from real_megatron.hf.output import nearest_path
 from real_megatron.hf.side_files import read_config
 from real_megatron.locks import only_writer
+from real_megatron.planning.memory import GIB, layout_memory, servers_of
 from real_megatron.planning.storage import checkpoint_bytes, weight_bytes
-from real_megatron.planning.workload import Layout
+from real_megatron.planning.workload import Layout, workload_of
 from real_megatron.policy.checkpoint import read_state
 from real_megatron.rollout.factory import Node, find_engine
 from real_megatron.rollout.remote.probe import silent_servers
@@ -72,6 +73,7 @@ def dry_run(config: RunConfig, command: Literal["train", "sft"], world: int, gpu
     trials = trial_steps(config, objective, prepared, layout)
     found.sections["micro-batches"] = [(trial.about, _trial(config, trial)) for trial in trials]
     _check_budget(config, prepared, found)
+    found.sections["memory"] = _memory(config, prepared, layout, gpu, found)
     found.sections["files"] = _files(config, prepared, layout, found)
     if config.is_rl or config.data.eval:
         found.sections["servers"] = _servers(config, prepared, found)
@@ -139,6 +141,51 @@ def _check_budget(config: RunConfig, prepared: Prepared, found: DryRun) -> None:
             f"batch.max_tokens is {config.batch.max_tokens:,}: {long:,} of {len(totals):,} examples with one response "
             f"are longer (up to {max(totals):,} tokens) and make longer micro-batches: raise it to plan for them"
         )
+
+
+# --- memory ----------------------------------------------------------------------------------------------------------
+
+_REMEDIES = {
+    "activations": "set model.recompute to full, lower batch.max_tokens, or raise parallel.tensor or parallel.context",
+    "output head": "set model.head to linear, or lower model.head_memory_mib",
+    "weights": "raise parallel.tensor or parallel.pipeline, or parallel.expert of a mixture of experts",
+    "gradients": "raise parallel.tensor or parallel.pipeline, or parallel.expert of a mixture of experts",
+    "optimizer": "use more ranks, among which parallel.distributed_optimizer shards it, or raise parallel.tensor",
+    "colocated server": "raise rollout.tensor, or switch rollout.colocate off",
+}
+"""What to change, by the part of a GPU's memory that is largest."""
+
+
+def _memory(config: RunConfig, prepared: Prepared, layout: Layout, gpu: Gpu, found: DryRun) -> list[Line]:
+    """The estimate of each pipeline stage's fullest rank, at the token budget and the longest responses."""
+    groups = prepared.data.groups
+    prompts = fmean(len(group.prompt_ids) for group in groups)
+    half = config.data.max_response_tokens / 2
+    responses = half if config.is_rl else fmean(len(group.trajectories[0].response_ids) for group in groups)
+    memory = layout_memory(layout, workload_of(config, prompts, responses), gpu, servers_of(config, layout.world))
+    lines = []
+    for one in memory.stages:
+        parts = {
+            "weights": one.states.weights,
+            "gradients": one.states.gradients,
+            "optimizer": one.states.optimizer,
+            "activations": one.activations.total,
+        }
+        held = ", ".join(f"{name} {part / GIB:.1f}" for name, part in parts.items())
+        asleep = f", {one.rollout / GIB:.1f} while its servers generate" if one.colocated else ""
+        text = f"{one.training / GIB:.1f} of {one.room / GIB:.1f} GiB while it trains{asleep}: {held} and NCCL"
+        lines.append((f"stage {one.stage}" if len(memory.stages) > 1 else "a rank", text))
+    if config.is_rl and not find_engine(config.rollout.engine).server_package:
+        whole = weight_bytes(layout) / GIB
+        lines.append((config.rollout.engine, f"{whole:.1f} GiB more on each GPU, for the model that it generates with"))
+    if not memory.fits:
+        full = memory.fullest
+        found.warnings.append(
+            f"memory: a GPU of stage {full.stage} needs about {full.peak / GIB:.0f} GiB, and {full.room / GIB:.0f} "
+            f"of {gpu.name} are there for it; most of it is {full.binds}: {_REMEDIES[full.binds]} (`real-megatron "
+            "plan` finds layouts that fit)"
+        )
+    return lines
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
