@@ -35,11 +35,10 @@ def find_layouts(
     Raises ConfigError where no layout fits (it names the one that misses by the least, and what takes its memory),
     MissingCheckpoint and UnsupportedModel for the model.
     """
-    description = bridge.describe(
-        read_config(checkpoint_directory(model, revision, weights=False)), config.model.family
-    )
+    hf_config = read_config(checkpoint_directory(model, revision, weights=False))
+    description = bridge.describe(hf_config, config.model.family)
     longest = config.data.max_prompt_tokens + config.data.max_response_tokens
-    positions = longest_sequence(read_config(directory))
+    positions = longest_sequence(hf_config)
     if positions is not None and longest > positions:
         raise ConfigError(
             f"data.max_prompt_tokens + data.max_response_tokens = {longest}: {model} has {positions} positions "

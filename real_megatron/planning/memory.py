@@ -8,10 +8,12 @@ from functools import cached_property
 from real_megatron.bridge import ModelDescription
 from real_megatron.config import RunConfig
 from real_megatron.hardware import Gpu
-from real_megatron.planning.activations import GPU, ActivationBytes, MicrobatchSize, activation_bytes
-from real_megatron.planning.servers import Servers, kv_bytes_per_token, server_memory
+from real_megatron.planning.activations import ActivationBytes, activation_bytes
+from real_megatron.planning.saved_tensors import GPU, MicrobatchSize
+from real_megatron.planning.servers import kv_bytes_per_token, server_memory
 from real_megatron.planning.states import StateBytes, state_bytes
-from real_megatron.planning.workload import Layout, Workload
+from real_megatron.planning.storage import weight_bytes
+from real_megatron.planning.workload import Layout, Workload, workload_of
 
 GIB = 2**30
 COMMUNICATOR_BYTES = GIB // 4
@@ -36,21 +38,26 @@ class RankMemory:
     activations: ActivationBytes
     communication: float
     server: float
-    """A colocated server's weights, and the smallest KV cache that it can work with; see `smallest_server`."""
-    colocated: bool
+    """A colocated server's weights, and the smallest KV cache that it can work with (`smallest_server`); 0: none."""
+    engine: float
+    """A copy of the whole model for the engine in the trainer, which is there all the time; 0: none."""
     room: float
     """Bytes that may be used: the GPU's, without `RESERVE`."""
 
     @property
+    def always(self) -> float:
+        """What is there in every phase."""
+        return self.states.total + self.communication + self.engine
+
+    @property
     def training(self) -> float:
         """While a step trains."""
-        asleep = ASLEEP_BYTES if self.colocated else 0
-        return self.states.total + self.activations.total * (1 + FRAGMENTATION) + self.communication + asleep
+        return self.always + self.activations.total * (1 + FRAGMENTATION) + (ASLEEP_BYTES if self.server else 0)
 
     @property
     def rollout(self) -> float:
         """While a colocated server generates: the trainer keeps its weights, gradients and optimizer."""
-        return self.states.total + self.communication + self.server if self.colocated else 0.0
+        return self.always + self.server
 
     @property
     def peak(self) -> float:
@@ -63,15 +70,16 @@ class RankMemory:
     @property
     def binds(self) -> str:
         """The largest part of the fuller phase."""
-        if self.rollout > self.training:
-            parts = {"colocated server": self.server}
-        else:
-            parts = {"activations": self.activations.layers, "output head": self.activations.head}
-        parts |= {
+        parts: dict[str, float] = {
             "weights": self.states.weights,
             "gradients": self.states.gradients,
             "optimizer": self.states.optimizer,
+            "the engine's copy of the model": self.engine,
         }
+        if self.rollout > self.training:
+            parts["colocated server"] = self.server
+        else:
+            parts["activations"] = self.activations.total
         return max(parts, key=lambda part: parts[part])
 
 
@@ -92,31 +100,28 @@ class LayoutMemory:
 
 def layout_memory(
     layout: Layout,
-    workload: Workload,
+    microbatch: MicrobatchSize,
+    microbatches: int,
     gpu: Gpu,
-    servers: Servers | None = None,
-    longest: MicrobatchSize | None = None,
+    server: float = 0.0,
+    engine: float = 0.0,
     states: Mapping[int, StateBytes] | None = None,
 ) -> LayoutMemory:
     """The memory of each pipeline stage.
 
-    servers: where responses are generated; they take the trainers' memory if they are colocated. longest: the longest
-    micro-batch; default: a full one, of the workload's longest responses. states: by stage, where they are known
-    already; only those stages are looked at.
+    microbatch: the longest one. microbatches: of a data-parallel rank in an update. server, engine: as in `RankMemory`.
+    states: by stage, where they are known already; only those stages are looked at.
     """
     states = states or {stage: state_bytes(layout, stage) for stage in range(layout.parallel.pipeline)}
-    size = longest or full_microbatch(layout, workload)
-    count = microbatches(layout, workload)
-    server = smallest_server(layout.description, servers, workload) if servers and servers.colocated else 0.0
     return LayoutMemory(
         tuple(
             RankMemory(
                 stage,
                 states[stage],
-                activation_bytes(layout, stage, size, count, GPU, EXPERT_LOAD),
+                activation_bytes(layout, stage, microbatch, microbatches, GPU, EXPERT_LOAD),
                 COMMUNICATOR_BYTES * communicators(layout),
                 server,
-                bool(servers and servers.colocated),
+                engine,
                 gpu.memory * (1 - RESERVE),
             )
             for stage in states
@@ -135,21 +140,11 @@ def full_microbatch(layout: Layout, workload: Workload) -> MicrobatchSize:
     return MicrobatchSize(tokens=tokens, rows=math.ceil(rows))
 
 
-def smallest_server(description: ModelDescription, servers: Servers, workload: Workload) -> float:
-    """Bytes on each GPU of a server: its weights, and a KV cache for all responses of one longest prompt. A server
-    takes more where there is more: it then works on more requests at once."""
+def smallest_server(description: ModelDescription, tensor: int, workload: Workload) -> float:
+    """Bytes on each of a server's `tensor` GPUs: its weights, and a KV cache for all responses of one longest prompt. A
+    server takes more where there is more: it then works on more requests at once."""
     tokens = workload.max_prompt_tokens + workload.responses * workload.max_response_tokens
-    return server_memory(description, servers.tensor) + tokens * kv_bytes_per_token(description, servers.tensor)
-
-
-def microbatches(layout: Layout, workload: Workload) -> int:
-    """Micro-batches of a data-parallel rank in one update."""
-    tokens = workload.prompts * workload.group_tokens / workload.mini_batches / layout.data
-    count = max(1, math.ceil(tokens / workload.max_tokens))
-    # The interleaved schedule runs them in rounds of the pipeline size.
-    return (
-        -(-count // layout.parallel.pipeline) * layout.parallel.pipeline if layout.parallel.virtual_pipeline else count
-    )
+    return server_memory(description, tensor) + tokens * kv_bytes_per_token(description, tensor)
 
 
 def communicators(layout: Layout) -> int:
@@ -167,17 +162,18 @@ def communicators(layout: Layout) -> int:
     return sum(size > 1 for size in sizes)
 
 
-def servers_of(config: RunConfig, world: int) -> Servers | None:
-    """The servers that a run's configuration names; None where it has none (embedded engine, supervised training)."""
-    rollout = config.rollout
-    if not config.is_rl or rollout.engine == "transformers":
-        return None
-    count = len(rollout.servers) or rollout.replicas
-    return Servers(
-        gpus=world if rollout.colocate else count * rollout.tensor,
-        tensor=rollout.tensor,
-        colocated=rollout.colocate,
-        staleness=rollout.staleness,
-        concurrency=rollout.concurrency,
-        keep_weights=rollout.keep_weights,
-    )
+def run_memory(
+    config: RunConfig, layout: Layout, microbatch: MicrobatchSize, microbatches: int, gpu: Gpu
+) -> LayoutMemory:
+    """The memory of a configured run.
+
+    microbatch, microbatches: as in `layout_memory`.
+    """
+    generates = config.is_rl or bool(config.data.eval)
+    server = engine = 0.0
+    if generates and config.rollout.engine == "transformers":
+        engine = weight_bytes(layout)
+    elif generates and config.rollout.colocate:
+        longest = workload_of(config, config.data.max_prompt_tokens, config.data.max_response_tokens)
+        server = smallest_server(layout.description, config.rollout.tensor, longest)
+    return layout_memory(layout, microbatch, microbatches, gpu, server, engine)

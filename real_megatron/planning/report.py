@@ -85,7 +85,7 @@ def memory_table(layout: Layout, memory: LayoutMemory, gpu: Gpu, built: Sequence
     )
     for name in ("stage", "ranks", "layers"):
         table.add_column(name)
-    for name in ("weights", "gradients", "optimizer", "activations", "head", "NCCL", "training", "server", "rollout"):
+    for name in ("weights", "gradients", "optimizer", "activations", "NCCL", "engine", "training", "server", "rollout"):
         table.add_column(name, justify="right")
     ranks = layout.world // layout.parallel.pipeline
     places = layers_of_chunks(layout.description.num_layers, layout.parallel)
@@ -103,5 +103,5 @@ def memory_table(layout: Layout, memory: LayoutMemory, gpu: Gpu, built: Sequence
 
 
 def _estimated(memory: RankMemory) -> tuple[float, ...]:
-    rest = memory.activations.total - memory.activations.head
-    return (rest, memory.activations.head, memory.communication, memory.training, memory.server, memory.rollout)
+    rest = (memory.communication, memory.engine, memory.training, memory.server, memory.rollout)
+    return (memory.activations.total, *rest)

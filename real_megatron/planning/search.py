@@ -1,7 +1,7 @@
 """The best layouts of a model on a number of GPUs: all that divide are tried, those that fit are ranked by time."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 
@@ -10,7 +10,8 @@ from real_megatron.bridge.description import divisors
 from real_megatron.config import ModelConfig, ParallelConfig
 from real_megatron.errors import ConfigError
 from real_megatron.hardware import Gpu
-from real_megatron.planning.memory import LayoutMemory, layout_memory
+from real_megatron.planning.memory import LayoutMemory, full_microbatch, layout_memory, smallest_server
+from real_megatron.planning.microbatches import microbatches
 from real_megatron.planning.servers import Servers, server_memory
 from real_megatron.planning.states import LocalSizes, StateBytes, state_bytes
 from real_megatron.planning.step_time import StepTime, step_time
@@ -92,7 +93,7 @@ def best_layouts(
                     tried += 1
                     chosen = model.model_copy(update={"recompute": recompute})
                     layout, work = Layout(description, parallel, chosen, world), replace(workload, max_tokens=budget)
-                    memory = layout_memory(layout, work, gpu, servers, states=states)
+                    memory = candidate_memory(layout, work, gpu, servers, states)
                     if memory.fits or (not fitting and recompute == "full"):
                         one = Candidate(layout, work, servers, memory, step_time(layout, work, gpu, servers))
                         break
@@ -106,6 +107,22 @@ def best_layouts(
                     fastest[key] = one
     ranked = _ranked(list(fastest.values()))
     return Found(ranked[:count], tried, fitting, None if fitting else closest)
+
+
+def candidate_memory(
+    layout: Layout,
+    workload: Workload,
+    gpu: Gpu,
+    servers: Servers | None,
+    states: Mapping[int, StateBytes] | None = None,
+) -> LayoutMemory:
+    """The memory of a candidate: with a full micro-batch of longest responses, and the servers on its GPUs."""
+    updates = max(1, min(workload.mini_batches, workload.prompts))
+    count = microbatches(layout, workload, updates).count
+    server = 0.0
+    if servers is not None and servers.colocated:
+        server = smallest_server(layout.description, servers.tensor, workload)
+    return layout_memory(layout, full_microbatch(layout, workload), count, gpu, server, states=states)
 
 
 def _ranked(candidates: Sequence[Candidate]) -> list[Candidate]:
