@@ -21,8 +21,9 @@ from real_megatron.policy.stages import chunk_count, counted_layers
 Placement = str
 """`colocated`: servers on the trainer's GPUs; `separate`: on GPUs of their own; `auto`: whichever is faster."""
 PLACEMENTS = ("auto", "colocated", "separate")
-SAME_TIME = 0.03
-"""Projected times that differ by less are taken to be the same: the simpler layout then wins."""
+SAME_TIME = 0.10
+"""Projected times that differ by less are taken to be the same, since projections are no better (docs/scaling.md): the
+simpler layout then wins."""
 LARGEST_PIPELINE = 16
 LARGEST_VIRTUAL_PIPELINE = 8
 LARGEST_CONTEXT = 8
@@ -126,14 +127,15 @@ def candidate_memory(
 
 
 def _ranked(candidates: Sequence[Candidate]) -> list[Candidate]:
-    """Fastest first; of those that differ by less than `SAME_TIME`, the ones with fewer kinds of parallelism."""
-    if not candidates:
-        return []
-    best = min(one.time.total for one in candidates)
+    """Fastest first; of those that differ by less than `SAME_TIME`, the ones with fewer kinds of parallelism and fewer
+    pipeline stages."""
+    best = min((one.time.total for one in candidates), default=0.0)
 
-    def key(one: Candidate) -> tuple[int, int, float]:
-        kinds = sum(size > 1 for size in _sizes(one.layout.parallel)) + bool(one.layout.parallel.virtual_pipeline)
-        return int(math.log(one.time.total / best) / math.log(1 + SAME_TIME)), kinds, one.time.total
+    def key(one: Candidate) -> tuple[int, int, int, float]:
+        parallel = one.layout.parallel
+        kinds = sum(size > 1 for size in _sizes(parallel)) + bool(parallel.virtual_pipeline)
+        slower = math.log(one.time.total / best) / math.log(1 + SAME_TIME)
+        return int(slower), kinds, parallel.pipeline, one.time.total
 
     return sorted(candidates, key=key)
 
