@@ -264,7 +264,5 @@ def test_memory_that_is_short_is_a_warning_that_names_the_part(
     rank = RankMemory(0, StateBytes(**states), activations, 0, server, engine, 70 * GIB)
     monkeypatch.setattr(module, "run_memory", lambda *_: LayoutMemory((rank,)))
     (warning,) = dry_run(run(), "train", 1, H100).warnings
-    assert (
-        warning.startswith("memory: a GPU of stage 0 needs about 8") and ", of 70 that can be used" in warning
-    )
+    assert warning.startswith("memory: a GPU of stage 0 needs about 8") and ", of 70 that can be used" in warning
     assert f"most of it is {part}: {module._REMEDIES[part]}" in warning
