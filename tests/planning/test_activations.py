@@ -207,8 +207,8 @@ def test_full_recomputation_keeps_inputs_and_one_block():
 
 
 def test_selective_recomputation_with_flex_attention_costs_memory():
-    """It saves log-sum-exp and, under context parallelism, gathered keys and values; but values that are a view keep the
-    whole output of the projection."""
+    """It saves log-sum-exp and, under context parallelism, gathered keys and values. But values that are a view keep
+    the whole output of the projection."""
     none, selective = stages("none")[3], stages("selective")[3]
     whole, values = 32768 * (64 + 2 * 8) * 128 * 2, 32768 * 8 * 128 * 2
     assert selective.layers - none.layers == 16 * (whole - values - 32768 * 64 * 4)
