@@ -16,6 +16,7 @@ from real_megatron.errors import ConfigError
 from real_megatron.evaluation.report import evaluation_path
 from real_megatron.training import rl, session, sft
 from real_megatron.training.batch_order import BatchOrder
+from real_megatron.training.preparation import check_same_output
 from real_megatron.training.session import Session
 from real_megatron.training.stop import Terminated
 from real_megatron.training.timer import PhaseTimer
@@ -177,9 +178,9 @@ def test_a_run_begins_with_the_evaluation_and_the_row_that_are_missing(
 
 def test_a_run_that_must_not_be_resumed_is_not(tmp_path: Path) -> None:
     run = Logged(RunConfig.from_yaml(None, ["checkpoint.resume=false"]), 99)
-    run.store = SimpleNamespace(newest=lambda: (3, tmp_path / "step-000003"))
+    saved = SimpleNamespace(newest=lambda: (3, tmp_path / "step-000003"))
     with pytest.raises(ConfigError, match="step-000003 exists and checkpoint.resume is false: choose another output"):
-        Session._check_same_output(run)
+        check_same_output(run.config, saved)
     run.store = SimpleNamespace(newest=lambda: None)
     Session.resume(run)
     assert run.start == 0
