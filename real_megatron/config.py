@@ -69,7 +69,11 @@ class ModelConfig(Section):
     vocab_multiple: int = Field(
         64, ge=1, description="The vocabulary is padded to a multiple of this number times the tensor-parallel size."
     )
-    recompute: Literal["none", "selective", "full"] = Field("none", description="Megatron activation recomputation.")
+    recompute: Literal["none", "selective", "full"] = Field(
+        "none",
+        description="Megatron activation recomputation: full, of whole layers; selective, of core attention, which "
+        "takes less memory on a CPU only (flex_attention saves little, and its inputs more).",
+    )
     recompute_layers: int = Field(1, ge=1, description="Layers per recomputed block when recompute is full.")
     head: Literal["auto", "logits", "linear"] = Field(
         "auto", description="Form of the output head: stored logits, or fused with the LM-head GEMM; auto: linear."

@@ -3,7 +3,7 @@ micro-batch alone.
 
 They are what layers save for backward (planning/saved_tensors.py), of as many micro-batches as the pipeline's schedule
 has in flight, what the last stage's head saves, what is recomputed, messages between stages, and buffers of the
-backward pass. Those of the optimizer's step are smaller, and exist when no activations do.
+backward pass. The optimizer's step comes when none of them exist.
 """
 
 from collections import Counter

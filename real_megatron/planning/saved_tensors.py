@@ -156,9 +156,8 @@ def _norm(name: str, shard: Shard, elements: float, kernels: Kernels) -> dict[st
     """An RMSNorm. Its output is what the next operation saves."""
     if kernels.transformer_engine:
         return {f"{name} input": elements * shard.itemsize}
-    # `x.float()` is called twice: of 16-bit inputs, two copies.
-    copies = 1 if saves_norm_input(shard, kernels) else 2
-    return {f"{name} input": elements * 4 * copies, f"{name} normalised": elements * shard.itemsize}
+    # In float32: of 16-bit inputs, a copy.
+    return {f"{name} input": elements * 4, f"{name} normalised": elements * shard.itemsize}
 
 
 def _attention(shard: Shard, kernels: Kernels) -> dict[str, float]:
@@ -170,9 +169,9 @@ def _attention(shard: Shard, kernels: Kernels) -> dict[str, float]:
     table = _norm("attention norm", shard, shard.stream_tokens * shard.hidden, kernels)
     table["projection input"] = shard.stream
     # Core attention's inputs. Under context parallelism it saves gathered keys and values instead of this rank's,
-    # unless it is recomputed from them. Values are a view, which keeps the whole output of the projection.
+    # unless it is recomputed from them: from values that are a view, which keeps the projection's whole output.
     own = selective or parallel.context == 1
-    whole = own
+    whole = selective
     if description.transformer_config.get("qk_layernorm"):
         table |= _norm("query norm", shard, queries, kernels) | _norm("key norm", shard, keys, kernels)
         table["query and key norm statistics"] = tokens * (shard.heads + shard.groups) * 4
@@ -193,6 +192,8 @@ def _attention(shard: Shard, kernels: Kernels) -> dict[str, float]:
     table["rotated queries"] = queries * itemsize
     if own:
         table["rotated keys"] = keys * itemsize
+    if own and not selective:
+        table["values"] = keys * itemsize
     return table if selective else table | _core_attention(shard, kernels)
 
 

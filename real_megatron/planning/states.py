@@ -9,6 +9,10 @@ builds the same ranks on the meta device (policy/meta.py) and finds the same byt
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import lcm, prod
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from real_megatron.bridge import padded_vocab, parameters
 from real_megatron.bridge.table import Parameter
@@ -32,6 +36,9 @@ _ORDER = (
     "mlp.linear_fc1",
     "mlp.linear_fc2",
 )
+
+
+Elements = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -83,62 +90,58 @@ class Shared:
 
 @dataclass(frozen=True)
 class Buffer:
-    """Where parameters lie in Megatron's gradient buffer."""
+    """Where parameters lie in Megatron's gradient buffer. Mixtures have thousands: arrays hold them."""
 
-    places: tuple[tuple[int, int], ...]
+    starts: Elements
+    ends: Elements
     """First element, and one past the last, of each parameter."""
-    buckets: tuple[tuple[int, int], ...]
-    """The same of each bucket, with its padding."""
+    buckets: tuple[tuple[int, int, int, int], ...]
+    """Of each bucket: its first parameter and one past its last; first element and one past the last, with padding."""
     ranks: int | None
     """Data-parallel ranks that own a part of each bucket; None: each owns all of it, without alignment or padding."""
 
     @property
     def length(self) -> int:
         """Elements of the buffer."""
-        return self.buckets[-1][1] if self.buckets else 0
+        return self.buckets[-1][3] if self.buckets else 0
 
     def owned(self, rank: int) -> int:
         """Elements of parameters whose optimizer state rank `rank` keeps."""
-        if self.ranks is None:
-            return sum(end - start for start, end in self.places)
-        total, at = 0, 0
-        for start, end in self.buckets:
-            part = (end - start) // self.ranks
-            first = start + rank * part
-            while at < len(self.places) and self.places[at][0] < end:
-                a, b = self.places[at]
-                total += max(0, min(b, first + part) - max(a, first))
-                at += 1
+        total = 0
+        for first, last, start, end in self.buckets:
+            part = (end - start) // (self.ranks or 1)
+            mine = start + (rank * part if self.ranks else 0)
+            starts, ends = (x[first:last].clip(mine, mine + part) for x in (self.starts, self.ends))
+            total += int((ends - starts).sum())
         return total
 
     @classmethod
     def arrange(cls, held: Sequence[int | Shared], bucket: int | None, ranks: int | None) -> "Buffer":
         """Arrange parameters of these sizes, given in the module's order. bucket: elements after which a bucket ends;
         None: one bucket."""
-        places: list[tuple[int, int]] = []
-        buckets: list[tuple[int, int]] = []
-        at = first = 0
-
-        def end_bucket(end: int) -> int:
-            nonlocal first
-            end = end if ranks is None else _up(end, lcm(ranks, BUCKET_ALIGNMENT))
-            buckets.append((first, end))
-            first = end
-            return end
-
-        for one in reversed(held):
-            elements = one.elements if isinstance(one, Shared) else one
-            at = at if ranks is None else _up(at, ALIGNMENT)
-            alone = isinstance(one, Shared) and ranks is not None
-            if alone and at > first:
-                at = end_bucket(at)
-            places.append((at, at + elements))
-            at += elements
-            if alone or (bucket is not None and at - first >= bucket):
-                at = end_bucket(at)
-        if at > first:
-            end_bucket(at)
-        return cls(tuple(places), tuple(buckets), ranks)
+        last_first = list(reversed(held))
+        sizes = np.array([one.elements if isinstance(one, Shared) else one for one in last_first], dtype=np.int64)
+        aligned = sizes if ranks is None else _up(sizes, ALIGNMENT)
+        # Were all one bucket.
+        starts = np.concatenate(([0], aligned.cumsum()))[:-1].astype(np.int64)
+        ends = starts + sizes
+        # Where a bucket must end, whatever its size.
+        cuts = {len(last_first)}
+        if ranks is not None:
+            cuts |= {cut for i, one in enumerate(last_first) if isinstance(one, Shared) for cut in (i, i + 1)}
+        buckets, first, at = [], 0, 0
+        while first < len(last_first):
+            last = min(cut for cut in cuts if cut > first)
+            if bucket is not None:
+                last = min(last, first + int(np.searchsorted(ends[first:], starts[first] + bucket)) + 1)
+            moved = at - starts[first]
+            starts[first:last] += moved
+            ends[first:last] += moved
+            end = int(ends[last - 1])
+            end = end if ranks is None else int(_up(end, lcm(ranks, BUCKET_ALIGNMENT)))
+            buckets.append((first, last, at, end))
+            first, at = last, end
+        return cls(starts, ends, tuple(buckets), ranks)
 
 
 @dataclass(frozen=True)
@@ -215,5 +218,6 @@ def _place(parameter: Parameter) -> tuple[int, int, str, bool]:
     return module, parameter.expert or 0, name.rpartition(".")[0], name.endswith("bias")
 
 
-def _up(number: int, multiple: int) -> int:
+def _up(number: Any, multiple: int) -> Any:
+    """The next multiple of a number, or of each number of an array."""
     return -(-number // multiple) * multiple

@@ -108,6 +108,8 @@ class PackedAttention(nn.Module):
         if exchange is not None:
             key, value = gather_keys_values(key, value, exchange.token_slots)
             shard = exchange.shard
+        else:  # values as they come are a view, for which backward would keep the whole output of the projection
+            value = value.contiguous()
         attend = flex_segment_attention if query.is_cuda else segment_attention
         out = attend(query, key, value, packed_seq_params.tree, scale, self.window, shard)
         return out.reshape(out.size(0), 1, -1)

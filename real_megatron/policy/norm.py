@@ -22,7 +22,8 @@ class RMSNorm(nn.Module):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]  # torch has none
 
     def forward(self, x: Tensor) -> Tensor:
-        normed = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + self.eps)
+        wide = x.float()  # once: autograd saves what it returns, and of 16-bit inputs that is a copy
+        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
         if self.zero_centered:
             return (normed * (1.0 + self.weight.float())).to(x.dtype)
         return self.weight * normed.to(x.dtype)

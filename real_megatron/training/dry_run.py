@@ -3,6 +3,7 @@
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import ceil
 from pathlib import Path
 from shutil import disk_usage
 from statistics import fmean
@@ -20,6 +21,8 @@ from real_megatron.hf.checkpoint import HFCheckpoint, check_servers_read_the_sam
 from real_megatron.hf.output import nearest_path
 from real_megatron.hf.side_files import read_config
 from real_megatron.locks import only_writer
+from real_megatron.planning.memory import GIB, run_memory
+from real_megatron.planning.saved_tensors import MicrobatchSize
 from real_megatron.planning.storage import checkpoint_bytes, weight_bytes
 from real_megatron.planning.workload import Layout
 from real_megatron.policy.checkpoint import read_state
@@ -71,7 +74,8 @@ def dry_run(config: RunConfig, command: Literal["train", "sft"], world: int, gpu
     found.sections["data"] = _data(config, prepared)
     trials = trial_steps(config, objective, prepared, layout)
     found.sections["micro-batches"] = [(trial.about, _trial(config, trial)) for trial in trials]
-    _check_budget(config, prepared, found)
+    longest = _longest_example(config, prepared, found)
+    found.sections["memory"] = _memory(config, layout, trials, longest, gpu, found)
     found.sections["files"] = _files(config, prepared, layout, found)
     if config.is_rl or config.data.eval:
         found.sections["servers"] = _servers(config, prepared, found)
@@ -127,8 +131,9 @@ def _trial(config: RunConfig, trial: TrialStep) -> str:
     )
 
 
-def _check_budget(config: RunConfig, prepared: Prepared, found: DryRun) -> None:
-    """Warn of single responses that make a micro-batch by themselves which is beyond its budget."""
+def _longest_example(config: RunConfig, prepared: Prepared, found: DryRun) -> int:
+    """Tokens of the longest prompt with one response. Warns of those that are beyond the budget of a micro-batch, which
+    they then make by themselves."""
     response = config.data.max_response_tokens if config.is_rl else 0
     totals = [
         len(group.prompt_ids) + (response or len(group.trajectories[0].response_ids)) for group in prepared.data.groups
@@ -139,6 +144,54 @@ def _check_budget(config: RunConfig, prepared: Prepared, found: DryRun) -> None:
             f"batch.max_tokens is {config.batch.max_tokens:,}: {long:,} of {len(totals):,} examples with one response "
             f"are longer (up to {max(totals):,} tokens) and make longer micro-batches: raise it to plan for them"
         )
+    return max(totals)
+
+
+# --- memory ----------------------------------------------------------------------------------------------------------
+
+_LAYOUT = "raise parallel.tensor or parallel.pipeline, or parallel.expert of a mixture of experts"
+_REMEDIES = {
+    "activations": "set model.recompute to full, lower batch.max_tokens, or raise parallel.tensor or parallel.context",
+    "weights": _LAYOUT,
+    "gradients": _LAYOUT,
+    "optimizer": "use more ranks, over which parallel.distributed_optimizer shards it, or raise parallel.tensor",
+    "the engine's copy of the model": "set rollout.engine to sglang or vllm, whose servers have GPUs of their own",
+    "colocated server": "raise rollout.tensor, or switch rollout.colocate off",
+}
+"""What to change, by the part that takes most of a GPU's memory."""
+
+
+def _memory(
+    config: RunConfig, layout: Layout, trials: Sequence[TrialStep], longest: int, gpu: Gpu, found: DryRun
+) -> list[Line]:
+    """The estimate of each pipeline stage's fullest rank. Later steps have longer micro-batches than the first: one at
+    the token budget stands for them."""
+    tokens = max(config.batch.max_tokens, *(trial.longest_tokens for trial in trials), longest)
+    rows = ceil(tokens * max(trial.longest_rows / trial.longest_tokens for trial in trials))
+    count = max(ceil(trial.microbatches / trial.updates) for trial in trials)
+    memory = run_memory(config, layout, MicrobatchSize(tokens, rows), count, gpu)
+    lines = []
+    for one in memory.stages:
+        parts = {
+            "weights": one.states.weights,
+            "gradients": one.states.gradients,
+            "optimizer": one.states.optimizer,
+            "activations": one.activations.total,
+            "the engine's model": one.engine,
+        }
+        held = ", ".join(f"{name} {part / GIB:.1f}" for name, part in parts.items() if part)
+        text = f"{one.training / GIB:.1f} of {one.room / GIB:.1f} GiB while it trains ({held}, NCCL)"
+        if one.server:
+            text += f"; {one.rollout / GIB:.1f} while a server generates, of which it has {one.server / GIB:.1f}"
+        lines.append((f"stage {one.stage}" if len(memory.stages) > 1 else "a rank", text))
+    if not memory.fits:
+        full = memory.fullest
+        found.warnings.append(
+            f"memory: a GPU of stage {full.stage} needs about {full.peak / GIB:.0f} GiB, of {full.room / GIB:.0f} that "
+            f"can be used of a {gpu.name}; most of it is {full.binds}: {_REMEDIES[full.binds]} (`real-megatron plan` "
+            "finds layouts that fit)"
+        )
+    return lines
 
 
 # --- files -----------------------------------------------------------------------------------------------------------

@@ -37,8 +37,7 @@ def phases(
     if prepared.evaluation_sets:
         every, samples = config.evaluation.every, counted(config.evaluation.samples, "response")
         sets = (f"{name}: {len(found.prompts):,} × {samples}" for name, found in prepared.evaluation_sets.items())
-        before = "before the first step, " if every else ""
-        lines.append(("evaluation", f"{', '.join(sets)}; {before}{_times(every, steps)}"))
+        lines.append(("evaluation", f"{', '.join(sets)}; {_times(every, steps, before=every > 0)}"))
     export = f"{size(weight_bytes(layout))} in {export_directory(config)}" if config.checkpoint.save_hf else "none"
     lines.append(("export", export))
     return lines
@@ -96,7 +95,8 @@ def _passes(config: RunConfig, objective: Objective) -> str:
     return " and ".join(passes)
 
 
-def _times(every: int, steps: int) -> str:
-    """When something happens that happens every `every` steps and at the end."""
-    count = -(-steps // every) if every else 1
-    return f"every {every:,} steps and at the end ({count:,} times)" if every and count > 1 else "at the end"
+def _times(every: int, steps: int, before: bool = False) -> str:
+    """When something happens that happens every `every` steps and at the end, perhaps before the first step, too."""
+    count = (ceil(steps / every) if every else 1) + before
+    when = ["before the first step"] * before + [f"every {every:,} steps"] * (0 < every < steps)
+    return f"{', '.join(when)}{' and ' * bool(when)}at the end ({counted(count, 'time')})"

@@ -33,10 +33,10 @@ class TrialStep:
     """As of `Planner.plan`; the largest of the updates."""
     tokens: int
     """Run through the model, by all ranks."""
-    longest: list[Group]
-    """The groups of the micro-batch with the most tokens."""
     longest_tokens: int
-    """Its tokens, with the padding of sequence and context parallelism."""
+    """Of the longest micro-batch, with the padding of sequence and context parallelism."""
+    longest_rows: int
+    """Its rows that reach the output head."""
     groups: int
     split: int
     """Groups beyond `batch.max_tokens`."""
@@ -76,6 +76,8 @@ def _trial(
     everything = [mine for plan in plans for rank in plan.microbatches for mine in rank]
     longest = max(everything, key=lambda mine: sum(tokens_of(group, config.batch.share_prompt) for group in mine))
 
+    packed = planner.pack(longest)
+
     def total(name: str) -> int:
         return int(sum(plan.metrics[name] for plan in plans))
 
@@ -86,8 +88,8 @@ def _trial(
         microbatches=total("microbatches") // layout.data,
         imbalance=max(plan.metrics["imbalance"] for plan in plans),
         tokens=total("tokens"),
-        longest=longest,
-        longest_tokens=planner.pack(longest).tokens.numel(),
+        longest_tokens=packed.tokens.numel(),
+        longest_rows=packed.row_positions.numel(),
         groups=sum(map(len, batches)),
         split=total("split_groups"),
     )

@@ -119,7 +119,7 @@ def test_ranks_own_all_elements_once():
     for bucket in (None, 100):
         buffer = Buffer.arrange([7, 300, 129, 64, 1], bucket, ranks=3)
         assert sum(buffer.owned(rank) for rank in range(3)) == 501
-        assert all((end - start) % 384 == 0 for start, end in buffer.buckets)
+        assert all((end - start) % 384 == 0 for _, _, start, end in buffer.buckets)
 
 
 def test_the_imagined_world_ends(tiny):

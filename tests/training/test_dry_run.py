@@ -1,6 +1,7 @@
 """A dry run finds what a run would stumble over, with the same message, and says what the run would do."""
 
 import json
+import math
 import shutil
 import socket
 import sys
@@ -17,6 +18,9 @@ from real_megatron.data.byte_model import make_byte_model
 from real_megatron.errors import ConfigError, UserError
 from real_megatron.hardware import find_gpu
 from real_megatron.locks import only_writer
+from real_megatron.planning.activations import ActivationBytes
+from real_megatron.planning.memory import GIB, LayoutMemory, RankMemory
+from real_megatron.planning.states import StateBytes
 from real_megatron.rollout.remote.process import free_port
 from real_megatron.training import dry_run as module
 from real_megatron.training import preparation, session
@@ -127,7 +131,7 @@ def test_it_says_what_the_run_would_do_and_leaves_nothing_behind(run: Any, tmp_p
     phases = shown(found, "phases")
     assert phases["rollout"].startswith("4 requests of 2 responses: at most 160 tokens; requests a rank: 1, ")
     assert phases["evaluation"] == (
-        "dev: 10 × 1 response; before the first step, every 4 steps and at the end (2 times)"
+        "dev: 10 × 1 response; before the first step, every 4 steps and at the end (3 times)"
     )
     assert "every 5 steps and at the end (2 times); 2 kept" in phases["checkpoint"]
     assert phases["export"].endswith("run/hf") and "log-probs" not in phases
@@ -231,3 +235,34 @@ def test_of_a_model_on_the_hub_weights_are_not_downloaded(
     found = dry_run(run("model.path=owner/name"), "train", 1, H100)
     assert asked == [("owner/name", None, False)] and not found.warnings
     assert shown(found, "files")["model"] == "owner/name: weights are not downloaded yet; the run does it"
+
+
+def test_memory_is_that_of_a_full_micro_batch(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the token budget, or of the longest prompt with one response."""
+    asked = []
+    real = module.run_memory
+    monkeypatch.setattr(module, "run_memory", lambda *of: asked.append(of) or real(*of))
+    for budget, tokens in ((100, 100), (25, 30)):
+        found = dry_run(run(f"batch.max_tokens={budget}", "parallel.pipeline=2"), "train", 4, H100)
+        (_, layout, size, count, gpu) = asked.pop()
+        # Of a group of 10 + 2 × 20 tokens each response has a row for each token and one for its score; of half a
+        # group two thirds.
+        assert (layout.world, layout.model.dtype, gpu) == (4, "bfloat16", H100)
+        assert size.tokens == tokens and size.rows == math.ceil(tokens * (42 / 50 if budget == 100 else 21 / 30))
+        assert count == (5 if budget == 25 else 1)
+        assert list(shown(found, "memory")) == ["stage 0", "stage 1"]
+
+
+@pytest.mark.parametrize("part", [*module._REMEDIES])
+def test_memory_that_is_short_is_a_warning_that_names_the_part(
+    part: str, run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    large = 80 * GIB
+    states = {name: large * (part == name) for name in ("weights", "gradients", "optimizer")}
+    activations = ActivationBytes(large * (part == "activations"), 0, 0, 0, 0)
+    server, engine = large * (part == "colocated server"), large * (part == "the engine's copy of the model")
+    rank = RankMemory(0, StateBytes(**states), activations, 0, server, engine, 70 * GIB)
+    monkeypatch.setattr(module, "run_memory", lambda *_: LayoutMemory((rank,)))
+    (warning,) = dry_run(run(), "train", 1, H100).warnings
+    assert warning.startswith("memory: a GPU of stage 0 needs about 8") and ", of 70 that can be used" in warning
+    assert f"most of it is {part}: {module._REMEDIES[part]}" in warning
