@@ -27,7 +27,7 @@ ALLOWED: dict[str, set[str]] = {
     "hf": {"locks", "errors"},
     "bridge": {"hf", "processes", "registry", "terminal", "errors"},
     "policy": {"bridge", "hf", "head", "objective", "batch", "config", "processes", "runtime"} | {"hardware", "errors"},
-    "planning": {"policy", "bridge", "hf", "config", "hardware", "errors"},
+    "planning": {"policy", "bridge", "batch", "hf", "config", "hardware", "errors"},
     "rollout": {"head", "batch", "hf", "scores", "config", "registry", "errors"},
     "data": {"batch", "scores", "config", "registry", "errors"},
     "evaluation": {"scores", "errors"},

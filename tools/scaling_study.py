@@ -426,7 +426,7 @@ def write(docs: Path) -> None:
         weak_curves,
         efficiency,
         "Weak scaling, projected: prompts grow with GPUs",
-        "responses/s and GPU, of the smallest size's",
+        "efficiency",
     )
 
 

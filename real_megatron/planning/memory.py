@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import cached_property
 
 from real_megatron.bridge import ModelDescription
@@ -14,6 +14,7 @@ from real_megatron.planning.servers import kv_bytes_per_token, server_memory
 from real_megatron.planning.states import StateBytes, state_bytes
 from real_megatron.planning.storage import weight_bytes
 from real_megatron.planning.workload import Layout, Workload, workload_of
+from real_megatron.policy.meta import built_bytes
 
 GIB = 2**30
 COMMUNICATOR_BYTES = GIB // 4
@@ -162,13 +163,27 @@ def communicators(layout: Layout) -> int:
     return sum(size > 1 for size in sizes)
 
 
-def run_memory(
-    config: RunConfig, layout: Layout, microbatch: MicrobatchSize, microbatches: int, gpu: Gpu
-) -> LayoutMemory:
-    """The memory of a configured run.
+def built_states(layout: Layout) -> dict[int, StateBytes]:
+    """What `state_bytes` computes, counted on the first rank of each pipeline stage, which is built on the meta device.
+    The other ranks of a stage hold as much, or less by some padding."""
+    ranks = layout.world // layout.parallel.pipeline
+    return {
+        stage: StateBytes(
+            *astuple(built_bytes(layout.description, layout.parallel, layout.model, layout.world, stage * ranks))
+        )
+        for stage in range(layout.parallel.pipeline)
+    }
 
-    microbatch, microbatches: as in `layout_memory`.
-    """
+
+def run_memory(
+    config: RunConfig,
+    layout: Layout,
+    microbatch: MicrobatchSize,
+    microbatches: int,
+    gpu: Gpu,
+    states: Mapping[int, StateBytes],
+) -> LayoutMemory:
+    """The memory of a configured run, of the stages of `states`; other arguments as of `layout_memory`."""
     generates = config.is_rl or bool(config.data.eval)
     server = engine = 0.0
     if generates and config.rollout.engine == "transformers":
@@ -176,4 +191,4 @@ def run_memory(
     elif generates and config.rollout.colocate:
         longest = workload_of(config, config.data.max_prompt_tokens, config.data.max_response_tokens)
         server = smallest_server(layout.description, config.rollout.tensor, longest)
-    return layout_memory(layout, microbatch, microbatches, gpu, server, engine)
+    return layout_memory(layout, microbatch, microbatches, gpu, server, engine, states)

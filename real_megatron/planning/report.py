@@ -1,6 +1,5 @@
 """Estimates as tables and as configuration."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import yaml
@@ -8,12 +7,10 @@ from rich.table import Table
 
 from real_megatron.config import ParallelConfig
 from real_megatron.hardware import Gpu
-from real_megatron.planning.memory import GIB, RESERVE, LayoutMemory, RankMemory
+from real_megatron.planning.memory import GIB, RESERVE
 from real_megatron.planning.search import Candidate, Found
 from real_megatron.planning.servers import Servers
 from real_megatron.planning.workload import Layout
-from real_megatron.policy.meta import BuiltBytes
-from real_megatron.policy.stages import layers_of_chunks
 
 _SHORT = {"tensor": "TP", "pipeline": "PP", "virtual_pipeline": "VPP", "context": "CP", "expert": "EP"}
 
@@ -73,36 +70,3 @@ def settings(candidate: Candidate, gpu: Gpu) -> str:
         elif candidate.gpus <= gpu.per_node:
             tree["rollout"] |= {"replicas": servers.count, "first_gpu": layout.world}
     return yaml.safe_dump(tree, sort_keys=False)
-
-
-def memory_table(layout: Layout, memory: LayoutMemory, gpu: Gpu, built: Sequence[BuiltBytes] = ()) -> Table:
-    """GiB of each pipeline stage's fullest rank. built: bytes counted on ranks that were built, stage by stage."""
-    table = Table(
-        title=f"GiB on a GPU of each stage, of {gpu.memory / GIB:.0f} on {gpu.name}",
-        caption="Weights, gradients and optimizer: counted on the ranks' models, built without memory. The rest is "
-        "estimated."
-        if built
-        else "Estimated.",
-    )
-    for name in ("stage", "ranks", "layers"):
-        table.add_column(name)
-    for name in ("weights", "gradients", "optimizer", "activations", "NCCL", "engine", "training", "server", "rollout"):
-        table.add_column(name, justify="right")
-    ranks = layout.world // layout.parallel.pipeline
-    places = layers_of_chunks(layout.description.num_layers, layout.parallel)
-    for one in memory.stages:
-        states = built[one.stage] if built else one.states
-        layers = sum(len(places[place]) for place in range(one.stage, len(places), layout.parallel.pipeline))
-        table.add_row(
-            str(one.stage),
-            f"{one.stage * ranks}–{(one.stage + 1) * ranks - 1}",
-            str(layers),
-            *(f"{size / GIB:.2f}" for size in (states.weights, states.gradients, states.optimizer)),
-            *(f"{size / GIB:.2f}" for size in _estimated(one)),
-        )
-    return table
-
-
-def _estimated(memory: RankMemory) -> tuple[float, ...]:
-    rest = (memory.communication, memory.engine, memory.training, memory.server, memory.rollout)
-    return (memory.activations.total, *rest)

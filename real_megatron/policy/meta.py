@@ -65,7 +65,8 @@ def imagined_world(parallel: ParallelConfig, world: int, rank: int) -> Iterator[
 
     The process must not have joined a process group. Raises ConfigError as `parallel_groups.initialize` does.
     """
-    assert not dist.is_initialized(), "this process has joined a process group"
+    if dist.is_initialized():
+        raise RuntimeError("this process has joined a process group: no other world can be imagined in it")
     megatron_versions.check()
     megatron_versions.fill_gaps()
     parallel_groups.check_ranks(parallel, world)

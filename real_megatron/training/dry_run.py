@@ -21,7 +21,7 @@ from real_megatron.hf.checkpoint import HFCheckpoint, check_servers_read_the_sam
 from real_megatron.hf.output import nearest_path
 from real_megatron.hf.side_files import read_config
 from real_megatron.locks import only_writer
-from real_megatron.planning.memory import GIB, run_memory
+from real_megatron.planning.memory import GIB, built_states, run_memory
 from real_megatron.planning.saved_tensors import MicrobatchSize
 from real_megatron.planning.storage import checkpoint_bytes, weight_bytes
 from real_megatron.planning.workload import Layout
@@ -164,12 +164,13 @@ _REMEDIES = {
 def _memory(
     config: RunConfig, layout: Layout, trials: Sequence[TrialStep], longest: int, gpu: Gpu, found: DryRun
 ) -> list[Line]:
-    """The estimate of each pipeline stage's fullest rank. Later steps have longer micro-batches than the first: one at
-    the token budget stands for them."""
+    """Of each pipeline stage's fullest rank, the first: its model, gradients and optimizer are built without memory and
+    counted, the rest is estimated. Later steps have longer micro-batches than the first: one at the token budget stands
+    for them."""
     tokens = max(config.batch.max_tokens, *(trial.longest_tokens for trial in trials), longest)
     rows = ceil(tokens * max(trial.longest_rows / trial.longest_tokens for trial in trials))
     count = max(ceil(trial.microbatches / trial.updates) for trial in trials)
-    memory = run_memory(config, layout, MicrobatchSize(tokens, rows), count, gpu)
+    memory = run_memory(config, layout, MicrobatchSize(tokens, rows), count, gpu, built_states(layout))
     lines = []
     for one in memory.stages:
         parts = {

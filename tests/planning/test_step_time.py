@@ -138,16 +138,15 @@ def test_the_bubble_is_of_the_slowest_stages_work():
 
 
 def test_a_stage_without_the_output_layer_may_be_the_slowest():
-    """With the output layer counted as one of 48 layers, three stages have 9 of 35 and the last 8 and its head."""
-    even = updating(layout("Qwen3-8B", 4, pipeline=4), replace(JUDGE, response_tokens=10), IDEAL)
-    assert even["output head"] > 0
-    description = replace(
-        described("Qwen3-8B"), transformer_config=described("Qwen3-8B").transformer_config | {"num_layers": 35}
-    )
-    description = replace(description, sliding_window=(None,) * 35)
+    """Four stages of 9 of 36 layers: the last has the head besides. Of 35 layers, the output layer counted as one more,
+    it has 8, and a head on few rows that takes less than a layer."""
+    short = replace(JUDGE, response_tokens=10)
+    assert updating(layout("Qwen3-8B", 4, pipeline=4), short, IDEAL)["output head"] > 0
+    whole = described("Qwen3-8B")
+    config = whole.transformer_config | {"num_layers": 35}
+    description = replace(whole, transformer_config=config, sliding_window=(None,) * 35)
     parallel = ParallelConfig(pipeline=4, account_for_loss=True)
-    uneven = updating(Layout(description, parallel, ModelConfig(), 4), replace(JUDGE, response_tokens=10), IDEAL)
-    assert "output head" not in uneven
+    assert "output head" not in updating(Layout(description, parallel, ModelConfig(), 4), short, IDEAL)
 
 
 @pytest.mark.parametrize("sizes", [{"tensor": 8, "sequence_parallel": True}, {"context": 8}, {"pipeline": 4}, {}])
@@ -299,7 +298,7 @@ def test_the_step_waits_for_the_longest_response():
 
 
 def test_more_sequences_than_the_cache_holds_come_in_waves():
-    """Of 40 GPUs with room for a few sequences each; twice the memory holds more at a time."""
+    """Twice the memory holds more sequences at a time; no memory at all for one is an infinite time."""
     many = replace(JUDGE, prompts=512, prompt_tokens=6000)
     tight, roomy = (
         rollout_time(described("Qwen3-32B"), many, replace(H100, memory=memory), Servers(8, 1))

@@ -244,7 +244,7 @@ def test_memory_is_that_of_a_full_micro_batch(run: Any, monkeypatch: pytest.Monk
     monkeypatch.setattr(module, "run_memory", lambda *of: asked.append(of) or real(*of))
     for budget, tokens in ((100, 100), (25, 30)):
         found = dry_run(run(f"batch.max_tokens={budget}", "parallel.pipeline=2"), "train", 4, H100)
-        (_, layout, size, count, gpu) = asked.pop()
+        (_, layout, size, count, gpu, _) = asked.pop()
         # Of a group of 10 + 2 × 20 tokens each response has a row for each token and one for its score; of half a
         # group two thirds.
         assert (layout.world, layout.model.dtype, gpu) == (4, "bfloat16", H100)
