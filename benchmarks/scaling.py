@@ -6,7 +6,8 @@ Starts torchrun for each number of ranks. All train the same random Qwen3 with `
 tensor-parallel with `--tensor`; the groups of one rank are repeated on every other, so that no rank waits for another's
 longer ones. Without a GPU the ranks are gloo's and have one thread each. Efficiency is the tokens/s of a rank beside
 those of the smallest number of ranks. Beside it stands what `planning.update_time` projects, where the GPU is in the
-table of `real_megatron.hardware`. Qwen3-0.6B:
+table of `real_megatron.hardware`, and on any GPU the most that torch's allocator held beside what planning says of it.
+Qwen3-0.6B:
 
     python -m benchmarks.scaling --ranks 1 2 4 8 --prompts 4 --hidden 1024 --ffn 3072 --layers 28 --vocab 151936 \
         --heads 16 --kv-heads 8 --head-dim 128 --tied --output FILE
@@ -20,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -29,12 +31,17 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from benchmarks import report
 from benchmarks.measure import synchronize
 from benchmarks.step_contenders import DEVICE, DTYPE, SCORE_IDS, TOKENS_PER_WORD, make_groups, model_config
+from real_megatron.batch.types import Group
 from real_megatron.bridge import describe
 from real_megatron.config import RunConfig
 from real_megatron.hardware import GPUS, Gpu, peak_flops
 from real_megatron.objective import build_objective
+from real_megatron.planning.activations import activation_bytes
+from real_megatron.planning.saved_tensors import CPU, GPU, MicrobatchSize
+from real_megatron.planning.states import state_bytes
 from real_megatron.planning.update_time import update_time
 from real_megatron.planning.workload import Layout, Workload
+from real_megatron.policy.parallel_groups import has_transformer_engine
 from real_megatron.policy.policy import Policy
 
 ROOT = Path(__file__).parents[1]
@@ -64,8 +71,23 @@ def work(args: argparse.Namespace) -> None:
         if step:
             seconds.append(time.perf_counter() - started)
     if dist.get_rank() == 0:
-        print(json.dumps({"seconds": seconds, "tokens": tokens}), flush=True)
+        result = {"seconds": seconds, "tokens": tokens, "planned": planned_bytes(policy, groups)}
+        if DEVICE == "cuda":
+            result["peak"] = torch.cuda.max_memory_allocated()
+        print(json.dumps(result), flush=True)
     dist.destroy_process_group()
+
+
+def planned_bytes(policy: Policy, groups: list[Group]) -> float:
+    """What planning says of this rank's states and activations in a step on these groups."""
+    parallel = policy.config.parallel
+    model = policy.config.model.model_copy(update={"dtype": str(DTYPE).removeprefix("torch.")})
+    layout = Layout(policy.description, parallel, model, policy.runtime.world_size)
+    batches = policy.planner.plan(groups).microbatches
+    longest = max(batches, key=lambda batch: batch.tokens.numel())
+    size = MicrobatchSize(longest.tokens.numel(), longest.row_positions.numel())
+    kernels = replace(GPU, transformer_engine=has_transformer_engine()) if DEVICE == "cuda" else CPU
+    return state_bytes(layout, 0).total + activation_bytes(layout, 0, size, len(batches), kernels).total
 
 
 def measure(ranks: int, args: argparse.Namespace, checkpoint: str) -> dict:
@@ -122,9 +144,12 @@ def page(rows: dict[int, dict], args: argparse.Namespace, checkpoint: str, size:
         cells += [f"{rates[ranks] * ranks:,.0f}", f"{rates[ranks] / rates[first]:.2f}"]
         cells += [f"{seconds[ranks]:.2f}", f"{seconds[first] / seconds[ranks]:.2f}"] if gpu else ["–", "–"]
         cells.append(f"{row['load']:.1f}")
+        if "peak" in row:
+            cells += [f"{row[key] / 2**30:.2f}" for key in ("peak", "planned")]
         table.append(cells)
     header = ["ranks", "seconds, fastest", "slowest", "tokens a step", "tokens/s", "efficiency"]
     header += ["projected seconds", "projected efficiency", "load average after"]
+    header += ["peak GiB of rank 0", "planned"] if "peak" in rows[first] else []
     return [
         *preamble,
         f"- Model: random Qwen3, {size / 1e6:.1f}M parameters (hidden {args.hidden}, {args.layers} layers, vocabulary "

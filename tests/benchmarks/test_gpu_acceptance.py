@@ -11,7 +11,11 @@ import pytest
 ROOT = Path(__file__).parents[2]
 STEPS = {
     "1": ["build the cpu kernels", "tests on a GPU", "benchmark of the head"],
-    "2": ["benchmark of attention", "benchmark of the step, Qwen3-0.6B's size"],
+    "2": [
+        "benchmark of attention",
+        "benchmark of the step, Qwen3-0.6B's size",
+        "memory and time beside the plan, Qwen3-0.6B's size",
+    ],
     "3": ["the tiny judge on GPU and CPU"],
     "4": [
         "make a toy model and data",
@@ -24,7 +28,7 @@ STEPS = {
 }
 PAGES = {
     "1": ["gpu_head.md"],
-    "2": ["gpu_attention.md", "gpu_step.md"],
+    "2": ["gpu_attention.md", "gpu_step.md", "gpu_plan.md"],
     "3": ["gpu_training.md"],
     "4": ["gpu_model.md"],
 }

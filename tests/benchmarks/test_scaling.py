@@ -30,6 +30,9 @@ def test_the_page_compares_ranks_with_the_fewest_and_with_the_projection(tmp_pat
     one, four = (scaling.projected(ranks, args, str(tmp_path), GPUS["H100"]) for ranks in (1, 4))
     assert one < four
     assert shown()[1][-3:-1] == [f"{four:.2f}", f"{one / four:.2f}"]
+    for row in rows.values():  # as a GPU has it
+        row |= {"peak": 3 * 2**30, "planned": 2.5 * 2**30}
+    assert shown()[1][-2:] == ["3.00", "2.50"]
 
 
 @pytest.mark.parametrize(

@@ -68,6 +68,9 @@ def test_colocated_servers_are_those_of_one_node():
     assert not best_layouts(model, 16, H100, WORK, placement="colocated").tried
     for one in best_layouts(model, 16, H100, WORK, placement="separate", staleness=1).best:
         assert not one.servers.colocated and one.servers.gpus % 8 == 0 and one.layout.world % 8 == 0
+    one = best_layouts(model, 8, H100, WORK, placement="separate").best[0]
+    rollout = yaml.safe_load(settings(one, H100))["rollout"]
+    assert rollout["first_gpu"] == one.layout.world and rollout["replicas"] == one.servers.count
     supervised = best_layouts(model, 8, H100, replace(WORK, generates=False, responses=1))
     assert all(one.servers is None and one.gpus == 8 for one in supervised.best)
 

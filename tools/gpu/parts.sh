@@ -46,6 +46,10 @@ part_2() {
     step "benchmark of the step, Qwen3-0.6B's size" 400 "$python" -W ignore -m benchmarks.step --k 8 16 4 --one-by-one \
         --hidden 1024 --ffn 3072 --layers 28 --vocab 151936 --heads 16 --kv-heads 8 --head-dim 128 --tied \
         --padded-tokens 8192 --output "$out/gpu_step.md" "${small[@]}"
+    mapfile -t small < <(toy --hidden 32 --ffn 64 --layers 1 --vocab 512 --heads 2 --kv-heads 1 --head-dim 16 --steps 1)
+    step "memory and time beside the plan, Qwen3-0.6B's size" 90 "$python" -W ignore -m benchmarks.scaling --ranks 1 \
+        --prompts 4 --hidden 1024 --ffn 3072 --layers 28 --vocab 151936 --heads 16 --kv-heads 8 --head-dim 128 --tied \
+        --output "$out/gpu_plan.md" "${small[@]}"
 }
 
 # The tiny judge on the GPU beside the CPU, resumed, and over many steps.
