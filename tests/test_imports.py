@@ -132,7 +132,7 @@ def test_the_table_points_downward() -> None:
         ("batch", "from real_megatron.policy.policy import Policy", "batch must not import real_megatron.policy"),
         ("judging", "from real_megatron.training import rl", "judging must not import real_megatron.training"),
         ("rollout", "def f():\n    import megatron.core", "rollout must not import megatron"),
-        ("training", "from real_megatron.planning import plan", "there is no such module"),
+        ("training", "from real_megatron.schedules import plan", "there is no such module"),
         ("training", "from real_megatron.cli import main", "training must not import real_megatron.cli"),
     ],
 )

@@ -127,15 +127,15 @@ def candidate_memory(
 
 
 def _ranked(candidates: Sequence[Candidate]) -> list[Candidate]:
-    """Fastest first; of those that differ by less than `SAME_TIME`, the ones with fewer kinds of parallelism and fewer
-    pipeline stages."""
+    """Fastest first; of those that differ by less than `SAME_TIME`, the simpler ones: fewer kinds of parallelism, and
+    pipelines of fewer stages, of which each doubling counts as a kind."""
     best = min((one.time.total for one in candidates), default=0.0)
 
-    def key(one: Candidate) -> tuple[int, int, int, float]:
+    def key(one: Candidate) -> tuple[int, float, float]:
         parallel = one.layout.parallel
         kinds = sum(size > 1 for size in _sizes(parallel)) + bool(parallel.virtual_pipeline)
         slower = math.log(one.time.total / best) / math.log(1 + SAME_TIME)
-        return int(slower), kinds, parallel.pipeline, one.time.total
+        return int(slower), kinds + math.log2(parallel.pipeline), one.time.total
 
     return sorted(candidates, key=key)
 

@@ -96,7 +96,11 @@ def check_divides(description: ModelDescription, parallel: ParallelConfig) -> No
     dense = not all(map(description.is_moe_layer, range(description.num_layers)))
     tensor = description.tensor_sizes
     layers = counted_layers(description.num_layers, parallel)
-    what = "layers" if layers == description.num_layers else "layers (with those that parallel.account_for_embedding and parallel.account_for_loss add)"
+    what = (
+        "layers"
+        if layers == description.num_layers
+        else "layers (with those that parallel.account_for_embedding and parallel.account_for_loss add)"
+    )
     sizes = [
         ("parallel.pipeline × parallel.virtual_pipeline", chunk_count(parallel), what, layers, divisors(layers)),
         ("parallel.tensor", parallel.tensor, "attention heads", description.num_heads, tensor),

@@ -56,13 +56,15 @@ def test_a_policy_is_what_its_configuration_says(checkpoint, monkeypatch):
 )
 def test_megatrons_configuration_is_the_runs(model, expected):
     parallel = {"tensor": 2, "pipeline": 4, "virtual_pipeline": 3, "context": 5, "sequence_parallel": True}
-    description = describe(Qwen3Config(**QWEN3 | {"num_hidden_layers": 24}))
+    parallel["account_for_loss"] = True
+    description = describe(Qwen3Config(**QWEN3 | {"num_hidden_layers": 23}))
     found = transformer_config(description, ParallelConfig(**parallel), ModelConfig(dtype="bfloat16", **model))
     assert (found.recompute_granularity, found.recompute_method, found.recompute_num_layers) == expected
     if expected[0] == "selective":
         assert found.recompute_modules == ["core_attn"]
     sizes = (found.tensor_model_parallel_size, found.pipeline_model_parallel_size, found.context_parallel_size)
     assert sizes == (2, 4, 5) and found.virtual_pipeline_model_parallel_size == 3 and found.sequence_parallel
+    assert (found.account_for_embedding_in_pipeline_split, found.account_for_loss_in_pipeline_split) == (False, True)
     assert found.params_dtype == found.pipeline_dtype == torch.bfloat16 and found.bf16
 
 
