@@ -1,9 +1,22 @@
 """Bytes of what a run writes and sends: training checkpoints, and the weights alone."""
 
+from dataclasses import dataclass
 from math import prod
 
 from real_megatron.bridge import padded_vocab, parameter_count, parameters
 from real_megatron.planning.workload import Layout
+
+
+@dataclass(frozen=True)
+class Storage:
+    """Bytes of one set of each, as the functions below say. A mixture has thousands of parameters to add up: once."""
+
+    weights: int
+    checkpoint: int
+
+    @classmethod
+    def of(cls, layout: Layout) -> "Storage":
+        return cls(weight_bytes(layout), checkpoint_bytes(layout))
 
 
 def weight_bytes(layout: Layout) -> int:

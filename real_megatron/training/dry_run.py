@@ -23,7 +23,7 @@ from real_megatron.hf.side_files import read_config
 from real_megatron.locks import only_writer
 from real_megatron.planning.memory import GIB, built_states, run_memory
 from real_megatron.planning.saved_tensors import MicrobatchSize
-from real_megatron.planning.storage import checkpoint_bytes, weight_bytes
+from real_megatron.planning.storage import Storage
 from real_megatron.planning.workload import Layout
 from real_megatron.policy.checkpoint import read_state
 from real_megatron.rollout.factory import Node, find_engine
@@ -76,10 +76,11 @@ def dry_run(config: RunConfig, command: Literal["train", "sft"], world: int, gpu
     found.sections["micro-batches"] = [(trial.about, _trial(config, trial)) for trial in trials]
     longest = _longest_example(config, prepared, found)
     found.sections["memory"] = _memory(config, layout, trials, longest, gpu, found)
-    found.sections["files"] = _files(config, prepared, layout, found)
+    sizes = Storage.of(layout)
+    found.sections["files"] = _files(config, prepared, sizes, found)
     if config.is_rl or config.data.eval:
         found.sections["servers"] = _servers(config, prepared, found)
-    found.sections["phases"] = phases(config, objective, prepared, layout, trials)
+    found.sections["phases"] = phases(config, objective, prepared, world, trials, sizes)
     return found
 
 
@@ -214,7 +215,7 @@ def _check_writable(output: Path) -> None:
         ) from error
 
 
-def _files(config: RunConfig, prepared: Prepared, layout: Layout, found: DryRun) -> list[Line]:
+def _files(config: RunConfig, prepared: Prepared, sizes: Storage, found: DryRun) -> list[Line]:
     newest, begin = prepared.store.newest(), ""
     if newest is not None:
         step, path = newest
@@ -223,15 +224,14 @@ def _files(config: RunConfig, prepared: Prepared, layout: Layout, found: DryRun)
         check_same_inputs(saved, inputs(config, prepared.model_dir, prepared.data.groups), config, str(path))
         begin = f"; the run goes on behind step {step:,} of {prepared.steps:,}"
     lines = [("output", f"{config.output} can be written{begin}")]
-    checkpoint = checkpoint_bytes(layout)
     # A new checkpoint is complete before the oldest goes.
     more = max(0, config.checkpoint.keep + 1 - prepared.store.count())
-    exported = weight_bytes(layout) if config.checkpoint.save_hf else 0
-    needed, free = more * checkpoint + exported, disk_usage(nearest_path(config.output)).free
+    exported = sizes.weights if config.checkpoint.save_hf else 0
+    needed, free = more * sizes.checkpoint + exported, disk_usage(nearest_path(config.output)).free
     lines.append(
         (
             "disk",
-            f"{more} × {size(checkpoint)} of checkpoints (checkpoint.keep and the one being written) and "
+            f"{more} × {size(sizes.checkpoint)} of checkpoints (checkpoint.keep and the one being written) and "
             f"{size(exported)} of {export_directory(config)}: {size(needed)}; {size(free)} are free",
         )
     )

@@ -5,8 +5,7 @@ from math import ceil
 
 from real_megatron.config import RunConfig
 from real_megatron.objective import Objective
-from real_megatron.planning.storage import checkpoint_bytes, weight_bytes
-from real_megatron.planning.workload import Layout
+from real_megatron.planning.storage import Storage
 from real_megatron.rollout.factory import find_engine
 from real_megatron.training.preparation import Prepared, export_directory
 from real_megatron.training.trial_step import TrialStep
@@ -19,26 +18,24 @@ _TRANSPORTS = {
 
 
 def phases(
-    config: RunConfig, objective: Objective, prepared: Prepared, layout: Layout, trials: Sequence[TrialStep]
+    config: RunConfig, objective: Objective, prepared: Prepared, world: int, trials: Sequence[TrialStep], sizes: Storage
 ) -> list[tuple[str, str]]:
     """The phases of a step and what follows it, in order: name and what it does."""
     lines = []
     if config.is_rl:
-        lines += [("rollout", _rollout(config, layout.world)), ("weight sync", _sync(config, layout))]
+        lines += [("rollout", _rollout(config, world)), ("weight sync", _sync(config, sizes.weights))]
         if passes := _passes(config, objective):
             lines.append(("log-probs", passes))
     counts = " or ".join(f"{ceil(trial.microbatches / trial.steps):,}" for trial in trials)
     updates = counted(config.batch.mini_batches, "optimizer update")
     lines.append(("update", f"{updates}; micro-batches a data-parallel rank: {counts}"))
     every, steps = config.checkpoint.every, prepared.steps
-    lines.append(
-        ("checkpoint", f"{size(checkpoint_bytes(layout))} {_times(every, steps)}; {config.checkpoint.keep} kept")
-    )
+    lines.append(("checkpoint", f"{size(sizes.checkpoint)} {_times(every, steps)}; {config.checkpoint.keep} kept"))
     if prepared.evaluation_sets:
         every, samples = config.evaluation.every, counted(config.evaluation.samples, "response")
         sets = (f"{name}: {len(found.prompts):,} × {samples}" for name, found in prepared.evaluation_sets.items())
         lines.append(("evaluation", f"{', '.join(sets)}; {_times(every, steps, before=every > 0)}"))
-    export = f"{size(weight_bytes(layout))} in {export_directory(config)}" if config.checkpoint.save_hf else "none"
+    export = f"{size(sizes.weights)} in {export_directory(config)}" if config.checkpoint.save_hf else "none"
     lines.append(("export", export))
     return lines
 
@@ -70,9 +67,9 @@ def _rollout(config: RunConfig, world: int) -> str:
     return text + ("; while the step before trains" if rollout.staleness else "")
 
 
-def _sync(config: RunConfig, layout: Layout) -> str:
+def _sync(config: RunConfig, weights: int) -> str:
     rollout, kind = config.rollout, find_engine(config.rollout.engine)
-    text = f"{size(weight_bytes(layout))} before each step"
+    text = f"{size(weights)} before each step"
     if not kind.server_package:
         return f"{text}, to the model that each rank generates with"
     how = rollout.weight_sync

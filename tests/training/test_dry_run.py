@@ -242,13 +242,13 @@ def test_memory_is_that_of_a_full_micro_batch(run: Any, monkeypatch: pytest.Monk
     asked = []
     real = module.run_memory
     monkeypatch.setattr(module, "run_memory", lambda *of: asked.append(of) or real(*of))
-    for budget, tokens in ((100, 100), (25, 30)):
+    for budget, tokens in ((110, 110), (25, 30)):
         found = dry_run(run(f"batch.max_tokens={budget}", "parallel.pipeline=2"), "train", 4, H100)
         (_, layout, size, count, gpu, _) = asked.pop()
         # Of a group of 10 + 2 × 20 tokens each response has a row for each token and one for its score; of half a
         # group two thirds.
         assert (layout.world, layout.model.dtype, gpu) == (4, "bfloat16", H100)
-        assert size.tokens == tokens and size.rows == math.ceil(tokens * (42 / 50 if budget == 100 else 21 / 30))
+        assert size.tokens == tokens and size.rows == math.ceil(tokens * (42 / 50 if budget == 110 else 21 / 30))
         assert count == (5 if budget == 25 else 1)
         assert list(shown(found, "memory")) == ["stage 0", "stage 1"]
 
