@@ -1,7 +1,7 @@
 """What a rank's GPU holds in training and in rollout, beside what it has room for."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import astuple, dataclass
 from functools import cached_property
 
@@ -11,7 +11,7 @@ from real_megatron.hardware import Gpu
 from real_megatron.planning.activations import ActivationBytes, activation_bytes
 from real_megatron.planning.saved_tensors import GPU, MicrobatchSize
 from real_megatron.planning.servers import kv_bytes_per_token, server_memory
-from real_megatron.planning.states import StateBytes, state_bytes
+from real_megatron.planning.states import LocalSizes, StateBytes, state_bytes
 from real_megatron.planning.storage import weight_bytes
 from real_megatron.planning.workload import Layout, Workload, workload_of
 from real_megatron.policy.meta import built_bytes
@@ -165,14 +165,19 @@ def communicators(layout: Layout) -> int:
 
 def built_states(layout: Layout) -> dict[int, StateBytes]:
     """What `state_bytes` computes, counted on the first rank of each pipeline stage, which is built on the meta device.
-    The other ranks of a stage hold as much, or less by some padding."""
+    The other ranks of a stage hold as much, or less by some padding; stages with the same parameters are built once."""
+    sizes = LocalSizes.of(layout)
     ranks = layout.world // layout.parallel.pipeline
-    return {
-        stage: StateBytes(
-            *astuple(built_bytes(layout.description, layout.parallel, layout.model, layout.world, stage * ranks))
-        )
-        for stage in range(layout.parallel.pipeline)
-    }
+    built: dict[Hashable, StateBytes] = {}
+    states = {}
+    for stage in range(layout.parallel.pipeline):
+        # Buckets of the first stage differ (planning/states.py).
+        kind = stage == 0, tuple((tuple(dense), tuple(experts)) for dense, experts in sizes.chunks(layout, stage))
+        if kind not in built:
+            counted = built_bytes(layout.description, layout.parallel, layout.model, layout.world, stage * ranks)
+            built[kind] = StateBytes(*astuple(counted))
+        states[stage] = built[kind]
+    return states
 
 
 def run_memory(

@@ -1,5 +1,6 @@
 """Bytes by arithmetic against the same rank built on the meta device."""
 
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -9,6 +10,7 @@ from transformers import Qwen3Config, Qwen3MoeConfig
 from real_megatron import bridge
 from real_megatron.config import ModelConfig, ParallelConfig
 from real_megatron.errors import ConfigError
+from real_megatron.planning import memory
 from real_megatron.planning.states import Buffer, state_bytes
 from real_megatron.planning.workload import Layout
 from real_megatron.policy import meta
@@ -114,6 +116,15 @@ def test_tied_embeddings_stand_on_both_ends(tied):
         parallel = ParallelConfig(pipeline=pipeline, virtual_pipeline=virtual)
         for stage in {0, pipeline - 1}:
             check(Layout(tied, parallel, ModelConfig(), 4 * pipeline), stage)
+
+
+def test_stages_with_the_same_parameters_are_built_once(tied, monkeypatch):
+    layout = Layout(replace(tied, tied=False), ParallelConfig(pipeline=4), ModelConfig(), 8)
+    built = []
+    real = memory.built_bytes
+    monkeypatch.setattr(memory, "built_bytes", lambda *of: built.append(of[-1]) or real(*of))
+    assert memory.built_states(layout) == {stage: state_bytes(layout, stage) for stage in range(4)}
+    assert built == [0, 2, 6]
 
 
 def test_ranks_own_all_elements_once():
