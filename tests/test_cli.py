@@ -183,6 +183,7 @@ def test_settings_are_checked_before_data_and_model_are_read(
     assert f"{output}/hf exists, and no run has made it" in refused()
 
 
+@pytest.mark.usefixtures("no_process_group")
 def test_a_dry_run_prints_its_findings_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -15,6 +15,7 @@ from real_megatron.training import dry_run as module
 from real_megatron.training.dry_run import dry_run
 from tests.support.layouts import CONFIGS
 
+pytestmark = pytest.mark.usefixtures("no_process_group")
 RECIPES = Path(__file__).parents[1] / "examples/recipes"
 FIXTURES = {
     "mistral-7b": "Mistral-7B-v0.2",

@@ -18,6 +18,7 @@ from real_megatron.policy.model import check_divides
 from real_megatron.policy.parallel_groups import check_ranks
 from tests.support.layouts import CONFIGS, described
 
+pytestmark = pytest.mark.usefixtures("no_process_group")
 H100 = find_gpu("H100")
 WORK = workload_of(RunConfig(), prompt_tokens=1000, response_tokens=500)
 

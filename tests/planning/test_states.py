@@ -17,11 +17,7 @@ from real_megatron.policy import meta
 from tests.support.layouts import described
 
 
-@pytest.fixture(autouse=True)
-def no_process_group():
-    """Tests of the same process may have left theirs."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
+pytestmark = pytest.mark.usefixtures("no_process_group")
 
 
 @pytest.fixture(scope="module")

@@ -30,6 +30,7 @@ from real_megatron.training.examples import prompt_groups
 from real_megatron.training.session import Session
 from tests.support.rollout_fake_server import FakeServer
 
+pytestmark = pytest.mark.usefixtures("no_process_group")
 H100 = find_gpu("H100")
 
 

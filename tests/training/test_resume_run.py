@@ -62,6 +62,7 @@ def test_a_checkpoint_holds_as_many_bytes_as_a_dry_run_says(task: Path, whole: P
     assert weight_bytes(layout) == sum(map(len, weights(whole).values())) // 2, "auto is 16 bits where it is planned"
 
 
+@pytest.mark.usefixtures("no_process_group")
 def test_a_dry_run_sees_what_a_run_would_resume_from(task: Path, whole: Path, tmp_path: Path) -> None:
     config = RunConfig.from_yaml(whole / "config.yaml")
     lines = dict(dry_run(config, "train", 1, find_gpu("H100")).sections["files"])
