@@ -186,8 +186,14 @@ def _memory(
         if one.server:
             text += f"; {one.rollout / GIB:.1f} while a server generates, of which it has {one.server / GIB:.1f}"
         lines.append((f"stage {one.stage}" if len(memory.stages) > 1 else "a rank", text))
+    full = memory.fullest
+    if full.states.total > gpu.memory:  # counted, not estimated: such a run ends as it starts
+        raise ConfigError(
+            f"weights, gradients and optimizer of a rank of stage {full.stage} take {full.states.total / GIB:.1f} GiB, "
+            f"and a {gpu.name} has {gpu.memory / GIB:.0f}: {_LAYOUT}, or use more ranks, over which "
+            "parallel.distributed_optimizer shards the optimizer (`real-megatron plan` finds layouts that fit)"
+        )
     if not memory.fits:
-        full = memory.fullest
         found.warnings.append(
             f"memory: a GPU of stage {full.stage} needs about {full.peak / GIB:.0f} GiB, of {full.room / GIB:.0f} that "
             f"can be used of a {gpu.name}; most of it is {full.binds}: {_REMEDIES[full.binds]} (`real-megatron plan` "

@@ -16,7 +16,6 @@ from real_megatron.planning.workload import Layout
 from real_megatron.policy import meta
 from tests.support.layouts import described
 
-
 pytestmark = pytest.mark.usefixtures("no_process_group")
 
 

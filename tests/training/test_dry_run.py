@@ -6,6 +6,7 @@ import shutil
 import socket
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -258,12 +259,17 @@ def test_memory_is_that_of_a_full_micro_batch(run: Any, monkeypatch: pytest.Monk
 def test_memory_that_is_short_is_a_warning_that_names_the_part(
     part: str, run: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    large = 80 * GIB
+    large = 75 * GIB
     states = {name: large * (part == name) for name in ("weights", "gradients", "optimizer")}
     activations = ActivationBytes(large * (part == "activations"), 0, 0, 0, 0)
     server, engine = large * (part == "colocated server"), large * (part == "the engine's copy of the model")
     rank = RankMemory(0, StateBytes(**states), activations, 0, server, engine, 70 * GIB)
     monkeypatch.setattr(module, "run_memory", lambda *_: LayoutMemory((rank,)))
     (warning,) = dry_run(run(), "train", 1, H100).warnings
-    assert warning.startswith("memory: a GPU of stage 0 needs about 8") and ", of 70 that can be used" in warning
+    assert warning.startswith("memory: a GPU of stage 0 needs about 7") and ", of 70 that can be used" in warning
     assert f"most of it is {part}: {module._REMEDIES[part]}" in warning
+
+
+def test_a_model_that_no_gpu_holds_is_an_error(run: Any) -> None:
+    with pytest.raises(ConfigError, match=r"optimizer of a rank of stage 0 take 0\.0 GiB, and a H100 has 0: raise"):
+        dry_run(run(), "train", 1, replace(H100, memory=1e6))
