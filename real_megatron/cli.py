@@ -398,17 +398,23 @@ def plan(
     with reported():
         from real_megatron.config import RunConfig
         from real_megatron.hardware import find_gpu
+        from real_megatron.hf.output import check_output_file
         from real_megatron.planning.command import find_layouts
         from real_megatron.planning.report import candidates_table, settings
 
+        if output is not None:
+            check_output_file(output, "--output")
+            if output.exists():
+                raise ConfigError(f"--output: {output} exists: name another file, or remove it")
         kind = replace(find_gpu(gpu), per_node=gpus_per_node)
         run = RunConfig.from_yaml(config, overrides or [])
         found = find_layouts(run, model, gpus, kind, rollout, prompt_tokens, response_tokens, revision, top)
         CONSOLE_OUT.print(candidates_table(found, kind))
-        text = settings(found.best[0], kind)
+        text = settings(found.best[0], kind, run)
         if output is None:
             typer.echo(f"\nSettings of the first:\n\n{text}", nl=False)
         else:
+            output.parent.mkdir(parents=True, exist_ok=True)
             output.write_text(text, encoding="utf-8")
             typer.echo(f"{output}: settings of the first")
 

@@ -4,10 +4,11 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
+from typing import Any
 
 from real_megatron.bridge import ModelDescription
 from real_megatron.bridge.description import divisors
-from real_megatron.config import ModelConfig, ParallelConfig
+from real_megatron.config import ModelConfig, ParallelConfig, RolloutConfig
 from real_megatron.errors import ConfigError
 from real_megatron.hardware import Gpu
 from real_megatron.planning.memory import LayoutMemory, full_microbatch, layout_memory, smallest_server
@@ -70,23 +71,24 @@ def best_layouts(
     model: ModelConfig | None = None,
     placement: Placement = "auto",
     count: int = 5,
-    staleness: int = 0,
+    rollout: RolloutConfig | None = None,
+    parallel: ParallelConfig | None = None,
 ) -> Found:
     """Search the layouts of `gpus` GPUs, servers included.
 
-    workload: its `max_tokens` is a start; every budget from one longest response on is tried. model: what is not
-    searched (recomputation is); default: the configuration's defaults. Raises ConfigError for a placement that is not
-    known.
+    workload: its `max_tokens` is a start; every budget from one longest response on is tried. model, rollout, parallel:
+    what is not searched (recomputation, sizes and placement are); default: the configuration's defaults. Raises
+    ConfigError for a placement that is not known.
     """
     if placement not in PLACEMENTS:
         raise ConfigError(f"placement {placement!r}: choose one of {', '.join(PLACEMENTS)}")
-    model = model or ModelConfig()
+    model, rollout, kept = model or ModelConfig(), rollout or RolloutConfig(), parallel or ParallelConfig()
     tried = fitting = 0
     fastest: dict[tuple[object, ...], Candidate] = {}
     closest: Candidate | None = None
     known = _States(description, model)
-    for servers, world in _placements(description, gpus, gpu, workload, placement, staleness):
-        for parallel in _parallel_sizes(description, world, gpu, workload):
+    for servers, world in _placements(description, gpus, gpu, workload, placement, rollout):
+        for parallel in _parallel_sizes(description, world, gpu, workload, kept):
             states = known.of(parallel, world)
             for budget in _budgets(workload, parallel):
                 one = None
@@ -166,25 +168,31 @@ def _sizes(parallel: ParallelConfig) -> tuple[int, ...]:
 
 
 def _placements(
-    description: ModelDescription, gpus: int, gpu: Gpu, workload: Workload, placement: Placement, staleness: int
+    description: ModelDescription,
+    gpus: int,
+    gpu: Gpu,
+    workload: Workload,
+    placement: Placement,
+    rollout: RolloutConfig,
 ) -> Iterator[tuple[Servers | None, int]]:
     """Servers, and the training ranks that are left."""
     if not workload.generates:
         yield None, gpus
         return
     sizes = _server_sizes(description, gpu)
+    kept: dict[str, Any] = {"concurrency": rollout.concurrency, "keep_weights": rollout.keep_weights}
     # A run starts servers on rank 0's node alone: colocated ones are there for one node.
-    if placement != "separate" and not staleness and gpus <= gpu.per_node:
+    if placement != "separate" and not rollout.staleness and gpus <= gpu.per_node:
         for tensor in sizes:
             if gpus % tensor == 0:
-                yield Servers(gpus, tensor, colocated=True), gpus
+                yield Servers(gpus, tensor, colocated=True, **kept), gpus
     if placement != "colocated":
         # Whole nodes serve where there are several.
         unit = gpu.per_node if gpus > gpu.per_node else 1
         shares = sorted({max(unit, round(gpus * eighths / 8 / unit) * unit) for eighths in (1, 2, 3, 4, 5, 6)})
         for serving, tensor in product(shares, sizes):
             if serving < gpus and serving % tensor == 0:
-                yield Servers(serving, tensor, staleness=staleness), gpus - serving
+                yield Servers(serving, tensor, staleness=rollout.staleness, **kept), gpus - serving
 
 
 def _server_sizes(description: ModelDescription, gpu: Gpu) -> list[int]:
@@ -195,9 +203,10 @@ def _server_sizes(description: ModelDescription, gpu: Gpu) -> list[int]:
 
 
 def _parallel_sizes(
-    description: ModelDescription, world: int, gpu: Gpu, workload: Workload
+    description: ModelDescription, world: int, gpu: Gpu, workload: Workload, kept: ParallelConfig
 ) -> Iterator[ParallelConfig]:
-    """Every layout of `world` ranks that divides the model, with at least one group for each data-parallel rank."""
+    """Every layout of `world` ranks that divides the model, with at least one group for each data-parallel rank. kept:
+    has what is no size."""
     experts = divisors(description.num_experts) if description.num_experts else [1]
     contexts = [size for size in (1, 2, 4, 8) if size <= LARGEST_CONTEXT]
     tensors = [size for size in description.tensor_sizes if gpu.per_node % size == 0]
@@ -219,6 +228,8 @@ def _parallel_sizes(
                 sequence_parallel=tensor > 1,
                 account_for_embedding=ends,
                 account_for_loss=ends,
+                distributed_optimizer=kept.distributed_optimizer,
+                timeout_minutes=kept.timeout_minutes,
             )
             if counted_layers(description.num_layers, parallel) % chunk_count(parallel) == 0:
                 yield parallel
