@@ -76,13 +76,18 @@ def best_layouts(
 ) -> Found:
     """Search the layouts of `gpus` GPUs, servers included.
 
-    workload: its `max_tokens` is a start; every budget from one longest response on is tried. model, rollout, parallel:
-    what is not searched (recomputation, sizes and placement are); default: the configuration's defaults. Raises
-    ConfigError for a placement that is not known.
+    workload: its `max_tokens` is not read: every budget from one longest response on is tried. model, rollout,
+    parallel: what is not searched (recomputation, sizes and placement are); default: the configuration's defaults.
+    Raises ConfigError for a placement that is not known, or not possible.
     """
     if placement not in PLACEMENTS:
         raise ConfigError(f"placement {placement!r}: choose one of {', '.join(PLACEMENTS)}")
     model, rollout, kept = model or ModelConfig(), rollout or RolloutConfig(), parallel or ParallelConfig()
+    if placement == "colocated" and (gpus > gpu.per_node or rollout.staleness):
+        raise ConfigError(
+            f"placement colocated: servers that a run starts on its own GPUs are on one node, {gpu.per_node} GPUs, and "
+            "need rollout.staleness 0: choose auto or separate"
+        )
     tried = fitting = 0
     fastest: dict[tuple[object, ...], Candidate] = {}
     closest: Candidate | None = None
@@ -143,8 +148,8 @@ def _ranked(candidates: Sequence[Candidate]) -> list[Candidate]:
 
 
 class _States:
-    """Bytes of weights, gradients and optimizer on the first and the last pipeline stage, which have most: each
-    computed once."""
+    """Bytes of weights, gradients and optimizer on the pipeline stages that can be the fullest, each computed once: the
+    first and the last, and where the first has one layer fewer than others the second."""
 
     def __init__(self, description: ModelDescription, model: ModelConfig) -> None:
         self.description, self.model = description, model
@@ -158,7 +163,8 @@ class _States:
         key = (world, *parallel.model_dump().values())
         if key not in self._known:
             sizes = self._sizes[parallel.tensor]
-            stages = sorted({0, parallel.pipeline - 1})
+            second = min(int(parallel.account_for_embedding), parallel.pipeline - 1)
+            stages = sorted({0, second, parallel.pipeline - 1})
             self._known[key] = {stage: state_bytes(layout, stage, sizes=sizes) for stage in stages}
         return self._known[key]
 

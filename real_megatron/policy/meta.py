@@ -7,13 +7,14 @@ on one CPU.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
+from megatron.core.tensor_parallel import random as megatron_random
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -63,7 +64,8 @@ class _MetaDevice(TorchFunctionMode):
 def imagined_world(parallel: ParallelConfig, world: int, rank: int) -> Iterator[None]:
     """Megatron's groups as rank `rank` of `world` ranks forms them. No other rank exists, and nothing is sent.
 
-    The process must not have joined a process group. Raises ConfigError as `parallel_groups.initialize` does.
+    The process must not have joined a process group. At the end it is as before, random states included. Raises
+    ConfigError as `parallel_groups.initialize` does.
     """
     if dist.is_initialized():
         raise RuntimeError("this process has joined a process group: no other world can be imagined in it")
@@ -71,11 +73,17 @@ def imagined_world(parallel: ParallelConfig, world: int, rank: int) -> Iterator[
     megatron_versions.fill_gaps()
     parallel_groups.check_ranks(parallel, world)
     cpu.install()
-    real = {"all_gather_object": dist.all_gather_object}
-    random_state = torch.get_rng_state()
-    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
-    vars(dist)["all_gather_object"] = _own_object
-    try:
+    parallel_state.destroy_model_parallel()  # forgets groups of a process group that has ended
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices), ExitStack() as undo:
+        # The last one first, and each whatever the others raise.
+        names = ("_CUDA_RNG_STATE_TRACKER", "_CUDA_RNG_STATE_TRACKER_INITIALIZED")
+        undo.callback(vars(megatron_random).update, {name: vars(megatron_random)[name] for name in names})
+        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
+        undo.callback(dist.destroy_process_group)
+        undo.callback(parallel_groups.end_model_groups)
+        undo.callback(vars(dist).update, all_gather_object=dist.all_gather_object)
+        vars(dist)["all_gather_object"] = _own_object
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=parallel.tensor,
             pipeline_model_parallel_size=parallel.pipeline,
@@ -87,11 +95,6 @@ def imagined_world(parallel: ParallelConfig, world: int, rank: int) -> Iterator[
         with cpu.device_mode():
             tensor_parallel.model_parallel_cuda_manual_seed(0, force_reset_rng=True)
         yield
-    finally:
-        vars(dist).update(real)
-        parallel_groups.end_model_groups()
-        dist.destroy_process_group()
-        torch.set_rng_state(random_state)
 
 
 def built_bytes(

@@ -14,8 +14,8 @@ from real_megatron.errors import ConfigError
 from real_megatron.hardware import GPUS, find_gpu
 from real_megatron.planning.command import find_layouts
 from real_megatron.planning.report import candidates_table, layout_text, settings
-from real_megatron.planning.search import best_layouts, candidate_memory
-from real_megatron.planning.workload import workload_of
+from real_megatron.planning.search import _States, best_layouts, candidate_memory
+from real_megatron.planning.workload import Layout, workload_of
 from real_megatron.policy.meta import built_bytes
 from real_megatron.policy.model import check_divides
 from real_megatron.policy.parallel_groups import check_ranks
@@ -38,7 +38,7 @@ def test_every_layout_that_is_offered_divides_and_fits(found):
         assert one.gpus == 16
         check_ranks(one.layout.parallel, one.layout.world)
         check_divides(one.layout.description, one.layout.parallel)
-        # The search looks at the first and last stage alone: all fit.
+        # The search looks at the stages alone that can be the fullest: all fit.
         everywhere = candidate_memory(one.layout, one.workload, H100, one.servers)
         assert len(everywhere.stages) == one.layout.parallel.pipeline and everywhere.fits
         assert one.memory.fullest.peak == everywhere.fullest.peak
@@ -115,8 +115,10 @@ def test_a_run_without_servers_has_one_response_a_prompt(model_dir):
 def test_colocated_servers_are_those_of_one_node():
     model = described("Qwen3-8B")
     assert all(one.servers.colocated for one in best_layouts(model, 8, H100, WORK, placement="colocated").best)
-    assert not best_layouts(model, 16, H100, WORK, placement="colocated").tried
     stale = RolloutConfig(staleness=1)
+    for gpus, rollout in ((16, None), (8, stale)):
+        with pytest.raises(ConfigError, match="on one node, 8 GPUs, and need rollout.staleness 0: choose auto or sep"):
+            best_layouts(model, gpus, H100, WORK, placement="colocated", rollout=rollout)
     for one in best_layouts(model, 16, H100, WORK, placement="separate", rollout=stale).best:
         assert not one.servers.colocated and one.servers.gpus % 8 == 0 and one.layout.world % 8 == 0
     one = best_layouts(model, 8, H100, WORK, placement="separate").best[0]
@@ -180,3 +182,13 @@ def test_what_cannot_be_planned_is_an_error(model_dir, arguments, message):
             options.get("--rollout", "auto"),
             int(options["--prompt-tokens"]) if "--prompt-tokens" in options else None,
         )
+
+
+def test_the_fullest_stage_is_looked_at_where_the_first_has_fewer_layers():
+    """A layer of experts is larger than the embedding that counts as one, and 9 × 5 are more layers than 10 × 4."""
+    ends = dict(pipeline=10, tensor=2, account_for_embedding=True, account_for_loss=True)
+    parallel = ParallelConfig(**ends, sequence_parallel=True)
+    layout = Layout(described("Qwen3-30B-A3B"), parallel, ModelConfig(), 20)
+    states = _States(layout.description, layout.model).of(parallel, 20)
+    seen, whole = (candidate_memory(layout, WORK, H100, None, known) for known in (states, None))
+    assert whole.fullest.stage == 1 and seen.fullest == whole.fullest

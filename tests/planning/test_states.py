@@ -4,7 +4,10 @@ from dataclasses import replace
 from itertools import product
 
 import pytest
+import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel import random
 from transformers import Qwen3Config, Qwen3MoeConfig
 
 from real_megatron import bridge
@@ -13,7 +16,7 @@ from real_megatron.errors import ConfigError
 from real_megatron.planning import memory
 from real_megatron.planning.states import Buffer, state_bytes
 from real_megatron.planning.workload import Layout
-from real_megatron.policy import meta
+from real_megatron.policy import meta, parallel_groups
 from tests.support.layouts import described
 
 pytestmark = pytest.mark.usefixtures("no_process_group")
@@ -135,3 +138,32 @@ def test_the_imagined_world_ends(tiny):
     meta.built_bytes(tiny, ParallelConfig(), ModelConfig(), 3, 0)
     assert not dist.is_initialized()
     assert dist.all_gather_object.__module__ == "torch.distributed.distributed_c10d"
+
+
+@pytest.mark.parametrize("failing", ["initialize_model_parallel", "destroy_model_parallel"])
+def test_an_imagined_world_that_fails_leaves_the_process_as_it_was(failing, tiny, monkeypatch):
+    """On the way in, when Megatron has formed some groups, and on the way out."""
+
+    def state():
+        return dist.is_initialized(), dist.all_gather_object, random._CUDA_RNG_STATE_TRACKER
+
+    real = getattr(parallel_state, failing)
+
+    def fails(**sizes):
+        real(**sizes)
+        if dist.is_initialized():
+            raise OSError("no such luck")
+
+    before, numbers = state(), torch.get_rng_state()
+    with monkeypatch.context() as patch:
+        patch.setattr(parallel_state, failing, fails)
+        with pytest.raises(OSError, match="no such luck"):
+            meta.built_bytes(tiny, ParallelConfig(), ModelConfig(), 3, 0)
+    assert state() == before and torch.equal(torch.get_rng_state(), numbers)
+    meta.built_bytes(tiny, ParallelConfig(), ModelConfig(), 3, 0)
+
+
+def test_groups_of_a_world_that_has_ended_are_forgotten(tiny):
+    parallel_groups.initialize(ParallelConfig())
+    dist.destroy_process_group()
+    assert meta.built_bytes(tiny, ParallelConfig(), ModelConfig(), 3, 0).weights

@@ -280,7 +280,7 @@ def test_a_checkpoint_continues_bit_identically_and_at_other_layouts(checkpoint,
     others = [
         (4, {"pipeline": 2}),
         (4, {"tensor": 4, "sequence_parallel": True}),
-        (4, {"pipeline": 2, "virtual_pipeline": 2}),
+        (4, LAYOUTS["PP2 VPP3 DP2"]),
         (4, {"tensor": 2, "context": 2}),
         (1, {}),
     ]
@@ -293,10 +293,14 @@ def test_a_checkpoint_continues_bit_identically_and_at_other_layouts(checkpoint,
             )
 
 
+# Of two layers: each chunk has one, the embedding alone, or the output layer alone.
+ENDS_ALONE = {"pipeline": 2, "virtual_pipeline": 2, "account_for_embedding": True, "account_for_loss": True}
+
+
 @pytest.mark.parametrize(
     ("dtype", "layouts"),
     [
-        ("float32", [{}, {"expert": 2}, {"pipeline": 2}, {}]),
+        ("float32", [{}, {"expert": 2}, ENDS_ALONE, {}]),
         ("float32", [{"pipeline": 2, "distributed_optimizer": False}, {"expert": 2, "distributed_optimizer": False}]),
         ("bfloat16", [{"pipeline": 2, "distributed_optimizer": False}, {"distributed_optimizer": False}]),
     ],
