@@ -30,7 +30,15 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks import report
 from benchmarks.measure import synchronize
-from benchmarks.step_contenders import DEVICE, DTYPE, SCORE_IDS, TOKENS_PER_WORD, make_groups, model_config
+from benchmarks.step_contenders import (
+    DEVICE,
+    DTYPE,
+    SCORE_IDS,
+    TOKENS_PER_WORD,
+    add_model_sizes,
+    make_groups,
+    model_config,
+)
 from real_megatron.batch.types import Group
 from real_megatron.bridge import describe
 from real_megatron.config import RunConfig
@@ -172,14 +180,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--k", type=int, default=8, help="responses per prompt")
     parser.add_argument("--prompts", type=int, default=2, help="prompts per step and data-parallel rank")
     parser.add_argument("--steps", type=int, default=3, help="timed steps")
-    parser.add_argument("--hidden", type=int, default=256)
-    parser.add_argument("--ffn", type=int, default=768)
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--vocab", type=int, default=8192)
-    parser.add_argument("--heads", type=int, default=0, help="default: hidden / 64")
-    parser.add_argument("--kv-heads", type=int, default=0, help="default: hidden / 256")
-    parser.add_argument("--head-dim", type=int, default=64)
-    parser.add_argument("--tied", action="store_true", help="embedding and output head share their weight")
+    add_model_sizes(parser, hidden=256)
     parser.add_argument("--max-tokens", type=int, default=16384, help="token budget of a micro-batch")
     parser.add_argument("--output", type=Path, help="write the result here as well")
     parser.add_argument("--checkpoint", help=argparse.SUPPRESS)

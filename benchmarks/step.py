@@ -37,7 +37,16 @@ from transformers import AutoModelForCausalLM
 from benchmarks import report
 from benchmarks.measure import MIB, fastest, peak_bytes, reset_peak, synchronize
 from benchmarks.report import Bar
-from benchmarks.step_contenders import CONTENDERS, DEVICE, DTYPE, TOKENS_PER_WORD, build, make_groups, model_config
+from benchmarks.step_contenders import (
+    CONTENDERS,
+    DEVICE,
+    DTYPE,
+    TOKENS_PER_WORD,
+    add_model_sizes,
+    build,
+    make_groups,
+    model_config,
+)
 from real_megatron.batch.packing import rows_of, tokens_of, tree_of
 from real_megatron.bridge import describe
 from real_megatron.policy import flops
@@ -232,14 +241,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--k", type=int, nargs="+", default=[4, 8, 16], help="responses per prompt")
     parser.add_argument("--prompts", type=int, default=1, help="prompts per step")
-    parser.add_argument("--hidden", type=int, default=512)
-    parser.add_argument("--ffn", type=int, default=1536)
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--vocab", type=int, default=8192)
-    parser.add_argument("--heads", type=int, default=0, help="default: hidden / 64")
-    parser.add_argument("--kv-heads", type=int, default=0, help="default: hidden / 256")
-    parser.add_argument("--head-dim", type=int, default=64)
-    parser.add_argument("--tied", action="store_true", help="embedding and output head share their weight")
+    add_model_sizes(parser, hidden=512)
     parser.add_argument(
         "--padded-tokens", type=int, default=0, help="tokens of (a)'s padded micro-batches; default: a group at once"
     )

@@ -24,6 +24,18 @@ CONTENDERS = ("a", "b", "ours", "binary")
 """What `build` knows."""
 
 
+def add_model_sizes(parser: argparse.ArgumentParser, hidden: int) -> None:
+    """The arguments that `model_config` reads. hidden: default of --hidden."""
+    parser.add_argument("--hidden", type=int, default=hidden)
+    parser.add_argument("--ffn", type=int, default=3 * hidden)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--vocab", type=int, default=8192)
+    parser.add_argument("--heads", type=int, default=0, help="default: hidden / 64")
+    parser.add_argument("--kv-heads", type=int, default=0, help="default: hidden / 256")
+    parser.add_argument("--head-dim", type=int, default=64)
+    parser.add_argument("--tied", action="store_true", help="embedding and output head share their weight")
+
+
 def model_config(args: argparse.Namespace) -> Qwen3Config:
     """A Qwen3 of the asked size; by default output head and attention take about the share that they have in
     Qwen3-0.6B: a quarter of the weight products each. Qwen3-0.6B itself: --hidden 1024 --ffn 3072 --layers 28

@@ -384,7 +384,7 @@ def plan(
     revision: Revision = None,
     overrides: Overrides = None,
 ) -> None:
-    """Choose how to spread a model over GPUs: memory to the byte and a projected step time of every layout.
+    """Choose how to spread a model over GPUs: the estimated memory and step time of every layout.
 
     Tries all sizes of parallelism that divide the model, recomputation, token budgets and placements of the rollout
     servers; shows the fastest that fit, and the settings of the first. Nothing is loaded, and no GPU is needed.

@@ -27,7 +27,7 @@ SAME_TIME = 0.10
 simpler layout then wins."""
 LARGEST_PIPELINE = 16
 LARGEST_VIRTUAL_PIPELINE = 8
-LARGEST_CONTEXT = 8
+CONTEXTS = (1, 2, 4, 8)
 LARGEST_BUDGET = 2**17
 """Tokens of a micro-batch: beyond, its own work is large enough to hide every fixed cost."""
 
@@ -108,7 +108,7 @@ def best_layouts(
                 if one is None or not one.memory.fits:
                     if one and (closest is None or one.memory.fullest.peak < closest.memory.fullest.peak):
                         closest = one
-                    break  # larger micro-batches take more
+                    break  # larger micro-batches take more, unless rounding leaves far fewer of them in flight
                 fitting += 1
                 key = (world, *_sizes(parallel), servers and servers.colocated)
                 if key not in fastest or one.time.total < fastest[key].time.total:
@@ -214,9 +214,8 @@ def _parallel_sizes(
     """Every layout of `world` ranks that divides the model, with at least one group for each data-parallel rank. kept:
     has what is no size."""
     experts = divisors(description.num_experts) if description.num_experts else [1]
-    contexts = [size for size in (1, 2, 4, 8) if size <= LARGEST_CONTEXT]
     tensors = [size for size in description.tensor_sizes if gpu.per_node % size == 0]
-    for tensor, pipeline, context, expert in product(tensors, range(1, LARGEST_PIPELINE + 1), contexts, experts):
+    for tensor, pipeline, context, expert in product(tensors, range(1, LARGEST_PIPELINE + 1), CONTEXTS, experts):
         size = tensor * pipeline * context
         if world % size or world % (tensor * pipeline * expert):
             continue

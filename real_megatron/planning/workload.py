@@ -52,12 +52,6 @@ class Workload:
     generates: bool = True
     """Whether responses are sampled, by rollout servers; False in supervised training."""
 
-    @property
-    def group_tokens(self) -> float:
-        """Mean tokens of a group in a micro-batch."""
-        prompts = 1 if self.share_prompt else self.responses
-        return prompts * self.prompt_tokens + self.responses * self.response_tokens
-
 
 def workload_of(config: RunConfig, prompt_tokens: float, response_tokens: float) -> Workload:
     """The work of one step of a run, with the mean lengths of its data."""

@@ -33,6 +33,9 @@ def _worker(conn: Connection) -> None:
         if task is None:
             return
         rank, world_size, port, fn, args = task
+        # Modules: half a million objects, which the collector would look at each time that a policy is forgotten. What
+        # earlier calls made is gone.
+        gc.freeze()
         try:
             store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=datetime.timedelta(seconds=TIMEOUT_S))
             dist.init_process_group(
