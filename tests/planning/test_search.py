@@ -14,7 +14,7 @@ from real_megatron.errors import ConfigError
 from real_megatron.hardware import GPUS, find_gpu
 from real_megatron.planning.command import find_layouts
 from real_megatron.planning.report import candidates_table, layout_text, settings
-from real_megatron.planning.search import best_layouts, candidate_memory
+from real_megatron.planning.search import _parallel_sizes, best_layouts, candidate_memory
 from real_megatron.planning.workload import workload_of
 from real_megatron.policy.meta import built_bytes
 from real_megatron.policy.model import check_divides
@@ -92,6 +92,13 @@ def test_what_is_not_searched_is_the_configurations():
         for one in best_layouts(model, 8, GPUS["B200"], WORK, None, placement, 3, rollout, parallel).best:
             assert not one.layout.parallel.distributed_optimizer
             assert (one.servers.keep_weights, one.servers.concurrency) == (False, 3)
+
+
+def test_a_hybrid_model_counts_no_embedding_as_a_layer():
+    for name in ("GPTModel", "HybridModel"):
+        model = ModelConfig(megatron_class=name)
+        sizes = _parallel_sizes(described("Qwen3-235B-A22B"), 64, H100, WORK, ParallelConfig(), model)
+        assert any(one.account_for_embedding for one in sizes) == (name == "GPTModel")
 
 
 def test_the_table_keeps_words_whole_and_its_phases_add_up(found):
