@@ -54,10 +54,10 @@ GPUS = {
 
 
 def find_gpu(name: str) -> Gpu:
-    """The GPU of that name. Raises ConfigError for one that the table does not have."""
-    if name not in GPUS:
+    """The GPU of that name, in capitals or not. Raises ConfigError for one that the table does not have."""
+    if name.upper() not in GPUS:
         raise ConfigError(f"GPU {name!r} is not in the table: choose one of {', '.join(GPUS)}")
-    return GPUS[name]
+    return GPUS[name.upper()]
 
 
 def peak_flops(name: str) -> float | None:

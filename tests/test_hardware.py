@@ -17,7 +17,7 @@ def test_rates_are_dense_and_in_one_direction():
     }
     assert GPUS.keys() == sheets.keys()
     for name, (sparse, memory, bandwidth, nvlink, network) in sheets.items():
-        gpu = find_gpu(name)
+        gpu = find_gpu(name.lower())
         assert gpu.flops == pytest.approx(sparse / 2 * 1e12, rel=1e-3)
         assert gpu.bandwidth == pytest.approx(bandwidth * 1e12)
         assert (gpu.nvlink, gpu.network) == (nvlink / 2 * 1e9, network / 8 * 1e9)

@@ -78,22 +78,17 @@ def best_layouts(
 
     workload: its `max_tokens` is not read: every budget from one longest response on is tried. model, rollout,
     parallel: what is not searched (recomputation, sizes and placement are); default: the configuration's defaults.
-    Raises ConfigError for a placement that is not known, or not possible.
+    Raises ConfigError for a placement that is not known.
     """
     if placement not in PLACEMENTS:
         raise ConfigError(f"placement {placement!r}: choose one of {', '.join(PLACEMENTS)}")
     model, rollout, kept = model or ModelConfig(), rollout or RolloutConfig(), parallel or ParallelConfig()
-    if placement == "colocated" and (gpus > gpu.per_node or rollout.staleness):
-        raise ConfigError(
-            f"placement colocated: servers that a run starts on its own GPUs are on one node, {gpu.per_node} GPUs, and "
-            "need rollout.staleness 0: choose auto or separate"
-        )
     tried = fitting = 0
     fastest: dict[tuple[object, ...], Candidate] = {}
     closest: Candidate | None = None
     known = _States(description, model)
     for servers, world in _placements(description, gpus, gpu, workload, placement, rollout):
-        for parallel in _parallel_sizes(description, world, gpu, workload, kept):
+        for parallel in _parallel_sizes(description, world, gpu, workload, kept, model):
             states = known.of(parallel, world)
             for budget in _budgets(workload, parallel):
                 one = None
@@ -209,19 +204,20 @@ def _server_sizes(description: ModelDescription, gpu: Gpu) -> list[int]:
 
 
 def _parallel_sizes(
-    description: ModelDescription, world: int, gpu: Gpu, workload: Workload, kept: ParallelConfig
+    description: ModelDescription, world: int, gpu: Gpu, workload: Workload, kept: ParallelConfig, model: ModelConfig
 ) -> Iterator[ParallelConfig]:
     """Every layout of `world` ranks that divides the model, with at least one group for each data-parallel rank. kept:
     has what is no size."""
     experts = divisors(description.num_experts) if description.num_experts else [1]
     tensors = [size for size in description.tensor_sizes if gpu.per_node % size == 0]
+    end_options = (False, True) if model.megatron_class == "GPTModel" else (False,)  # as policy/model.py demands
     for tensor, pipeline, context, expert in product(tensors, range(1, LARGEST_PIPELINE + 1), CONTEXTS, experts):
         size = tensor * pipeline * context
         if world % size or world % (tensor * pipeline * expert):
             continue
         if world // size > workload.prompts // workload.mini_batches:
             continue
-        for virtual, ends in product([None, *range(2, LARGEST_VIRTUAL_PIPELINE + 1)], (False, True)):
+        for virtual, ends in product([None, *range(2, LARGEST_VIRTUAL_PIPELINE + 1)], end_options):
             if pipeline == 1 and (virtual or ends):
                 continue
             parallel = ParallelConfig(

@@ -190,13 +190,13 @@ def _memory(
     if full.states.total > gpu.memory:  # counted, not estimated: such a run ends as it starts
         raise ConfigError(
             f"weights, gradients and optimizer of a rank of stage {full.stage} take {full.states.total / GIB:.1f} GiB, "
-            f"and a {gpu.name} has {gpu.memory / GIB:.0f}: {_LAYOUT}, or use more ranks, over which "
+            f"and {gpu.name} has {gpu.memory / GIB:.0f}: {_LAYOUT}, or use more ranks, over which "
             "parallel.distributed_optimizer shards the optimizer (`real-megatron plan` finds layouts that fit)"
         )
     if not memory.fits:
         found.warnings.append(
             f"memory: a GPU of stage {full.stage} needs about {full.peak / GIB:.0f} GiB, of {full.room / GIB:.0f} that "
-            f"can be used of a {gpu.name}; most of it is {full.binds}: {_REMEDIES[full.binds]} (`real-megatron plan` "
+            f"can be used on {gpu.name}; most of it is {full.binds}: {_REMEDIES[full.binds]} (`real-megatron plan` "
             "finds layouts that fit)"
         )
     return lines

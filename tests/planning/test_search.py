@@ -14,7 +14,7 @@ from real_megatron.errors import ConfigError
 from real_megatron.hardware import GPUS, find_gpu
 from real_megatron.planning.command import find_layouts
 from real_megatron.planning.report import candidates_table, layout_text, settings
-from real_megatron.planning.search import _States, best_layouts, candidate_memory
+from real_megatron.planning.search import _parallel_sizes, _States, best_layouts, candidate_memory
 from real_megatron.planning.workload import Layout, workload_of
 from real_megatron.policy.meta import built_bytes
 from real_megatron.policy.model import check_divides
@@ -95,6 +95,13 @@ def test_what_is_not_searched_is_the_configurations():
             assert (one.servers.keep_weights, one.servers.concurrency) == (False, 3)
 
 
+def test_a_hybrid_model_counts_no_embedding_as_a_layer():
+    for name in ("GPTModel", "HybridModel"):
+        model = ModelConfig(megatron_class=name)
+        sizes = _parallel_sizes(described("Qwen3-235B-A22B"), 64, H100, WORK, ParallelConfig(), model)
+        assert any(one.account_for_embedding for one in sizes) == (name == "GPTModel")
+
+
 def test_the_table_keeps_words_whole_and_its_phases_add_up(found):
     console = Console(width=100, file=io.StringIO())
     console.print(candidates_table(found, H100))
@@ -117,8 +124,7 @@ def test_colocated_servers_are_those_of_one_node():
     assert all(one.servers.colocated for one in best_layouts(model, 8, H100, WORK, placement="colocated").best)
     stale = RolloutConfig(staleness=1)
     for gpus, rollout in ((16, None), (8, stale)):
-        with pytest.raises(ConfigError, match="on one node, 8 GPUs, and need rollout.staleness 0: choose auto or sep"):
-            best_layouts(model, gpus, H100, WORK, placement="colocated", rollout=rollout)
+        assert not best_layouts(model, gpus, H100, WORK, placement="colocated", rollout=rollout).tried
     for one in best_layouts(model, 16, H100, WORK, placement="separate", rollout=stale).best:
         assert not one.servers.colocated and one.servers.gpus % 8 == 0 and one.layout.world % 8 == 0
     one = best_layouts(model, 8, H100, WORK, placement="separate").best[0]

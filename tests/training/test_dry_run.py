@@ -271,5 +271,5 @@ def test_memory_that_is_short_is_a_warning_that_names_the_part(
 
 
 def test_a_model_that_no_gpu_holds_is_an_error(run: Any) -> None:
-    with pytest.raises(ConfigError, match=r"optimizer of a rank of stage 0 take 0\.0 GiB, and a H100 has 0: raise"):
+    with pytest.raises(ConfigError, match=r"optimizer of a rank of stage 0 take 0\.0 GiB, and H100 has 0: raise"):
         dry_run(run(), "train", 1, replace(H100, memory=1e6))
