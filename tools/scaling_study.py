@@ -286,7 +286,7 @@ def page(strong_curves: Curves, weak_curves: Curves) -> list[str]:
         f"longest {workload.max_response_tokens:,}; shared prompts in micro-batches of at most {workload.max_tokens:,} "
         "tokens; one update, no KL term. Layouts are the first that `real-megatron plan`'s search ranks "
         "(`--search`; stored in `tools/scaling_layouts.json`): they fit into memory and are the fastest, or within "
-        "a few per cent of it and simpler. Servers have GPUs of their own, which count. A step is",
+        "10 % of it and simpler. Servers have GPUs of their own, which count. A step is",
         "",
         "- **rollout**: prefill by FLOPs, each prompt once; decoding by the bytes of weights, of visited experts and "
         "of the KV cache that each step reads; and the wait for the longest response, since the step waits for all;",
