@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from real_megatron.bridge import convert_megatron_to_hf
-from real_megatron.config import ModelConfig
+from real_megatron.config import ModelConfig, ParallelConfig
 from real_megatron.errors import CheckpointError, ConfigError
 from real_megatron.hf.checkpoint import HFCheckpoint
 from real_megatron.policy import megatron_versions, model
@@ -62,4 +62,4 @@ def test_an_old_version_says_that_the_checkpoint_is_newer(models: Path, read, mo
 def test_hybrid_model_is_refused_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(megatron_versions, "INSTALLED", "0.18.2")
     with pytest.raises(ConfigError, match=r"model.megatron_class = HybridModel needs Megatron-Core 0.19 .*0\.18\.2"):
-        model._judge_class(ModelConfig(megatron_class="HybridModel"))
+        model._judge_class(ModelConfig(megatron_class="HybridModel"), ParallelConfig())
