@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Hashable, Mapping
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 
 from real_megatron.bridge import ModelDescription
@@ -11,10 +11,10 @@ from real_megatron.hardware import Gpu
 from real_megatron.planning.activations import ActivationBytes, activation_bytes
 from real_megatron.planning.saved_tensors import GPU, MicrobatchSize
 from real_megatron.planning.servers import kv_bytes_per_token, server_memory
-from real_megatron.planning.states import LocalSizes, StateBytes, state_bytes
+from real_megatron.planning.states import LocalSizes, state_bytes
 from real_megatron.planning.storage import weight_bytes
 from real_megatron.planning.workload import Layout, Workload, workload_of
-from real_megatron.policy.meta import built_bytes
+from real_megatron.policy.meta import StateBytes, built_bytes
 
 GIB = 2**30
 COMMUNICATOR_BYTES = GIB // 4
@@ -174,8 +174,7 @@ def built_states(layout: Layout) -> dict[int, StateBytes]:
         # Buckets of the first stage differ (planning/states.py).
         kind = stage == 0, tuple((tuple(dense), tuple(experts)) for dense, experts in sizes.chunks(layout, stage))
         if kind not in built:
-            counted = built_bytes(layout.description, layout.parallel, layout.model, layout.world, stage * ranks)
-            built[kind] = StateBytes(*astuple(counted))
+            built[kind] = built_bytes(layout.description, layout.parallel, layout.model, layout.world, stage * ranks)
         states[stage] = built[kind]
     return states
 

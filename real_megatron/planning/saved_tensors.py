@@ -66,7 +66,7 @@ class Shard:
     @property
     def itemsize(self) -> int:
         """Bytes of an element."""
-        return 4 if self.layout.model.dtype == "float32" else 2
+        return self.layout.itemsize
 
     @property
     def tokens(self) -> float:

@@ -14,9 +14,10 @@ from real_megatron.hardware import Gpu
 from real_megatron.planning.memory import LayoutMemory, full_microbatch, layout_memory, smallest_server
 from real_megatron.planning.microbatches import microbatches
 from real_megatron.planning.servers import Servers, server_memory
-from real_megatron.planning.states import LocalSizes, StateBytes, state_bytes
+from real_megatron.planning.states import LocalSizes, state_bytes
 from real_megatron.planning.step_time import StepTime, step_time
 from real_megatron.planning.workload import Layout, Workload
+from real_megatron.policy.meta import StateBytes
 from real_megatron.policy.stages import chunk_count, counted_layers
 
 Placement = str
@@ -120,8 +121,7 @@ def candidate_memory(
     states: Mapping[int, StateBytes] | None = None,
 ) -> LayoutMemory:
     """The memory of a candidate: with a full micro-batch of longest responses, and the servers on its GPUs."""
-    updates = max(1, min(workload.mini_batches, workload.prompts))
-    count = microbatches(layout, workload, updates).count
+    count = microbatches(layout, workload, workload.updates).count
     server = 0.0
     if servers is not None and servers.colocated:
         server = smallest_server(layout.description, servers.tensor, workload)

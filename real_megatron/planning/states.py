@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from real_megatron.bridge import padded_vocab, parameters
 from real_megatron.bridge.table import Parameter
 from real_megatron.planning.workload import Layout
+from real_megatron.policy.meta import StateBytes
 from real_megatron.policy.stages import layers_of_chunks
 
 ALIGNMENT = 64
@@ -41,20 +42,6 @@ _ORDER = (
 Elements = NDArray[np.int64]
 
 
-@dataclass(frozen=True)
-class StateBytes:
-    """Bytes that one rank holds before its first step."""
-
-    weights: int
-    gradients: int
-    optimizer: int
-    """Float32 copies of 16-bit weights, and Adam's two moments."""
-
-    @property
-    def total(self) -> int:
-        return self.weights + self.gradients + self.optimizer
-
-
 def state_bytes(
     layout: Layout, stage: int, data_rank: int = 0, expert_data_rank: int = 0, sizes: "LocalSizes | None" = None
 ) -> StateBytes:
@@ -66,7 +53,6 @@ def state_bytes(
     """
     parallel, model = layout.parallel, layout.model
     sizes = sizes or LocalSizes.of(layout)
-    width = 4 if model.dtype == "float32" else 2
     ranks = layout.data * parallel.context
     weights = gradients = optimizer = 0
     for index, (dense, experts) in enumerate(sizes.chunks(layout, stage)):
@@ -74,7 +60,7 @@ def state_bytes(
         bucket = max(40_000_000, 1_000_000 * layout.data) if index == stage == 0 else None
         for mine, size, rank in ((dense, ranks, data_rank), (experts, layout.expert_data, expert_data_rank)):
             buffer = Buffer.arrange(mine, bucket, size if parallel.distributed_optimizer else None)
-            weights += buffer.length * width
+            weights += buffer.length * layout.itemsize
             gradients += buffer.length * 4
             # Without 16-bit weights the weights themselves are what Adam updates.
             optimizer += buffer.owned(rank) * (8 if model.dtype == "float32" else 12)

@@ -21,7 +21,7 @@ class Storage:
 
 def weight_bytes(layout: Layout) -> int:
     """The weights in `model.dtype`, as servers get them and the Hugging Face checkpoint has them."""
-    return parameter_count(layout.description) * _width(layout)
+    return parameter_count(layout.description) * layout.itemsize
 
 
 def checkpoint_bytes(layout: Layout) -> int:
@@ -30,8 +30,4 @@ def checkpoint_bytes(layout: Layout) -> int:
     rows = padded_vocab(layout.description, layout.parallel.tensor, layout.model.vocab_multiple)
     elements = sum(prod(parameter.transform.shape) for parameter in parameters(layout.description, rows))
     copies = layout.parallel.distributed_optimizer or layout.model.dtype != "float32"
-    return elements * (_width(layout) + 8 + 4 * copies)
-
-
-def _width(layout: Layout) -> int:
-    return 4 if layout.model.dtype == "float32" else 2
+    return elements * (layout.itemsize + 8 + 4 * copies)

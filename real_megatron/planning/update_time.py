@@ -25,13 +25,12 @@ def update_time(
     The further passes are `workload.forward_passes`, and a scoring pass where groups exceed batch.max_tokens.
     """
     model = _Model.of(layout, gpu, efficiency)
-    updates = max(1, min(workload.mini_batches, workload.prompts))
-    batch = microbatches(layout, workload, updates)
+    batch = microbatches(layout, workload, workload.updates)
     update = model.passes(batch, backward=True)
     update.update(model.gradients(batch, update))
     passes = workload.forward_passes + (1 if workload.generates and batch.split > 1 else 0)
-    forward = model.passes(microbatches(layout, workload, 1), backward=False)
-    return _scaled(update, updates), _scaled(forward, passes)
+    forward = model.passes(microbatches(layout, workload, 1), backward=False) if passes else {}
+    return _scaled(update, workload.updates), _scaled(forward, passes)
 
 
 def bubble(pipeline: int, virtual_pipeline: int | None, count: int) -> float:

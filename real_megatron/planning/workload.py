@@ -18,6 +18,11 @@ class Layout:
     world: int
 
     @property
+    def itemsize(self) -> int:
+        """Bytes of a weight and of an activation."""
+        return 4 if self.model.dtype == "float32" else 2
+
+    @property
     def data(self) -> int:
         """Data-parallel size."""
         return self.world // (self.parallel.tensor * self.parallel.pipeline * self.parallel.context)
@@ -51,6 +56,11 @@ class Workload:
     share_prompt: bool = True
     generates: bool = True
     """Whether responses are sampled, by rollout servers; False in supervised training."""
+
+    @property
+    def updates(self) -> int:
+        """Optimizer updates that have a prompt."""
+        return max(1, min(self.mini_batches, self.prompts))
 
 
 def workload_of(config: RunConfig, prompt_tokens: float, response_tokens: float) -> Workload:

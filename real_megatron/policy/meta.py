@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state, tensor_parallel
+from megatron.core import parallel_state
 from megatron.core.tensor_parallel import random as megatron_random
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -27,7 +27,7 @@ from real_megatron.policy.optimizer import allocate_moments, build_optimizer, ch
 
 
 @dataclass(frozen=True)
-class BuiltBytes:
+class StateBytes:
     """Bytes that one rank holds before its first step."""
 
     weights: int
@@ -36,6 +36,10 @@ class BuiltBytes:
     """Megatron's float32 buffer."""
     optimizer: int
     """Float32 copies of 16-bit weights, and Adam's two moments: this rank's shard. Without counts of steps."""
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.optimizer
 
 
 class _MetaDevice(TorchFunctionMode):
@@ -84,22 +88,13 @@ def imagined_world(parallel: ParallelConfig, world: int, rank: int) -> Iterator[
         undo.callback(parallel_groups.end_model_groups)
         undo.callback(vars(dist).update, all_gather_object=dist.all_gather_object)
         vars(dist)["all_gather_object"] = _own_object
-        parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=parallel.tensor,
-            pipeline_model_parallel_size=parallel.pipeline,
-            virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,
-            context_parallel_size=parallel.context,
-            expert_model_parallel_size=parallel.expert,
-            create_gloo_process_groups=False,
-        )
-        with cpu.device_mode():
-            tensor_parallel.model_parallel_cuda_manual_seed(0, force_reset_rng=True)
+        parallel_groups.form_model_groups(parallel, create_gloo_process_groups=False)
         yield
 
 
 def built_bytes(
     description: ModelDescription, parallel: ParallelConfig, model: ModelConfig, world: int, rank: int
-) -> BuiltBytes:
+) -> StateBytes:
     """Build what rank `rank` of `world` ranks with GPUs holds before its first step, and count its bytes.
 
     model.dtype `auto` is bfloat16. Layers are those of the local spec: Transformer Engine's, which need a GPU, have the
@@ -119,7 +114,7 @@ def built_bytes(
         states = [value for adam in adams for state in adam.state.values() for value in state.values()]
         masters = [parameter for adam in adams for group in adam.param_groups for parameter in group["params"]]
         held = _storages(weights)
-        return BuiltBytes(
+        return StateBytes(
             weights=sum(held.values()),
             gradients=sum(_storages([buffer.grad_data for buffer in buffers]).values()),
             # Without 16-bit weights, what Adam updates are views of the weights.

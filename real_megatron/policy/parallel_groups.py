@@ -1,6 +1,7 @@
 """Megatron's process groups: how the ranks of a run are arranged in tensor, pipeline, context and data parallelism."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -42,6 +43,21 @@ def initialize(parallel: ParallelConfig, seed: int = 0) -> Runtime:
     world_size = dist.get_world_size()
     check_ranks(parallel, world_size)
     end_model_groups()
+    form_model_groups(parallel, seed)
+    return Runtime(
+        device=default_device(),
+        rank=dist.get_rank(),
+        world_size=world_size,
+        data_rank=parallel_state.get_data_parallel_rank(),
+        data_size=parallel_state.get_data_parallel_world_size(),
+    )
+
+
+def form_model_groups(parallel: ParallelConfig, seed: int = 0, **how: Any) -> None:
+    """Form Megatron's groups among the ranks of the process group, and seed its random states.
+
+    how: further arguments of Megatron's `initialize_model_parallel`
+    """
     with cpu.device_mode():
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=parallel.tensor,
@@ -50,15 +66,9 @@ def initialize(parallel: ParallelConfig, seed: int = 0) -> Runtime:
             context_parallel_size=parallel.context,
             expert_model_parallel_size=parallel.expert,
             distributed_timeout_minutes=parallel.timeout_minutes,
+            **how,
         )
         tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
-    return Runtime(
-        device=default_device(),
-        rank=dist.get_rank(),
-        world_size=world_size,
-        data_rank=parallel_state.get_data_parallel_rank(),
-        data_size=parallel_state.get_data_parallel_world_size(),
-    )
 
 
 def check_ranks(parallel: ParallelConfig, world_size: int) -> None:

@@ -21,7 +21,7 @@ from real_megatron.hardware import find_gpu
 from real_megatron.locks import only_writer
 from real_megatron.planning.activations import ActivationBytes
 from real_megatron.planning.memory import GIB, LayoutMemory, RankMemory
-from real_megatron.planning.states import StateBytes
+from real_megatron.policy.meta import StateBytes
 from real_megatron.rollout.remote.process import free_port
 from real_megatron.training import dry_run as module
 from real_megatron.training import preparation, session
