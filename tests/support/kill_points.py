@@ -1,0 +1,160 @@
+"""Where a training run dies: at a random moment of a phase, or right before one of its file operations.
+
+Runs inside of a rank. `patched` puts marks around the phases of a run; a `Killer` times them, and ends the process by
+SIGKILL at the one that it is told.
+"""
+
+import ctypes
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+from real_megatron.training import rl
+from real_megatron.training.session import Session
+from real_megatron.training.step_log import StepLog
+from real_megatron.training.timer import PhaseTimer
+
+PHASES = ("start", "rollout", "sync", "samples", "update", "save", "evaluate", "row", "export")
+"""In the order of a run; `start` ends where the steps begin, `row` is the writing of a row of metrics."""
+FILE_EVENTS = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "os.link", "os.symlink"}
+"""Audit events (docs.python.org/3/library/audit_events.html) that come right before a file is changed."""
+
+
+class Killer:
+    """Knows of every mark that a rank passes.
+
+    phase, occurrence, after: die this many seconds behind the beginning of the phase's `occurrence`-th time (from 0),
+        at its end at the latest
+    operation, root: die right before this file operation below `root`, counted from 0
+    """
+
+    def __init__(
+        self,
+        phase: str | None = None,
+        occurrence: int = 0,
+        after: float = 0.0,
+        operation: int | None = None,
+        root: str | None = None,
+    ) -> None:
+        self._phase, self._occurrence, self._after = phase, occurrence, after
+        self._operation, self._root = operation, root
+        self._begun: dict[str, list[float]] = {}
+        self.seconds: dict[str, list[float]] = {name: [] for name in PHASES}
+        """How long each phase took, each time."""
+        self.operations: list[str] = []
+        """The file operations so far."""
+
+    def enter(self, name: str) -> None:
+        self._begun.setdefault(name, []).append(time.monotonic())
+        if self._due(name):
+            _die_after(self._after)
+
+    def leave(self, name: str) -> None:
+        if self._due(name):
+            _die()
+        self.seconds[name].append(time.monotonic() - self._begun[name].pop())
+
+    def _due(self, name: str) -> bool:
+        return name == self._phase and len(self.seconds[name]) == self._occurrence
+
+    def watch_files(self) -> None:
+        """Count file operations from here on; cannot be undone."""
+        sys.addaudithook(self._file_event)
+
+    def _file_event(self, event: str, arguments: tuple[Any, ...]) -> None:
+        if event not in FILE_EVENTS or not isinstance(arguments[0], (str, bytes, os.PathLike)):
+            return
+        path = os.fsdecode(arguments[0])
+        if self._root is None or not path.startswith(self._root):
+            return
+        if event == "open" and not (arguments[2] & (os.O_WRONLY | os.O_RDWR)):
+            return
+        if len(self.operations) == self._operation:
+            _die()
+        self.operations.append(f"{event} {path.removeprefix(self._root)}")
+
+
+@contextmanager
+def patched(killer: Killer) -> Iterator[None]:
+    """Tell `killer` when the phases of a run begin and end. `start` has begun before."""
+    phase_of = {"samples": "samples", "update": "update", "checkpoint": "save"}
+    phase, begin = PhaseTimer.phase, StepLog.__enter__
+
+    @contextmanager
+    def timed(timer: PhaseTimer, name: str) -> Iterator[None]:
+        mark = phase_of.get(name)
+        if mark:
+            killer.enter(mark)
+        with phase(timer, name):
+            yield
+        if mark:
+            killer.leave(mark)
+
+    def begun(log: StepLog) -> StepLog:
+        killer.leave("start")
+        return begin(log)
+
+    def around(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
+        def marked(*args: Any, **options: Any) -> Any:
+            killer.enter(name)
+            result = real(*args, **options)
+            killer.leave(name)
+            return result
+
+        return marked
+
+    with ExitStack() as held:
+        held.enter_context(patch.object(PhaseTimer, "phase", timed))
+        held.enter_context(patch.object(StepLog, "__enter__", begun))
+        for holder, attribute, name in (
+            (rl, "generate", "rollout"),
+            (Session, "publish", "sync"),
+            (Session, "evaluate", "evaluate"),
+            (StepLog, "step", "row"),
+            (Session, "export", "export"),
+        ):
+            held.enter_context(patch.object(holder, attribute, around(name, getattr(holder, attribute))))
+        yield
+
+
+def _die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(60)  # the signal may be delivered to another thread first
+
+
+class _SigEvent(ctypes.Structure):
+    """struct sigevent of linux/siginfo: 64 bytes."""
+
+    _fields_ = [("value", ctypes.c_void_p), ("signo", ctypes.c_int), ("notify", ctypes.c_int)] + [
+        ("padding", ctypes.c_char * 48)
+    ]
+
+
+class _Timer(ctypes.Structure):
+    """struct itimerspec: interval and first expiry, in seconds and nanoseconds."""
+
+    _fields_ = [(name, ctypes.c_long) for name in ("every_s", "every_ns", "after_s", "after_ns")]
+
+
+def _die_after(seconds: float) -> None:
+    """By a timer of the kernel, which needs no thread and no lock of Python."""
+    if seconds <= 0:
+        _die()
+    libc, timer = ctypes.CDLL(None, use_errno=True), ctypes.c_void_p()
+    event = _SigEvent(None, signal.SIGKILL, 0)  # SIGEV_SIGNAL
+    if libc.timer_create(time.CLOCK_MONOTONIC, ctypes.byref(event), ctypes.byref(timer)):
+        raise OSError(ctypes.get_errno(), "timer_create")
+    when = _Timer(0, 0, int(seconds), max(1, int(seconds % 1 * 1e9)))
+    if libc.timer_settime(timer, 0, ctypes.byref(when), None):
+        raise OSError(ctypes.get_errno(), "timer_settime")
+
+
+def below(root: Path) -> str:
+    """The root of file operations below a directory."""
+    return f"{root}/"
