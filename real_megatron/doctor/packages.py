@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 
 from real_megatron.doctor import requirements
 from real_megatron.doctor.environment import Environment, Package, look
-from real_megatron.doctor.finding import Finding
+from real_megatron.doctor.finding import Finding, State
 from real_megatron.version import VERSION
 
 TOPIC = "packages"
@@ -96,7 +96,7 @@ def server_findings(python: str, wanted: str) -> Iterator[Finding]:
             if name in ("torch", "transformers", wanted):
                 yield Finding(topic, name, "broken", "not installed", install)
         elif package.error:
-            state = "broken" if name in ("torch", "transformers", wanted) else "note"
+            state: State = "broken" if name in ("torch", "transformers", wanted) else "note"
             yield Finding(topic, name, state, f"{package.version}, but not to be imported: {package.error}", install)
         else:
             text = f"{package.version}, {of_torch(package)}" if name == "torch" else package.version
