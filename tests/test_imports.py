@@ -34,10 +34,11 @@ ALLOWED: dict[str, set[str]] = {
     "judging": {"evaluation", "data", "rollout", "hf", "scores", "config", "sections", "runtime", "locks", "errors"},
     "training": {"planning", "judging", "data", "rollout", "policy", "bridge", "hf", "objective", "batch"}
     | {"scores", "config", "sections", "runtime", "terminal", "locks", "hardware", "errors"},
+    "doctor": {"rollout", "policy", "head", "config", "runtime", "hardware", "errors", "version"},
     # Names of the library, imported on first use.
     "__init__": {"training", "judging", "evaluation", "data", "rollout", "policy", "bridge", "objective"}
     | {"config", "errors", "version"},
-    "cli": {"training", "planning", "judging", "evaluation", "policy", "bridge", "hf", "config"}
+    "cli": {"doctor", "training", "planning", "judging", "evaluation", "policy", "bridge", "hf", "config"}
     | {"runtime", "terminal", "locks", "hardware", "errors", "version"},
     "__main__": {"cli"},
 }

@@ -69,7 +69,9 @@ def _fast_paths(config: RunConfig) -> list[Finding]:
     found = [Finding(**line) for line in lines if isinstance(line, dict)]
     if "done" not in lines:
         last = found[-1].name if found else "the first import"
-        found.append(Finding(fast_paths.TOPIC, "checks", "broken", f"ended behind {last}: {end}", "see the packages above"))
+        found.append(
+            Finding(fast_paths.TOPIC, "checks", "broken", f"ended behind {last}: {end}", "see the packages above")
+        )
     return found
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 State = Literal["ok", "note", "warning", "broken"]
-"""note: it works, but something faster or optional is not there; warning: it may fail later; broken: a run would fail."""
+"""note: it works, but something faster or optional is missing; warning: it may fail later; broken: a run would fail."""
 
 
 @dataclass(frozen=True)
@@ -26,4 +26,6 @@ def guarded(topic: str, name: str, look: Callable[[], Iterator[Finding]]) -> Ite
     try:
         yield from look()
     except Exception as error:
-        yield Finding(topic, name, "broken", f"cannot be told: {type(error).__name__}: {error}", "see the packages above")
+        yield Finding(
+            topic, name, "broken", f"cannot be told: {type(error).__name__}: {error}", "see the packages above"
+        )

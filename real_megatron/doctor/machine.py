@@ -82,9 +82,13 @@ def _gpus(environment: Environment) -> Iterator[Finding]:
         return
     if not torch.more.get("cuda"):
         fix = "install a CUDA build of torch: requirements/gpu.txt"
-        yield Finding(TOPIC, "GPUs in torch", "broken", "this torch is built for the CPU: training would run there", fix)
+        yield Finding(
+            TOPIC, "GPUs in torch", "broken", "this torch is built for the CPU: training would run there", fix
+        )
     elif not torch.more.get("gpus"):
-        text = f"none: driver {found[0].driver} does not run CUDA {torch.more['cuda']}, or CUDA_VISIBLE_DEVICES is empty"
+        text = (
+            f"none: driver {found[0].driver} does not run CUDA {torch.more['cuda']}, or CUDA_VISIBLE_DEVICES is empty"
+        )
         yield Finding(TOPIC, "GPUs in torch", "broken", text, "update the driver, or install a torch for its CUDA")
     else:
         yield Finding(TOPIC, "GPUs in torch", "ok", f"{torch.more['gpus']} of {len(found)}")

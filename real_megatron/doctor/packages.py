@@ -55,7 +55,9 @@ def judged(package: Package, accepted: str) -> Finding:
     if name == "torch" and not package.error:
         text += f", {of_torch(package)}"
     if package.error:
-        return Finding(TOPIC, name, "broken", f"{text or 'installed'}, but not to be imported: {package.error}", install)
+        return Finding(
+            TOPIC, name, "broken", f"{text or 'installed'}, but not to be imported: {package.error}", install
+        )
     where = requirements.fits(package.version, accepted)
     if where == "yes":
         return Finding(TOPIC, name, "ok", text)

@@ -33,7 +33,7 @@ def _declared() -> tuple[str, list[str]]:
         installed = metadata(NAME)
     except PackageNotFoundError:
         return "", []
-    return installed.get("Requires-Python") or "", installed.get_all("Requires-Dist") or []
+    return installed["Requires-Python"] or "", installed.get_all("Requires-Dist") or []
 
 
 def python_range() -> str:
