@@ -19,6 +19,18 @@ from real_megatron.errors import ConfigError
 TOPIC = "fast paths"
 
 
+def compilers(config: RunConfig) -> Iterator[Finding]:
+    """What could compile the head's kernels."""
+    from real_megatron.head import build
+
+    looked_for = (("C++ compiler", build.cxx, "apt-get install g++"), ("nvcc", build.nvcc, "install the CUDA toolkit"))
+    for name, find, fix in looked_for:
+        try:
+            yield Finding("machine", name, "ok", find())
+        except build.BuildError as error:
+            yield Finding("machine", name, "note", str(error), fix)
+
+
 def head(config: RunConfig) -> Iterator[Finding]:
     """The output head's row kernels: CUDA, their C++ counterpart, or torch."""
     from real_megatron.head import build, native
@@ -155,6 +167,7 @@ def servers(config: RunConfig) -> Iterator[Finding]:
 
 
 LOOKS: dict[str, Callable[[RunConfig], Iterator[Finding]]] = {
+    "compilers": compilers,
     "Megatron-Core": megatron,
     "head": head,
     "attention": attention,

@@ -1,4 +1,4 @@
-"""The machine: GPUs and their driver, compilers, shared memory, limits, network."""
+"""The machine: GPUs and their driver, shared memory, limits, network."""
 
 import platform
 import resource
@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from real_megatron.doctor.environment import Environment, describe_end
 from real_megatron.doctor.finding import Finding, guarded
 from real_megatron.hardware import GPUS, peak_flops
-from real_megatron.head import build
 from real_megatron.rollout.remote.process import tmpdir_too_long
 
 TOPIC = "machine"
@@ -60,7 +59,6 @@ def _number(text: str) -> int:
 def findings(environment: Environment) -> Iterator[Finding]:
     """Lines on this machine. environment: the trainer's, for what its torch makes of the GPUs"""
     yield from guarded(TOPIC, "GPUs", lambda: _gpus(environment))
-    yield from _compilers()
     yield from _limits()
     yield from guarded(TOPIC, "network", _network)
 
@@ -92,15 +90,6 @@ def _gpus(environment: Environment) -> Iterator[Finding]:
         yield Finding(TOPIC, "GPUs in torch", "broken", text, "update the driver, or install a torch for its CUDA")
     else:
         yield Finding(TOPIC, "GPUs in torch", "ok", f"{torch.more['gpus']} of {len(found)}")
-
-
-def _compilers() -> Iterator[Finding]:
-    compilers = (("C++ compiler", build.cxx, "apt-get install g++"), ("nvcc", build.nvcc, "install the CUDA toolkit"))
-    for name, find, fix in compilers:
-        try:
-            yield Finding(TOPIC, name, "ok", find())
-        except build.BuildError as error:
-            yield Finding(TOPIC, name, "note", str(error), fix)
 
 
 def _limits() -> Iterator[Finding]:
