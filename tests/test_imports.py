@@ -19,6 +19,7 @@ ALLOWED: dict[str, set[str]] = {
     "registry": {"errors"},
     "hardware": {"errors"},
     "sections": {"errors"},
+    "cluster": {"errors"},
     "config": {"sections"},
     "scores": {"errors"},
     "head": set(),

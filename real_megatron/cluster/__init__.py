@@ -1,0 +1,1 @@
+"""Several hosts as one machine: which there are, and what they are for."""
