@@ -7,6 +7,7 @@ import io
 import logging
 import os
 import platform
+import shlex
 import signal
 import sys
 import threading
@@ -432,10 +433,30 @@ def doctor(
         ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    cluster: Annotated[
+        Path | None,
+        typer.Option(
+            help="Host file of a launch (docs/launching.md): check its hosts over ssh, instead of this machine."
+        ),
+    ] = None,
+    shared: Annotated[
+        Path | None,
+        typer.Option(
+            help="With --cluster: directory that all hosts share; default: `output` of --config, or this one."
+        ),
+    ] = None,
+    ssh_option: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="With --cluster: options of ssh, such as '-F FILE'; those of the variable SSH_OPTIONS come next."
+        ),
+    ] = None,
 ) -> None:
     """Say what is installed, which fast paths a run would take here and why not, and how to install what is missing.
 
-    Exit status 1 if something that a run needs is broken (docs/doctor.md).
+    With --cluster: whether the hosts of a launch can run together: ssh, software, shared files, ports, GPUs, networks,
+    clocks, and collectives over all training ranks, timed. Exit status 1 if something that a run needs is broken
+    (docs/doctor.md).
 
     Examples:
 
@@ -444,6 +465,8 @@ def doctor(
       real-megatron doctor --config real.yaml --json
 
       real-megatron doctor --python .venv-sglang/bin/python
+
+      real-megatron doctor --cluster hosts --shared /data/runs
     """
     with reported():
         from real_megatron.config import RunConfig
@@ -451,14 +474,27 @@ def doctor(
         from real_megatron.doctor.examination import examine, is_broken, table
 
         run = RunConfig.from_yaml(config, overrides or [])
-        if python is not None:
-            engine = "sglang" if run.rollout.engine == "transformers" else run.rollout.engine
-            run = run.with_overrides([f"rollout.python={python}", f"rollout.engine={engine}"])
-        found = examine(run, run.rollout.python)
+        if cluster is not None:
+            from real_megatron.cluster.hostfile import read_hosts
+            from real_megatron.cluster.preflight import preflight
+
+            if python is not None:
+                raise ConfigError("--python is about this machine's servers: leave it out, or --cluster")
+            directory = shared or Path(run.output if config else ".")
+            options = [word for option in ssh_option or [] for word in shlex.split(option)]
+            found = preflight(read_hosts(cluster), str(directory.absolute()), options)
+            title = f"the hosts of {cluster}"
+        else:
+            if shared is not None or ssh_option:
+                raise ConfigError("--shared and --ssh-option are about hosts: add --cluster, or leave them out")
+            if python is not None:
+                engine = "sglang" if run.rollout.engine == "transformers" else run.rollout.engine
+                run = run.with_overrides([f"rollout.python={python}", f"rollout.engine={engine}"])
+            found, title = examine(run, run.rollout.python), f"real_megatron {VERSION} on {platform.node()}"
         if as_json:
             typer.echo(to_json(found))
         else:
-            CONSOLE_OUT.print(table(found, f"real_megatron {VERSION} on {platform.node()}"))
+            CONSOLE_OUT.print(table(found, title))
         if is_broken(found):
             sys.exit(EXIT_ERROR)
 

@@ -16,6 +16,8 @@ DISK_WARN = 50 * 10**9
 DISK_FAIL = 10**9
 BUSY_MIB = 1024
 """Of a GPU's memory, more than a driver and a display take."""
+MARK = "trial: "
+"""Before the line of JSON that the trial's rank 0 prints."""
 SLOW = 0.5
 """Of the planned rate, below which a collective is said to be slow."""
 
@@ -40,7 +42,7 @@ def software(facts: Mapping[str, dict[str, Any]]) -> Iterator[Finding]:
             if own[what] != first[what]
         ]
         if differs:
-            fix = f"install the same there, or start all hosts from one environment on a shared file system ({names[0]}'s)"
+            fix = f"install the same there, or let all hosts use {names[0]}'s environment on a shared file system"
             yield Finding("software", name, "broken", "; ".join(differs), fix)
             continue
         listed = ", ".join(f"{what} {found}" for what, found in own.items() if what != "changes")
@@ -96,7 +98,9 @@ def gpus(hosts: Sequence[Host], facts: Mapping[str, dict[str, Any]]) -> Iterator
         found = facts[host.name]["gpus"]
         if len(found) < host.slots:
             text = f"{len(found)} GPUs, and {host.slots} slots in the host file"
-            yield Finding("GPUs", host.name, "broken", text, f"set slots={len(found)}, or see why nvidia-smi lists fewer")
+            yield Finding(
+                "GPUs", host.name, "broken", text, f"set slots={len(found)}, or see why nvidia-smi lists fewer"
+            )
             continue
         text = f"{len(found)} × {found[0]['name']}, {min(gpu['memory_mib'] for gpu in found) / 1024:.0f} GiB"
         busy = [f"{gpu['index']} ({gpu['used_mib']:,} MiB)" for gpu in found if gpu["used_mib"] > BUSY_MIB]

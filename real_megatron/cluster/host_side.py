@@ -55,7 +55,7 @@ def _versions() -> dict[str, str]:
 
 
 def _commit() -> dict[str, str]:
-    """Commit of the checkout that this runs from, and a digest of what was changed since; empty for an installed one."""
+    """Commit of the checkout that this runs from, and a digest of what was changed since."""
     root = str(Path(__file__).parents[2])
     try:
         commit = _git(root, "rev-parse", "HEAD").decode().strip()
@@ -128,7 +128,7 @@ def _listener(port: int) -> str:
     return "another process"
 
 
-def run(command: list[str], environment: dict[str, str], timeout_s: float) -> dict[str, Any]:
+def run(command: list[str], environment: dict[str, str], limit_s: float) -> dict[str, Any]:
     """Run a command to its end, or the end of its time."""
     process = subprocess.Popen(
         command,
@@ -141,7 +141,7 @@ def run(command: list[str], environment: dict[str, str], timeout_s: float) -> di
         start_new_session=True,
     )
     try:
-        output, _ = process.communicate(timeout=timeout_s)
+        output, _ = process.communicate(timeout=limit_s)
         return {"status": process.returncode, "output": output[-20_000:]}
     except subprocess.TimeoutExpired:
         return {"status": None, "output": ""}

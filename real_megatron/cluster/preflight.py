@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from real_megatron.cluster import checks
-from real_megatron.cluster.checks import Offset
+from real_megatron.cluster.checks import MARK, Offset
 from real_megatron.cluster.hostfile import Host, with_addresses
 from real_megatron.cluster.ssh import Conversation, HostError
-from real_megatron.cluster.trial import MARK
 from real_megatron.doctor.finding import Finding
 
 RENDEZVOUS_PORT = 29500
@@ -83,7 +82,9 @@ class _Preflight:
 
         for host, talk in zip(self.hosts, self._pool.map(start, self.hosts), strict=True):
             if isinstance(talk, str):
-                fix = f"`ssh {host.name} {self.python} --version` must work without a password (ssh-copy-id {host.name})"
+                fix = (
+                    f"`ssh {host.name} {self.python} --version` must work without a password (ssh-copy-id {host.name})"
+                )
                 self.reached.append(Finding("ssh", host.name, "broken", talk, fix))
             else:
                 stack.callback(talk.close)
@@ -129,7 +130,7 @@ class _Preflight:
             environment = {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": interface}
             if not on_gpu:
                 environment["OMP_NUM_THREADS"] = "1"
-            arguments = {"command": command, "environment": environment, "timeout_s": TRIAL_S}
+            arguments = {"command": command, "environment": environment, "limit_s": TRIAL_S}
             try:
                 done: dict[str, Any] = self._talk[host.name].ask("run", TRIAL_S + 30, **arguments)
             except HostError as error:
@@ -169,7 +170,9 @@ class _Preflight:
             servers = range(SERVER_PORT, SERVER_PORT + host.slots) if host.role == "rollout" else ()
             asked[host.name] = [*([self.port] if host.name == meeting else []), *servers]
         asked = {name: numbers for name, numbers in asked.items() if numbers}
-        taken, failed = self._ask_all("taken", {n: {"address": self.addresses[n], "ports": p} for n, p in asked.items()})
+        taken, failed = self._ask_all(
+            "taken", {n: {"address": self.addresses[n], "ports": p} for n, p in asked.items()}
+        )
         for name, numbers in asked.items():
             if name in failed:
                 yield Finding("ports", name, "broken", f"does not tell: {failed[name]}")
@@ -189,9 +192,7 @@ class _Preflight:
                 best = Offset(theirs - sent - trip / 2, trip / 2)
         return best
 
-    def _ask_all(
-        self, what: str, arguments: Mapping[str, dict[str, Any]]
-    ) -> tuple[dict[str, Any], dict[str, str]]:
+    def _ask_all(self, what: str, arguments: Mapping[str, dict[str, Any]]) -> tuple[dict[str, Any], dict[str, str]]:
         """Answers, and why there is none, by host. arguments: of the hosts that are asked; empty: all, without any"""
         asked = arguments or {name: {} for name in self._talk}
 
@@ -210,4 +211,3 @@ def _last_error(output: str) -> str:
     lines = [line.strip() for line in output.splitlines() if line.strip()]
     errors = [line for line in lines if "Error" in line and "ChildFailedError" not in line]
     return (errors or lines or ["no output"])[-1]
-

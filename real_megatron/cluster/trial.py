@@ -1,6 +1,6 @@
 """Times an all-reduce and a broadcast over all training ranks, under torchrun as a run would start; rank 0 prints JSON.
 
-    python -m torch.distributed.run … -m real_megatron.cluster.trial
+python -m torch.distributed.run … -m real_megatron.cluster.trial
 """
 
 import json
@@ -10,11 +10,10 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 
+from real_megatron.cluster.checks import MARK
 from real_megatron.runtime import default_device, start_process_group
 
 TIMEOUT_MINUTES = 2
-MARK = "trial: "
-"""Before rank 0's line of JSON."""
 
 
 def seconds(action: Callable[[], object], times: int) -> float:
