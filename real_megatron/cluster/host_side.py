@@ -24,9 +24,6 @@ from real_megatron.version import VERSION
 
 PACKAGES = ("torch", "megatron-core", "transformers")
 INFINIBAND = Path("/sys/class/infiniband")
-SEEN_S = 10
-"""How long a file that another host has written may take to be seen: network file systems keep what they know of a
-directory for some seconds."""
 
 
 def clock() -> float:
@@ -77,9 +74,9 @@ def write(directory: str, name: str) -> int:
     return shutil.disk_usage(directory).free
 
 
-def unseen(directory: str, names: list[str]) -> list[str]:
-    """Those of the files that are not seen here."""
-    deadline = time.monotonic() + SEEN_S
+def unseen(directory: str, names: list[str], wait_s: float) -> list[str]:
+    """Those of the files that are not seen here within `wait_s` seconds."""
+    deadline = time.monotonic() + wait_s
     while left := [name for name in names if not _reads(Path(directory, name), name)]:
         if time.monotonic() > deadline:
             break

@@ -5,7 +5,7 @@ import secrets
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -21,6 +21,9 @@ RENDEZVOUS_PORT = 29500
 """Where the ranks of a launch meet, on the first training host."""
 SERVER_PORT = 30000
 """Of the first server of a rollout host."""
+SEEN_S = 10
+"""How long a file that another host has written may take to be seen: network file systems keep what they know of a
+directory for some seconds."""
 TRIAL_S = 300
 ROOT = Path(__file__).parents[2]
 
@@ -31,21 +34,19 @@ def preflight(
     ssh_options: Sequence[str] = (),
     python: str = sys.executable,
     rendezvous_port: int = RENDEZVOUS_PORT,
-    now: Callable[[], float] | None = None,
 ) -> list[Finding]:
     """Everything that is checked, hosts in parallel. Raises ConfigError for a host whose address is not known.
 
     shared: a directory that all hosts are to share, such as the run's output
     ssh_options: of ssh, before those of the environment variable SSH_OPTIONS
     python: the path of the trainer's Python on all hosts
-    now: this machine's clock, for tests
     """
     addresses = dict(zip((host.name for host in hosts), with_addresses(hosts), strict=True))
     with ExitStack() as stack:
         pool = stack.enter_context(ThreadPoolExecutor(max(4, len(hosts))))
         look = _Preflight(hosts, addresses, shared, python, rendezvous_port, pool)
         look.connect(stack, ssh_options)
-        found = [*look.reached, *look.compare(now)]
+        found = [*look.reached, *look.compare()]
         if any(one.state == "broken" for one in found):
             found.append(Finding("collectives", "all", "note", "not tried: mend the above first"))
         else:
@@ -91,7 +92,7 @@ class _Preflight:
                 self._talk[host.name] = talk
                 self.reached.append(Finding("ssh", host.name, "ok", f"reached, at {self.addresses[host.name]}"))
 
-    def compare(self, now: Callable[[], float] | None) -> Iterator[Finding]:
+    def compare(self) -> Iterator[Finding]:
         """The findings on the hosts that answer."""
         hosts = [host for host in self.hosts if host.name in self._talk]
         if not hosts:
@@ -109,7 +110,7 @@ class _Preflight:
         yield from checks.gpus(hosts, facts)
         yield from checks.network(self.addresses, facts)
         for host in hosts:
-            yield checks.clock(host.name, self._offset(self._talk[host.name], now))
+            yield checks.clock(host.name, self._offset(self._talk[host.name]))
 
     def collectives(self) -> Iterator[Finding]:
         """An all-reduce and a broadcast over all training ranks, under torchrun."""
@@ -155,7 +156,9 @@ class _Preflight:
         try:
             free, failed = self._ask_all("write", {n: {"directory": self.shared, "name": f} for n, f in names.items()})
             written = [names[name] for name in free]
-            seen, deaf = self._ask_all("unseen", {n: {"directory": self.shared, "names": written} for n in free})
+            seen, deaf = self._ask_all(
+                "unseen", {n: {"directory": self.shared, "names": written, "wait_s": SEEN_S} for n in free}
+            )
             owners = {file: name for name, file in names.items()}
             unseen = {name: [owners[file] for file in files] for name, files in seen.items()}
             yield from checks.shared_files(self.shared, unseen, failed | deaf)
@@ -180,12 +183,11 @@ class _Preflight:
                 yield from checks.ports(name, numbers, taken[name])
 
     @staticmethod
-    def _offset(talk: Conversation, now: Callable[[], float] | None) -> Offset:
+    def _offset(talk: Conversation) -> Offset:
         """The best of some exchanges: the quicker the answer, the closer the bound."""
-        now = now or time.time
         best = Offset(0.0, float("inf"))
         for _ in range(5):
-            sent, begin = now(), time.monotonic()
+            sent, begin = time.time(), time.monotonic()
             theirs = talk.ask("clock")
             trip = time.monotonic() - begin
             if trip / 2 < best.bound:
