@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Shows that the versions of requirements/{gpu,sglang,vllm}.txt fit together, by the metadata of the package index alone:
 # nothing is installed, and no wheel of torch is downloaded. Needs uv (pip install uv).
-#   bash tools/check_requirements.sh
+#   bash tools/check_requirements.sh [PYTHON]         (3.11, 3.12: default 3.11)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 command -v uv >/dev/null || { echo "no uv: pip install uv" >&2; exit 2; }
@@ -21,11 +21,11 @@ version = "1.6.0rc5"
 requires-dist = []
 TOML
 
-status=0
+python=${1:-3.11} status=0
 for name in gpu sglang vllm; do
     # Without isolation, so that a build of any other package fails at once, and does not fetch torch for it.
     uv pip compile "requirements/$name.txt" --config-file "$scratch/uv.toml" --no-build-isolation --prerelease=allow \
-        --python-version 3.11 --python-platform x86_64-manylinux_2_34 --no-annotate --no-header --quiet >"$scratch/$name"
+        --python-version "$python" --python-platform x86_64-manylinux_2_34 --no-annotate --no-header --quiet >"$scratch/$name"
     echo "requirements/$name.txt: $(grep -c == "$scratch/$name") packages fit together"
 done
 for package in torch nvidia-nccl-cu13; do

@@ -77,7 +77,7 @@ def layers(config: RunConfig) -> Iterator[Finding]:
     from real_megatron.policy.parallel_groups import no_transformer_engine
 
     used, reason = uses_transformer_engine(config.model), no_transformer_engine()
-    fix = "" if reason == "no GPU" else f"pip install --no-build-isolation {requirements.extra('te')}"
+    fix = "" if reason == "no GPU" else requirements.install_transformer_engine()
     if used and reason:
         text = f"model.spec is transformer_engine: {reason}"
         yield Finding(TOPIC, "layers", "broken", text, fix or "set model.spec to auto")
@@ -101,7 +101,7 @@ def adam(config: RunConfig) -> Iterator[Finding]:
         yield Finding(TOPIC, "Adam", "ok", "fused")
     else:
         text = "torch's: neither Transformer Engine nor Apex can be imported"
-        install = f"pip install --no-build-isolation {requirements.extra('te')}"
+        install = requirements.install_transformer_engine()
         yield Finding(TOPIC, "Adam", "note", text, install if default_device().type == "cuda" else "")
 
 

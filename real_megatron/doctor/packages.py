@@ -75,7 +75,7 @@ def of_torch(package: Package) -> str:
 def optional(package: Package, gives: str) -> Finding:
     """A package that makes training faster. One that is installed and does not import stops a run where it is used."""
     name = package.distribution
-    install = f"pip install --no-build-isolation {requirements.extra('te')}" if name == "transformer-engine" else ""
+    install = requirements.install_transformer_engine() if name == "transformer-engine" else ""
     if not package.there:
         return Finding(TOPIC, name, "note", f"not installed: {gives}", install)
     if package.error:

@@ -60,6 +60,13 @@ def extra(name: str) -> str:
     return " ".join(f'"{one}"' for one in chosen)
 
 
+def install_transformer_engine() -> str:
+    """The command: in a checkout of the version that fits Megatron-Core's, else of any that is accepted."""
+    pinned = ROOT / "requirements" / "gpu.txt"
+    what = f"-r {pinned}" if pinned.is_file() else extra("te")
+    return f"pip install --no-build-isolation {what}"
+
+
 def fits(version: str, accepted: str) -> Literal["yes", "old", "new"]:
     """Whether a version lies in a range, below it or above it."""
     from packaging.specifiers import SpecifierSet

@@ -102,13 +102,16 @@ def test_the_accepted_range_of_megatron_is_that_of_the_code() -> None:
     assert requirements.fits(OLDEST, accepted) == "yes" and requirements.fits(NEXT, accepted) == "new"
 
 
-def test_optional_packages_are_no_fault() -> None:
+def test_optional_packages_are_no_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     missing = packages.optional(Package("transformer-engine", "", False, ""), "fast")
-    assert (
-        missing.state == "note" and 'pip install --no-build-isolation "transformer-engine[pytorch]>=2.0"' in missing.fix
-    )
+    pinned = f"pip install --no-build-isolation -r {ROOT}/requirements/gpu.txt"
+    assert missing.state == "note" and missing.fix == pinned
     damaged = packages.optional(Package("transformer-engine", "2.9", True, "OSError: libcublas"), "fast")
-    assert damaged.state == "warning" and damaged.fix.startswith("pip uninstall transformer-engine, or pip install")
+    assert damaged.state == "warning" and damaged.fix == f"pip uninstall transformer-engine, or {pinned}"
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    (tmp_path / "pyproject.toml").write_text(project, encoding="utf-8")
+    monkeypatch.setattr(requirements, "ROOT", tmp_path)  # as installed: without requirements/
+    assert requirements.install_transformer_engine().endswith('"transformer-engine[pytorch]>=2.0"')
 
 
 def smi(folder: Path, lines: str, status: int = 0) -> None:
