@@ -49,7 +49,7 @@ from real_megatron.planning.saved_tensors import CPU, GPU, MicrobatchSize
 from real_megatron.planning.states import state_bytes
 from real_megatron.planning.update_time import update_time
 from real_megatron.planning.workload import Layout, Workload
-from real_megatron.policy.parallel_groups import has_transformer_engine
+from real_megatron.policy.parallel_groups import no_transformer_engine
 from real_megatron.policy.policy import Policy
 
 ROOT = Path(__file__).parents[1]
@@ -94,7 +94,7 @@ def planned_bytes(policy: Policy, groups: list[Group]) -> float:
     batches = policy.planner.plan(groups).microbatches
     longest = max(batches, key=lambda batch: batch.tokens.numel())
     size = MicrobatchSize(longest.tokens.numel(), longest.row_positions.numel())
-    kernels = replace(GPU, transformer_engine=has_transformer_engine()) if DEVICE == "cuda" else CPU
+    kernels = replace(GPU, transformer_engine=not no_transformer_engine()) if DEVICE == "cuda" else CPU
     return state_bytes(layout, 0).total + activation_bytes(layout, 0, size, len(batches), kernels).total
 
 

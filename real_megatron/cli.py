@@ -1,4 +1,4 @@
-"""The command line: `real-megatron train | sft | critiques | evaluate | judge | report | plan | convert`.
+"""The command line: `real-megatron train | sft | critiques | evaluate | judge | report | plan | doctor | convert`.
 
 Commands import what they need when they run, so that `--help` answers at once.
 """
@@ -7,6 +7,7 @@ import io
 import logging
 import os
 import platform
+import shlex
 import signal
 import sys
 import threading
@@ -419,6 +420,85 @@ def plan(
             typer.echo(f"{output}: settings of the first")
 
 
+@app.command()
+def doctor(
+    config: Annotated[
+        Path | None, typer.Option(help="YAML of a run, whose servers and settings are looked at; default: defaults.")
+    ] = None,
+    overrides: Overrides = None,
+    python: Annotated[
+        str | None,
+        typer.Option(
+            help="Python of the environment that has the servers; default: the configuration's rollout.python."
+        ),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    cluster: Annotated[
+        Path | None,
+        typer.Option(
+            help="Host file of a launch (docs/launching.md): check its hosts over ssh, instead of this machine."
+        ),
+    ] = None,
+    shared: Annotated[
+        Path | None,
+        typer.Option(
+            help="With --cluster: directory that all hosts share; default: `output` of --config, or this one."
+        ),
+    ] = None,
+    ssh_option: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="With --cluster: options of ssh, such as '-F FILE'; those of the variable SSH_OPTIONS come next."
+        ),
+    ] = None,
+) -> None:
+    """Say what is installed, which fast paths a run would take here and why not, and how to install what is missing.
+
+    With --cluster: whether the hosts of a launch can run together: ssh, software, shared files, ports, GPUs, networks,
+    clocks, and collectives over all training ranks, timed. Exit status 1 if something that a run needs is broken
+    (docs/doctor.md).
+
+    Examples:
+
+      real-megatron doctor
+
+      real-megatron doctor --config real.yaml --json
+
+      real-megatron doctor --python .venv-sglang/bin/python
+
+      real-megatron doctor --cluster hosts --shared /data/runs
+    """
+    with reported():
+        from real_megatron.config import RunConfig
+        from real_megatron.doctor.examination import as_json as to_json
+        from real_megatron.doctor.examination import examine, is_broken, table
+
+        run = RunConfig.from_yaml(config, overrides or [])
+        if cluster is not None:
+            from real_megatron.cluster.hostfile import read_hosts
+            from real_megatron.cluster.preflight import preflight
+
+            if python is not None:
+                raise ConfigError("--python is about this machine's servers: leave it out, or --cluster")
+            directory = shared or Path(run.output if config else ".")
+            options = [word for option in ssh_option or [] for word in shlex.split(option)]
+            found = preflight(read_hosts(cluster), str(directory.absolute()), options)
+            title = f"the hosts of {cluster}"
+        else:
+            if shared is not None or ssh_option:
+                raise ConfigError("--shared and --ssh-option are about hosts: add --cluster, or leave them out")
+            if python is not None:
+                engine = "sglang" if run.rollout.engine == "transformers" else run.rollout.engine
+                run = run.with_overrides([f"rollout.python={python}", f"rollout.engine={engine}"])
+            found, title = examine(run, run.rollout.python), f"real_megatron {VERSION} on {platform.node()}"
+        if as_json:
+            typer.echo(to_json(found))
+        else:
+            CONSOLE_OUT.print(table(found, title))
+        if is_broken(found):
+            sys.exit(EXIT_ERROR)
+
+
 convert = typer.Typer(
     help="Convert checkpoints between Hugging Face and Megatron-Core (torch_dist), bit for bit, streaming.\n\n"
     "Training needs no conversion: it reads Hugging Face checkpoints and writes one at its end.",
@@ -614,28 +694,30 @@ def reported(go_on: Callable[[], str] = lambda: GO_ON) -> Iterator[None]:
     log = logging.getLogger(__name__)
     try:
         with interruptible():
-            from real_megatron.runtime import OtherRankFailed
-            from real_megatron.training.stop import Terminated
-
             try:
                 yield
-            except Terminated as stop:
-                log.warning("%s", stop)
-                sys.exit(EXIT_SIGNAL + stop.number)
-            except (*EXPLAINED, OtherRankFailed) as error:
-                if show_traceback:
-                    raise
-                show_error(error)
-                sys.exit(EXIT_ERROR)
             except Exception as error:
+                if isinstance(error, _loaded("training.stop", "Terminated")):
+                    log.warning("%s", error)
+                    sys.exit(EXIT_SIGNAL + error.number)
                 if show_traceback:
                     raise
-                show_bug(error)
+                if isinstance(error, (*EXPLAINED, *_loaded("runtime", "OtherRankFailed"))):
+                    show_error(error)
+                else:
+                    show_bug(error)
                 sys.exit(EXIT_ERROR)
     except Interrupted as interrupt:
         if is_rank_0():
             log.warning("stopped by %s: %s", signal.Signals(interrupt.number).name, go_on())
         sys.exit(EXIT_SIGNAL + interrupt.number)
+
+
+def _loaded(module: str, name: str) -> tuple[type[Any], ...]:
+    """A class of this package, if its module has been imported; not imported for it, since `doctor` runs where torch
+    cannot be."""
+    loaded = sys.modules.get(f"real_megatron.{module}")
+    return (getattr(loaded, name),) if loaded else ()
 
 
 def is_rank_0() -> bool:

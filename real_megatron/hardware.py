@@ -62,5 +62,13 @@ def find_gpu(name: str) -> Gpu:
 
 def peak_flops(name: str) -> float | None:
     """Peak bfloat16 FLOP/s by the name that CUDA reports; None for GPUs that the table does not know."""
-    matches = [key for key in _PEAKS if key in name]
-    return _PEAKS[max(matches, key=len)] if matches else None
+    return _PEAKS.get(_key(name))
+
+
+def gpu_reported_as(name: str) -> Gpu | None:
+    """The GPU by the name that CUDA reports; None where the links of that kind are not known."""
+    return GPUS.get(_key(name))
+
+
+def _key(name: str) -> str:
+    return max((key for key in _PEAKS if key in name), key=len, default="")

@@ -4,7 +4,7 @@
 #   bash tests/compat.sh PYTHON MEGATRON TORCH [NAME==VERSION …] [pytest arguments]
 #   bash tests/compat.sh python3.12 0.19.2 2.11.0
 #   bash tests/compat.sh python3.12 0.18.2 2.10.0 transformers==5.12.1 tokenizers==0.22.2 huggingface_hub==1.31.0
-# What is not named is as in requirements-dev.txt. Which build of torch that is, is the package index's choice: the CUDA
+# What is not named is as in requirements/dev.txt. Which build of torch that is, is the package index's choice: the CUDA
 # build, about 5.5 GB, runs on a CPU too. The environment stays in .venv-compat/ for the next time; remove it when done.
 # Last, where .venv exists, a run that one of the two environments has begun goes on in the other.
 set -euo pipefail
@@ -27,7 +27,7 @@ if [ ! -f "$venv/.installed" ]; then
     pip=("$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-compile)
     # Without setuptools: some releases of torch want an older one than is pinned, and pip would rather change torch.
     named=$(printf '%s|' "${versions[@]%%==*}")
-    grep -hvE "^(-r|setuptools==|(${named%|})==)" requirements.txt requirements-dev.txt >"$venv/requirements.txt"
+    grep -hvE "^(-r|setuptools==|(${named%|})==)" requirements/cpu.txt requirements/dev.txt >"$venv/requirements.txt"
     "${pip[@]}" "${versions[0]}"
     "${pip[@]}" -r "$venv/requirements.txt" "${versions[@]}"
     "$venv/bin/python" -m compileall -q -j 0 -x '/tests/' "$venv/lib" >/dev/null || true

@@ -10,7 +10,7 @@ while [ "${1:-}" = "--sglang" ] || [ "${1:-}" = "--vllm" ]; do
     servers="$servers ${1#--}"
     shift
 done
-bash tools/setup_env.sh requirements-dev.txt
+bash tools/setup_env.sh requirements/dev.txt
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 .venv/bin/mypy

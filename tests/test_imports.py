@@ -19,7 +19,6 @@ ALLOWED: dict[str, set[str]] = {
     "registry": {"errors"},
     "hardware": {"errors"},
     "sections": {"errors"},
-    "cluster": {"errors"},
     "config": {"sections"},
     "scores": {"errors"},
     "head": set(),
@@ -35,10 +34,12 @@ ALLOWED: dict[str, set[str]] = {
     "judging": {"evaluation", "data", "rollout", "hf", "scores", "config", "sections", "runtime", "locks", "errors"},
     "training": {"planning", "judging", "data", "rollout", "policy", "bridge", "hf", "objective", "batch"}
     | {"scores", "config", "sections", "runtime", "terminal", "locks", "hardware", "errors"},
+    "doctor": {"rollout", "policy", "head", "config", "runtime", "hardware", "errors", "version"},
+    "cluster": {"doctor", "planning", "runtime", "hardware", "errors", "version"},
     # Names of the library, imported on first use.
     "__init__": {"training", "judging", "evaluation", "data", "rollout", "policy", "bridge", "objective"}
     | {"config", "errors", "version"},
-    "cli": {"training", "planning", "judging", "evaluation", "policy", "bridge", "hf", "config"}
+    "cli": {"cluster", "doctor", "training", "planning", "judging", "evaluation", "policy", "bridge", "hf", "config"}
     | {"runtime", "terminal", "locks", "hardware", "errors", "version"},
     "__main__": {"cli"},
 }

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # Creates .venv in the repository root with pinned dependencies and the package itself (editable).
 # Does nothing when it is already there: a stamp holds the hash of what was installed.
-#   bash tools/setup_env.sh [requirements.txt | requirements-dev.txt]
+#   bash tools/setup_env.sh [requirements/cpu.txt | requirements/dev.txt | requirements/gpu.txt]
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-requirements=${1:-requirements.txt}
-stamp=".venv/.installed-$requirements"
-hash=$(cat requirements*.txt setup.py pyproject.toml | sha256sum)
+requirements=${1:-requirements/cpu.txt}
+stamp=".venv/.installed-$(basename "$requirements")"
+hash=$(cat requirements/*.txt setup.py pyproject.toml | sha256sum)
 if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$hash" ]; then
     exit 0
 fi
@@ -32,10 +32,17 @@ if [ ! -x .venv/bin/python ]; then
 fi
 
 pip=(.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-compile)
-echo "Installing $(grep '^torch==' requirements.txt)"
-"${pip[@]}" -c requirements.txt "$(grep '^torch==' requirements.txt)"
+echo "Installing $(grep '^torch==' requirements/cpu.txt)"
+"${pip[@]}" -c requirements/cpu.txt "$(grep '^torch==' requirements/cpu.txt)"
+isolation=()
+if grep -q '^transformer-engine-torch==' "$requirements"; then
+    # Its build asks for torch: for the one above, and not for another in an environment of the build's own.
+    mapfile -t tools < <(grep -E '^(ninja|pybind11|wheel)==' "$requirements")
+    "${pip[@]}" -r requirements/cpu.txt "${tools[@]}"
+    isolation=(--no-build-isolation)
+fi
 echo "Installing $requirements"
-"${pip[@]}" -r "$requirements"
+"${pip[@]}" ${isolation[@]+"${isolation[@]}"} -r "$requirements"
 # pip would compile on one core, and tests too. Files that are no valid Python (templates, tests of parsers) stay as they
 # are, as they do with pip.
 .venv/bin/python -m compileall -q -j 0 -x '/tests/' .venv/lib >/dev/null || true

@@ -8,7 +8,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 source examples/tiny_judge/common.sh
-bash tools/setup_env.sh requirements.txt
+bash tools/setup_env.sh requirements/cpu.txt
 
 make_task
 direct=

@@ -11,7 +11,7 @@ python=${1:-.venv-sglang/bin/python}
 if [ -z "${1:-}" ]; then
     bash tools/install_sglang_cpu.sh
 fi
-bash tools/setup_env.sh requirements.txt
+bash tools/setup_env.sh requirements/cpu.txt
 
 make_task
 make_sft

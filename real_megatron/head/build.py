@@ -58,23 +58,23 @@ def library_name(kind: str) -> str:
 def build_cpu(output_dir: Path) -> Path:
     """Compile the C++ library for this machine, unless it is there already; returns its path.
     BuildError if that fails."""
-    command = [_cxx(), *CPU_FLAGS, str(SOURCES / "head_cpu.cpp")]
+    command = [cxx(), *CPU_FLAGS, str(SOURCES / "head_cpu.cpp")]
     return _compile(command, output_dir / library_name("cpu"))
 
 
 def build_cuda(output_dir: Path) -> Path:
     """Compile the CUDA library for the architectures that nvcc knows, unless it is there already; returns its path.
     BuildError if that fails."""
-    command = [_nvcc(), *CUDA_FLAGS, *cuda_targets(), "-shared", "-Xcompiler", "-fPIC", str(SOURCES / "head_cuda.cu")]
+    command = [nvcc(), *CUDA_FLAGS, *cuda_targets(), "-shared", "-Xcompiler", "-fPIC", str(SOURCES / "head_cuda.cu")]
     return _compile(command, output_dir / library_name("cuda"))
 
 
 def cuda_targets() -> list[str]:
     """nvcc's -gencode options: machine code for CUDA_ARCHITECTURES, PTX of the newest for later GPUs."""
-    listed = _run([_nvcc(), "--list-gpu-code"])
+    listed = _run([nvcc(), "--list-gpu-code"])
     known = [arch for arch in CUDA_ARCHITECTURES if re.search(rf"\bsm_{arch}\b", listed)]
     if not known:
-        raise BuildError(f"{_nvcc()} knows none of the GPU architectures {CUDA_ARCHITECTURES}")
+        raise BuildError(f"{nvcc()} knows none of the GPU architectures {CUDA_ARCHITECTURES}")
     codes = [f"arch=compute_{arch},code=sm_{arch}" for arch in known]
     codes.append(f"arch=compute_{known[-1]},code=compute_{known[-1]}")
     return [option for code in codes for option in ("-gencode", code)]
@@ -82,7 +82,7 @@ def cuda_targets() -> list[str]:
 
 def cache_dir(kind: str) -> Path:
     """The user's folder for libraries of this compiler and, for the C++ library, this kind of processor."""
-    compiler = _cxx() if kind == "cpu" else _nvcc()
+    compiler = cxx() if kind == "cpu" else nvcc()
     flags = CPU_FLAGS if kind == "cpu" else (*CUDA_FLAGS, *cuda_targets())
     machine = _processor() if kind == "cpu" else platform.machine()
     key = "\n".join([compiler, _run([compiler, "--version"]), *flags, machine])
@@ -91,7 +91,8 @@ def cache_dir(kind: str) -> Path:
 
 
 @cache
-def _cxx() -> str:
+def cxx() -> str:
+    """Path of the C++ compiler. BuildError without one."""
     found = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
     if found is None:
         raise BuildError("no C++ compiler (c++, g++ or clang++) on the PATH")
@@ -99,7 +100,8 @@ def _cxx() -> str:
 
 
 @cache
-def _nvcc() -> str:
+def nvcc() -> str:
+    """Path of the CUDA compiler. BuildError without one."""
     home = os.environ.get("CUDA_HOME") or "/usr/local/cuda"
     found = shutil.which("nvcc") or shutil.which("nvcc", path=os.path.join(home, "bin"))
     if found is None:

@@ -65,17 +65,27 @@ def _refused_by_gpu(index: int) -> str | None:
     return _warn("cuda", f"GPU {index}: {found.error(code)}") if code else None
 
 
-def _load(kind: str) -> Library:
+def built(kind: str) -> Path | None:
+    """The file of the `cpu` or `cuda` library, or None if it is still to be compiled. BuildError where that cannot be
+    done: no compiler."""
     # Imported late, so that `python -m real_megatron.head.build` finds its own module fresh.
     from real_megatron.head import build
 
     name = build.library_name(kind)
     if (build.INSTALLED / name).exists():
-        return Library(kind, build.INSTALLED / name)
+        return build.INSTALLED / name
+    cached = build.cache_dir(kind) / name
+    return cached if cached.exists() else None
+
+
+def _load(kind: str) -> Library:
+    from real_megatron.head import build
+
+    if (there := built(kind)) is not None:
+        return Library(kind, there)
     compile_into = build.build_cpu if kind == "cpu" else build.build_cuda
     cached = build.cache_dir(kind)
-    if not (cached / name).exists():
-        logger.info("head: compiling the %s kernels into %s", kind, cached)
+    logger.info("head: compiling the %s kernels into %s", kind, cached)
     try:
         return Library(kind, compile_into(cached))
     except build.BuildError as error:

@@ -5,6 +5,7 @@ their prompt's keys and values. This module takes the micro-batch's `SegmentTree
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -110,9 +111,14 @@ class PackedAttention(nn.Module):
             shard = exchange.shard
         else:  # values as they come are a view, for which backward would keep the whole output of the projection
             value = value.contiguous()
-        attend = flex_segment_attention if query.is_cuda else segment_attention
+        attend = attention_on(query.device)
         out = attend(query, key, value, packed_seq_params.tree, scale, self.window, shard)
         return out.reshape(out.size(0), 1, -1)
+
+
+def attention_on(device: torch.device) -> Callable[..., Tensor]:
+    """The function that computes attention on a device: `flex_segment_attention` or `segment_attention`."""
+    return flex_segment_attention if device.type == "cuda" else segment_attention
 
 
 def segment_attention(

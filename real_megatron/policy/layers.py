@@ -15,7 +15,7 @@ from real_megatron.bridge import ModelDescription
 from real_megatron.config import ModelConfig
 from real_megatron.policy.attention import PackedAttention
 from real_megatron.policy.norm import RMSNorm
-from real_megatron.policy.parallel_groups import has_transformer_engine
+from real_megatron.policy.parallel_groups import no_transformer_engine
 
 
 def block_spec(
@@ -32,7 +32,7 @@ def block_spec(
 
 def layer_spec(config: TransformerConfig, description: ModelDescription, model: ModelConfig, moe: bool) -> ModuleSpec:
     """A layer, attention and MLP, or with `moe` attention and experts."""
-    use_te = _uses_transformer_engine(model)
+    use_te = uses_transformer_engine(model)
     build = (
         get_gpt_layer_with_transformer_engine_spec
         if use_te
@@ -55,12 +55,13 @@ def layer_spec(config: TransformerConfig, description: ModelDescription, model: 
 
 def norm_class(model: ModelConfig) -> Any:
     """The norm after the last layer."""
-    if not _uses_transformer_engine(model):
+    if not uses_transformer_engine(model):
         return RMSNorm
     from megatron.core.extensions.transformer_engine import TENorm
 
     return TENorm
 
 
-def _uses_transformer_engine(model: ModelConfig) -> bool:
-    return model.spec == "transformer_engine" or (model.spec == "auto" and has_transformer_engine())
+def uses_transformer_engine(model: ModelConfig) -> bool:
+    """Whether layers are Transformer Engine's, experts as one grouped matrix product."""
+    return model.spec == "transformer_engine" or (model.spec == "auto" and not no_transformer_engine())

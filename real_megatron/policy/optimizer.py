@@ -67,6 +67,13 @@ def build_optimizer(
     )
 
 
+def has_fused_adam() -> bool:
+    """Whether Megatron-Core takes Adam from Transformer Engine or Apex here, and not from torch."""
+    from megatron.core.optimizer import Adam  # what it has found
+
+    return not issubclass(Adam, torch.optim.Adam | torch.optim.AdamW)
+
+
 def check_warmup(config: OptimizerConfig, total_updates: int) -> None:
     """Raise ConfigError for a warm-up that does not end within the run's optimizer updates."""
     if config.warmup_steps >= total_updates:

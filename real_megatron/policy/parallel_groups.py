@@ -96,12 +96,12 @@ def end_model_groups() -> None:
     parallel_state.destroy_model_parallel()
 
 
-def has_transformer_engine() -> bool:
-    """Whether Transformer Engine can be used: installed, and with a GPU."""
+def no_transformer_engine() -> str:
+    """Why Transformer Engine cannot be used; empty if it can."""
     if not torch.cuda.is_available():
-        return False
+        return "no GPU"
     try:
         import transformer_engine.pytorch  # noqa: F401
-    except ImportError:
-        return False
-    return True
+    except ImportError as error:
+        return f"Transformer Engine cannot be imported: {error}"
+    return ""

@@ -4,7 +4,6 @@ import importlib.util
 import os
 import shutil
 import sys
-import tempfile
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
@@ -16,11 +15,10 @@ from real_megatron.errors import ConfigError, EngineError
 from real_megatron.rollout.distributed import DistributedRollout, FollowerEngine
 from real_megatron.rollout.engine import ENGINES, EngineKind, EngineSpec, RolloutEngine
 from real_megatron.rollout.nccl import check_nccl
-from real_megatron.rollout.remote.servers import api_key, check_ports
+from real_megatron.rollout.remote.process import tmpdir_too_long
+from real_megatron.rollout.remote.servers import api_key, check_ports, weight_sync
 
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
-# A socket's path has at most 107 bytes. Servers name theirs in TMPDIR, at the longest (vLLM) a slash and a UUID.
-_TMPDIR_BYTES = 107 - 37
 
 
 def find_engine(name: str) -> EngineKind:
@@ -50,8 +48,7 @@ def check_servers(config: RolloutConfig, *, trainer: bool, node: Node | None = N
     kind = find_engine(config.engine)
     if not kind.server_package:
         return
-    automatic = config.weight_sync == "auto" and not config.colocate
-    broadcasts = trainer and kind.broadcasts and (automatic or config.weight_sync == "distributed")
+    broadcasts = trainer and kind.broadcasts and weight_sync(config, kind.broadcasts) == "distributed"
     # One rank holds the engine. On the nodes of others a port or a variable means nothing.
     asks = os.environ.get("RANK", "0") == "0"
     if config.servers:
@@ -77,12 +74,8 @@ def check_servers(config: RolloutConfig, *, trainer: bool, node: Node | None = N
         check_ports(config)
         if broadcasts and config.python and node is None and torch.cuda.is_available():
             check_nccl(config.python)
-    scratch = tempfile.gettempdir()
-    if (length := len(os.fsencode(scratch))) > _TMPDIR_BYTES:
-        raise ConfigError(
-            f"TMPDIR has {length} bytes ({scratch}), too many for the sockets that rollout servers make in it: set "
-            f"TMPDIR to a directory with a path of at most {_TMPDIR_BYTES}, such as /tmp"
-        )
+    if reason := tmpdir_too_long():
+        raise ConfigError(reason)
     if node is None and torch.cuda.is_available():
         node = Node(torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if trainer else 0)
     if node is not None:

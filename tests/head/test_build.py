@@ -14,7 +14,7 @@ from real_megatron.head import build, native
 
 def nvcc_missing() -> bool:
     try:
-        build._nvcc()
+        build.nvcc()
     except build.BuildError:
         return True
     return False
@@ -27,7 +27,7 @@ needs_nvcc = pytest.mark.skipif(nvcc_missing(), reason="no nvcc: the CUDA kernel
 
 def ptxas_report(architecture: int, output: Path, source: Path) -> str:
     target = f"arch=compute_{architecture},code=sm_{architecture}"
-    command = [build._nvcc(), *build.CUDA_FLAGS, "-gencode", target, "-cubin", "-o", str(output), str(source)]
+    command = [build.nvcc(), *build.CUDA_FLAGS, "-gencode", target, "-cubin", "-o", str(output), str(source)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout + done.stderr
@@ -71,7 +71,7 @@ def test_cuda_library_builds_and_loads_without_a_gpu(tmp_path: Path) -> None:
 
 def test_the_cpu_library_is_vectorised(tmp_path: Path) -> None:
     # GCC's own account of the two loops that hold an exponential; scalar, they are slower than PyTorch.
-    compiler = build._cxx()
+    compiler = build.cxx()
     if "Free Software Foundation" not in build._run([compiler, "--version"]):
         pytest.skip("the report of vectorised loops is GCC's")
     report = build._run(

@@ -23,7 +23,7 @@ def fresh_search() -> Iterator[None]:
     """Forget which compilers and libraries were found, before and after."""
 
     def forget() -> None:
-        for function in (native.library, native._refused_by_gpu, build._cxx, build._nvcc):
+        for function in (native.library, native._refused_by_gpu, build.cxx, build.nvcc):
             function.cache_clear()
 
     forget()

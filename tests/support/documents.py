@@ -20,7 +20,7 @@ from real_megatron.config import RunConfig
 from real_megatron.sections import section_type
 
 ROOT = Path(__file__).parents[2]
-FOLDERS = ("benchmarks", "docs", "examples", "real_megatron", "tests", "tools")
+FOLDERS = ("benchmarks", "docs", "examples", "real_megatron", "requirements", "tests", "tools")
 PACKAGE_FOLDERS = tuple(sorted(p.name for p in (ROOT / "real_megatron").iterdir() if p.is_dir() and p.name[0] != "_"))
 SECTIONS = tuple(name for name, field in RunConfig.model_fields.items() if section_type(field.annotation))
 

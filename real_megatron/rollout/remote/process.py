@@ -7,6 +7,7 @@ import re
 import signal
 import socket
 import subprocess
+import tempfile
 import threading
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -31,6 +32,22 @@ LAUNCHER = Path(__file__).parent / "launcher" / "launch.py"
 
 LAUNCHER_KEY = "LAUNCH_API_KEY"
 """Environment variable from which the launcher takes the API key of a server that reads none from its own."""
+
+
+# A socket's path has at most 107 bytes. Servers name theirs in TMPDIR, at the longest (vLLM) a slash and a UUID.
+_TMPDIR_BYTES = 107 - 37
+
+
+def tmpdir_too_long() -> str:
+    """Why servers could not make their sockets in TMPDIR; empty if they can."""
+    scratch = tempfile.gettempdir()
+    length = len(os.fsencode(scratch))
+    if length <= _TMPDIR_BYTES:
+        return ""
+    return (
+        f"TMPDIR has {length} bytes ({scratch}), too many for the sockets that rollout servers make in it: set TMPDIR "
+        f"to a directory with a path of at most {_TMPDIR_BYTES}, such as /tmp"
+    )
 
 
 class ServerProcess:

@@ -37,6 +37,18 @@ def api_key(config: RolloutConfig) -> str | None:
     return os.environ[name].strip() if name else None
 
 
+def weight_sync(config: RolloutConfig, broadcasts: bool) -> str:
+    """How weights reach the servers: `rollout.weight_sync`, where `auto` is decided.
+
+    broadcasts: whether the engine's servers can take a broadcast (`EngineKind.broadcasts`); others read files
+    """
+    if config.weight_sync != "auto":
+        return config.weight_sync
+    if not broadcasts:
+        return "disk"
+    return "tensor" if config.colocate else "distributed"
+
+
 def port_taken(config: RolloutConfig, port: int) -> str:
     """Why no local server can listen on `port`; empty if one can."""
     if not in_use(port):

@@ -12,7 +12,7 @@ from real_megatron.rollout.engine import EngineSpec, Response, SamplingParams, d
 from real_megatron.rollout.remote.buckets import WeightBucket, bucketed
 from real_megatron.rollout.remote.engine import RemoteEngine
 from real_megatron.rollout.remote.replica import NoCurrentWeights, Replica
-from real_megatron.rollout.remote.servers import ServerCommand
+from real_megatron.rollout.remote.servers import ServerCommand, weight_sync
 from real_megatron.rollout.remote.spool import CheckpointSpool
 from real_megatron.rollout.sglang import replies
 from real_megatron.rollout.sglang.command import server_command
@@ -250,9 +250,7 @@ class SGLangEngine(RemoteEngine):
 
 
 def _transport_factory(spec: EngineSpec, control: Control) -> Callable[[], Transport]:
-    kind = spec.config.weight_sync
-    if kind == "auto":
-        kind = "tensor" if spec.config.colocate else "distributed"
+    kind = weight_sync(spec.config, broadcasts=True)
     if kind == "tensor":
         return lambda: TensorTransport(control)
     if kind == "disk":

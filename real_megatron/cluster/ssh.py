@@ -1,0 +1,125 @@
+"""A conversation with a host over ssh: questions and answers are lines of JSON (`host_side`)."""
+
+import json
+import os
+import queue
+import shlex
+import subprocess
+import threading
+from collections import deque
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any
+
+from real_megatron.cluster.hostfile import Host
+from real_megatron.errors import UserError
+
+CONNECT_S = 10
+"""How long a host may take to accept a connection; a ConnectTimeout in SSH_OPTIONS comes first."""
+START_S = 60
+"""How long ssh and Python may take to start there."""
+
+
+class HostError(UserError):
+    """A host that cannot be talked to; the message says why, without its name."""
+
+
+def ssh_command(host: Host, options: Sequence[str]) -> list[str]:
+    """The command to which a remote command is added. It never asks for a password.
+
+    options: further ones of ssh, which win; those of the environment variable SSH_OPTIONS come next
+    """
+    command = ["ssh", *options, *shlex.split(os.environ.get("SSH_OPTIONS", ""))]
+    command += ["-o", "BatchMode=yes", "-o", f"ConnectTimeout={CONNECT_S}"]
+    if host.port is not None:
+        command += ["-p", str(host.port)]
+    if host.user:
+        command += ["-l", host.user]
+    return [*command, host.name]
+
+
+class Conversation:
+    """`host_side` on a host, until it is closed.
+
+    remote: the command that runs it there
+    """
+
+    def __init__(self, host: Host, options: Sequence[str], remote: str) -> None:
+        """Raises HostError where the host does not answer."""
+        self._lines: queue.Queue[str | None] = queue.Queue()
+        self._errors: deque[str] = deque(maxlen=20)
+        self._process = subprocess.Popen(
+            [*ssh_command(host, options), remote],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            encoding="utf-8",
+            errors="replace",
+            start_new_session=True,  # a Ctrl-C is this process's to answer
+        )
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._complaints = threading.Thread(target=self._read_errors, daemon=True)
+        self._reader.start()
+        self._complaints.start()
+        try:
+            self._answer(START_S)
+        except BaseException:
+            self.close()
+            raise
+
+    def ask(self, what: str, timeout_s: float = 60, **arguments: Any) -> Any:
+        """The answer to a question. Raises HostError where there is none in time, or it is an error."""
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(json.dumps({"ask": what, **arguments}) + "\n")
+            self._process.stdin.flush()
+        except OSError:
+            raise HostError(self._end()) from None
+        answer = self._answer(timeout_s)
+        if "error" in answer:
+            raise HostError(answer["error"])
+        return answer["answer"]
+
+    def close(self) -> None:
+        """End the other side with its input, and ssh where that is not enough."""
+        with suppress(OSError):
+            if self._process.stdin is not None:
+                self._process.stdin.close()
+        try:
+            self._process.wait(2)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+    def _answer(self, timeout_s: float) -> dict[str, Any]:
+        try:
+            line = self._lines.get(timeout=timeout_s)
+        except queue.Empty:
+            raise HostError(f"no answer within {timeout_s:g} s") from None
+        if line is None:
+            raise HostError(self._end())
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def _end(self) -> str:
+        """How ssh has ended: its own errors have status 255."""
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(2)
+        self._complaints.join(2)
+        last = self._errors[-1] if self._errors else "without a word"
+        if self._process.returncode == 255:
+            return last
+        return f"its Python has ended with status {self._process.returncode}: {last}"
+
+    def _read(self) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            if line.startswith("{"):  # a greeting of the host's shell is none of ours
+                self._lines.put(line)
+        self._lines.put(None)
+
+    def _read_errors(self) -> None:
+        assert self._process.stderr is not None
+        for line in self._process.stderr:
+            if line.strip():
+                self._errors.append(line.strip())
