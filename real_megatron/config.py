@@ -145,11 +145,27 @@ class OptimizerConfig(Section):
     beta2: float = Field(0.95, ge=0, lt=1, description="Adam's second-moment decay.")
     eps: float = Field(1e-8, gt=0, description="Adam's epsilon.")
     clip_grad: float = Field(1.0, ge=0, description="Gradient norm limit; 0 switches clipping off.")
+    max_skipped: int = Field(
+        3,
+        ge=0,
+        description="Updates in a row that are skipped because their loss or gradient is not finite (or a spike), "
+        "before the run ends; 0: the first one ends it.",
+    )
+    spike_factor: float = Field(
+        0.0,
+        ge=0,
+        description="Also skip an update whose gradient norm is more than this many times the median of the last 50; "
+        "0: none.",
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.min_lr > self.lr:
             raise ValueError(f"min_lr {self.min_lr:g} is above lr {self.lr:g}: the decay ends at min_lr, lower it")
+        if 0 < self.spike_factor <= 1:
+            raise ValueError(
+                f"spike_factor {self.spike_factor:g} would skip ordinary updates: set it well above 1, or to 0 for none"
+            )
         return self
 
 

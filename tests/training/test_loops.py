@@ -38,7 +38,7 @@ class Logged(Session):
         self.scale, self.timer = SimpleNamespace(score_ids=[3]), PhaseTimer()
         self.updates = 0
         self.stop = SimpleNamespace(requested=lambda: self.updates >= stopped_in)
-        self.policy = SimpleNamespace(runtime=SimpleNamespace(rank=0), train_step=self.update)
+        self.policy = SimpleNamespace(runtime=SimpleNamespace(rank=0))
 
     def did(self, what: str) -> dict[str, float]:
         self.log.append(what)
@@ -93,7 +93,8 @@ def work(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Cal
         module = rl if config.is_rl else sft
         monkeypatch.setattr(module, "open_session", opened)
         monkeypatch.setattr(rl, "generate", lambda *_: ([ANSWERED], {}))
-        monkeypatch.setattr(rl, "update", lambda *_: run.update())
+        for loop in (rl, sft):
+            monkeypatch.setattr(loop, "update", lambda *_: run.update())
         try:
             module.train(config)
         except (Terminated, OSError) as error:
