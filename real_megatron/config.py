@@ -512,7 +512,12 @@ class CheckpointConfig(Section):
     """Checkpoints (Megatron torch_dist) and export."""
 
     every: int = Field(100, ge=0, description="Save every N steps, and at the end; 0: at the end only.")
-    keep: int = Field(2, ge=1, description="Checkpoints kept.")
+    keep: int = Field(2, ge=1, description="Checkpoints kept, of the newest.")
+    best: str = Field(
+        "",
+        description="Keep the best checkpoint, too, by this metric of the evaluations, such as dev/rail/pearson: "
+        "every evaluation then has a checkpoint, and checkpoints/best.json names the best; empty: none.",
+    )
     resume: bool = Field(True, description="Continue from the newest complete checkpoint in the output directory.")
     save_hf: bool = Field(True, description="Write a Hugging Face checkpoint at the end.")
 

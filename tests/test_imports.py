@@ -32,7 +32,7 @@ ALLOWED: dict[str, set[str]] = {
     "data": {"batch", "scores", "config", "registry", "errors"},
     "evaluation": {"scores", "errors"},
     "judging": {"evaluation", "data", "rollout", "hf", "scores", "config", "sections", "runtime", "locks", "errors"},
-    "training": {"planning", "judging", "data", "rollout", "policy", "bridge", "hf", "objective", "batch"}
+    "training": {"planning", "judging", "evaluation", "data", "rollout", "policy", "bridge", "hf", "objective", "batch"}
     | {"scores", "config", "sections", "runtime", "terminal", "locks", "hardware", "errors"},
     # Names of the library, imported on first use.
     "__init__": {"training", "judging", "evaluation", "data", "rollout", "policy", "bridge", "objective"}

@@ -11,10 +11,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from real_megatron.config import RunConfig
+from real_megatron.config import OptimizerConfig, RunConfig
 from real_megatron.objective import MetricSums, Objective, ScoredBatch, Totals, build_objective
 from real_megatron.policy.optimizer import chained
 from real_megatron.policy.policy import Policy
+from real_megatron.policy.update_guard import FEWEST, Fault, UpdateGuard
 from real_megatron.training.update import update
 from tests.support.policy_ranks import make_groups, make_policy
 from tests.support.ranks import forget_policies
@@ -109,6 +110,17 @@ def updates(
     weights = {name: tensor.clone() for name, tensor in policy.export()}
     forget_policies()
     return metrics, weights, said
+
+
+def decisions(rank: int) -> tuple[list[bool], int]:
+    """What a guard says on each rank to ordinary updates, a norm that only `rank` takes for a spike, a fault that only
+    it has seen, and one more; and how many were skipped."""
+    mine = dist.get_rank() == rank
+    guard = UpdateGuard(OptimizerConfig(spike_factor=10))
+    said = [guard.skips(0.5, 1.0, [], []) for _ in range(FEWEST)]
+    said.append(guard.skips(0.5, 10.1 if mine else 9.9, [], []))
+    said.append(guard.skips(0.5, 1.0, [Fault("seen")] if mine else [], []))
+    return [*said, guard.skips(0.5, 1.0, [], [])], guard.total
 
 
 def run_with_faults(config: RunConfig, faults: dict[int, str], rank: int | None = None) -> None:

@@ -16,7 +16,7 @@ from real_megatron.rollout.sampling import check_complete
 from real_megatron.training.samples import sample_rows
 from tests.support.policy_ranks import make_config, write_checkpoint
 from tests.support.ranks import run_ranks
-from tests.support.skipping import run_with_faults, updates
+from tests.support.skipping import decisions, run_with_faults, updates
 from tests.support.tiny_runs import rows, tiny_config, train, weights, write_tiny_task
 
 LAYOUTS = {"dp2": {}, "tp2": {"tensor": 2}, "pp2": {"pipeline": 2}}
@@ -116,6 +116,11 @@ def test_a_spike_is_skipped_and_no_part_of_what_the_next_is_measured_against(che
     assert "2 in a row" in resumed[2][0]
     off = config.with_overrides(["optimizer.spike_factor=0"])
     assert not any(row["skipped_updates"] for row in run_ranks(1, updates, off, seeds, faults)[0][0])
+
+
+def test_ranks_decide_by_the_same_numbers() -> None:
+    """A norm that differs, in its last bits at best, and a fault that one rank alone has seen."""
+    assert run_ranks(2, decisions, 1) == [([*[False] * FEWEST, True, True, False], 2)] * 2
 
 
 # --- the guard alone --------------------------------------------------------------------------------------------------
