@@ -114,6 +114,12 @@ class ParallelConfig(Section):
     timeout_minutes: int = Field(
         120, ge=1, description="Longest wait of ranks for each other, after which a run that hangs ends."
     )
+    stuck_minutes: float = Field(
+        60,
+        ge=0,
+        description="A run without any progress for so long writes the stacks of all ranks (docs/reading_a_run.md) and "
+        "ends, so that a launcher starts it again; keep it below timeout_minutes; 0: never.",
+    )
     sequence_parallel: bool = Field(False, description="Shard activations over TP ranks between layers (SP).")
     distributed_optimizer: bool = Field(
         True, description="Shard optimizer state over data-parallel ranks. Stays as it is when a run is resumed."

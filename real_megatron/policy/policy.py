@@ -27,7 +27,7 @@ from megatron.core import parallel_state
 from megatron.core.distributed import finalize_model_grads
 from torch import Tensor
 
-from real_megatron import bridge
+from real_megatron import bridge, progress
 from real_megatron.batch.packing import PackedMicrobatch, responses_of, sampled_scores
 from real_megatron.batch.types import Group
 from real_megatron.config import RunConfig
@@ -231,7 +231,9 @@ class Policy:
 
     def export(self) -> Iterator[tuple[str, Tensor]]:
         """The weights as a stream of (Hugging Face name, full tensor), on every rank."""
-        return bridge.export_hf(self.chunks, self.description)
+        for named in bridge.export_hf(self.chunks, self.description):
+            progress.mark()
+            yield named
 
     def allocate_optimizer_state(self) -> None:
         """Allocate Adam's moments now, before a rollout server takes the memory that is free."""

@@ -30,6 +30,7 @@ from real_megatron.training.resume import check_same_inputs, inputs, saved_input
 from real_megatron.training.step_log import StepLog
 from real_megatron.training.stop import StopSignal, Terminated
 from real_megatron.training.timer import PhaseTimer
+from real_megatron.training.watchdog import watching
 
 logger = logging.getLogger(__name__)
 
@@ -262,10 +263,11 @@ class Session:
 
 @contextmanager
 def open_session(config: RunConfig, load: Load) -> Iterator[Session]:
-    """A session whose engine is closed at the end, however it ends."""
+    """A session whose engine is closed at the end, however it ends, and which ends where it is stuck."""
     session = Session(config, load)
     try:
-        yield session
+        with watching(config.output, config.parallel.stuck_minutes):
+            yield session
     finally:
         session.close()
 
