@@ -92,7 +92,8 @@ class Watchdog:
                 directory.rmdir()
 
     def _watch(self) -> None:
-        marks, touched, since = -1, None, time.monotonic()
+        marks, since = -1, time.monotonic()
+        touched: int | None = None
         while True:
             # Of this thread alone: it comes to this line again unless it gets no turn.
             faulthandler.dump_traceback_later(self._limit + 2 * self._poll, exit=True, file=self._file)
@@ -102,7 +103,7 @@ class Watchdog:
             try:
                 if now != marks:
                     os.utime(self._place / "progress")
-                seen = (self._place / "progress").stat().st_mtime_ns
+                seen: int | None = (self._place / "progress").stat().st_mtime_ns
                 requested = (self._place / "request").exists()
             except OSError:
                 # The directory is gone, or cannot be reached: this rank's own progress is all that it knows.

@@ -63,6 +63,7 @@ def test_a_rank_that_holds_the_interpreter_lock_writes_its_own(task: Path, tmp_p
     assert "Timeout (" in file.read_text() and "in sleep_in_the_step" in file.read_text()
 
 
+@pytest.mark.skipif("LONG_TESTS" not in os.environ, reason="six processes import Megatron-Core: set LONG_TESTS=1")
 def test_under_torchrun_the_run_is_started_again(task: Path, tmp_path: Path, whole: Path) -> None:
     config = config_of(task, tmp_path / "run", stuck_minutes=0.05)
     (tmp_path / "run.yaml").write_text(config.to_yaml())
@@ -76,7 +77,8 @@ def test_under_torchrun_the_run_is_started_again(task: Path, tmp_path: Path, who
         timeout=300,
         cwd=ROOT,
         check=False,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        # torch 2.13 gives the next start of gloo ranks the addresses of the last one, where the agents share a store.
+        env={**os.environ, "PYTHONPATH": str(ROOT), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stderr.count("no rank has made progress for 0.05 minutes") == 1
@@ -108,8 +110,7 @@ def test_a_request_of_another_rank_ends_this_one(tmp_path: Path, monkeypatch: py
     ended: list[bool] = []
     monkeypatch.setattr(Watchdog, "_end", lambda dog, asked: ended.append(asked))
     (tmp_path / "progress").touch()
-    dog = Watchdog(tmp_path, limit=60.0, rank=0, world=2)
-    dog._poll = 0.01
+    dog = Watchdog(tmp_path, limit=4.0, rank=0, world=2)
     (tmp_path / "request").touch()
     deadline = time.monotonic() + 30
     while not ended and time.monotonic() < deadline:
