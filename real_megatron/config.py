@@ -114,6 +114,12 @@ class ParallelConfig(Section):
     timeout_minutes: int = Field(
         120, ge=1, description="Longest wait of ranks for each other, after which a run that hangs ends."
     )
+    stuck_minutes: float = Field(
+        60,
+        ge=0,
+        description="A run without any progress for so long writes the stacks of all ranks (docs/reading_a_run.md) and "
+        "ends, so that a launcher starts it again; keep it below timeout_minutes; 0: never.",
+    )
     sequence_parallel: bool = Field(False, description="Shard activations over TP ranks between layers (SP).")
     distributed_optimizer: bool = Field(
         True, description="Shard optimizer state over data-parallel ranks. Stays as it is when a run is resumed."
@@ -145,11 +151,27 @@ class OptimizerConfig(Section):
     beta2: float = Field(0.95, ge=0, lt=1, description="Adam's second-moment decay.")
     eps: float = Field(1e-8, gt=0, description="Adam's epsilon.")
     clip_grad: float = Field(1.0, ge=0, description="Gradient norm limit; 0 switches clipping off.")
+    max_skipped: int = Field(
+        3,
+        ge=0,
+        description="Updates in a row that are skipped because their loss or gradient is not finite (or a spike), "
+        "before the run ends; 0: the first one ends it.",
+    )
+    spike_factor: float = Field(
+        0.0,
+        ge=0,
+        description="Also skip an update whose gradient norm is more than this many times the median of the last 50; "
+        "0: none.",
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.min_lr > self.lr:
             raise ValueError(f"min_lr {self.min_lr:g} is above lr {self.lr:g}: the decay ends at min_lr, lower it")
+        if 0 < self.spike_factor <= 1:
+            raise ValueError(
+                f"spike_factor {self.spike_factor:g} would skip ordinary updates: set it well above 1, or to 0 for none"
+            )
         return self
 
 
@@ -496,7 +518,12 @@ class CheckpointConfig(Section):
     """Checkpoints (Megatron torch_dist) and export."""
 
     every: int = Field(100, ge=0, description="Save every N steps, and at the end; 0: at the end only.")
-    keep: int = Field(2, ge=1, description="Checkpoints kept.")
+    keep: int = Field(2, ge=1, description="Checkpoints kept, of the newest.")
+    best: str = Field(
+        "",
+        description="Keep the best checkpoint, too, by this metric of the evaluations, such as dev/rail/pearson: "
+        "every evaluation then has a checkpoint, and checkpoints/best.json names the best; empty: none.",
+    )
     resume: bool = Field(True, description="Continue from the newest complete checkpoint in the output directory.")
     save_hf: bool = Field(True, description="Write a Hugging Face checkpoint at the end.")
 

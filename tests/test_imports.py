@@ -14,6 +14,7 @@ ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "terminal": set(),
     "processes": set(),
+    "progress": set(),
     "runtime": {"errors"},
     "locks": {"errors"},
     "registry": {"errors"},
@@ -26,14 +27,15 @@ ALLOWED: dict[str, set[str]] = {
     "batch": set(),
     "hf": {"locks", "errors"},
     "bridge": {"hf", "processes", "registry", "terminal", "errors"},
-    "policy": {"bridge", "hf", "head", "objective", "batch", "config", "processes", "runtime"} | {"hardware", "errors"},
+    "policy": {"bridge", "hf", "head", "objective", "batch", "config", "processes", "runtime"}
+    | {"progress", "hardware", "errors"},
     "planning": {"policy", "bridge", "batch", "hf", "config", "hardware", "errors"},
-    "rollout": {"head", "batch", "hf", "scores", "config", "registry", "errors"},
+    "rollout": {"head", "batch", "hf", "scores", "config", "registry", "progress", "errors"},
     "data": {"batch", "scores", "config", "registry", "errors"},
     "evaluation": {"scores", "errors"},
     "judging": {"evaluation", "data", "rollout", "hf", "scores", "config", "sections", "runtime", "locks", "errors"},
-    "training": {"planning", "judging", "data", "rollout", "policy", "bridge", "hf", "objective", "batch"}
-    | {"scores", "config", "sections", "runtime", "terminal", "locks", "hardware", "errors"},
+    "training": {"planning", "judging", "evaluation", "data", "rollout", "policy", "bridge", "hf", "objective", "batch"}
+    | {"scores", "config", "sections", "runtime", "progress", "terminal", "locks", "hardware", "errors"},
     "doctor": {"rollout", "policy", "head", "config", "runtime", "hardware", "errors", "version"},
     "cluster": {"doctor", "planning", "runtime", "hardware", "errors", "version"},
     # Names of the library, imported on first use.

@@ -1,7 +1,7 @@
 """Groups → packed micro-batches: which tokens run, and which rows ask the output head for which vocabulary ids."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -48,6 +48,8 @@ class PackedMicrobatch:
     """Index of the score behind each trajectory's anchor, int64 `[N]`; see `sampled_scores`."""
     responses: list[tuple[str, dict[str, Any]]] | None
     """Text of each trajectory and metadata of its data row; None unless every trajectory has a text."""
+    examples: list[str] = field(default_factory=list)
+    """Id of each trajectory's data row, for messages `[N]`."""
     shards: tuple[TokenShard, ...] | None = None
     """The tokens of each context-parallel rank; None when one rank runs them all."""
 
@@ -132,6 +134,7 @@ def pack(
         advantages=_advantages(trajectories),
         sampled=sampled_scores(groups, score_ids),
         responses=responses_of(groups),
+        examples=[groups[g].example_id for g in group_index],
     )
 
 

@@ -7,12 +7,21 @@ from real_megatron.objective.mismatch import mismatch_metrics
 from real_megatron.objective.reinforce import ReinforceObjective
 from real_megatron.objective.rewards import REWARDS, Reward, RewardOptions, find_reward, register_reward
 from real_megatron.objective.sft import SupervisedObjective
-from real_megatron.objective.types import GroupObjective, MetricSums, Objective, ResponseView, ScoredBatch, Totals
+from real_megatron.objective.types import (
+    GroupObjective,
+    MetricSums,
+    NotFinite,
+    Objective,
+    ResponseView,
+    ScoredBatch,
+    Totals,
+)
 
 __all__ = [
     "REWARDS",
     "GroupObjective",
     "MetricSums",
+    "NotFinite",
     "Objective",
     "ReinforceObjective",
     "ResponseView",

@@ -32,6 +32,14 @@ class ResponseView:
     """The further columns of its data row."""
 
 
+class NotFinite(FloatingPointError):
+    """A value that an objective reads is NaN or infinite. `trajectories`: indices of those that it belongs to."""
+
+    def __init__(self, message: str, trajectories: Sequence[int] = ()) -> None:
+        super().__init__(message)
+        self.trajectories = list(trajectories)
+
+
 @dataclass
 class ScoredBatch:
     """The model's view of one micro-batch of N trajectories (responses) over a scale of S scores.
@@ -72,7 +80,7 @@ class ScoredBatch:
         return self.score_logprobs.shape[0]
 
     def validate(self) -> None:
-        """Raise ValueError where shapes disagree, and FloatingPointError where a value that is read is not finite.
+        """Raise ValueError where shapes disagree, and NotFinite where a value that is read is not finite.
 
         Waits for the device once.
         """
@@ -84,17 +92,20 @@ class ScoredBatch:
         bad["score_logprobs"] = bad["score_logprobs"] & self.has_answer[:, None]
         if not bool(torch.stack([flags.any() for flags in bad.values()]).any()):
             return
-        places = []
+        places: list[str] = []
+        found: set[int] = set()
         for name, flags in bad.items():
             if flags.any():
                 rows = flags.nonzero()[:, 0]
                 if name in ("token_logprobs", "old_logprobs", "ref_logprobs"):
                     rows = self.token_trajectory[rows]
                 where = "scores" if name == "values" else "trajectories"
+                found |= set() if name == "values" else set(rows.tolist())
                 places.append(f"{name} ({where} {rows.unique().tolist()[:8]})")
-        raise FloatingPointError(
+        raise NotFinite(
             f"NaN or infinite values in {', '.join(places)}: the model has diverged or its inputs are wrong; "
-            "lower the learning rate or resume from an earlier checkpoint"
+            "lower the learning rate or resume from an earlier checkpoint",
+            sorted(found),
         )
 
     def _check_shapes(self, tensors: dict[str, Tensor]) -> None:

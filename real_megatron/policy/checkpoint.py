@@ -17,7 +17,13 @@ from torch import Tensor
 
 from real_megatron.policy import cpu
 from real_megatron.policy.megatron_versions import load_sharded, read_common_state, save_sharded
-from real_megatron.policy.optimizer import allocate_moments, sharded_torch_adams, steps_everywhere
+from real_megatron.policy.optimizer import (
+    allocate_moments,
+    chained,
+    is_torch_adam,
+    sharded_torch_adams,
+    steps_everywhere,
+)
 
 # `fully_reshardable` optimizer state can be read at any TP, PP and DP. Always passed as a copy: Megatron adds the
 # current process groups to the dictionary that it is given.
@@ -42,6 +48,7 @@ def save(
     Path(directory).mkdir(parents=True, exist_ok=True)
     with cpu.device_mode(), steps_everywhere(optimizer):
         sharded = _sharded_state(chunks, optimizer, is_loading=False)
+        _keep_step_zero(sharded["optimizer"], optimizer)
         sharded["scheduler"] = scheduler.state_dict()
         sharded["state"] = {**state, "layout": _layout()}
         save_sharded(sharded, directory, dict(METADATA))
@@ -109,6 +116,21 @@ def _sharded_state(chunks: Sequence[MegatronModule], optimizer: MegatronOptimize
     state = optimizer.sharded_state_dict(models, is_loading=is_loading, metadata=dict(METADATA))
     _keep_empty_copies_local(state)
     return {**models, "optimizer": state, "random": _random_state()}
+
+
+def _keep_step_zero(state: dict[Any, Any], optimizer: MegatronOptimizer) -> None:
+    """Say that no update has been made yet: Megatron leaves out a number of steps that is 0, without which torch's Adam
+    cannot be read back.
+
+    state: of one optimizer, or of several by their number in the chain
+    """
+    chain = chained(optimizer)
+    for index, one in enumerate(chain):
+        if is_torch_adam(one.optimizer) and not isinstance(one, DistributedOptimizer):
+            own = state if len(chain) == 1 else state[index]
+            of_parameters = own.get("optimizer", own)["state"]
+            if of_parameters:
+                of_parameters.setdefault("common_step", torch.zeros((), dtype=torch.float32))
 
 
 def _keep_empty_copies_local(state: dict[Any, Any]) -> None:

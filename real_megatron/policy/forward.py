@@ -8,6 +8,7 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
+from real_megatron import progress
 from real_megatron.batch.context import localize
 from real_megatron.batch.packing import PackedMicrobatch
 from real_megatron.head import GatherRows
@@ -40,6 +41,7 @@ def run_microbatches(
 
     def forward_step(batches: Iterator[PackedMicrobatch], model: nn.Module) -> tuple[Tensor, LossFunction]:
         microbatch = next(batches)
+        progress.mark()
         local = localize(microbatch, parallel_state.get_context_parallel_rank())
         exchange = None if local.exchange is None else local.exchange.to(device)
         params = PackedParams(

@@ -117,12 +117,11 @@ def chained(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
 def sharded_torch_adams(optimizer: MegatronOptimizer) -> list[DistributedOptimizer]:
     """Megatron's distributed optimizers, of those that `optimizer` chains, around torch's own Adam, which Megatron-Core
     takes where neither Transformer Engine nor Apex is installed."""
-    return [
-        one for one in chained(optimizer) if isinstance(one, DistributedOptimizer) and _is_torch_adam(one.optimizer)
-    ]
+    return [one for one in chained(optimizer) if isinstance(one, DistributedOptimizer) and is_torch_adam(one.optimizer)]
 
 
-def _is_torch_adam(optimizer: torch.optim.Optimizer) -> bool:
+def is_torch_adam(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether it is torch's own Adam, which counts the steps in the state of each parameter."""
     return isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW)
 
 
@@ -134,7 +133,7 @@ def allocate_moments(optimizers: Sequence[MegatronOptimizer]) -> None:
     """
     for one in optimizers:
         one.init_state_fn(one.optimizer, one.config)
-        if _is_torch_adam(one.optimizer):
+        if is_torch_adam(one.optimizer):
             for state in one.optimizer.state.values():
                 state.setdefault("step", torch.zeros((), dtype=torch.float32))
 

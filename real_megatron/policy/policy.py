@@ -10,7 +10,8 @@ communicate in this order, the same on all of them:
    has the gradients of its own tokens, each data-parallel rank those of its own micro-batches.
 4. Metrics: data-parallel ranks merge theirs on the last pipeline stage, which then tells the other stages.
    Context-parallel ranks are not merged: they have all computed the whole objective (policy/context.py).
-5. The gradient norm, over all ranks. Loss and norm are then the same everywhere, and so is the decision to stop.
+5. The gradient norm, over all ranks; then whether the update is made (policy/update_guard.py): all ranks make it, or
+   none.
 6. The optimizer's step, after which data-parallel ranks gather the weights that each of them has updated.
 """
 
@@ -26,7 +27,7 @@ from megatron.core import parallel_state
 from megatron.core.distributed import finalize_model_grads
 from torch import Tensor
 
-from real_megatron import bridge
+from real_megatron import bridge, progress
 from real_megatron.batch.packing import PackedMicrobatch, responses_of, sampled_scores
 from real_megatron.batch.types import Group
 from real_megatron.config import RunConfig
@@ -34,6 +35,7 @@ from real_megatron.hf.directory import checkpoint_directory
 from real_megatron.objective import (
     GroupObjective,
     MetricSums,
+    NotFinite,
     Objective,
     ResponseView,
     ScoredBatch,
@@ -46,6 +48,7 @@ from real_megatron.policy.forward import run_microbatches
 from real_megatron.policy.model import build_model, check_model
 from real_megatron.policy.optimizer import allocate_moments, build_optimizer, build_scheduler, chained, wrap_ddp
 from real_megatron.policy.plan import Planner
+from real_megatron.policy.update_guard import Fault, UpdateGuard
 
 
 @dataclass
@@ -104,6 +107,7 @@ class Policy:
             self.ddp_chunks = wrap_ddp(self.chunks, config.parallel)
             self.optimizer = build_optimizer(self.ddp_chunks, config.optimizer, config.parallel)
             self.scheduler = build_scheduler(self.optimizer, config.optimizer, total_updates)
+        self.guard = UpdateGuard(config.optimizer)
         for chunk in self.ddp_chunks:
             chunk.config.finalize_model_grads_func = _sum_model_grads
             chunk.config.grad_scale_func = self.optimizer.scale_loss
@@ -115,10 +119,12 @@ class Policy:
         """One optimizer update on the global batch `groups` (the same list on every rank).
 
         Returns the objective's metrics over the global batch, the plan's (`Planner.plan`), `grad_norm` and `lr`, the
-        rate of this update. Raises FloatingPointError, on every rank and before the weights are touched, when the loss
-        or the gradient norm is not finite. For log-probs that are not finite the objective raises it already, on the
-        ranks that have them.
+        rate of this update, and `skipped_updates`: 0. An update whose loss or gradient norm is not finite, or a spike,
+        is skipped on every rank: weights, optimizer and schedule are as before. It returns the plan's metrics and
+        `skipped_updates`: 1 alone; `guard.last` says why. Raises FloatingPointError, on every rank and before the
+        weights are touched, for one more than `optimizer.max_skipped` in a row.
         """
+        faults: list[Fault] = []
         totals = Totals(
             groups=len(groups),
             trajectories=sum(len(group.trajectories) for group in groups),
@@ -126,30 +132,45 @@ class Policy:
         )
         if objective.needs_advantages:
             assert isinstance(objective, GroupObjective), "an objective that needs advantages computes them"
-            groups = self._with_advantages(groups, objective)
+            try:
+                groups = self._with_advantages(groups, objective)
+            except FloatingPointError as error:  # on every rank: all have the same scores
+                faults.append(Fault(str(error)))
         plan = self.planner.plan(groups, scoring_pass=objective.needs_advantages)
 
         def consume(microbatch: PackedMicrobatch, logprobs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-            return objective(self._scored(microbatch, logprobs), totals)
+            try:
+                return objective(self._scored(microbatch, logprobs), totals)
+            except FloatingPointError as error:
+                # Not raised: the other ranks would wait for this one's gradients. As NaN it reaches all of them.
+                faults.append(_fault(error, microbatch))
+                poison = logprobs.sum() * math.nan
+                return poison, {"loss": poison.detach().expand(2)}
 
         with cpu.device_mode():
             for chunk in self.ddp_chunks:
                 chunk.train()
                 chunk.zero_grad_buffer()
             self.optimizer.zero_grad()
-        results = run_microbatches(
-            self.ddp_chunks, plan.microbatches, consume, self.runtime.device, temperature=self.temperature
-        )
-        metrics = self._reduce(results)
-        loss = metrics["loss"]
+        metrics, grad_norm = {"loss": math.nan}, math.nan
+        if not faults:
+            results = run_microbatches(
+                self.ddp_chunks, plan.microbatches, consume, self.runtime.device, temperature=self.temperature
+            )
+            metrics = self._reduce(results)
+            with cpu.device_mode():
+                self.optimizer.prepare_grads()
+                grad_norm = float(self.optimizer.get_grad_norm())
+            if not math.isfinite(metrics["loss"]) and not faults:
+                faults += [
+                    Fault("", microbatch.examples)
+                    # Not strict: only the last pipeline stage has results.
+                    for microbatch, result in zip(plan.microbatches, results, strict=False)
+                    if not bool(result["loss"].isfinite().all())
+                ]
+        if self.guard.skips(metrics["loss"], grad_norm, faults, [group.example_id for group in groups]):
+            return {**plan.metrics, "skipped_updates": 1.0}
         with cpu.device_mode():
-            self.optimizer.prepare_grads()
-            grad_norm = float(self.optimizer.get_grad_norm())
-            if not math.isfinite(loss) or not math.isfinite(grad_norm):
-                raise FloatingPointError(
-                    f"loss {loss}, gradient norm {grad_norm}: not finite. The weights are as before this update; "
-                    "resume from the last checkpoint with a lower optimizer.lr, or look at this batch's rows."
-                )
             lr = self.optimizer.param_groups[0]["lr"]
             self.optimizer.step()
             self.scheduler.step(increment=1)
@@ -158,6 +179,7 @@ class Policy:
             **plan.metrics,
             "grad_norm": grad_norm,
             "lr": lr,
+            "skipped_updates": 0.0,
         }
 
     def logprobs(self, groups: Sequence[Group]) -> list[list[TrajectoryLogprobs]]:
@@ -209,7 +231,9 @@ class Policy:
 
     def export(self) -> Iterator[tuple[str, Tensor]]:
         """The weights as a stream of (Hugging Face name, full tensor), on every rank."""
-        return bridge.export_hf(self.chunks, self.description)
+        for named in bridge.export_hf(self.chunks, self.description):
+            progress.mark()
+            yield named
 
     def allocate_optimizer_state(self) -> None:
         """Allocate Adam's moments now, before a rollout server takes the memory that is free."""
@@ -217,11 +241,15 @@ class Policy:
 
     def save(self, directory: str | Path, state: dict[str, Any]) -> None:
         """Write a training checkpoint with the caller's `state` (plain data)."""
-        checkpoint.save(directory, self.chunks, self.optimizer, self.scheduler, state)
+        # Before the first update that was made there is no state, which Megatron could not save.
+        self.allocate_optimizer_state()
+        checkpoint.save(directory, self.chunks, self.optimizer, self.scheduler, {**state, "guard": self.guard.state()})
 
     def load(self, directory: str | Path) -> dict[str, Any]:
         """Continue from a training checkpoint, written at this or another parallel layout; returns its `state`."""
-        return checkpoint.load(directory, self.chunks, self.optimizer, self.scheduler)
+        state = checkpoint.load(directory, self.chunks, self.optimizer, self.scheduler)
+        self.guard.load(state.pop("guard"))
+        return state
 
     def _scored(self, microbatch: PackedMicrobatch, logprobs: Tensor) -> ScoredBatch:
         device, scores = self.runtime.device, len(self.score_ids)
@@ -301,6 +329,12 @@ class Policy:
 def _sum_model_grads(chunks: list[torch.nn.Module], num_tokens: Tensor | None = None, **kwargs: Any) -> None:
     """Megatron's gradient reduction without its division by a token count: the objective has divided already."""
     finalize_model_grads(chunks, None, **kwargs)
+
+
+def _fault(error: FloatingPointError, microbatch: PackedMicrobatch) -> Fault:
+    """An objective's error, with the ids of the data rows that it is about."""
+    examples = microbatch.examples
+    return Fault(str(error), [examples[i] for i in error.trajectories] if isinstance(error, NotFinite) else examples)
 
 
 def _per_trajectory(microbatch: PackedMicrobatch, logprobs: Tensor, scores: int) -> list[TrajectoryLogprobs]:

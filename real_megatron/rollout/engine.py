@@ -96,6 +96,14 @@ class RolloutEngine(Protocol):
     def close(self) -> None: ...
 
 
+class BadResponse(EngineError):
+    """An engine's response that cannot be trained on. `index` is its prompt's place in the call."""
+
+    def __init__(self, index: int, message: str) -> None:
+        super().__init__(message)
+        self.index = index
+
+
 class WeightSyncError(EngineError):
     """No server holds the new weights. Nothing is served until `update_weights` is called again and succeeds."""
 
@@ -214,8 +222,11 @@ def check_ids(sequences: Sequence[list[int]], vocab_size: int, tokenizer: PreTra
 
 @contextmanager
 def naming_prompts(names: Sequence[str]) -> Iterator[None]:
-    """Turn PromptRefused into a DataError with the prompt's name: for callers that do not go on without it."""
+    """Turn PromptRefused into a DataError with the prompt's name, for callers that do not go on without it; and put
+    that name in front of a BadResponse's message."""
     try:
         yield
     except PromptRefused as refusal:
         raise DataError(f"{names[refusal.index]}: {refusal}") from None
+    except BadResponse as bad:
+        raise EngineError(f"{names[bad.index]}: {bad}") from None

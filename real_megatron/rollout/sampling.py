@@ -1,6 +1,7 @@
 """From an engine's responses to trajectories: cut at the score anchor or behind the sampled score, with a stated rule
 for those without one."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import get_args
@@ -10,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from real_megatron.batch.types import Trajectory
 from real_megatron.config import NoAnchorRule
 from real_megatron.errors import EngineError, PromptRefused
-from real_megatron.rollout.engine import Response, RolloutEngine, SamplingParams
+from real_megatron.rollout.engine import BadResponse, Response, RolloutEngine, SamplingParams
 from real_megatron.scores import ScoreScale
 
 
@@ -88,7 +89,8 @@ def sample_trajectories(
 
 
 def check_complete(groups: list[list[Response]], prompts: int, n: int) -> None:
-    """Raise EngineError unless there are `n` well-formed responses for each of `prompts` prompts."""
+    """Raise EngineError unless there are `n` well-formed responses for each of `prompts` prompts; BadResponse for
+    log-probabilities that are not finite, which no policy can be compared with."""
     if len(groups) != prompts:
         raise EngineError(f"the rollout engine returned {len(groups)} groups for {prompts} prompts")
     for i, group in enumerate(groups):
@@ -99,6 +101,10 @@ def check_complete(groups: list[list[Response]], prompts: int, n: int) -> None:
                 raise EngineError(
                     f"the rollout engine returned {len(response.token_ids)} tokens with "
                     f"{len(response.logprobs)} log-probabilities for prompt {i}"
+                )
+            if not all(map(math.isfinite, response.logprobs)):
+                raise BadResponse(
+                    i, f"the rollout engine returned log-probabilities that are not finite for prompt {i}"
                 )
 
 
@@ -162,7 +168,10 @@ def _sample_behind_forced_anchors(
         sampled = engine.generate(sequences, replace(params, n=1, max_new_tokens=1, stop=()), further)
     except PromptRefused as refusal:
         raise PromptRefused(places[refusal.index][0], str(refusal)) from refusal
-    check_complete(sampled, len(sequences), 1)
+    try:
+        check_complete(sampled, len(sequences), 1)
+    except BadResponse as bad:
+        raise BadResponse(places[bad.index][0], str(bad)) from bad
     for (i, k), (response,) in zip(places, sampled, strict=True):
         trajectory = trajectories[i][k]
         trajectory.response_ids = [*trajectory.response_ids, response.token_ids[0]]

@@ -30,6 +30,12 @@ class CheckpointStore:
     def __init__(self, directory: Path, keep: int) -> None:
         self.directory = directory
         self.keep = keep
+        self.held: int | None = None
+        """The step of a checkpoint that stays, however old it is; known to rank 0."""
+
+    def path(self, step: int) -> Path:
+        """Where the checkpoint after `step` steps is, once it is complete."""
+        return self.directory / f"step-{step:06d}"
 
     def newest(self) -> tuple[int, Path] | None:
         """Step and directory of the newest complete checkpoint. Collective: rank 0 looks, all ranks get its answer."""
@@ -40,12 +46,12 @@ class CheckpointStore:
         return len(self._complete())
 
     def save(self, step: int, write: Callable[[Path], None]) -> Path:
-        """Let `write` fill a directory on all ranks, then publish it and drop the oldest beyond `keep`. Collective.
+        """Let `write` fill a directory on all ranks, then publish it and `prune`. Collective.
 
         Raises OSError when it cannot be written, as on a full disk, or when the ranks do not see one file system; the
         checkpoints before it stand.
         """
-        final = self.directory / f"step-{step:06d}"
+        final = self.path(step)
         partial = final.with_suffix(".partial")
         if rank() == 0:
             if final.exists():
@@ -62,11 +68,16 @@ class CheckpointStore:
         barrier()
         if rank() == 0:
             partial.rename(final)
-            for _, path in sorted(self._complete())[: -self.keep]:
-                _remove(path)
+            self.prune()
             logger.info("saved %s", final)
         barrier()
         return final
+
+    def prune(self) -> None:
+        """Drop the oldest beyond `keep`, but for the one that is held. By rank 0."""
+        for step, path in sorted(self._complete())[: -self.keep]:
+            if step != self.held:
+                _remove(path)
 
     def _complete(self) -> list[tuple[int, Path]]:
         matches = ((_COMPLETE.fullmatch(path.name), path) for path in self.directory.glob("step-*"))

@@ -231,7 +231,8 @@ def _files(config: RunConfig, prepared: Prepared, sizes: Storage, found: DryRun)
         begin = f"; the run goes on behind step {step:,} of {prepared.steps:,}"
     lines = [("output", f"{config.output} can be written{begin}")]
     # A new checkpoint is complete before the oldest goes.
-    more = max(0, config.checkpoint.keep + 1 - prepared.store.count())
+    kept = config.checkpoint.keep + bool(config.checkpoint.best)
+    more = max(0, kept + 1 - prepared.store.count())
     exported = sizes.weights if config.checkpoint.save_hf else 0
     needed, free = more * sizes.checkpoint + exported, disk_usage(nearest_path(config.output)).free
     lines.append(

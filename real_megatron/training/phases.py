@@ -30,7 +30,9 @@ def phases(
     updates = counted(config.batch.mini_batches, "optimizer update")
     lines.append(("update", f"{updates}; micro-batches a data-parallel rank: {counts}"))
     every, steps = config.checkpoint.every, prepared.steps
-    lines.append(("checkpoint", f"{size(sizes.checkpoint)} {_times(every, steps)}; {config.checkpoint.keep} kept"))
+    best = (", and at each evaluation", ", and the best") if config.checkpoint.best else ("", "")
+    when = f"{_times(every, steps)}{best[0]}; {config.checkpoint.keep} kept{best[1]}"
+    lines.append(("checkpoint", f"{size(sizes.checkpoint)} {when}"))
     if prepared.evaluation_sets:
         every, samples = config.evaluation.every, counted(config.evaluation.samples, "response")
         sets = (f"{name}: {len(found.prompts):,} × {samples}" for name, found in prepared.evaluation_sets.items())

@@ -27,6 +27,7 @@ from real_megatron.rollout.factory import Node, check_servers
 from real_megatron.scores import ScoreScale
 from real_megatron.sections import read_tree
 from real_megatron.training.batch_order import BatchOrder
+from real_megatron.training.best import check_best
 from real_megatron.training.checkpoints import CheckpointStore, reading
 from real_megatron.training.lengths import check_lengths
 from real_megatron.training.metrics import check_sinks
@@ -68,6 +69,7 @@ def prepare(config: RunConfig, load: Load, world: int, planned: Node | None = No
     if not config.model.path:
         raise ConfigError("model.path is not set: name the Hugging Face checkpoint to start from")
     check_sinks(config.metrics)
+    check_best(config)
     check_ranks(config.parallel, world)
     if config.epochs is None:
         check_warmup(config.optimizer, config.steps * config.batch.mini_batches)

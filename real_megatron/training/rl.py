@@ -34,8 +34,9 @@ def train(config: RunConfig) -> None:
     A step's checkpoint comes before its evaluation, which may fail or take longer than a scheduler grants: the run that
     goes on from there makes up for the evaluation and the row of metrics.
 
-    Raises ConfigError and other UserErrors for a run that cannot be done, FloatingPointError for log-probs, a loss or a
-    gradient that is not finite (the weights are as before that update), Terminated after SIGTERM or SIGINT.
+    Raises ConfigError and other UserErrors for a run that cannot be done, FloatingPointError where more than
+    `optimizer.max_skipped` updates in a row have a loss or gradient that is not finite (the weights are as before
+    them), Terminated after SIGTERM or SIGINT.
     """
     objective = reinforcement_objective(config)
     with open_session(config, prompt_groups) as run:
@@ -82,7 +83,8 @@ def train(config: RunConfig) -> None:
                             log.samples(step + 1, sample_rows(policy, run.tokenizer, run.scale, groups, objective))
                     # Update.
                     with timer.phase("update"):
-                        metrics |= update(policy, groups, objective, config.batch.mini_batches) | difference
+                        count = config.batch.mini_batches
+                        metrics |= update(policy, groups, objective, count, step + 1) | difference
                 # What follows a step: checkpoint, evaluation, metrics.
                 done = step + 1
                 stopping = run.stopping(done)

@@ -1,5 +1,6 @@
 """Some of a step's responses as a person reads them, with what the objective makes of them."""
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +11,8 @@ from real_megatron.objective import ReinforceObjective
 from real_megatron.objective.rail import expected_score
 from real_megatron.policy.policy import Policy
 from real_megatron.scores import ScoreScale, decode
+
+logger = logging.getLogger(__name__)
 
 PROMPTS = 4
 RESPONSES = 2
@@ -28,11 +31,17 @@ def sample_rows(
     `id`, `prompt` and `response` as texts (with anchor and special tokens), `ending`: `anchor`, `forced` (the rule
     appended it), `length` or `eos`; `label`; `reward` as the responses of the group are compared by it. `answer`, the
     most probable score, or the one that was sampled where the reward needs one, and `expected_score` are None without
-    an anchor. Scores and rewards are those of the policy as it is now, before the step's update.
+    an anchor. Scores and rewards are those of the policy as it is now, before the step's update. No rows, and a
+    warning, where log-probs are not finite.
     """
     chosen = groups[:PROMPTS]
     scored = policy.scored(chosen)
-    rewards = iter(objective.rewards(scored).tolist())
+    try:
+        rewards = iter(objective.rewards(scored).tolist())
+    except FloatingPointError as error:  # the update decides what becomes of such a step
+        if policy.runtime.rank == 0:
+            logger.warning("no samples are shown of this step: %s", error)
+        return []
     predictions = iter(expected_score(scored.score_logprobs, scored.values, objective.options.probabilities).tolist())
     best = iter(scored.score_logprobs.argmax(-1).tolist())
     rows = []

@@ -22,6 +22,7 @@ from real_megatron.policy.policy import Policy
 from real_megatron.rollout.engine import EngineSpec, RolloutEngine
 from real_megatron.rollout.factory import build_engine
 from real_megatron.runtime import default_dtype, from_rank_0, host_group, join_torchrun, world_size
+from real_megatron.training.best import BestCheckpoint
 from real_megatron.training.checkpoints import reading
 from real_megatron.training.export import save_hf, write_run
 from real_megatron.training.preparation import Load, export_directory, prepare
@@ -29,6 +30,7 @@ from real_megatron.training.resume import check_same_inputs, inputs, saved_input
 from real_megatron.training.step_log import StepLog
 from real_megatron.training.stop import StopSignal, Terminated
 from real_megatron.training.timer import PhaseTimer
+from real_megatron.training.watchdog import watching
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +61,7 @@ class Session:
         self.metrics_of_start: dict[str, float] = {}
         """Metrics of the last of those steps."""
         join_torchrun(config.parallel.timeout_minutes)
+        self.best = BestCheckpoint(self.store, config.checkpoint.best)
         with ExitStack() as held:
             from_rank_0(lambda: held.enter_context(only_writer(config.output, inside=True)))
             self.policy = Policy(config, self.scale.score_ids, self.scale.values, prepared.updates, self.model_dir)
@@ -143,6 +146,7 @@ class Session:
         if self.start < self.steps or not self._exported():
             return False
         logger.info("%s is finished: %s is there", self.config.output, self._hf)
+        self.best.say(self.config)
         return True
 
     @contextmanager
@@ -179,8 +183,10 @@ class Session:
         return Terminated(f"stopped by {name} after step {done}; run the same command again to go on", self._stopped_by)
 
     def checkpoint_due(self, done: int) -> bool:
-        """Whether a checkpoint belongs after `done` steps: every `checkpoint.every` steps, and at the end."""
-        return done == self.steps or _due(done, self.config.checkpoint.every)
+        """Whether a checkpoint belongs after `done` steps: every `checkpoint.every` steps, at the end, and where an
+        evaluation may find it to be the best."""
+        settings = self.config.checkpoint
+        return done == self.steps or _due(done, settings.every) or (bool(settings.best) and self.evaluation_due(done))
 
     def save(self, done: int, metrics: dict[str, float]) -> None:
         """Write a checkpoint of the run after `done` steps; `metrics` are those of the last one."""
@@ -227,10 +233,14 @@ class Session:
                 self._published = None
         for name, result in results.items():
             logger.info("step %d, %s: %s", done, name, _agreement(result.summary()))
-        return {f"eval/{set_name}/{k}": v for set_name, result in results.items() for k, v in result.summary().items()}
+        found = {f"eval/{name}/{k}": v for name, result in results.items() for k, v in result.summary().items()}
+        self.best.see(done, found)
+        return found
 
     def export(self) -> None:
-        """Write the Hugging Face checkpoint of the finished run, if `checkpoint.save_hf`."""
+        """Write the Hugging Face checkpoint of the finished run, if `checkpoint.save_hf`; say which checkpoint is the
+        best."""
+        self.best.say(self.config)
         if not self.config.checkpoint.save_hf:
             return
         if self.policy.runtime.rank == 0 and (self._hf / RUN_FILE).exists():
@@ -253,10 +263,11 @@ class Session:
 
 @contextmanager
 def open_session(config: RunConfig, load: Load) -> Iterator[Session]:
-    """A session whose engine is closed at the end, however it ends."""
+    """A session whose engine is closed at the end, however it ends, and which ends where it is stuck."""
     session = Session(config, load)
     try:
-        yield session
+        with watching(config.output, config.parallel.stuck_minutes):
+            yield session
     finally:
         session.close()
 

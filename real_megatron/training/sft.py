@@ -5,6 +5,7 @@ from real_megatron.errors import ConfigError
 from real_megatron.objective import Objective, build_objective
 from real_megatron.training.examples import target_groups
 from real_megatron.training.session import naming_step, open_session
+from real_megatron.training.update import update
 
 
 def train(config: RunConfig) -> None:
@@ -19,7 +20,7 @@ def train(config: RunConfig) -> None:
             for step in range(run.start, run.steps):
                 with naming_step(step, rank), timer.phase("update"):
                     groups = [run.groups[i] for i in run.order.batch(step)]
-                    metrics = run.policy.train_step(groups, objective)
+                    metrics = update(run.policy, groups, objective, 1, step + 1)
                 # What follows a step, as in rl.py.
                 done = step + 1
                 stopping = run.stopping(done)

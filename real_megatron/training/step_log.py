@@ -38,8 +38,9 @@ class StepLog:
         self._sinks.write(step, values)
 
     def samples(self, done: int, rows: list[dict[str, Any]]) -> None:
-        """Write some responses of a training step (`sample_rows`)."""
-        self._sinks.samples(done, rows)
+        """Write some responses of a training step (`sample_rows`), where there are any."""
+        if rows:
+            self._sinks.samples(done, rows)
 
     def step(self, done: int, values: dict[str, float], seconds: dict[str, float]) -> None:
         """Write the row of a training step and show it.
@@ -76,4 +77,5 @@ class StepLog:
 def _figures(values: dict[str, float]) -> str:
     """The few numbers of a step that a person watches."""
     names = ("loss", "reward", "squared_error", "valid", "grad_norm", "tokens_per_second")
-    return "  ".join(f"{name} {values[name]:.4g}" for name in names if name in values)
+    skipped = ("skipped_updates",) if values.get("skipped_updates") else ()
+    return "  ".join(f"{name} {values[name]:.4g}" for name in (*skipped, *names) if name in values)

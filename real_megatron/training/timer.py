@@ -6,6 +6,8 @@ from contextlib import contextmanager
 
 import torch
 
+from real_megatron import progress
+
 
 class PhaseTimer:
     """Wall-clock seconds per named phase; what is in no phase is counted as `other`, so the phases sum to the step.
@@ -38,6 +40,7 @@ class PhaseTimer:
 
     def _charge(self) -> None:
         now = _now()
+        progress.mark()
         self._seconds[self._open[-1]] = self._seconds.get(self._open[-1], 0.0) + now - self._mark
         self._mark = now
 

@@ -1,5 +1,6 @@
-"""The optimizer updates of one rollout batch, one for each of its mini-batches."""
+"""The optimizer updates of one batch, one for each of its mini-batches."""
 
+import logging
 from collections.abc import Sequence
 from statistics import fmean
 
@@ -7,7 +8,9 @@ from real_megatron.batch.types import Group
 from real_megatron.objective import Objective
 from real_megatron.policy.policy import Policy
 
-_COUNTED = ("tokens", "information_tokens", "model_flops", "microbatches", "split_groups")
+logger = logging.getLogger(__name__)
+
+_COUNTED = ("tokens", "information_tokens", "model_flops", "microbatches", "split_groups", "skipped_updates")
 
 
 def mini_batches(groups: Sequence[Group], count: int) -> list[list[Group]]:
@@ -17,18 +20,30 @@ def mini_batches(groups: Sequence[Group], count: int) -> list[list[Group]]:
     return [list(groups[a:b]) for a, b in zip(edges, edges[1:], strict=False)]
 
 
-def update(policy: Policy, groups: Sequence[Group], objective: Objective, count: int) -> dict[str, float]:
-    """One optimizer update per mini-batch of the rollout batch; metrics are means (maxima: the largest) over the
-    updates, counts are sums.
+def update(policy: Policy, groups: Sequence[Group], objective: Objective, count: int, step: int) -> dict[str, float]:
+    """One optimizer update per mini-batch of the batch; metrics are means (maxima: the largest) over the updates that
+    were made, counts are sums over all.
 
-    Collective.
+    step: counted from 1, for the warning about an update that is skipped
+
+    `updates`: those that were made; `skipped_updates`: those that were not, `skipped_updates_total` in the whole run.
+    Where none was made, what the objective measures is left out. Collective. Raises FloatingPointError as
+    `Policy.train_step` does.
     """
-    results = [policy.train_step(mini_batch, objective) for mini_batch in mini_batches(groups, count)]
+    results = []
+    for number, mini_batch in enumerate(mini_batches(groups, count)):
+        result = policy.train_step(mini_batch, objective)
+        if result["skipped_updates"] and policy.runtime.rank == 0:
+            which = f"update {number + 1} is" if count > 1 else "the update is"
+            row = f", {policy.guard.in_a_row} in a row" if policy.guard.in_a_row > 1 else ""
+            logger.warning("step %d: %s skipped%s: %s", step, which, row, policy.guard.last)
+        results.append(result)
     names = {name: None for result in results for name in result}
     metrics = {
         name: (max if name.endswith("/max") else fmean)([r[name] for r in results if name in r]) for name in names
     }
     for name in _COUNTED:
         metrics[name] = sum(result[name] for result in results)
-    metrics["updates"] = float(len(results))
+    metrics["updates"] = len(results) - metrics["skipped_updates"]
+    metrics["skipped_updates_total"] = float(policy.guard.total)
     return metrics

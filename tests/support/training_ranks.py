@@ -50,7 +50,7 @@ def two_updates(config: RunConfig) -> tuple[dict[str, float], list[dict[str, flo
     """One rollout batch in two updates, and the same groups given to the policy mini-batch by mini-batch."""
     groups = make_groups(count=5)
     objective = build_objective(config.objective)
-    whole = update(make_policy(config), groups, objective, count=2)
+    whole = update(make_policy(config), groups, objective, count=2, step=1)
     policy = make_policy(config)
     return whole, [policy.train_step(part, objective) for part in (groups[:2], groups[2:])]
 

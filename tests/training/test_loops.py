@@ -35,10 +35,11 @@ class Logged(Session):
         self.groups, self.order = [ANSWERED], BatchOrder(1, 1, seed=0)
         self.steps, self.start, self.metrics_of_start = config.steps, 0, {}
         self.evaluation_sets = {"dev": None}
+        self.best = SimpleNamespace(see=lambda done, values: self.log.append(f"seen {done}: {len(values)}"))
         self.scale, self.timer = SimpleNamespace(score_ids=[3]), PhaseTimer()
         self.updates = 0
         self.stop = SimpleNamespace(requested=lambda: self.updates >= stopped_in)
-        self.policy = SimpleNamespace(runtime=SimpleNamespace(rank=0), train_step=self.update)
+        self.policy = SimpleNamespace(runtime=SimpleNamespace(rank=0))
 
     def did(self, what: str) -> dict[str, float]:
         self.log.append(what)
@@ -93,7 +94,8 @@ def work(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Cal
         module = rl if config.is_rl else sft
         monkeypatch.setattr(module, "open_session", opened)
         monkeypatch.setattr(rl, "generate", lambda *_: ([ANSWERED], {}))
-        monkeypatch.setattr(rl, "update", lambda *_: run.update())
+        for loop in (rl, sft):
+            monkeypatch.setattr(loop, "update", lambda *_: run.update())
         try:
             module.train(config)
         except (Terminated, OSError) as error:
@@ -110,6 +112,12 @@ def test_a_checkpoint_comes_before_the_evaluation_and_the_row(work: Callable[...
     steps = ["update 1", "row 1", "update 2", "evaluate 2", "row 2", "update 3", "save 3", "row 3"]
     assert work(*EVERY) == ["resume", *steps, "update 4", "save 4", "evaluate 4", "row 4", "export"]
     assert work(*EVERY, breaks="evaluate 4")[-3:] == ["save 4", "evaluate 4", "OSError"]
+
+
+def test_with_a_best_checkpoint_every_evaluation_has_one(work: Callable[..., list[str]]) -> None:
+    best = "checkpoint.best=dev/rail/mse"
+    steps = ["update 1", "row 1", "update 2", "save 2", "evaluate 2", "row 2", "update 3", "save 3", "row 3"]
+    assert work(*EVERY, best) == ["resume", *steps, "update 4", "save 4", "evaluate 4", "row 4", "export"]
 
 
 def test_a_run_that_is_asked_to_stop_saves_and_leaves_the_evaluation(work: Callable[..., list[str]]) -> None:
@@ -220,6 +228,9 @@ def test_an_evaluation_becomes_metrics_and_a_line(
         run._published, run._engine = 6, SimpleNamespace(sleep=lambda run=run: run.did("sleep"))
         assert Session.evaluate(run, 6) == {f"eval/dev/{key}": value for key, value in summary.items()}
         assert asked.pop() == (config, run.evaluation_sets, tmp_path, {"step": 6, "about": {"run": str(tmp_path)}})
-        assert run.log == ["publish 6", *["sleep"] * sleeps] and (run._published is None) == sleeps
+        assert (
+            run.log == ["publish 6", *["sleep"] * sleeps, f"seen 6: {len(names)}"]
+            and (run._published is None) == sleeps
+        )
     assert "step 6, dev: rail/pearson 0.000  rail/spearman 0.125" in caplog.text
     assert Session.evaluate(SimpleNamespace(evaluation_sets={}), 6) == {}

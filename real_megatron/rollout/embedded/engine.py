@@ -20,6 +20,7 @@ from transformers import (
 )
 from transformers.generation import LogitsProcessorList, StoppingCriteriaList
 
+from real_megatron import progress
 from real_megatron.errors import EngineError, PromptRefused
 from real_megatron.hf.model import load_model
 from real_megatron.hf.rotary import longest_sequence
@@ -134,6 +135,7 @@ class TransformersEngine:
         order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
         with torch.inference_mode():
             for chunk in _chunks(order, self.batch_size):
+                progress.mark()
                 tokens, mask = self._left_pad([sequences[i] for i in chunk])
                 logits = self.model(
                     input_ids=tokens,

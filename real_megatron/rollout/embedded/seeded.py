@@ -5,6 +5,8 @@ import torch
 from torch import Tensor
 from transformers.generation import LogitsProcessor
 
+from real_megatron import progress
+
 
 def uniforms(seed: int, sample: int, length: int) -> np.ndarray:
     """`length` uniforms in [0, 1) for sample number `sample` of a prompt with this seed (float64).
@@ -35,6 +37,7 @@ class SeededTokens(LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         step = len(self._logprobs)
+        progress.mark()
         if self._temperature == 0:
             logprobs = scores.log_softmax(-1)
             chosen = scores.argmax(-1, keepdim=True)

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from real_megatron import progress
 from real_megatron.errors import EngineError, PromptRefused
 from real_megatron.hf.checkpoint import check_servers_read_the_same
 from real_megatron.hf.rotary import longest_sequence
@@ -310,6 +311,7 @@ class RemoteEngine(ABC):
                 item = finished.get()
                 if isinstance(item, BaseException):
                     raise item
+                progress.mark()
                 yield item
         finally:
             running.cancel()
