@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from rich.console import Console
 
-from real_megatron.errors import ConfigError, EngineError, UserError
+from real_megatron.errors import ConfigError, DataError, EngineError, UserError
 from real_megatron.version import VERSION
 
 if TYPE_CHECKING:
@@ -299,7 +299,7 @@ def judge(
     with reported(lambda: f"{lines_of(output):,} rows of {source} are judged; {GO_ON}"):
         from real_megatron.config import RunConfig
         from real_megatron.hf.output import check_output_file
-        from real_megatron.judging.file import count_rows, fields_to_keep, judge_file
+        from real_megatron.judging.file import count_rows, errors_path, fields_to_keep, judge_file
         from real_megatron.judging.judge import Judge
         from real_megatron.locks import only_writer
         from real_megatron.runtime import world_size
@@ -309,6 +309,8 @@ def judge(
             raise ConfigError("judge runs as one process: start it without torchrun; servers take several GPUs")
         refuse_model_path(overrides)
         check_output_file(output, "output")
+        if output.exists() and output.samefile(source):
+            raise ConfigError(f"--output: {output} is the input: name another file")
         rows = count_rows(source)
         kept = fields_to_keep([name for name in map(str.strip, keep_fields.split(",")) if name])
         with only_writer(output):  # judge_file does it: here only to be refused before the model is loaded
@@ -336,6 +338,11 @@ def judge(
             f"{done.no_anchor} critiques without an anchor ({done.truncated} of them cut at data.max_response_tokens), "
             f"{done.cut} prompts cut"
         )
+        if done.bad and not done.judged + done.skipped:
+            raise DataError(
+                f"{source}: no row could be judged, see {errors_path(output)}: the input is to be JSONL, with what the "
+                "template names in each row"
+            )
 
 
 @app.command()
@@ -512,6 +519,8 @@ def to_hf(
             return
         if output is None:
             raise ConfigError("convert to-hf: name the OUTPUT directory, or add --dry-run")
+        if not 0 < max_file_gb < 1e6:
+            raise ConfigError(f"--max-file-gb {max_file_gb:g}: give a positive number of GB, such as 5")
         done = bridge.convert_megatron_to_hf(
             source,
             output,

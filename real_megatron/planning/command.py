@@ -84,6 +84,8 @@ def find_layouts(
 def _check_placement(config: RunConfig, gpus: int, gpu: Gpu, placement: str) -> None:
     """Raise ConfigError for servers that a run could not have there."""
     wanted = f"--rollout {placement}"
+    if placement not in ("none", *get_args(Placement)):
+        raise ConfigError(f"{wanted}: choose one of {', '.join(get_args(Placement))}, none")
     if placement in ("colocated", "separate") and not config.is_rl:
         raise ConfigError(
             f"{wanted}: objective.name is {config.objective.name}, which trains without servers: leave --rollout out"
