@@ -619,14 +619,15 @@ def reported(go_on: Callable[[], str] = lambda: GO_ON) -> Iterator[None]:
     """
     from real_megatron.terminal import set_up_logging
 
-    set_up_logging(int(os.environ.get("RANK", "0")), verbose_log)
+    set_up_logging(number_of("RANK", 0), verbose_log)
     log = logging.getLogger(__name__)
     try:
         with interruptible():
-            from real_megatron.runtime import OtherRankFailed
+            from real_megatron.runtime import OtherRankFailed, check_announced
             from real_megatron.training.stop import Terminated
 
             try:
+                check_announced()
                 yield
             except Terminated as stop:
                 log.warning("%s", stop)
@@ -652,6 +653,12 @@ def is_rank_0() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def number_of(variable: str, default: int) -> int:
+    """A number of the environment; the default, too, where it is none, which `check_announced` refuses."""
+    text = os.environ.get(variable, "")
+    return int(text) if text.isdecimal() else default
+
+
 def lines_of(file: Path) -> int:
     """Complete lines of a file; 0 without one."""
     return file.read_bytes().count(b"\n") if file.exists() else 0
@@ -659,8 +666,8 @@ def lines_of(file: Path) -> int:
 
 def show_error(error: Exception) -> None:
     """The message of an error, with the notes on where it happened; from one rank of a node where all find the same."""
-    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    if int(os.environ.get("LOCAL_RANK", str(rank))) and getattr(error, "on_every_rank", False):
+    rank, world = number_of("RANK", 0), number_of("WORLD_SIZE", 1)
+    if number_of("LOCAL_RANK", rank) and getattr(error, "on_every_rank", False):
         return
     notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
     _print_red(f"error{f' on rank {rank}' if world > 1 else ''}: {error}{notes}")

@@ -67,7 +67,10 @@ class ModelConfig(Section):
         "numbers and checkpoints are the same (docs/hybrid_model.md).",
     )
     vocab_multiple: int = Field(
-        64, ge=1, le=65_536, description="The vocabulary is padded to a multiple of this number times the tensor-parallel size."
+        64,
+        ge=1,
+        le=65_536,
+        description="The vocabulary is padded to a multiple of this number times the tensor-parallel size.",
     )
     recompute: Literal["none", "selective", "full"] = Field(
         "none",
@@ -535,7 +538,9 @@ class RunConfig(Section):
     seed: int = Field(0, ge=0, description="Seed of data order and sampling.")
     output: Path = Field(Path("runs/default"), description="Directory for metrics, checkpoints and reports.")
     steps: int = Field(100, ge=1, description="Training steps: rollout batches, or batches of SFT examples.")
-    epochs: float | None = Field(None, gt=0, le=1_000_000, description="Passes over the training data; when set, it replaces steps.")
+    epochs: float | None = Field(
+        None, gt=0, le=1_000_000, description="Passes over the training data; when set, it replaces steps."
+    )
     model: ModelConfig = Field(default_factory=ModelConfig, description="Model.")
     parallel: ParallelConfig = Field(default_factory=ParallelConfig, description="Parallelism.")
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig, description="Optimizer.")

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from real_megatron.errors import ConfigError
 
 T = TypeVar("T")
+_START = "start ranks with torchrun, which sets such variables, or unset them"
 
 
 def default_device() -> torch.device:
@@ -35,6 +36,20 @@ def world_size() -> int:
     """Number of ranks of this run, as formed or as torchrun has announced it."""
     formed = dist.get_world_size() if dist.is_initialized() else 1
     return max(formed, int(os.environ.get("WORLD_SIZE", "1")))
+
+
+def check_announced() -> None:
+    """Raise ConfigError where the variables of the environment that announce a rank do not fit together."""
+    found: dict[str, int] = {}
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_STEP_NUM_TASKS"):
+        text = os.environ.get(name)
+        if text is not None and not text.isdecimal():
+            raise ConfigError(f"{name}={text!r} in the environment is no number: {_START}")
+        if text is not None:
+            found[name] = int(text)
+    if "RANK" in found and found["RANK"] >= found.get("WORLD_SIZE", 1):
+        world = f"WORLD_SIZE={found['WORLD_SIZE']}" if "WORLD_SIZE" in found else "WORLD_SIZE, which is not set"
+        raise ConfigError(f"RANK={found['RANK']} in the environment is not below {world}: {_START}")
 
 
 def barrier() -> None:
@@ -88,7 +103,17 @@ def start_process_group(timeout_minutes: int) -> None:
         os.environ.setdefault("NCCL_CUMEM_ENABLE", "0")
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=timeout)
+        missing = [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+        if missing:
+            raise ConfigError(f"RANK is set in the environment, {' and '.join(missing)} not: {_START}")
+        try:
+            dist.init_process_group(backend, timeout=timeout)
+        except (dist.DistError, ValueError) as error:
+            address = f"MASTER_ADDR={os.environ['MASTER_ADDR']} MASTER_PORT={os.environ['MASTER_PORT']}"
+            raise ConfigError(
+                f"the ranks cannot meet at {address} ({str(error).partition(chr(10))[0]}): every node must reach this "
+                "address and port, and as many ranks as WORLD_SIZE must start"
+            ) from error
     else:
         dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
 

@@ -18,7 +18,6 @@ from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from real_megatron.errors import ConfigError
 
-
 LARGEST = 2**31 - 1
 """Of whole numbers: far beyond what any key can mean, and what every library can count with."""
 _PLAIN_NUMBER = re.compile(r"[-+]?(0x[0-9a-fA-F_]+|0b[01_]+|0|[1-9][0-9_]*)")
@@ -43,12 +42,15 @@ class Section(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _plain(cls, value: Any, info: Any) -> Any:
-        kinds = get_args(cls.model_fields[info.field_name].annotation) or (cls.model_fields[info.field_name].annotation,)
-        if isinstance(value, bool) and not {bool, Any} & set(kinds) and {int, float} & {*kinds, *map(type, kinds)}:
+        kind = cls.model_fields[info.field_name].annotation
+        kinds = get_args(kind) or (kind,)  # of a Literal its values
+        if isinstance(value, bool) and bool not in kinds and any(k in (int, float) or type(k) is int for k in kinds):
             raise ValueError(f"a number is needed, not {str(value).lower()}")
         if isinstance(value, int) and abs(value) > LARGEST:
             raise ValueError(f"a number of {len(str(abs(value)))} digits; at most {LARGEST} is possible")
-        for text in value if isinstance(value, list) else [*value, *value.values()] if isinstance(value, dict) else [value]:
+        for text in (
+            value if isinstance(value, list) else [*value, *value.values()] if isinstance(value, dict) else [value]
+        ):
             if isinstance(text, str) and (found := _NO_CHARACTER.search(text)):
                 raise ValueError(f"the text {text!r} holds {found[0]!r}, which is no character of a text; remove it")
         return value
@@ -308,7 +310,10 @@ def _explain(
     elif fault["type"] == "invalid_key":
         return f"{where}: unknown key `{key}`: keys are texts; known keys here: {', '.join(_siblings(model, loc))}"
     elif loc and loc[-1] in ("bool", "int", "float", "str") and fault["type"].endswith(("_type", "_parsing")):
-        key, message = ".".join(loc[:-1]), "must be true or false, a number or a text"  # each kind has a fault of its own
+        key, message = (
+            ".".join(loc[:-1]),
+            "must be true or false, a number or a text",
+        )  # each kind has a fault of its own
     if fault["type"] == "value_error":  # raised by a check of our own: it says itself what is wrong
         return f"{where}: {key + ': ' if key else ''}{message}"
     if fault["type"] == "string_type" and (loc[-1] == "[key]" or isinstance(fault["input"], bool | date)):

@@ -67,8 +67,7 @@ def load_tokenizer(directory: str | Path) -> PreTrainedTokenizerBase:
         if (directory / "config.json").is_file():
             read_config(directory)  # transformers reads it for the tokenizer's class: it may be what is damaged
         raise MissingCheckpoint(
-            f"{directory}: its tokenizer cannot be loaded: {error}; copy its files again from where the model is "
-            "from"
+            f"{directory}: its tokenizer cannot be loaded: {error}; copy its files again from where the model is from"
         ) from error
     return tokenizer
 

@@ -22,8 +22,8 @@ def load_model(directory: str | Path, dtype: torch.dtype) -> PreTrainedModel:
     config = read_config(Path(directory))
     if getattr(config, "quantization_config", None):
         raise UnsupportedModel(
-            f"{Path(directory) / 'config.json'}: quantization_config: quantised weights are not supported here; convert "
-            "the checkpoint to bfloat16 or float32 first"
+            f"{Path(directory) / 'config.json'}: quantization_config: quantised weights are not supported here; "
+            "convert the checkpoint to bfloat16 or float32 first"
         )
     HFCheckpoint(directory)  # names the file that is damaged
     try:

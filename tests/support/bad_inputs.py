@@ -3,7 +3,6 @@
 import hashlib
 import json
 import logging
-import re
 import shlex
 import shutil
 from collections.abc import Callable, Iterator, Mapping

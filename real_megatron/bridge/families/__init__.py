@@ -70,7 +70,7 @@ def _supported(model_type: str, file: Path) -> str:
         raise UnsupportedModel(f"{file}: model_type '{model_type}' is not supported: {REFUSED[model_type]}.")
     if model_type not in FAMILIES:
         raise UnsupportedModel(
-            f"{file}: model_type '{model_type}' is not supported. Supported: {', '.join(FAMILIES)}. Name a family of your own "
-            f"as {FAMILIES.key} (docs/extending.md)."
+            f"{file}: model_type '{model_type}' is not supported. Supported: {', '.join(FAMILIES)}. Name a family of "
+            f"your own as {FAMILIES.key} (docs/extending.md)."
         )
     return model_type
