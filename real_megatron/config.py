@@ -9,6 +9,7 @@ import re
 import sys
 from pathlib import Path
 from typing import Any, Literal, Self
+from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
@@ -357,6 +358,12 @@ class RolloutConfig(Section):
                 "colocate: servers sleep while the policy trains; staleness 1: they generate meanwhile; switch one of "
                 "them off"
             )
+        for key, urls in (("servers", self.servers), ("router", [self.router] if self.router is not None else [])):
+            for url in urls:
+                if not _is_url(url):
+                    raise ValueError(f"{key}: {url!r} is no URL of a server: write it as http://HOST:PORT")
+            if len({url.rstrip("/") for url in urls}) < len(urls):
+                raise ValueError(f"{key} names a server twice: name each once")
         if self.api_key_variable and not self.servers:
             raise ValueError(
                 "api_key_variable names the API key of servers, which are empty: local servers get a key of the run's "
@@ -470,11 +477,11 @@ class DataConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        bad = [name for name in self.eval if not re.fullmatch(r"\w[\w.-]*", name)]
+        bad = [name for name in self.eval if not re.fullmatch(r"\w[\w.-]{0,99}", name)]
         if bad:
             raise ValueError(
-                f"eval: {bad[0]!r} names files of results: use letters, digits, `_`, `-` and `.`, and begin with one "
-                "of the first three"
+                f"eval: {bad[0]!r} names files of results: use letters, digits, `_`, `-` and `.`, 100 of them at "
+                "most, and begin with one of the first three"
             )
         reserved = sorted(RESERVED_TEMPLATE_ARGS & self.chat_template_args.keys())
         if reserved:
@@ -530,6 +537,14 @@ class EvaluationConfig(Section):
     no_anchor: JudgedNoAnchorRule = Field(
         "force", description="CoT without an anchor: it gets one appended, or is left out (and counted)."
     )
+
+
+def _is_url(text: str) -> bool:
+    try:
+        parts = urlsplit(text)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0 and " " not in text
+    except ValueError:  # a port that is none, half an IPv6 address
+        return False
 
 
 class RunConfig(Section):

@@ -39,7 +39,8 @@ def world_size() -> int:
 
 
 def check_announced() -> None:
-    """Raise ConfigError where the variables of the environment that announce a rank do not fit together."""
+    """Raise ConfigError where the variables of the environment that announce a rank do not fit together, and for one
+    of several tasks that Slurm has started without torchrun: each would be a run of its own."""
     found: dict[str, int] = {}
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_STEP_NUM_TASKS"):
         text = os.environ.get(name)
@@ -49,7 +50,14 @@ def check_announced() -> None:
             found[name] = int(text)
     if "RANK" in found and found["RANK"] >= found.get("WORLD_SIZE", 1):
         world = f"WORLD_SIZE={found['WORLD_SIZE']}" if "WORLD_SIZE" in found else "WORLD_SIZE, which is not set"
-        raise ConfigError(f"RANK={found['RANK']} in the environment is not below {world}: {_START}")
+        error = ConfigError(f"RANK={found['RANK']} in the environment is not below {world}: {_START}")
+        error.on_every_rank = False  # none else may be there to say it
+        raise error
+    if "RANK" not in found and found.get("SLURM_STEP_NUM_TASKS", 1) > 1:
+        raise ConfigError(
+            f"Slurm has started {found['SLURM_STEP_NUM_TASKS']} tasks, but no torchrun: start one task a node, and in "
+            "it `torchrun --nnodes … -m real_megatron …` (examples/slurm/train.sbatch)"
+        )
 
 
 def barrier() -> None:
@@ -90,12 +98,7 @@ def start_process_group(timeout_minutes: int) -> None:
 
     Raises ConfigError for one of several tasks that Slurm has started without torchrun: each would be a run of its own.
     """
-    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
-    if "RANK" not in os.environ and tasks > 1:
-        raise ConfigError(
-            f"Slurm has started {tasks} tasks, but no torchrun: start one task a node, and in it "
-            "`torchrun --nnodes … -m real_megatron …` (examples/slurm/train.sbatch)"
-        )
+    check_announced()
     timeout = timedelta(minutes=timeout_minutes)
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))

@@ -43,14 +43,16 @@ class Section(BaseModel):
     @classmethod
     def _plain(cls, value: Any, info: Any) -> Any:
         kind = cls.model_fields[info.field_name].annotation
-        kinds = get_args(kind) or (kind,)  # of a Literal its values
-        if isinstance(value, bool) and bool not in kinds and any(k in (int, float) or type(k) is int for k in kinds):
-            raise ValueError(f"a number is needed, not {str(value).lower()}")
+        if section_type(kind) is not None:  # checks its own
+            return value
+        kinds = _leaves(kind)
+        parts = [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else [value]
+        truths = [part for part in parts if isinstance(part, bool)]
+        if truths and bool not in kinds and any(k in (int, float) or type(k) is int for k in kinds):
+            raise ValueError(f"a number is needed, not {str(truths[0]).lower()}")
         if isinstance(value, int) and abs(value) > LARGEST:
             raise ValueError(f"a number of {len(str(abs(value)))} digits; at most {LARGEST} is possible")
-        for text in (
-            value if isinstance(value, list) else [*value, *value.values()] if isinstance(value, dict) else [value]
-        ):
+        for text in parts:
             if isinstance(text, str) and (found := _NO_CHARACTER.search(text)):
                 raise ValueError(f"the text {text!r} holds {found[0]!r}, which is no character of a text; remove it")
         return value
@@ -334,6 +336,12 @@ def _nearest(model: type[BaseModel], loc: tuple[str, ...]) -> str:
     if close:
         return f"; did you mean `{everywhere[close[0]]}`?"
     return f"; known keys here: {', '.join(siblings)}"
+
+
+def _leaves(annotation: Any) -> list[Any]:
+    """The types in an annotation that hold no others, and the values of a Literal."""
+    inner = get_args(annotation)
+    return [leaf for part in inner for leaf in _leaves(part)] if inner else [annotation]
 
 
 def _siblings(model: type[BaseModel], loc: tuple[str, ...]) -> list[str]:

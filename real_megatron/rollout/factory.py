@@ -49,6 +49,11 @@ def check_servers(config: RolloutConfig, *, trainer: bool, node: Node | None = N
     """
     kind = find_engine(config.engine)
     if not kind.server_package:
+        if config.servers and config.engine == "transformers":
+            raise ConfigError(
+                "rollout.servers are for the engines sglang and vllm, and rollout.engine is transformers: set it to "
+                "one of them, or remove the servers"
+            )
         return
     automatic = config.weight_sync == "auto" and not config.colocate
     broadcasts = trainer and kind.broadcasts and (automatic or config.weight_sync == "distributed")

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import re
 import shlex
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -39,14 +40,15 @@ class Bad:
 
     name: str
     message: str
-    """A regular expression that the whole message after `error: ` begins with a match of. A space stands for any white
-    space."""
+    """A regular expression that the message behind `error: ` begins with, its white space as single spaces."""
     command: str = TRAIN
     files: Mapping[str, str | bytes] = field(default_factory=dict)
     """Files that are written over the good ones."""
     make: Callable[[], Any] | None = None
     """Called in the directory, behind the files, for what is no file to write."""
     env: Mapping[str, str] = field(default_factory=dict)
+    mended: bool = True
+    """Whether the same command succeeds with the good files: the mistake is in files or the environment."""
 
 
 def table(*rows: Bad) -> pytest.MarkDecorator:
@@ -144,3 +146,27 @@ def run_row(
     after = contents(directory)
     changed = [path for path in {**before, **after} if before.get(path) != after.get(path)]
     return result.exit_code, capfd.readouterr().err + result.output, changed
+
+
+def refuses(
+    bad: Bad, base: Path, directory: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Assert that the command says one error, the expected one, and that what it leaves is in nobody's way: once the
+    mistake is mended, the same command succeeds."""
+    code, said, changed = run_row(bad, base, directory, monkeypatch, capfd)
+    assert code == 1, said
+    assert "Traceback" not in said, said
+    errors = re.split(r"(?m)^error(?: on rank \d+)?: ", said)
+    assert len(errors) == 2, said
+    assert re.match(bad.message, " ".join(errors[1].split())), errors[1]
+    if not changed or not bad.mended:
+        return
+    for path in set(contents(directory)) - set(contents(base)) - set(changed):
+        if (directory / path).is_file():
+            (directory / path).unlink()
+    shutil.copytree(base, directory, dirs_exist_ok=True)
+    for name in bad.env:
+        monkeypatch.delenv(name)
+    with own_logging():
+        again = CliRunner().invoke(app, shlex.split(bad.command))
+    assert again.exit_code == 0, capfd.readouterr().err + again.output
