@@ -70,7 +70,9 @@ def rows(name: str, content: str, message: str, command: str = TRAIN) -> Bad:
     file("Parquet cut short", "t.parquet", parquet()[:-50], r"t\.parquet: not readable as Parquet: .*; write the file again"),
     file("text as Parquet", "t.parquet", GOOD, r"t\.parquet: not readable as Parquet: .*; write the file again"),
 )  # fmt: skip
-def test_a_bad_file_is_one_message(row: Bad, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd) -> None:
+def test_a_bad_file_is_one_message(
+    row: Bad, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd
+) -> None:
     refuses(row, base, tmp_path, monkeypatch, capfd)
 
 
@@ -138,5 +140,7 @@ BEGUN = {"out.jsonl": '{"id": "row 0", "row": "x"}\n'}
     Bad("metrics that are no text", r"out/metrics\.jsonl, line 1: not a row of metrics .*remove the line", "report out", {"out/metrics.jsonl": b"\xe9\n"}),
     Bad("an evaluation cut short", r"out/evaluation/dev\.json: not a saved evaluation .*evaluate again", "report out", {"out/evaluation/dev.json": "{"}),
 )  # fmt: skip
-def test_a_bad_file_of_other_commands_is_one_message(row: Bad, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd) -> None:
+def test_a_bad_file_of_other_commands_is_one_message(
+    row: Bad, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd
+) -> None:
     refuses(row, base, tmp_path, monkeypatch, capfd)

@@ -30,7 +30,7 @@ data:
 """
 ROWS = [{"id": f"row {i}", "prompt": f"Rate answer {i}.", "label": 1 + i % 5, "cot": "Fine."} for i in range(6)]
 TRAIN = "train run.yaml --dry-run"
-JUDGE = "judge --model model --input train.jsonl --output out.jsonl"
+JUDGE = "judge --model model --input train.jsonl --output out.jsonl data.max_response_tokens=4"
 CONVERT = "convert to-megatron model out --workers 1"
 
 
