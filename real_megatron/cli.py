@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from rich.console import Console
 
-from real_megatron.errors import ConfigError, EngineError, UserError
+from real_megatron.errors import ConfigError, DataError, EngineError, UserError
 from real_megatron.version import VERSION
 
 if TYPE_CHECKING:
@@ -300,7 +300,7 @@ def judge(
     with reported(lambda: f"{lines_of(output):,} rows of {source} are judged; {GO_ON}"):
         from real_megatron.config import RunConfig
         from real_megatron.hf.output import check_output_file
-        from real_megatron.judging.file import count_rows, fields_to_keep, judge_file
+        from real_megatron.judging.file import count_rows, errors_path, fields_to_keep, judge_file
         from real_megatron.judging.judge import Judge
         from real_megatron.locks import only_writer
         from real_megatron.runtime import world_size
@@ -310,6 +310,8 @@ def judge(
             raise ConfigError("judge runs as one process: start it without torchrun; servers take several GPUs")
         refuse_model_path(overrides)
         check_output_file(output, "output")
+        if output.exists() and output.samefile(source):
+            raise ConfigError(f"--output: {output} is the input: name another file")
         rows = count_rows(source)
         kept = fields_to_keep([name for name in map(str.strip, keep_fields.split(",")) if name])
         with only_writer(output):  # judge_file does it: here only to be refused before the model is loaded
@@ -337,6 +339,11 @@ def judge(
             f"{done.no_anchor} critiques without an anchor ({done.truncated} of them cut at data.max_response_tokens), "
             f"{done.cut} prompts cut"
         )
+        if done.bad and not done.judged + done.skipped:
+            raise DataError(
+                f"{source}: no row could be judged, see {errors_path(output)}: the input is to be JSONL, with what the "
+                "template names in each row"
+            )
 
 
 @app.command()
@@ -592,6 +599,8 @@ def to_hf(
             return
         if output is None:
             raise ConfigError("convert to-hf: name the OUTPUT directory, or add --dry-run")
+        if not 0 < max_file_gb < 1e6:
+            raise ConfigError(f"--max-file-gb {max_file_gb:g}: give a positive number of GB, such as 5")
         done = bridge.convert_megatron_to_hf(
             source,
             output,
@@ -690,11 +699,14 @@ def reported(go_on: Callable[[], str] = lambda: GO_ON) -> Iterator[None]:
     """
     from real_megatron.terminal import set_up_logging
 
-    set_up_logging(int(os.environ.get("RANK", "0")), verbose_log)
+    set_up_logging(number_of("RANK", 0), verbose_log)
     log = logging.getLogger(__name__)
     try:
         with interruptible():
+            from real_megatron.announced import check_announced
+
             try:
+                check_announced()
                 yield
             except Exception as error:
                 if isinstance(error, _loaded("training.stop", "Terminated")):
@@ -725,6 +737,12 @@ def is_rank_0() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def number_of(variable: str, default: int) -> int:
+    """A number of the environment; the default, too, where it is none, which `check_announced` refuses."""
+    text = os.environ.get(variable, "")
+    return int(text) if text.isdecimal() else default
+
+
 def lines_of(file: Path) -> int:
     """Complete lines of a file; 0 without one."""
     return file.read_bytes().count(b"\n") if file.exists() else 0
@@ -732,8 +750,8 @@ def lines_of(file: Path) -> int:
 
 def show_error(error: Exception) -> None:
     """The message of an error, with the notes on where it happened; from one rank of a node where all find the same."""
-    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    if int(os.environ.get("LOCAL_RANK", str(rank))) and getattr(error, "on_every_rank", False):
+    rank, world = number_of("RANK", 0), number_of("WORLD_SIZE", 1)
+    if number_of("LOCAL_RANK", rank) and getattr(error, "on_every_rank", False):
         return
     notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
     _print_red(f"error{f' on rank {rank}' if world > 1 else ''}: {error}{notes}")

@@ -9,6 +9,7 @@ import re
 import sys
 from pathlib import Path
 from typing import Any, Literal, Self
+from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
@@ -67,7 +68,10 @@ class ModelConfig(Section):
         "numbers and checkpoints are the same (docs/hybrid_model.md).",
     )
     vocab_multiple: int = Field(
-        64, ge=1, description="The vocabulary is padded to a multiple of this number times the tensor-parallel size."
+        64,
+        ge=1,
+        le=65_536,
+        description="The vocabulary is padded to a multiple of this number times the tensor-parallel size.",
     )
     recompute: Literal["none", "selective", "full"] = Field(
         "none",
@@ -112,7 +116,7 @@ class ParallelConfig(Section):
     )
     expert: int = Field(1, ge=1, description="Expert-parallel size (EP) of mixture-of-experts models.")
     timeout_minutes: int = Field(
-        120, ge=1, description="Longest wait of ranks for each other, after which a run that hangs ends."
+        120, ge=1, le=525_600, description="Longest wait of ranks for each other, after which a run that hangs ends."
     )
     stuck_minutes: float = Field(
         60,
@@ -178,7 +182,7 @@ class OptimizerConfig(Section):
 class BatchConfig(Section):
     """Size and packing of a step's batch."""
 
-    prompts: int = Field(256, ge=1, description="Prompts per step (global). For SFT: examples per step.")
+    prompts: int = Field(256, ge=1, le=1_000_000, description="Prompts per step (global). For SFT: examples per step.")
     max_tokens: int = Field(16384, ge=1, description="Token budget of a micro-batch.")
     mini_batches: int = Field(
         1,
@@ -312,7 +316,7 @@ class RolloutConfig(Section):
         description="Rollout engine: transformers (embedded in the trainer), sglang or vllm (servers), or module:name "
         "for one of your own (docs/extending.md).",
     )
-    n: int = Field(8, ge=1, description="Responses per prompt (K).")
+    n: int = Field(8, ge=1, le=10_000, description="Responses per prompt (K).")
     temperature: float = Field(
         1.0,
         gt=0,
@@ -376,6 +380,12 @@ class RolloutConfig(Section):
                 "colocate: servers sleep while the policy trains; staleness 1: they generate meanwhile; switch one of "
                 "them off"
             )
+        for key, urls in (("servers", self.servers), ("router", [self.router] if self.router is not None else [])):
+            for url in urls:
+                if not _is_url(url):
+                    raise ValueError(f"{key}: {url!r} is no URL of a server: write it as http://HOST:PORT")
+            if len({url.rstrip("/") for url in urls}) < len(urls):
+                raise ValueError(f"{key} names a server twice: name each once")
         if self.api_key_variable and not self.servers:
             raise ValueError(
                 "api_key_variable names the API key of servers, which are empty: local servers get a key of the run's "
@@ -489,11 +499,11 @@ class DataConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        bad = [name for name in self.eval if not re.fullmatch(r"\w[\w.-]*", name)]
+        bad = [name for name in self.eval if not re.fullmatch(r"\w[\w.-]{0,99}", name)]
         if bad:
             raise ValueError(
-                f"eval: {bad[0]!r} names files of results: use letters, digits, `_`, `-` and `.`, and begin with one "
-                "of the first three"
+                f"eval: {bad[0]!r} names files of results: use letters, digits, `_`, `-` and `.`, 100 of them at "
+                "most, and begin with one of the first three"
             )
         reserved = sorted(RESERVED_TEMPLATE_ARGS & self.chat_template_args.keys())
         if reserved:
@@ -556,13 +566,23 @@ class EvaluationConfig(Section):
     )
 
 
+def _is_url(text: str) -> bool:
+    try:
+        parts = urlsplit(text)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0 and " " not in text
+    except ValueError:  # a port that is none, half an IPv6 address
+        return False
+
+
 class RunConfig(Section):
     """A whole run."""
 
     seed: int = Field(0, ge=0, description="Seed of data order and sampling.")
     output: Path = Field(Path("runs/default"), description="Directory for metrics, checkpoints and reports.")
     steps: int = Field(100, ge=1, description="Training steps: rollout batches, or batches of SFT examples.")
-    epochs: float | None = Field(None, gt=0, description="Passes over the training data; when set, it replaces steps.")
+    epochs: float | None = Field(
+        None, gt=0, le=1_000_000, description="Passes over the training data; when set, it replaces steps."
+    )
     model: ModelConfig = Field(default_factory=ModelConfig, description="Model.")
     parallel: ParallelConfig = Field(default_factory=ParallelConfig, description="Parallelism.")
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig, description="Optimizer.")
@@ -575,6 +595,16 @@ class RunConfig(Section):
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig, description="Evaluation.")
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig, description="Checkpoints.")
     metrics: MetricsConfig = Field(default_factory=MetricsConfig, description="Metrics.")
+
+    @field_validator("output", mode="before")
+    @classmethod
+    def _names_a_directory(cls, value: Any) -> Any:
+        text = str(value)
+        if isinstance(value, str) and not text:
+            raise ValueError("is empty: name a directory")
+        if re.match(r"~[\w-]*(/|$)", text) or re.search(r"\$(\w|\{)", text):
+            raise ValueError(f"{text}: `~` and variables are not replaced in a configuration: write the directory out")
+        return value
 
     @model_validator(mode="after")
     def _check(self) -> Self:

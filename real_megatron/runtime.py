@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from real_megatron.announced import START, check_announced
 from real_megatron.errors import ConfigError
 
 T = TypeVar("T")
@@ -75,12 +76,7 @@ def start_process_group(timeout_minutes: int) -> None:
 
     Raises ConfigError for one of several tasks that Slurm has started without torchrun: each would be a run of its own.
     """
-    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
-    if "RANK" not in os.environ and tasks > 1:
-        raise ConfigError(
-            f"Slurm has started {tasks} tasks, but no torchrun: start one task a node, and in it "
-            "`torchrun --nnodes … -m real_megatron …` (examples/slurm/train.sbatch)"
-        )
+    check_announced()
     timeout = timedelta(minutes=timeout_minutes)
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
@@ -88,7 +84,17 @@ def start_process_group(timeout_minutes: int) -> None:
         os.environ.setdefault("NCCL_CUMEM_ENABLE", "0")
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=timeout)
+        missing = [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+        if missing:
+            raise ConfigError(f"RANK is set in the environment, {' and '.join(missing)} not: {START}")
+        try:
+            dist.init_process_group(backend, timeout=timeout)
+        except (dist.DistError, ValueError) as error:
+            address = f"MASTER_ADDR={os.environ['MASTER_ADDR']} MASTER_PORT={os.environ['MASTER_PORT']}"
+            raise ConfigError(
+                f"the ranks cannot meet at {address} ({str(error).partition(chr(10))[0]}): every node must reach this "
+                "address and port, and as many ranks as WORLD_SIZE must start"
+            ) from error
     else:
         dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
 

@@ -53,7 +53,9 @@ class ScoreScale:
         texts = list(scores)
         numbers = _values(texts, values)
         if not _visible(anchor):
-            raise ConfigError(f"the anchor {anchor!r} has no visible character; give a text such as '[RESULT] '")
+            raise ConfigError(
+                f"scale.anchor: the anchor {anchor!r} has no visible character; give a text such as '[RESULT] '"
+            )
         context, rows = _encode_all(tokenizer, [anchor + text for text in texts])
         length = _common_prefix(rows)
         while length and not _visible(anchor).startswith(_visible(_text_after(tokenizer, context, rows[0][:length]))):

@@ -6,6 +6,7 @@ Knows no particular section: `config.py` declares those.
 import difflib
 import inspect
 import json
+import re
 from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
@@ -13,13 +14,22 @@ from types import UnionType
 from typing import Any, Literal, Self, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from real_megatron.errors import ConfigError
 
+LARGEST = 2**31 - 1
+"""Of whole numbers: far beyond what any key can mean, and what every library can count with."""
+_PLAIN_NUMBER = re.compile(r"[-+]?(0x[0-9a-fA-F_]+|0b[01_]+|0|[1-9][0-9_]*)")
+_NO_CHARACTER = re.compile("[\0\ud800-\udc7f\udd00-\udfff]")
+"""NUL, and half characters other than those by which Python names the bytes of a path that is no UTF-8."""
+
 
 class Section(BaseModel):
-    """A part of the configuration: unknown keys are errors, numbers are finite, assignments are validated."""
+    """A part of the configuration: unknown keys are errors, numbers are finite, assignments are validated.
+
+    `true` and `false` are no numbers, whole numbers end at `LARGEST`, and texts can be written to a file.
+    """
 
     model_config = ConfigDict(
         extra="forbid",
@@ -28,6 +38,24 @@ class Section(BaseModel):
         coerce_numbers_to_str=True,
         allow_inf_nan=False,
     )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _plain(cls, value: Any, info: Any) -> Any:
+        kind = cls.model_fields[info.field_name].annotation
+        if section_type(kind) is not None:  # checks its own
+            return value
+        kinds = _leaves(kind)
+        parts = [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else [value]
+        truths = [part for part in parts if isinstance(part, bool)]
+        if truths and bool not in kinds and any(k in (int, float) or type(k) is int for k in kinds):
+            raise ValueError(f"a number is needed, not {str(truths[0]).lower()}")
+        if isinstance(value, int) and abs(value) > LARGEST:
+            raise ValueError(f"a number of {len(str(abs(value)))} digits; at most {LARGEST} is possible")
+        for text in parts:
+            if isinstance(text, str) and (found := _NO_CHARACTER.search(text)):
+                raise ValueError(f"the text {text!r} holds {found[0]!r}, which is no character of a text; remove it")
+        return value
 
     @classmethod
     def from_yaml(cls, path: str | Path | None, overrides: Sequence[str] = ()) -> Self:
@@ -118,19 +146,17 @@ def _read(path: str | Path | None) -> tuple[dict[str, Any], dict[tuple[str, ...]
     if path is None:
         return {}, {}
     try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot read the configuration ({error})") from None
+        raw = Path(path).read_bytes()
+        text = raw.decode("utf-8-sig")
+    except OSError as error:
+        raise ConfigError(
+            f"{path}: cannot read the configuration ({error.strerror}); name the YAML file of a run"
+        ) from None
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise ConfigError(f"{path}:{line}: the configuration is not UTF-8 text; save the file as UTF-8") from None
     lines: dict[tuple[str, ...], int] = {}
-    try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        if node is not None:
-            _number(path, node, (), lines)
-        tree = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {error}") from None
-    except RecursionError:
-        raise ConfigError(f"{path}: nested too deeply, or an alias that holds itself") from None
+    tree = _parse(text, str(path), lines)
     if tree is None:
         return {}, lines
     if not isinstance(tree, dict):
@@ -138,22 +164,86 @@ def _read(path: str | Path | None) -> tuple[dict[str, Any], dict[tuple[str, ...]
     return tree, lines
 
 
-def _number(path: str | Path, node: yaml.Node, at: tuple[str, ...], lines: dict[tuple[str, ...], int]) -> None:
+class _Loader(yaml.SafeLoader):
+    """YAML without the numbers of YAML 1.1 that nobody means: 010 (8) and 1:30 (90)."""
+
+
+def _number_as_written(loader: _Loader, node: yaml.ScalarNode) -> Any:
+    text = node.value
+    if ":" in text or (node.tag.endswith(":int") and not _PLAIN_NUMBER.fullmatch(text)):
+        raise yaml.MarkedYAMLError(
+            problem=f"{text} is not read as it stands there; write the number without leading zeros and colons, or put "
+            "a text in quotes",
+            problem_mark=node.start_mark,
+        )
+    if node.tag.endswith(":int") and len(text) > 1000:
+        raise yaml.MarkedYAMLError(problem=f"a number of {len(text)} digits", problem_mark=node.start_mark)
+    if node.tag.endswith(":int"):
+        return loader.construct_yaml_int(node)
+    return loader.construct_yaml_float(node)
+
+
+for _kind in ("int", "float"):
+    _Loader.add_constructor(f"tag:yaml.org,2002:{_kind}", _number_as_written)
+
+
+def _parse(text: str, where: str, lines: dict[tuple[str, ...], int] | None = None) -> Any:
+    """The value of a YAML text, and in `lines` (for a file) the line of each key.
+
+    Raises ConfigError, which begins with `where`, for what is no YAML and for keys that are set twice.
+    """
+    try:
+        node = yaml.compose(text, Loader=_Loader)
+        if node is None:
+            return None
+        _number(where, node, (), {} if lines is None else lines, lines is not None)
+        return yaml.load(text, Loader=_Loader)  # a SafeLoader
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        at = f":{mark.line + 1}" if mark is not None and lines is not None else ""
+        raise ConfigError(f"{where}{at}: not valid YAML: {_reason(error)}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{where}: not valid YAML: {' '.join(str(error).split())}; remove it") from None
+    except RecursionError:
+        raise ConfigError(f"{where}: nested too deeply, or an alias that holds itself") from None
+    except (TypeError, ValueError) as error:  # what looks like a date, but is none
+        raise ConfigError(f"{where}: not valid YAML: {error}; put a text in quotes") from None
+
+
+_YAML_HINTS = {
+    r"'\\t'": "indent with spaces, not with tabs",
+    "alias|anchor": "put a text that begins with * or & in quotes",
+    "constructor": "tags are not read: remove what begins with !, or put the text in quotes",
+    "document": "remove the line ---",
+    "unhashable": "a key must be one word",
+    "not allowed here": "put a text that holds `: ` in quotes",
+}
+
+
+def _reason(error: yaml.MarkedYAMLError) -> str:
+    """What is wrong, in one line, and what to do about it."""
+    text = ", ".join(filter(None, (error.context, error.problem)))
+    hint = next((hint for pattern, hint in _YAML_HINTS.items() if re.search(pattern, text)), None)
+    return text + (f"; {hint}" if hint else "" if ";" in text else "; correct brackets, quotes and indentation there")
+
+
+def _number(
+    where: str, node: yaml.Node, at: tuple[str, ...], lines: dict[tuple[str, ...], int], in_file: bool = True
+) -> None:
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
             here = (*at, str(key.value))
             line = key.start_mark.line + 1
             if here in lines:
-                raise ConfigError(
-                    f"{path}:{line}: `{'.'.join(here)}` is set twice (first on line {lines[here]}); keep one"
-                )
+                place, first = (f":{line}", f" (first on line {lines[here]})") if in_file else ("", "")
+                raise ConfigError(f"{where}{place}: `{'.'.join(here)}` is set twice{first}; keep one")
             lines[here] = line
-            _number(path, value, here, lines)
+            _number(where, value, here, lines, in_file)
     elif isinstance(node, yaml.SequenceNode):
         for index, value in enumerate(node.value):
             here = (*at, str(index))
             lines[here] = value.start_mark.line + 1
-            _number(path, value, here, lines)
+            _number(where, value, here, lines, in_file)
 
 
 def _apply(tree: dict[str, Any], override: str, sources: dict[tuple[str, ...], str]) -> None:
@@ -162,10 +252,7 @@ def _apply(tree: dict[str, Any], override: str, sources: dict[tuple[str, ...], s
     keys = tuple(part.strip() for part in dotted.split("."))
     if not equals or not all(keys):
         raise ConfigError(f"override `{override}`: write it as key=value, for example optimizer.lr=1e-6")
-    try:
-        value = yaml.safe_load(text) if text.strip() else ""
-    except yaml.YAMLError as error:
-        raise ConfigError(f"override `{override}`: the value is not valid YAML: {error}") from None
+    value = _parse(text, f"override `{override}`") if text.strip() else ""
     node: Any = tree
     for depth, key in enumerate(keys):
         last = depth == len(keys) - 1
@@ -203,6 +290,8 @@ def _explain(
     known = [key for key in sources if loc[: len(key)] == key] or [
         key for key in sources if loc and key[: len(loc)] == loc
     ]
+    if not known and loc[:-1] not in lines:  # a section that an override has made lacks a key
+        known = [key for key in sources if loc[:-1] and key[: len(loc) - 1] == loc[:-1]]
     if known:
         where = f"override `{sources[known[-1]]}`"
     elif path is None:
@@ -216,7 +305,18 @@ def _explain(
     if fault["type"] == "missing":
         return f"{where}: `{key}` is required and not set"
     message = fault["msg"].removeprefix("Value error, ")
-    if fault["type"] == "value_error":  # raised by a section's own check: it says itself what is wrong
+    if fault["type"] in ("model_type", "dict_type"):
+        message = "must be `key: value` lines of its own; indent them below it, or remove it"
+    elif fault["type"] == "list_type":
+        message = "must be a list, as in [a, b]"
+    elif fault["type"] == "invalid_key":
+        return f"{where}: unknown key `{key}`: keys are texts; known keys here: {', '.join(_siblings(model, loc))}"
+    elif loc and loc[-1] in ("bool", "int", "float", "str") and fault["type"].endswith(("_type", "_parsing")):
+        key, message = (
+            ".".join(loc[:-1]),
+            "must be true or false, a number or a text",
+        )  # each kind has a fault of its own
+    if fault["type"] == "value_error":  # raised by a check of our own: it says itself what is wrong
         return f"{where}: {key + ': ' if key else ''}{message}"
     if fault["type"] == "string_type" and (loc[-1] == "[key]" or isinstance(fault["input"], bool | date)):
         what, key = ("a key", ".".join(loc[:-2])) if loc[-1] == "[key]" else ("it", key)
@@ -226,12 +326,7 @@ def _explain(
 
 def _nearest(model: type[BaseModel], loc: tuple[str, ...]) -> str:
     """Suggest the sibling that is spelt nearest, else (nearly) the same name elsewhere, else list the siblings."""
-    holder: Any = model
-    for part in loc[:-1]:
-        field = holder.model_fields.get(part) if holder else None
-        if field is not None:  # other parts are list numbers and dictionary names inside the last field
-            holder = section_type(field.annotation)
-    siblings = list(holder.model_fields) if holder else []
+    siblings = _siblings(model, loc)
     prefix = "".join(part + "." for part in loc[:-1])
     close = difflib.get_close_matches(loc[-1], siblings, n=1)
     if close:
@@ -241,6 +336,22 @@ def _nearest(model: type[BaseModel], loc: tuple[str, ...]) -> str:
     if close:
         return f"; did you mean `{everywhere[close[0]]}`?"
     return f"; known keys here: {', '.join(siblings)}"
+
+
+def _leaves(annotation: Any) -> list[Any]:
+    """The types in an annotation that hold no others, and the values of a Literal."""
+    inner = get_args(annotation)
+    return [leaf for part in inner for leaf in _leaves(part)] if inner else [annotation]
+
+
+def _siblings(model: type[BaseModel], loc: tuple[str, ...]) -> list[str]:
+    """The keys of the section in which a key stands."""
+    holder: Any = model
+    for part in loc[:-1]:
+        field = holder.model_fields.get(part) if holder else None
+        if field is not None:  # other parts are list numbers and dictionary names inside the last field
+            holder = section_type(field.annotation)
+    return list(holder.model_fields) if holder else []
 
 
 def describe_keys(model: type[BaseModel]) -> str:

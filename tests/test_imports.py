@@ -15,7 +15,8 @@ ALLOWED: dict[str, set[str]] = {
     "terminal": set(),
     "processes": set(),
     "progress": set(),
-    "runtime": {"errors"},
+    "announced": {"errors"},
+    "runtime": {"announced", "errors"},
     "locks": {"errors"},
     "registry": {"errors"},
     "hardware": {"errors"},
@@ -41,7 +42,19 @@ ALLOWED: dict[str, set[str]] = {
     # Names of the library, imported on first use.
     "__init__": {"training", "judging", "evaluation", "data", "rollout", "policy", "bridge", "objective"}
     | {"config", "errors", "version"},
-    "cli": {"cluster", "doctor", "training", "planning", "judging", "evaluation", "policy", "bridge", "hf", "config"}
+    "cli": {
+        "announced",
+        "cluster",
+        "doctor",
+        "training",
+        "planning",
+        "judging",
+        "evaluation",
+        "policy",
+        "bridge",
+        "hf",
+        "config",
+    }
     | {"runtime", "terminal", "locks", "hardware", "errors", "version"},
     "__main__": {"cli"},
 }

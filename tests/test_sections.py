@@ -115,7 +115,7 @@ def test_saved_yaml_reads_back_equal(tmp_path: Path) -> None:
         (
             "",
             ("items.-1.path=y",),
-            "override `items.-1.path=y`: `items`: Input should be a valid list (got {'-1': {'path': 'y'}})",
+            "override `items.-1.path=y`: `items`: must be a list, as in [a, b] (got {'-1': {'path': 'y'}})",
         ),
         ("optimizer: {lr: .inf}", (), "run.yaml:1: `optimizer.lr`: Input should be a finite number (got inf)"),
         (
@@ -161,7 +161,7 @@ def test_all_faults_are_listed_at_once(tmp_path: Path) -> None:
 def test_unreadable_and_malformed_files(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="absent.yaml: cannot read the configuration"):
         Root.from_yaml(tmp_path / "absent.yaml")
-    assert "run.yaml: not valid YAML" in fault("a: [1", tmp_path)
+    assert "run.yaml:1: not valid YAML" in fault("a: [1", tmp_path)
 
 
 def test_keys_and_their_description() -> None:

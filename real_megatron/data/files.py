@@ -68,9 +68,13 @@ def _records(source: DataSource, lost: Counter[tuple[str, str]]) -> Iterator[tup
     if path.is_dir():  # also where it has the name of a data set on the hub: datasets would read whatever lies in it
         raise DataError(f"{path}: a directory; name the file in it")
     if read is None and path.exists():
-        raise DataError(f"{path}: unknown kind of file; use {', '.join(_READERS)}")
+        raise DataError(f"{path}: unknown kind of file; use {', '.join(_READERS)}; a compressed one is to be unpacked")
     if read is not None and not path.is_file():
-        raise DataError(f"{path}: no such file; correct the path of this data set")
+        more = " (patterns are not expanded: name each file)" if re.search(r"[*?\[]", source.path) else ""
+        more = more or (" (URLs are not read: download it)" if "://" in source.path else "")
+        raise DataError(f"{source.path}: no such file{more}; correct the path of this data set")
+    if read is not None and read is not _parquet:
+        _refuse_other_kind(path)
     with closing(_hub(source) if read is None else read(path)) as rows:
         for where, record in islice(rows, source.limit):
             found: dict[str, str] = {}
@@ -78,6 +82,28 @@ def _records(source: DataSource, lost: Counter[tuple[str, str]]) -> Iterator[tup
                 plain = plain_record(record, found)
             lost.update(found.items())
             yield where, plain
+
+
+_SIGNATURES = {
+    b"\x1f\x8b": "a gzip file: unpack it (gunzip)",
+    b"PK\x03\x04": "a zip file, or a table of Excel: unpack it, or save the table as .csv",
+    b"BZh": "a bzip2 file: unpack it (bunzip2)",
+    b"\xfd7zXZ\0": "an xz file: unpack it (unxz)",
+    b"\x28\xb5\x2f\xfd": "a Zstandard file: unpack it (unzstd)",
+    b"PAR1": "a Parquet file: name it .parquet",
+    b"\xff\xfe": "UTF-16 text: save the file as UTF-8",
+    b"\xfe\xff": "UTF-16 text: save the file as UTF-8",
+    b"version https://git-lfs": "a Git LFS pointer in place of the file: fetch it (git lfs pull)",
+}
+
+
+def _refuse_other_kind(path: Path) -> None:
+    """Raise DataError for a file whose first bytes are those of another kind than its name says."""
+    with path.open("rb") as file:
+        begin = file.read(32)
+    for signature, what in _SIGNATURES.items():
+        if begin.startswith(signature):
+            raise DataError(f"{path}: {what}")
 
 
 def source_digest(source: DataSource) -> str:

@@ -280,7 +280,7 @@ def _is_annotated(record: Mapping[str, Any], key: str) -> bool:
 def _number(value: Any, key: str) -> float:
     if isinstance(value, (int, float, str)) and not isinstance(value, bool):
         try:
-            number = float(value)
+            number = math.nan if isinstance(value, str) and "_" in value else float(value)
         except (ValueError, OverflowError):
             number = math.nan
         if math.isfinite(number):

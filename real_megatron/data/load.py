@@ -64,9 +64,10 @@ def load_examples(
     records = map_columns(source, list(read_records(source)), column)
     if column is not None and records and all(record.get(column) is None for _, record in records):
         found = ", ".join(score_columns(record for _, record in records)) or "none"
+        named = ", ".join(dict.fromkeys(repr(name) for _, record in records for name in record))
         raise DataError(
             f"{source.path}: no record has {column!r}, the label's column; columns with numbers: {found}; name one of "
-            "them in data.*.score, or give the file that has scores"
+            f"them in data.*.score, or give the file that has scores (its columns are {named[:300]})"
         )
     read = format.reader(column)
     # A name that is not UTF-8 comes as surrogates, which no file of results can hold.

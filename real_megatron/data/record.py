@@ -54,7 +54,7 @@ def decode_json(text: str, start: int) -> tuple[Any, int]:
     while text[start : start + 1].isspace():
         start += 1
     try:
-        return json.JSONDecoder().raw_decode(text, start)
+        return _DECODER.raw_decode(text, start)
     except json.JSONDecodeError:
         raise
     except RecursionError:
@@ -63,8 +63,24 @@ def decode_json(text: str, start: int) -> tuple[Any, int]:
         raise DataError("a whole number has more than 4300 digits; correct it, or write it as a text") from None
 
 
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of these keys and values. Raises DataError for a key that is there twice: which one is meant?"""
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        names = [name for name, _ in pairs]
+        repeated = next(name for name in names if names.count(name) > 1)
+        raise DataError(f"{repeated!r} is there twice in one object; keep one")
+    return record
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_once)
+
+
 def check_text(text: str) -> None:
-    """Raise DataError for text of a file, read with `errors="surrogateescape"`, that is not UTF-8."""
+    """Raise DataError for text of a file, read with `errors="surrogateescape"`, that is not UTF-8 or holds NUL bytes,
+    as a file does that a crash has cut off."""
+    if "\0" in text:
+        raise DataError(f"NUL bytes (column {text.index(chr(0)) + 1}): the file is damaged; write it again, as UTF-8")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:

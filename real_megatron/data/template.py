@@ -1,5 +1,6 @@
 """Prompt templates: text files with `{name}` where a field of the record goes."""
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -51,7 +52,7 @@ def load_template(template: str | Template) -> Template:
         return template
     built_in = _built_in()
     path = built_in.get(template, Path(template))
-    if not path.is_file():
+    if not os.path.isfile(path):  # false, too, for what no file system takes as a name
         raise ConfigError(
             f"data.template: {template!r} is neither a built-in template ({', '.join(sorted(built_in))}) nor a file"
         )

@@ -83,7 +83,7 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
     """
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").split("\n")
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
     rows = []
     for number, line in enumerate(lines, start=1):
         if not line:

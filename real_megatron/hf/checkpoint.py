@@ -230,7 +230,9 @@ def _read_index(index: Path) -> dict[str, str]:
         weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         outside = [name for name, file in weight_map.items() if Path(file).name != file]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index} is damaged: {error!r}") from error
+        raise CheckpointError(f"{index} is damaged: {error!r}; copy it again from where the model is from") from error
+    if not weight_map:
+        raise CheckpointError(f"{index} is damaged: it lists no tensors; copy it again from where the model is from")
     for name in outside:
         raise CheckpointError(f"{index}: tensor '{name}' points outside the directory: {weight_map[name]}")
     return weight_map
@@ -242,7 +244,9 @@ def _opened(file: Path) -> Iterator[Any]:
         with safe_open(file, framework="pt") as handle:
             yield handle
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{file} is damaged or not a safetensors file: {error}") from error
+        pointer = file.is_file() and file.open("rb").read(20).startswith(b"version https://git")
+        fix = "it is a Git LFS pointer: git lfs pull" if pointer else "copy it again from where the model is from"
+        raise CheckpointError(f"{file} is damaged or not a safetensors file: {error}; {fix}") from error
 
 
 def _read_names(file: Path) -> list[str]:

@@ -66,7 +66,9 @@ def load_tokenizer(directory: str | Path) -> PreTrainedTokenizerBase:
     except Exception as error:  # the tokenizers library raises plain Exception for a damaged file
         if (directory / "config.json").is_file():
             read_config(directory)  # transformers reads it for the tokenizer's class: it may be what is damaged
-        raise MissingCheckpoint(f"{directory}: its tokenizer cannot be loaded: {error}") from error
+        raise MissingCheckpoint(
+            f"{directory}: its tokenizer cannot be loaded: {error}; copy its files again from where the model is from"
+        ) from error
     return tokenizer
 
 

@@ -4,11 +4,10 @@ import logging
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from real_megatron.errors import CheckpointError
-from real_megatron.hf.checkpoint import weight_files
+from real_megatron.errors import CheckpointError, UnsupportedModel
+from real_megatron.hf.checkpoint import HFCheckpoint
 from real_megatron.hf.side_files import read_config
 
 logger = logging.getLogger(__name__)
@@ -18,10 +17,15 @@ def load_model(directory: str | Path, dtype: torch.dtype) -> PreTrainedModel:
     """The causal language model of a Hugging Face checkpoint, on the host; remote code is never run.
 
     Raises CheckpointError for a checkpoint that is damaged or not complete (transformers alone would fill what is
-    missing with random numbers), and as `read_config` and `weight_files`.
+    missing with random numbers), UnsupportedModel for quantised weights, and as `read_config` and `HFCheckpoint`.
     """
     config = read_config(Path(directory))
-    weight_files(Path(directory))
+    if getattr(config, "quantization_config", None):
+        raise UnsupportedModel(
+            f"{Path(directory) / 'config.json'}: quantization_config: quantised weights are not supported here; "
+            "convert the checkpoint to bfloat16 or float32 first"
+        )
+    HFCheckpoint(directory)  # names the file that is damaged
     try:
         model, found = AutoModelForCausalLM.from_pretrained(
             directory,
@@ -32,8 +36,11 @@ def load_model(directory: str | Path, dtype: torch.dtype) -> PreTrainedModel:
             ignore_mismatched_sizes=True,  # so that they are named below
             output_loading_info=True,
         )
-    except (OSError, ValueError, SafetensorError) as error:
-        raise CheckpointError(f"{directory}: its weights cannot be loaded: {error}") from error
+    except Exception as error:  # what a model's class raises for fields that do not fit together
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise CheckpointError(
+            f"{directory}: transformers cannot load the model: {reason}; compare config.json with the model's source"
+        ) from error
     for what, names in (
         ("is missing", found["missing_keys"]),
         ("has another shape than config.json says", [name for name, *_ in found["mismatched_keys"]]),

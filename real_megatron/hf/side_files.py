@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PretrainedConfig
+from transformers import __version__ as VERSION
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from real_megatron.errors import MissingCheckpoint, UnsupportedModel
 from real_megatron.hf.rotary import HEAD_DIM_HINT, check_rotary
@@ -73,9 +74,11 @@ def read_config(directory: Path) -> PretrainedConfig:
     file = directory / "config.json"
     if not file.is_file():
         raise MissingCheckpoint(f"{file} is missing")
+    _check_raw(file)
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(directory, trust_remote_code=False)
-    except (ValueError, KeyError, OSError, StrictDataclassError) as error:
+        config.to_json_string()  # which every model does as it is loaded
+    except Exception as error:  # each class checks its own fields
         reason = str(error.args[0] if isinstance(error, KeyError) else error)
         if "validate_rope" in reason and "*: 'NoneType'" in reason:
             reason += f"; {HEAD_DIM_HINT}"
@@ -83,6 +86,35 @@ def read_config(directory: Path) -> PretrainedConfig:
     _refuse_two_rotary_settings(file)
     check_rotary(config)
     return config
+
+
+_SIZES = (
+    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
+    *("head_dim", "vocab_size", "max_position_embeddings", "sliding_window"),
+)
+_COPY = "copy it again from where the model is from"
+
+
+def _check_raw(file: Path) -> None:
+    """Raise MissingCheckpoint for a config.json that is no JSON object, of a type of model that transformers has not
+    itself, or with sizes that are none."""
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise MissingCheckpoint(f"{file}: not valid JSON ({error}); {_COPY}") from None
+    if not isinstance(raw, dict):
+        raise MissingCheckpoint(f"{file}: no JSON object; {_COPY}")
+    kind = raw.get("model_type")
+    if kind is not None and kind not in CONFIG_MAPPING:
+        own = " and its own code (auto_map) is never run" if "auto_map" in raw else ""
+        raise MissingCheckpoint(
+            f"{file}: model_type {kind!r} is unknown to transformers {VERSION}{own}; take a model that it has, or "
+            "another version of it"
+        )
+    for key in _SIZES:
+        size = raw.get(key)
+        if isinstance(size, int) and size < 1:
+            raise MissingCheckpoint(f"{file}: {key} is {size}, where a number from 1 on is needed; {_COPY}")
 
 
 def _refuse_two_rotary_settings(file: Path) -> None:

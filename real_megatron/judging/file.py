@@ -166,9 +166,15 @@ def _judge_file(
 
 
 def count_rows(source: Path) -> int:
-    """Rows of a JSONL file. Raises OSError when it cannot be read."""
-    with source.open("rb") as lines:
-        return sum(1 for line in lines if line.strip())
+    """Rows of a JSONL file. Raises DataError when it cannot be read or has none."""
+    try:
+        with source.open("rb") as lines:
+            rows = sum(1 for line in lines if line.strip())
+    except OSError as error:
+        raise DataError(f"{source}: the input cannot be read ({error.strerror}); name a JSONL file") from None
+    if not rows:
+        raise DataError(f"{source}: the input has no rows; is the file complete?")
+    return rows
 
 
 def _numbered(lines: BinaryIO) -> Iterator[tuple[int, bytes]]:

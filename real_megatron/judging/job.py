@@ -28,7 +28,12 @@ def keep_settings(output: Path, settings: dict[str, Any], begun: bool) -> None:
         return
     if not path.exists():
         raise ConfigError(f"{output} exists, but {path.name} does not, so it cannot be resumed: choose another output")
-    before = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        before = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError):
+        raise ConfigError(
+            f"{path} is damaged, so that {output} cannot be resumed: choose another output, or remove both"
+        ) from None
     changed = [key for key in {**before, **settings} if before.get(key) != settings.get(key)]
     if changed:
         what = ", ".join(f"{key} was {before.get(key)!r}, is {settings.get(key)!r}" for key in changed)

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from real_megatron.errors import ConfigError
 from real_megatron.judging.reading import Answer, Reading
 
 Row = list[Reading]
@@ -28,14 +29,23 @@ class KeptReadings:
         """The rows that are there already, in the examples' order; the file is ready for more."""
         if self._path is None:
             return []
-        lines = self._path.read_text(encoding="utf-8").split("\n") if self._path.exists() else []
+        text = self._path.read_text(encoding="utf-8", errors="replace") if self._path.exists() else ""
+        lines = text.split("\n")
         # The last one is empty, or was cut short.
         whole = [line + "\n" for line in lines[:-1]]
         if not whole or whole[0] != self._head:
             whole = [self._head]
+        rows = []
+        for number, line in enumerate(whole[1:], start=2):
+            try:
+                rows.append([_reading(reading) for reading in json.loads(line)])
+            except (ValueError, TypeError, KeyError, AttributeError):
+                raise ConfigError(
+                    f"{self._path}, line {number}: damaged; remove the file to begin this evaluation anew"
+                ) from None
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._path.write_text("".join(whole), encoding="utf-8", newline="\n")
-        return [[_reading(reading) for reading in json.loads(line)] for line in whole[1:]]
+        return rows
 
     def add(self, rows: Sequence[Row]) -> None:
         """Keep the rows of a further batch."""

@@ -11,7 +11,7 @@ from real_megatron.hf.rotary import longest_sequence
 from real_megatron.hf.side_files import read_config
 from real_megatron.planning.memory import GIB
 from real_megatron.planning.report import layout_text, servers_text
-from real_megatron.planning.search import Found, best_layouts
+from real_megatron.planning.search import PLACEMENTS, Found, best_layouts
 from real_megatron.planning.workload import workload_of
 
 
@@ -84,6 +84,8 @@ def find_layouts(
 def _check_placement(config: RunConfig, gpus: int, gpu: Gpu, placement: str) -> None:
     """Raise ConfigError for servers that a run could not have there."""
     wanted = f"--rollout {placement}"
+    if placement not in ("none", *PLACEMENTS):
+        raise ConfigError(f"{wanted}: choose one of {', '.join(PLACEMENTS)}, none")
     if placement in ("colocated", "separate") and not config.is_rl:
         raise ConfigError(
             f"{wanted}: objective.name is {config.objective.name}, which trains without servers: leave --rollout out"

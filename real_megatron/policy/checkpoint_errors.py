@@ -15,7 +15,7 @@ def explain_checkpoint_errors(what: str, fix: str) -> Iterator[None]:
     except CheckpointException as error:
         reasons = dict.fromkeys(_reason(failure) for failure, _ in error.failures.values())
         raise OSError(f"{what} ({'; '.join(reasons)}): {fix}") from error
-    except (CheckpointingException, KeyError) as error:
+    except (CheckpointingException, KeyError, TypeError) as error:  # TypeError: metadata.json of other keys
         raise OSError(f"{what} ({_reason(error)}): {fix}") from error
 
 

@@ -47,6 +47,11 @@ def check_servers(config: RolloutConfig, *, trainer: bool, node: Node | None = N
     """
     kind = find_engine(config.engine)
     if not kind.server_package:
+        if config.servers and config.engine == "transformers":
+            raise ConfigError(
+                "rollout.servers are for the engines sglang and vllm, and rollout.engine is transformers: set it to "
+                "one of them, or remove the servers"
+            )
         return
     broadcasts = trainer and kind.broadcasts and weight_sync(config, kind.broadcasts) == "distributed"
     # One rank holds the engine. On the nodes of others a port or a variable means nothing.

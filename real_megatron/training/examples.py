@@ -39,6 +39,12 @@ def target_groups(
         if not given:
             loaded = [replace(example, cot="") for example in loaded]
         else:
+            without = next((example.id for example in loaded if example.cot is None), None)
+            if without is not None:
+                raise DataError(
+                    f"{source.path}: example {without} has no critique: supervised training needs 'cot' in every "
+                    "record; add it, or set sft.cots to none"
+                )
             _check_critiques(source, loaded, scale)
         examples += loaded
     return _some(encode_targets(tokenizer, scale, examples, config.data, stop_ids(model_dir, tokenizer)))

@@ -114,7 +114,10 @@ def check_same_output(config: RunConfig, store: CheckpointStore) -> None:
         check_same_run(state["config"], config, str(path))
     elif config.checkpoint.save_hf and hf.exists():
         if (hf / RUN_FILE).exists():
-            check_same_run(read_tree(hf / RUN_FILE), config, str(hf))
+            saved = read_tree(hf / RUN_FILE)
+            if not isinstance(saved.get("data"), dict) or not isinstance(saved["data"].get("train"), list):
+                raise ConfigError(f"{hf / RUN_FILE} is not that of a run: choose another output, or remove {hf}")
+            check_same_run(saved, config, str(hf))
         elif not hf.is_dir() or any(hf.iterdir()):
             raise ConfigError(f"{hf} exists, and no run has made it: choose another output, or remove it")
 

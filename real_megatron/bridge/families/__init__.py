@@ -1,12 +1,14 @@
 """Model families by name: each holds the mapping of the configuration and the table of parameters."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 from transformers import PretrainedConfig
 
 from real_megatron.bridge.description import ModelDescription
 from real_megatron.bridge.families import llama, mistral, mixtral, qwen2, qwen3, qwen3_moe
+from real_megatron.bridge.families.dense import place
 from real_megatron.bridge.table import Rule
 from real_megatron.errors import ConfigError, UnsupportedModel
 from real_megatron.registry import Registry, calling_module
@@ -55,7 +57,7 @@ def describe(hf_config: PretrainedConfig, family: str = "auto") -> ModelDescript
     ConfigError if `family` names no family.
     """
     if family == "auto":
-        family = _supported(hf_config.model_type)
+        family = _supported(hf_config.model_type, place(hf_config))
     found = FAMILIES.find(family)
     if not isinstance(found, Family):
         raise ConfigError(f"{FAMILIES.key}: {family!r} is no model family: it needs a TABLE and a function describe")
@@ -63,12 +65,12 @@ def describe(hf_config: PretrainedConfig, family: str = "auto") -> ModelDescript
     return replace(found.describe(hf_config), family=family)
 
 
-def _supported(model_type: str) -> str:
+def _supported(model_type: str, file: Path) -> str:
     if model_type in REFUSED:
-        raise UnsupportedModel(f"model_type '{model_type}' is not supported: {REFUSED[model_type]}.")
+        raise UnsupportedModel(f"{file}: model_type '{model_type}' is not supported: {REFUSED[model_type]}.")
     if model_type not in FAMILIES:
         raise UnsupportedModel(
-            f"model_type '{model_type}' is not supported. Supported: {', '.join(FAMILIES)}. Name a family of your own "
-            f"as {FAMILIES.key} (docs/extending.md)."
+            f"{file}: model_type '{model_type}' is not supported. Supported: {', '.join(FAMILIES)}. Name a family of "
+            f"your own as {FAMILIES.key} (docs/extending.md)."
         )
     return model_type

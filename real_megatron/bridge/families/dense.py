@@ -1,6 +1,7 @@
 """What the families have in common: pre-norm RMSNorm, grouped-query attention, SwiGLU, rotary embeddings."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch.nn.functional as F
@@ -11,9 +12,14 @@ from real_megatron.errors import UnsupportedModel
 from real_megatron.hf.rotary import rotary
 
 
+def place(config: PretrainedConfig) -> Path:
+    """The file that a configuration is from, for messages."""
+    return Path(config.name_or_path or "") / "config.json"
+
+
 def refuse(config: PretrainedConfig, feature: str, why: str) -> None:
     """Raise the one error for a configuration that cannot be expressed."""
-    raise UnsupportedModel(f"model_type '{config.model_type}' with {feature} is not supported: {why}.")
+    raise UnsupportedModel(f"{place(config)}: model_type '{config.model_type}' with {feature} is not supported: {why}.")
 
 
 def check_shared_features(config: PretrainedConfig) -> None:
