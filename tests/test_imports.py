@@ -15,7 +15,8 @@ ALLOWED: dict[str, set[str]] = {
     "terminal": set(),
     "processes": set(),
     "runtime": {"errors"},
-    "locks": {"errors"},
+    "files": set(),
+    "locks": {"files", "errors"},
     "registry": {"errors"},
     "hardware": {"errors"},
     "sections": {"errors"},
@@ -24,16 +25,17 @@ ALLOWED: dict[str, set[str]] = {
     "head": set(),
     "objective": {"scores", "config", "registry", "errors"},
     "batch": set(),
-    "hf": {"locks", "errors"},
+    "hf": {"locks", "files", "errors"},
     "bridge": {"hf", "processes", "registry", "terminal", "errors"},
     "policy": {"bridge", "hf", "head", "objective", "batch", "config", "processes", "runtime"} | {"hardware", "errors"},
     "planning": {"policy", "bridge", "batch", "hf", "config", "hardware", "errors"},
     "rollout": {"head", "batch", "hf", "scores", "config", "registry", "errors"},
     "data": {"batch", "scores", "config", "registry", "errors"},
-    "evaluation": {"scores", "errors"},
-    "judging": {"evaluation", "data", "rollout", "hf", "scores", "config", "sections", "runtime", "locks", "errors"},
+    "evaluation": {"scores", "files", "errors"},
+    "judging": {"evaluation", "data", "rollout", "hf", "scores", "config", "sections", "runtime", "locks"}
+    | {"files", "errors"},
     "training": {"planning", "judging", "data", "rollout", "policy", "bridge", "hf", "objective", "batch"}
-    | {"scores", "config", "sections", "runtime", "terminal", "locks", "hardware", "errors"},
+    | {"scores", "config", "sections", "runtime", "terminal", "locks", "hardware", "files", "errors"},
     # Names of the library, imported on first use.
     "__init__": {"training", "judging", "evaluation", "data", "rollout", "policy", "bridge", "objective"}
     | {"config", "errors", "version"},
@@ -45,6 +47,7 @@ ALLOWED: dict[str, set[str]] = {
 FORBIDDEN = {
     "version": {"megatron", "torch", "transformers"},
     "errors": {"megatron", "torch", "transformers"},
+    "files": {"megatron", "torch", "transformers"},
     "locks": {"megatron", "torch", "transformers"},
     "registry": {"megatron", "torch", "transformers"},
     "hardware": {"megatron", "torch", "transformers"},

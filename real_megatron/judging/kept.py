@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from real_megatron.files import replace_text, writing
 from real_megatron.judging.reading import Answer, Reading
 
 Row = list[Reading]
@@ -34,13 +35,13 @@ class KeptReadings:
         if not whole or whole[0] != self._head:
             whole = [self._head]
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._path.write_text("".join(whole), encoding="utf-8", newline="\n")
+        replace_text(self._path, "".join(whole))
         return [[_reading(reading) for reading in json.loads(line)] for line in whole[1:]]
 
     def add(self, rows: Sequence[Row]) -> None:
         """Keep the rows of a further batch."""
         if self._path is not None:
-            with self._path.open("a", encoding="utf-8", newline="\n") as file:
+            with writing(self._path), self._path.open("a", encoding="utf-8", newline="\n") as file:
                 file.writelines(json.dumps([asdict(reading) for reading in row]) + "\n" for row in rows)
 
     def end(self) -> None:
