@@ -5,11 +5,12 @@ import fcntl
 import logging
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from real_megatron.errors import ConfigError
+from real_megatron.files import check_in_place
 
 logger = logging.getLogger(__name__)
 
@@ -19,10 +20,12 @@ _held: set[int] = set()
 
 
 @contextmanager
-def only_writer(output: str | Path, *, inside: bool = False) -> Iterator[None]:
+def only_writer(output: str | Path, *, inside: bool = False) -> Iterator[Callable[[], None]]:
     """Keep every other job, of this process or another, from writing `output` meanwhile.
 
     output: a file, or a directory that appears as a whole; with `inside` a directory in which the job writes
+
+    Yields a function that raises Vanished where the side file, and so what it guards, was removed or renamed since.
 
     The lock is `flock` on a side file, `.NAME.lock` beside the output or `.lock` in it, which is removed at the end.
     The operating system releases it when the process ends, however it ends, so that a side file that a killed job has
@@ -42,7 +45,7 @@ def only_writer(output: str | Path, *, inside: bool = False) -> Iterator[None]:
     handle = _take(output, lock)
     _held.add(handle)
     try:
-        yield
+        yield lambda: check_in_place(lock, handle)
     finally:
         if _names(lock, handle):  # first, since somebody else's may be of this name once the lock is free
             lock.unlink(missing_ok=True)

@@ -17,7 +17,8 @@ ALLOWED: dict[str, set[str]] = {
     "progress": set(),
     "announced": {"errors"},
     "runtime": {"announced", "errors"},
-    "locks": {"errors"},
+    "files": set(),
+    "locks": {"files", "errors"},
     "registry": {"errors"},
     "hardware": {"errors"},
     "sections": {"errors"},
@@ -26,17 +27,18 @@ ALLOWED: dict[str, set[str]] = {
     "head": set(),
     "objective": {"scores", "config", "registry", "errors"},
     "batch": set(),
-    "hf": {"locks", "errors"},
+    "hf": {"locks", "files", "errors"},
     "bridge": {"hf", "processes", "registry", "terminal", "errors"},
     "policy": {"bridge", "hf", "head", "objective", "batch", "config", "processes", "runtime"}
     | {"progress", "hardware", "errors"},
     "planning": {"policy", "bridge", "batch", "hf", "config", "hardware", "errors"},
     "rollout": {"head", "batch", "hf", "scores", "config", "registry", "progress", "errors"},
     "data": {"batch", "scores", "config", "registry", "errors"},
-    "evaluation": {"scores", "errors"},
-    "judging": {"evaluation", "data", "rollout", "hf", "scores", "config", "sections", "runtime", "locks", "errors"},
+    "evaluation": {"scores", "files", "errors"},
+    "judging": {"evaluation", "data", "rollout", "hf", "scores", "config", "sections", "runtime", "locks"}
+    | {"files", "errors"},
     "training": {"planning", "judging", "evaluation", "data", "rollout", "policy", "bridge", "hf", "objective", "batch"}
-    | {"scores", "config", "sections", "runtime", "progress", "terminal", "locks", "hardware", "errors"},
+    | {"scores", "config", "sections", "runtime", "progress", "terminal", "locks", "hardware", "files", "errors"},
     "doctor": {"rollout", "policy", "head", "config", "runtime", "hardware", "errors", "version"},
     "cluster": {"doctor", "planning", "runtime", "hardware", "errors", "version"},
     # Names of the library, imported on first use.
@@ -62,6 +64,7 @@ ALLOWED: dict[str, set[str]] = {
 FORBIDDEN = {
     "version": {"megatron", "torch", "transformers"},
     "errors": {"megatron", "torch", "transformers"},
+    "files": {"megatron", "torch", "transformers"},
     "locks": {"megatron", "torch", "transformers"},
     "registry": {"megatron", "torch", "transformers"},
     "hardware": {"megatron", "torch", "transformers"},

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any, Self
 
 from real_megatron.errors import DataError
 from real_megatron.evaluation.metrics import Estimate
+from real_megatron.files import replace_text
 
 DECODINGS = ("rail", "sampled")
 
@@ -78,7 +78,7 @@ class Evaluation:
         """Write `path` (JSON, indented; NaN as null) and the predictions beside it, in `predictions_path(path)`."""
         path.parent.mkdir(parents=True, exist_ok=True)
         rows = "".join(json.dumps(asdict(p), ensure_ascii=False) + "\n" for p in self.predictions)
-        _replace(predictions_path(path), rows)
+        replace_text(predictions_path(path), rows)
         fields = {
             "name": self.name,
             "step": self.step,
@@ -87,7 +87,7 @@ class Evaluation:
             "means": self.means,
             "config": self.config,
         }
-        _replace(path, json.dumps(_without_nan(fields), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+        replace_text(path, json.dumps(_without_nan(fields), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
     @classmethod
     def load(cls, path: Path) -> Self:
@@ -121,13 +121,6 @@ class Evaluation:
 def predictions_path(path: Path) -> Path:
     """Where the predictions of the evaluation `path` are: `NAME.json` → `NAME.predictions.jsonl`."""
     return path.with_suffix(".predictions.jsonl")
-
-
-def _replace(path: Path, text: str) -> None:
-    fresh = path.with_name(path.name + ".tmp")
-    # A lone surrogate has no UTF-8 form: it is written as a JSON escape.
-    fresh.write_text(text, encoding="utf-8", errors="backslashreplace")
-    os.replace(fresh, path)
 
 
 def _without_nan(value: Any) -> Any:

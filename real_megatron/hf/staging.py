@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from real_megatron.files import writing
 from real_megatron.hf.output import check_output
 from real_megatron.locks import only_writer
 
@@ -22,19 +23,21 @@ def check_new(output: str | Path) -> None:
 def staged_directory(output: str | Path) -> Iterator[Path]:
     """Yield a hidden directory beside `output`; on success flush it to disk and rename it to `output`.
 
-    On an exception it is removed. A killed process leaves only the hidden directory `.<name>.partial`, which the next
-    attempt removes. Raises as `check_new`, and ConfigError while another process writes it.
+    On an exception it is removed; a full disk is an OSError that names the output and the fix. A killed process leaves
+    only the hidden directory `.<name>.partial`, which the next attempt removes. Raises as `check_new`, and ConfigError
+    while another process writes it.
     """
     output = Path(output)
     check_new(output)
     with only_writer(output):
         check_new(output)  # another may have written it meanwhile
-        partial = output.parent / f".{output.name}.partial"
+        partial = _hidden(output)
         if partial.exists():
             shutil.rmtree(partial)
         partial.mkdir()
         try:
-            yield partial
+            with writing(output):
+                yield partial
             for path in [*partial.rglob("*"), partial]:
                 _sync(path)
             if output.exists():
@@ -44,6 +47,19 @@ def staged_directory(output: str | Path) -> Iterator[Path]:
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
+
+
+def discard(output: Path) -> None:
+    """Remove what `staged_directory` has made, at once: a killed removal leaves only the hidden directory."""
+    partial = _hidden(output)
+    if partial.exists():
+        shutil.rmtree(partial)
+    output.rename(partial)
+    shutil.rmtree(partial)
+
+
+def _hidden(output: Path) -> Path:
+    return output.parent / f".{output.name}.partial"
 
 
 def _sync(path: Path) -> None:

@@ -3,7 +3,6 @@ stage's critiques."""
 
 import json
 import logging
-import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,6 +12,7 @@ from real_megatron.config import RunConfig
 from real_megatron.data import JudgeExample, encode_prompts, load_examples
 from real_megatron.data.files import source_digest
 from real_megatron.errors import ConfigError
+from real_megatron.files import replace_text, writing
 from real_megatron.hf.output import check_output_file
 from real_megatron.judging.job import keep_settings, template_digest, weights_written
 from real_megatron.judging.judge import Judge
@@ -67,6 +67,7 @@ def write_critiques(
         from_rank_0(lambda: _begin(output, partial, {**about, **_settings(config, samples)}))
         if from_rank_0(output.exists):
             logger.info("%s is complete", output)
+            from_rank_0(lambda: partial.unlink(missing_ok=True))  # of a job that was killed between the two
             return len(_lines(output))
         work = output.parent / "rollout"
         with Judge.from_pretrained(model, revision=revision, config=config, work_dir=work, start=False) as judge:
@@ -148,7 +149,7 @@ def _go_on(partial: Path) -> int:
     lines = _lines(partial) if partial.exists() else []
     ends = [i for i, line in enumerate(lines) if line.startswith(_CHUNK_END) and line.endswith("\n")]
     whole = max(ends, default=-1)
-    _replace(partial, lines[: whole + 1])
+    replace_text(partial, "".join(lines[: whole + 1]))
     if whole < 0:
         return 0
     done: int = json.loads(lines[whole])["prompts"]
@@ -157,7 +158,7 @@ def _go_on(partial: Path) -> int:
 
 
 def _append(partial: Path, rows: Sequence[Row]) -> None:
-    with partial.open("a", encoding="utf-8", newline="\n") as file:
+    with writing(partial), partial.open("a", encoding="utf-8", newline="\n") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
@@ -165,15 +166,9 @@ def _finish(partial: Path, output: Path) -> int:
     """Give the file its final form and name, unless it holds no critique; returns their number."""
     lines = [line for line in _lines(partial) if not line.startswith(_CHUNK_END)]
     if lines:
-        _replace(output, lines)
+        replace_text(output, "".join(lines))
     partial.unlink()
     return len(lines)
-
-
-def _replace(file: Path, lines: Sequence[str]) -> None:
-    fresh = file.with_name(file.name + ".tmp")
-    fresh.write_text("".join(lines), encoding="utf-8", newline="\n")
-    os.replace(fresh, file)
 
 
 def _lines(file: Path) -> list[str]:

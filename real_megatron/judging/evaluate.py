@@ -159,10 +159,9 @@ def evaluate_sets(
             kept=kept,
         )
         results[name].counts |= {"prompts_dropped": test_set.dropped, "prompts_cut": test_set.cut}
-        if rank() == 0:
-            results[name].save(evaluation_path(directory, name, step))
-            if kept is not None:
-                kept.end()
+        from_rank_0(lambda name=name: results[name].save(evaluation_path(directory, name, step)))  # type: ignore[misc]
+        if kept is not None:
+            kept.end()
     return results
 
 
@@ -255,7 +254,7 @@ def forget_evaluations(directory: Path, step: int) -> None:
     """Remove the saved evaluations of later steps than `step`: a run that starts there will make them again, perhaps at
     other steps, and a report would take the old ones for its newest."""
     for path in (directory / "evaluation").glob("*-step-*.json*"):
-        found = re.search(r"-step-(\d+)(\.json|\.predictions\.jsonl)$", path.name)
+        found = re.search(r"-step-(\d+)(\.json|\.predictions\.jsonl)(\.tmp)?$", path.name)
         if found and int(found[1]) > step:
             path.unlink()
 

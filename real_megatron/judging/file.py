@@ -12,6 +12,7 @@ from typing import Any, BinaryIO
 
 from real_megatron.data.record import parse_json, plain_record
 from real_megatron.errors import ConfigError, DataError, PromptRefused
+from real_megatron.files import writing
 from real_megatron.judging.evaluate import judge_settings
 from real_megatron.judging.job import keep_settings, template_digest, weights_written
 from real_megatron.judging.judge import Judge
@@ -301,5 +302,6 @@ def _write(file: BinaryIO, row: dict[str, Any]) -> None:
 
 
 def _sync(file: BinaryIO) -> None:
-    file.flush()
-    os.fsync(file.fileno())
+    with writing(Path(file.name)):
+        file.flush()
+        os.fsync(file.fileno())

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from real_megatron.errors import ConfigError
+from real_megatron.files import replace_text, writing
 from real_megatron.judging.reading import Answer, Reading
 
 Row = list[Reading]
@@ -44,13 +45,13 @@ class KeptReadings:
                     f"{self._path}, line {number}: damaged; remove the file to begin this evaluation anew"
                 ) from None
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._path.write_text("".join(whole), encoding="utf-8", newline="\n")
+        replace_text(self._path, "".join(whole))
         return rows
 
     def add(self, rows: Sequence[Row]) -> None:
         """Keep the rows of a further batch."""
         if self._path is not None:
-            with self._path.open("a", encoding="utf-8", newline="\n") as file:
+            with writing(self._path), self._path.open("a", encoding="utf-8", newline="\n") as file:
                 file.writelines(json.dumps([asdict(reading) for reading in row]) + "\n" for row in rows)
 
     def end(self) -> None:

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from real_megatron.files import writing
 from real_megatron.policy.checkpoint_errors import explain_checkpoint_errors
-from real_megatron.runtime import barrier, from_rank_0, rank
+from real_megatron.runtime import barrier, from_rank_0
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +25,7 @@ class CheckpointStore:
     """Checkpoints `step-NNNNNN` of one run in a directory that all ranks see.
 
     A checkpoint is written under another name and renamed when every rank has finished, so a directory with this name
-    is complete, and a killed save or removal leaves only a `.partial` directory that the next save clears away.
+    is complete, and a killed save or removal leaves only a `.partial` directory, which the next start or save clears.
     """
 
     def __init__(self, directory: Path, keep: int) -> None:
@@ -41,6 +42,10 @@ class CheckpointStore:
         """Step and directory of the newest complete checkpoint. Collective: rank 0 looks, all ranks get its answer."""
         return from_rank_0(lambda: max(self._complete(), default=None))
 
+    def clear(self) -> None:
+        """Remove what a killed save or removal has left. Collective."""
+        from_rank_0(self._clear)
+
     def count(self) -> int:
         """How many complete checkpoints there are."""
         return len(self._complete())
@@ -53,24 +58,31 @@ class CheckpointStore:
         """
         final = self.path(step)
         partial = final.with_suffix(".partial")
-        if rank() == 0:
-            if final.exists():
-                _remove(final)
-            for leftover in self.directory.glob("*.partial"):
-                shutil.rmtree(leftover)
-            partial.mkdir(parents=True)
-        barrier()
+
+        def begin() -> None:
+            with writing(partial):
+                if final.exists():
+                    _remove(final)
+                self._clear()
+                partial.mkdir(parents=True)
+
+        def end() -> None:
+            with writing(partial):
+                partial.rename(final)
+                self.prune()
+            logger.info("saved %s", final)
+
+        from_rank_0(begin)
         _check_visible(partial)
-        with explain_checkpoint_errors(
-            f"{partial}: cannot be written", "make room there, and run the same command again to go on"
+        with (
+            explain_checkpoint_errors(
+                f"{partial}: cannot be written", "make room there, and run the same command again to go on"
+            ),
+            writing(partial),
         ):
             write(partial)
         barrier()
-        if rank() == 0:
-            partial.rename(final)
-            self.prune()
-            logger.info("saved %s", final)
-        barrier()
+        from_rank_0(end)
         return final
 
     def prune(self) -> None:
@@ -78,6 +90,10 @@ class CheckpointStore:
         for step, path in sorted(self._complete())[: -self.keep]:
             if step != self.held:
                 _remove(path)
+
+    def _clear(self) -> None:
+        for leftover in self.directory.glob("*.partial"):
+            shutil.rmtree(leftover)
 
     def _complete(self) -> list[tuple[int, Path]]:
         matches = ((_COMPLETE.fullmatch(path.name), path) for path in self.directory.glob("step-*"))

@@ -4,13 +4,15 @@ import importlib.util
 import json
 import math
 import os
+import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, Self, TextIO
+from typing import Any, Protocol, Self
 
 from real_megatron.config import MetricsConfig
 from real_megatron.errors import ConfigError
+from real_megatron.files import check_in_place, replace_text, writing
 
 
 class Sink(Protocol):
@@ -30,30 +32,44 @@ class JsonLines:
     """
 
     def __init__(self, path: Path, resume_step: int = 0) -> None:
+        self.path = path
         self.last_step: int | None = None
         """The step of the last row, of an earlier start or of this one."""
-        self._path = path
-        self._file: TextIO | None = None  # made with its first row
+        self._file: int | None = None
+        """Its descriptor, without a buffer that could be written later; made with its first row."""
+        self._kept: list[str] = []
         if path.exists():
             lines = path.read_text(encoding="utf-8").splitlines() if resume_step else []
             kept = [line for line in lines if _step_of(line) <= resume_step]
-            fresh = path.with_suffix(".tmp")
-            fresh.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-            os.replace(fresh, path)
+            replace_text(path, "".join(line + "\n" for line in kept))
             self.last_step = int(_step_of(kept[-1])) if kept else None
+            self._kept = kept
+
+    def rows_of(self, step: int) -> list[dict[str, Any]]:
+        """The rows of a step that an earlier start has written, without the step."""
+        rows = [json.loads(line) for line in self._kept if _step_of(line) == step]
+        return [{name: value for name, value in row.items() if name != "step"} for row in rows]
 
     def write(self, step: int, row: dict[str, Any]) -> None:
         # JSON has no NaN: null says that the number does not exist.
         row = {name: None if isinstance(x, float) and not math.isfinite(x) else x for name, x in row.items()}
-        if self._file is None:
-            self._file = self._path.open("a", encoding="utf-8")
-        self._file.write(json.dumps({"step": step, **row}) + "\n")
-        self._file.flush()
+        self.check_in_place()
+        line = memoryview((json.dumps({"step": step, **row}) + "\n").encode())
+        with writing(self.path):
+            if self._file is None:
+                self._file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+            while line:
+                line = line[os.write(self._file, line) :]
         self.last_step = step
+
+    def check_in_place(self) -> None:
+        """Raise Vanished where the file was removed or renamed since its first row."""
+        if self._file is not None:
+            check_in_place(self.path, self._file)
 
     def close(self) -> None:
         if self._file is not None:
-            self._file.close()
+            os.close(self._file)
 
 
 class JsonlSink:
@@ -68,6 +84,15 @@ class JsonlSink:
         """The step of the last row of metrics."""
         return self._metrics.last_step
 
+    def samples_of(self, step: int) -> list[dict[str, Any]]:
+        """The responses of a step that an earlier start has written."""
+        return self._samples.rows_of(step)
+
+    def check_in_place(self) -> None:
+        """Raise Vanished where what has been written so far was removed or renamed."""
+        self._metrics.check_in_place()
+        self._samples.check_in_place()
+
     def write(self, step: int, values: dict[str, float]) -> None:
         self._metrics.write(step, values)
 
@@ -81,20 +106,26 @@ class JsonlSink:
 
 
 class TensorBoardSink:
-    """TensorBoard event files; what an earlier start of the run wrote for later steps is not shown."""
+    """TensorBoard event files; what an earlier start of the run wrote from step `begin` on is not shown."""
 
-    def __init__(self, directory: Path, resume_step: int = 0) -> None:
+    def __init__(self, directory: Path, begin: int = 0) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(directory), purge_step=resume_step + 1 if resume_step else 0)
+        self._directory = directory
+        with writing(directory):
+            _put_in_order(directory)
+            self._writer = SummaryWriter(str(directory), purge_step=begin)
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
-        self._writer.flush()
+        with writing(self._directory):
+            for name, value in values.items():
+                self._writer.add_scalar(name, value, step)
+            self._writer.flush()
 
     def samples(self, step: int, rows: list[dict[str, Any]]) -> None:
-        self._writer.add_text("samples", "\n\n".join(map(_markdown, rows)), step)
+        with writing(self._directory):
+            self._writer.add_text("samples", "\n\n".join(map(_markdown, rows)), step)
+            self._writer.flush()
 
     def close(self) -> None:
         self._writer.close()
@@ -112,7 +143,7 @@ class WandbSink:
         self._run = wandb.init(
             project=project, name=directory.name, dir=str(directory), config=config, id=run_id, resume="allow"
         )
-        marker.write_text(self._run.id, encoding="utf-8")
+        replace_text(marker, self._run.id)
 
     def write(self, step: int, values: dict[str, float]) -> None:
         self._run.log(values, step=step)
@@ -137,10 +168,15 @@ def check_sinks(config: MetricsConfig) -> None:
 
 
 class MetricSinks:
-    """All configured sinks. Ranks other than 0 write nothing."""
+    """All configured sinks. Ranks other than 0 write nothing.
+
+    metrics.jsonl comes last: a row that stands there is in all of them, wherever the run was killed. The row of the
+    step that the run resumes from, where it does not stand there, is written again.
+    """
 
     def __init__(self, sinks: Sequence[Sink]) -> None:
         self._sinks = sinks
+        self._lines = next((sink for sink in sinks if isinstance(sink, JsonlSink)), None)
 
     @classmethod
     def open(
@@ -149,25 +185,36 @@ class MetricSinks:
         if rank:
             return cls([])
         output.mkdir(parents=True, exist_ok=True)
-        sinks: list[Sink] = [JsonlSink(output, resume_step)]
+        lines = JsonlSink(output, resume_step)
+        sinks: list[Sink] = []
         if config.tensorboard:
-            sinks.append(TensorBoardSink(output / "tensorboard", resume_step))
+            whole = bool(resume_step) and lines.last_step == resume_step
+            board = TensorBoardSink(output / "tensorboard", resume_step + whole)
+            if not whole and (rows := lines.samples_of(resume_step)):
+                board.samples(resume_step, rows)
+            sinks.append(board)
         if config.wandb_project:
             sinks.append(WandbSink(config.wandb_project, output, run_config, resume_step))
-        return cls(sinks)
+        return cls([*sinks, lines])
 
     @property
     def last_step(self) -> int | None:
         """The step of the last row of metrics.jsonl; None without one, and on ranks that write none."""
-        return next((sink.last_step for sink in self._sinks if isinstance(sink, JsonlSink)), None)
+        return None if self._lines is None else self._lines.last_step
 
     def write(self, step: int, values: dict[str, float]) -> None:
+        self._check_in_place()
         for sink in self._sinks:
             sink.write(step, values)
 
     def samples(self, step: int, rows: list[dict[str, Any]]) -> None:
+        self._check_in_place()
         for sink in self._sinks:
             sink.samples(step, rows)
+
+    def _check_in_place(self) -> None:
+        if self._lines is not None:
+            self._lines.check_in_place()
 
     def close(self) -> None:
         for sink in self._sinks:
@@ -194,6 +241,17 @@ def distinct_n(texts: Iterable[Sequence[int]], n: int) -> float:
             seen.add(tuple(ids[start : start + n]))
             total += 1
     return len(seen) / total if total else math.nan
+
+
+def _put_in_order(directory: Path) -> None:
+    """TensorBoard reads event files in the order of their names, which begin with the second they were made in: where
+    the clock has gone back since, or not gone on, give those of earlier starts the first seconds there are."""
+    files = sorted(directory.glob("events.out.tfevents.*"))
+    if files and int(files[-1].name.split(".")[3]) >= int(time.time()):
+        for number, file in enumerate(files):
+            file.rename(
+                file.with_name(".".join([*file.name.split(".")[:3], f"{number:010d}", *file.name.split(".")[4:]]))
+            )
 
 
 def _markdown(row: dict[str, Any]) -> str:

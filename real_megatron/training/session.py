@@ -1,7 +1,6 @@
 """The parts of a training run that do not depend on its objective: what the loops in rl.py and sft.py are made of."""
 
 import logging
-import shutil
 import signal
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -13,7 +12,9 @@ import torch
 import torch.distributed as dist
 
 from real_megatron.config import RunConfig
+from real_megatron.files import replace_text
 from real_megatron.hf.side_files import RUN_FILE
+from real_megatron.hf.staging import discard
 from real_megatron.judging.evaluate import evaluate_sets, forget_evaluations
 from real_megatron.judging.judge import Judge
 from real_megatron.locks import only_writer
@@ -63,7 +64,7 @@ class Session:
         join_torchrun(config.parallel.timeout_minutes)
         self.best = BestCheckpoint(self.store, config.checkpoint.best)
         with ExitStack() as held:
-            from_rank_0(lambda: held.enter_context(only_writer(config.output, inside=True)))
+            from_rank_0(lambda: self._take_output(held))
             self.policy = Policy(config, self.scale.score_ids, self.scale.values, prepared.updates, self.model_dir)
             self.inputs = from_rank_0(lambda: inputs(config, self.model_dir, self.groups))
             self._lock = held.pop_all()
@@ -74,6 +75,14 @@ class Session:
         """Held while the engine generates, possibly in another thread: its weights must not change then."""
         self._engine: RolloutEngine | None = None
         self._published: int | None = None
+
+    def _take_output(self, held: ExitStack) -> None:
+        self._check_in_place = held.enter_context(only_writer(self.config.output, inside=True))
+
+    def check_output(self) -> None:
+        """Raise Vanished where the output directory was removed or renamed since the start: a file there would be of a
+        run that nobody finds, or of a second one's. Collective."""
+        from_rank_0(lambda: self._check_in_place())
 
     # --- the engine -------------------------------------------------------------------------------------------------
 
@@ -94,7 +103,9 @@ class Session:
             dtype=default_dtype(config.model.dtype),
             fp32_logits=config.model.fp32_logits,
         )
-        self._engine = build_engine(spec, host_group(config.parallel.timeout_minutes))
+        # An engine that draws first weights would else take numbers that the run before a resume has not taken here.
+        with torch.random.fork_rng([spec.device] if spec.device.type == "cuda" else []):
+            self._engine = build_engine(spec, host_group(config.parallel.timeout_minutes))
 
     @property
     def engine(self) -> RolloutEngine:
@@ -130,6 +141,7 @@ class Session:
 
         Raises ConfigError when the checkpoint was trained with other data or another model, OSError when it is damaged.
         """
+        self.store.clear()
         newest = self.store.newest()
         if newest is None:
             return
@@ -157,7 +169,7 @@ class Session:
         config, rank = self.config, self.policy.runtime.rank
         if rank == 0:
             config.output.mkdir(parents=True, exist_ok=True)
-            (config.output / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
+            replace_text(config.output / "config.yaml", config.to_yaml())
             forget_evaluations(config.output, self.start)
         with StepLog(config, self.policy.runtime, self.start, self.steps) as log:
             if self.start == 0 and config.evaluation.every:
@@ -202,6 +214,7 @@ class Session:
             if self.policy.runtime.rank == 0:  # for `convert to-hf`, which reads tensors alone
                 write_run(self.config, directory)
 
+        self.check_output()
         self.store.save(done, write)
 
     def samples_due(self, done: int) -> bool:
@@ -220,6 +233,7 @@ class Session:
         """
         if not self.evaluation_sets:
             return {}
+        self.check_output()
         if self._engine is None:
             self.start_engine()
         config = self.config
@@ -243,17 +257,18 @@ class Session:
         self.best.say(self.config)
         if not self.config.checkpoint.save_hf:
             return
+        self.check_output()
         if self.policy.runtime.rank == 0 and (self._hf / RUN_FILE).exists():
-            shutil.rmtree(self._hf)  # of this run, before it was given more steps
+            discard(self._hf)  # of this run, before it was given more steps
         save_hf(self.policy, self._hf)
         logger.info("wrote %s", self._hf)
 
     def _exported(self) -> bool:
         """Whether the Hugging Face checkpoint is that of the last step: not of this run before it was given more."""
-        if not self._hf.exists():
-            return False
         made_by = self._hf / RUN_FILE
-        saved = RunConfig.from_yaml(made_by) if made_by.exists() else self.config
+        if not made_by.exists():
+            return False
+        saved = RunConfig.from_yaml(made_by)
         return (saved.steps, saved.epochs) == (self.config.steps, self.config.epochs)
 
     @property

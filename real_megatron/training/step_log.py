@@ -35,12 +35,11 @@ class StepLog:
 
     def row(self, step: int, values: dict[str, float]) -> None:
         """Write a row of metrics as it is."""
-        self._sinks.write(step, values)
+        from_rank_0(lambda: self._sinks.write(step, values))
 
     def samples(self, done: int, rows: list[dict[str, Any]]) -> None:
         """Write some responses of a training step (`sample_rows`), where there are any."""
-        if rows:
-            self._sinks.samples(done, rows)
+        from_rank_0(lambda: self._sinks.samples(done, rows) if rows else None)
 
     def step(self, done: int, values: dict[str, float], seconds: dict[str, float]) -> None:
         """Write the row of a training step and show it.
@@ -54,7 +53,7 @@ class StepLog:
         peak = peak_flops(self._runtime.device)
         if peak is not None:
             values["mfu"] = values["model_flops"] / seconds["update"] / (peak * self._runtime.world_size)
-        self._sinks.write(done, values)
+        from_rank_0(lambda: self._sinks.write(done, values))
         if self._runtime.rank:
             return
         figures = "  ".join([*map(str.upper, self._faults.see(done, values)), _figures(values)])

@@ -8,6 +8,7 @@ that nothing that a run has started can leave it.
 """
 
 import ctypes
+import importlib
 import json
 import os
 import signal
@@ -19,11 +20,18 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import torch
 
 from real_megatron.processes import end_with
 
-PEERS_S = 20
-"""How long ranks may take to end by themselves when another has died: torchrun waits 30 s before it kills them."""
+IMPORTS = (
+    *("real_megatron.cli", "real_megatron.policy.policy", "real_megatron.training.rl", "real_megatron.training.sft"),
+    *("tests.support.kill_points", "torch.utils.tensorboard", "transformers.models.qwen3.modeling_qwen3"),
+)
+"""All that a run imports, before the first fork."""
+PEERS_S = 5
+"""How long ranks may take to end by themselves when another has died, before the agent ends them. torchrun begins to end
+them within a second."""
 GONE_S = 30
 """How long after the ranks their servers may last."""
 _PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
@@ -151,8 +159,6 @@ def _run(start: Start, rank: int) -> int:
     if root:
         killer.watch_files()
     if start.setup:
-        import importlib
-
         module, _, name = start.setup.partition(":")
         getattr(importlib.import_module(module), name)()
     code = 0
@@ -168,17 +174,8 @@ def _run(start: Start, rank: int) -> int:
 
 
 def main() -> None:
-    # All that a run imports, before the first fork.
-    import tensorboard.backend.event_processing.event_accumulator  # noqa: F401
-    import torch
-    import torch.utils.tensorboard  # noqa: F401
-    import transformers.models.qwen3  # noqa: F401
-
-    import real_megatron.cli
-    import real_megatron.policy.policy
-    import real_megatron.training.rl
-    import tests.support.kill_points  # noqa: F401
-
+    for name in IMPORTS:
+        importlib.import_module(name)
     torch.set_num_threads(1)
     answers = os.fdopen(os.dup(1), "w")
     print("ready", file=answers, flush=True)

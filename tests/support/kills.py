@@ -26,8 +26,8 @@ from tests.support.kill_zygote import End, Start
 from tests.support.tiny_runs import tiny_config
 
 ROOT = Path(__file__).parents[2]
-STARTS = 60
-"""Starts after which a chain that does not finish is given up."""
+CHAIN = 4
+"""Kills of one run at most, before it is left to finish."""
 
 
 def killed_config(task: Path, output: Path, **sections: Any) -> RunConfig:
@@ -133,6 +133,10 @@ class Run:
         assert end.codes == [0] * self.ranks, f"{end}\n{self.log()[-6000:]}"
         return end
 
+    def forget(self) -> None:
+        """Remove all of it."""
+        shutil.rmtree(self.directory)
+
     def log(self) -> str:
         return (self.directory / "log").read_text(encoding="utf-8")
 
@@ -225,11 +229,14 @@ def result_of(run: Run) -> dict[str, Any]:
 
 def differences(found: dict[str, Any], expected: dict[str, Any]) -> list[str]:
     """The names under which two results are not equal, with a part of what is there."""
-    return [
-        f"{name}: {str(found.get(name))[:1500]}\n  instead of {str(expected.get(name))[:1500]}"
-        for name in sorted(found.keys() | expected.keys())
-        if found.get(name) != expected.get(name)
-    ]
+    wrong = []
+    for name in sorted(found.keys() | expected.keys()):
+        here, there = found.get(name), expected.get(name)
+        if here != there and isinstance(here, dict) and isinstance(there, dict):
+            wrong += [f"{name}: {line}" for line in differences(here, there)]
+        elif here != there:
+            wrong.append(f"{name}: {str(here)[:300]}\n  instead of {str(there)[:300]}")
+    return wrong
 
 
 def _times(name: str) -> bool:
@@ -267,7 +274,6 @@ class Tally:
     """The step that the next start resumed from, for each kill."""
     chains: int = 0
     """Runs that were killed again and again, and then finished: all of them bit-identical."""
-    worst_peers_s: float = 0.0
     worst_gone_s: float = 0.0
     by_agent: int = 0
 
@@ -276,7 +282,7 @@ class Tally:
         steps = ", ".join(f"{step}: {self.resumed.count(step)}" for step in sorted(set(self.resumed)))
         return (
             f"| {self.phase} | {self.ranks} | {self.kills} | {len(self.points)} | {steps} | {self.chains} of "
-            f"{self.chains} | {self.worst_peers_s:.1f} | {self.worst_gone_s:.1f} |"
+            f"{self.chains} | {self.worst_gone_s:.1f} | {self.by_agent} |"
         )
 
 
@@ -285,7 +291,7 @@ def kill_often(run: Run, whole: Run, phase: str, count: int, seed: int) -> Tally
     them; fails where anything is not as in `whole`, which nobody has disturbed."""
     draw, tally = random.Random(f"{phase} {run.ranks} {seed}"), Tally(phase, run.ranks)
     seconds, expected = whole.report()["seconds"], result_of(whole)
-    done = 0
+    done = in_chain = 0
     while tally.kills < count:
         typical = sorted(seconds[phase])[len(seconds[phase]) // 2]
         # Of what is still to come: a phase comes once a step, the export at the end, the start at the beginning.
@@ -296,8 +302,8 @@ def kill_often(run: Run, whole: Run, phase: str, count: int, seed: int) -> Tally
         told = f"{where}, ranks {victims}, kill {tally.kills} of seed {seed}: {end}"
         if end.codes == [0] * run.ranks:  # what was left to do has not come so far
             _compare(run, expected, f"finished; {told}")
-            tally.chains, done = tally.chains + 1, 0
-            shutil.rmtree(run.directory)
+            tally.chains, done, in_chain = tally.chains + 1, 0, 0
+            run.forget()
             continue
         assert all(end.codes[rank] == -9 for rank in victims), f"{told}\n{run.log()[-6000:]}"
         assert not end.left, told
@@ -309,13 +315,14 @@ def kill_often(run: Run, whole: Run, phase: str, count: int, seed: int) -> Tally
         tally.kills += 1
         tally.points.add((done, where["after"]))
         tally.resumed.append(done)
-        tally.worst_peers_s = max(tally.worst_peers_s, end.peers_s)
         tally.worst_gone_s = max(tally.worst_gone_s, end.gone_s)
         tally.by_agent += end.ended_by_agent
-    run.finish()
-    _compare(run, expected, f"after {tally.kills} kills in {phase}, seed {seed}")
-    tally.chains += 1
-    shutil.rmtree(run.directory)
+        in_chain += 1
+        if in_chain == CHAIN or tally.kills == count:
+            run.finish()
+            _compare(run, expected, f"after {in_chain} kills in {phase}, kill {tally.kills} of seed {seed}")
+            tally.chains, done, in_chain = tally.chains + 1, 0, 0
+            run.forget()
     return tally
 
 
