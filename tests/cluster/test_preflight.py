@@ -112,7 +112,7 @@ def test_ports_that_are_taken(pair: Pair, listener: int) -> None:
 def test_a_host_that_is_cut_off(pair: Pair) -> None:
     pair.hosts.cut("h2")
     try:
-        found = pair.broken("-o", "ConnectTimeout=1")
+        found = pair.broken("-o", "ConnectTimeout=3")
     finally:
         pair.hosts.join("h2")
         pair.hosts.wait_reachable("h2")

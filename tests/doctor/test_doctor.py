@@ -73,9 +73,9 @@ def test_an_import_that_hangs_is_given_up(tmp_path: Path, monkeypatch: pytest.Mo
     package(tmp_path, "sleepy", "import time; time.sleep(60)")
     package(tmp_path, "loud", "print('{}'); __version__ = '7'")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    found = look({"loud": "loud", "sleepy": "sleepy", "absent": "absent.inside"}, timeout_s=2)
+    found = look({"loud": "loud", "sleepy": "sleepy", "absent": "absent.inside"}, timeout_s=3)
     assert found.packages["loud"] == Package("loud", "7", True, "")
-    assert "not done in 2 s" in found.packages["sleepy"].error
+    assert "not done in 3 s" in found.packages["sleepy"].error
     assert not found.packages["absent"].there and not found.packages["absent"].error
 
 
