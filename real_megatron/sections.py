@@ -299,7 +299,7 @@ def _explain(
     else:
         numbered = [loc[:n] for n in range(len(loc), 0, -1) if loc[:n] in lines]
         where = f"{path}:{lines[numbered[0]]}" if numbered else str(path)
-    key = ".".join(loc)
+    key = _shown(loc)
     if fault["type"] == "extra_forbidden":
         return f"{where}: unknown key `{key}`{_nearest(model, loc)}"
     if fault["type"] == "missing":
@@ -319,7 +319,7 @@ def _explain(
     if fault["type"] == "value_error":  # raised by a check of our own: it says itself what is wrong
         return f"{where}: {key + ': ' if key else ''}{message}"
     if fault["type"] == "string_type" and (loc[-1] == "[key]" or isinstance(fault["input"], bool | date)):
-        what, key = ("a key", ".".join(loc[:-2])) if loc[-1] == "[key]" else ("it", key)
+        what, key = ("a key", _shown(loc[:-2])) if loc[-1] == "[key]" else ("it", key)
         return f'{where}: `{key}`: YAML reads {what} as {fault["input"]}, not as text; put it in quotes, as in "yes"'
     return f"{where}: `{key}`: {message} (got {fault['input']!r})"
 
@@ -336,6 +336,12 @@ def _nearest(model: type[BaseModel], loc: tuple[str, ...]) -> str:
     if close:
         return f"; did you mean `{everywhere[close[0]]}`?"
     return f"; known keys here: {', '.join(siblings)}"
+
+
+def _shown(loc: tuple[str, ...]) -> str:
+    """A key for a message, which is one line."""
+    key = ".".join(loc)
+    return key if key.isprintable() else repr(key)[1:-1]
 
 
 def _leaves(annotation: Any) -> list[Any]:
