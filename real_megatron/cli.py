@@ -13,7 +13,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
@@ -716,6 +716,7 @@ def reported(go_on: Callable[[], str] = lambda: GO_ON) -> Iterator[None]:
                     raise
                 if isinstance(error, (*EXPLAINED, *_loaded("runtime", "OtherRankFailed"))):
                     show_error(error)
+                    refuse(error)
                 else:
                     show_bug(error)
                 sys.exit(EXIT_ERROR)
@@ -755,6 +756,14 @@ def show_error(error: Exception) -> None:
         return
     notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
     _print_red(f"error{f' on rank {rank}' if world > 1 else ''}: {error}{notes}")
+
+
+def refuse(error: Exception) -> None:
+    """Tell a launcher, by the file that the environment names in REFUSED, that starting again would end the same way:
+    only where the user has something to change."""
+    if (file := os.environ.get("REFUSED")) and isinstance(error, UserError):
+        with suppress(OSError):
+            Path(file).write_text(f"{error}\n", encoding="utf-8")
 
 
 def show_bug(error: Exception) -> None:

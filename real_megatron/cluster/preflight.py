@@ -14,13 +14,11 @@ from typing import Any
 from real_megatron.cluster import checks
 from real_megatron.cluster.checks import MARK, Offset
 from real_megatron.cluster.hostfile import Host, with_addresses
+from real_megatron.cluster.node import RENDEZVOUS_PORT, torchrun
 from real_megatron.cluster.ssh import Conversation, HostError
 from real_megatron.doctor.finding import Finding
+from real_megatron.rollout.serve import SERVER_PORT
 
-RENDEZVOUS_PORT = 29500
-"""Where the ranks of a launch meet, on the first training host."""
-SERVER_PORT = 30000
-"""Of the first server of a rollout host."""
 SEEN_S = 10
 """How long a file that another host has written may take to be seen: network file systems keep what they know of a
 directory for some seconds."""
@@ -117,16 +115,12 @@ class _Preflight:
         hosts = [host for host in self.hosts if host.role == "train"]
         facts = self._facts
         on_gpu = all(facts[host.name]["gpus"] for host in hosts)
-        meeting = self.addresses[hosts[0].name]
+        addresses = [self.addresses[host.name] for host in hosts]
 
         def launch(item: tuple[int, Host]) -> dict[str, Any]:
             index, host = item
             interface = checks.interface_of(facts[host.name], self.addresses[host.name])
-            # A host may not know its own name, and several may have one: who opens the store is said.
-            command = [self.python, "-m", "torch.distributed.run", f"--nnodes={len(hosts)}"]
-            command += [f"--nproc-per-node={host.slots}", "--rdzv-backend=c10d", "--rdzv-id=preflight"]
-            command += [f"--rdzv-endpoint={meeting}:{self.port}", f"--rdzv-conf=is_host={int(index == 0)}"]
-            command += [f"--local-addr={self.addresses[host.name]}", "--max-restarts=0"]
+            command = torchrun(self.python, hosts, addresses, index, "preflight", self.port)
             command += ["-m", "real_megatron.cluster.trial"]
             environment = {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": interface}
             if not on_gpu:

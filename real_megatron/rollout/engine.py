@@ -3,7 +3,7 @@ training."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -145,6 +145,17 @@ class EngineSpec:
 
 
 @dataclass(frozen=True)
+class ServerCommand:
+    """How one local server is started."""
+
+    arguments: list[str]
+    key_variable: str
+    """Environment variable from which it takes its API key: other users of the machine see its arguments."""
+    environment: dict[str, str] = field(default_factory=dict)
+    """Variables to set in addition to those of this process."""
+
+
+@dataclass(frozen=True)
 class EngineKind:
     """A kind of engine that `rollout.engine` can name."""
 
@@ -158,6 +169,8 @@ class EngineKind:
     """Weights can reach its servers by a broadcast from this host, the default where they do not share its GPUs."""
     reserved_tokens: int = 0
     """Of a model's positions, how many it keeps free."""
+    server_command: Callable[[EngineSpec, int, int, int], ServerCommand] | None = None
+    """How local server number `index` is started: (spec, index, port, longest prompt and response together)."""
 
 
 ENGINES: Registry[EngineKind] = Registry(
@@ -181,6 +194,7 @@ def register_engine(
     server_package: str = "",
     broadcasts: bool = False,
     reserved_tokens: int = 0,
+    server_command: Callable[[EngineSpec, int, int, int], ServerCommand] | None = None,
 ) -> Callable[[Builder], Builder]:
     """Decorator for a class or function that builds a `RolloutEngine` from an `EngineSpec`. See docs/extending.md.
 
@@ -188,11 +202,13 @@ def register_engine(
     server_package: the Python package that its servers run: `rollout.servers`, or those that it starts
     broadcasts: weights can reach these servers by a broadcast from this host (`rollout.sync_host`)
     reserved_tokens: of a model's positions, how many it keeps free: prompts and responses have no room there
+    server_command: how a local server is started (`EngineKind.server_command`), where it starts some
     """
     module = calling_module()
 
     def add(build: Builder) -> Builder:
-        ENGINES.register(name, EngineKind(build, on_every_rank, server_package, broadcasts, reserved_tokens), module)
+        kind = EngineKind(build, on_every_rank, server_package, broadcasts, reserved_tokens, server_command)
+        ENGINES.register(name, kind, module)
         return build
 
     return add

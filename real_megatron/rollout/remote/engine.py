@@ -15,7 +15,15 @@ from real_megatron import progress
 from real_megatron.errors import EngineError, PromptRefused
 from real_megatron.hf.checkpoint import check_servers_read_the_same
 from real_megatron.hf.rotary import longest_sequence
-from real_megatron.rollout.engine import ENGINES, EngineSpec, Response, SamplingParams, WeightSyncError, check_ids
+from real_megatron.rollout.engine import (
+    ENGINES,
+    EngineKind,
+    EngineSpec,
+    Response,
+    SamplingParams,
+    WeightSyncError,
+    check_ids,
+)
 from real_megatron.rollout.remote.client import RequestClient
 from real_megatron.rollout.remote.errors import Retryable, WrongServer
 from real_megatron.rollout.remote.http import Http
@@ -23,9 +31,16 @@ from real_megatron.rollout.remote.labels import Labels, check_loaded
 from real_megatron.rollout.remote.loop import LoopThread
 from real_megatron.rollout.remote.replica import Replica, ReplicaPool
 from real_megatron.rollout.remote.rotary import check_served_rotary
-from real_megatron.rollout.remote.servers import ServerCommand, api_key, configured_servers, port_taken
+from real_megatron.rollout.remote.servers import api_key, configured_servers, port_taken
 
 T = TypeVar("T")
+
+
+def served_tokens(spec: EngineSpec, kind: EngineKind) -> int:
+    """The longest prompt and response together that a server is started for: what is asked for, or what the model has
+    positions for. Raises CheckpointError."""
+    positions = longest_sequence(spec.hf_config()) or sys.maxsize
+    return min(spec.max_tokens, positions - kind.reserved_tokens)
 
 
 class RemoteEngine(ABC):
@@ -48,7 +63,6 @@ class RemoteEngine(ABC):
             check_servers_read_the_same(spec.model_dir)
         hf_config = spec.hf_config()
         check_served_rotary(self._name, hf_config)
-        positions = longest_sequence(hf_config) or sys.maxsize
         self._config = spec.config
         self._model_dir = spec.model_dir
         self._dtype = spec.dtype
@@ -57,7 +71,8 @@ class RemoteEngine(ABC):
         self._tokenizer = spec.tokenizer
         self._vocab_size: int = hf_config.vocab_size
         """Ids at or above it never leave this process: an out-of-range id can end a server."""
-        self._max_tokens = min(spec.max_tokens, positions - ENGINES.find(self._name).reserved_tokens)
+        kind = ENGINES.find(self._name)
+        self._max_tokens = served_tokens(spec, kind)
         """Longest prompt and response together."""
         self._stop_ids = spec.stop_ids()
         """Named in every request: a server's own list may be shorter."""
@@ -70,12 +85,14 @@ class RemoteEngine(ABC):
         self._closing = threading.Lock()
         self.api_key = api_key(spec.config)
         """Of its servers, for whoever asks them directly: not for logs or files."""
+        command = kind.server_command
+        assert command is not None, f"{self._name} is registered without server_command"
         replicas = configured_servers(
             spec.config,
             self._name,
             spec.work_dir / "logs",
             self.api_key,
-            lambda index, port: self._command(spec, index, port, self._max_tokens),
+            lambda index, port: command(spec, index, port, self._max_tokens),
         )
         self._loop = LoopThread(type(self).__name__)
         self._loop.run(self._open(replicas))
@@ -103,10 +120,6 @@ class RemoteEngine(ABC):
             raise
 
     # --- what a subclass says ---------------------------------------------------------------------------------------
-
-    @abstractmethod
-    def _command(self, spec: EngineSpec, index: int, port: int, context: int) -> ServerCommand:
-        """How local server number `index` is started, for prompt and response of `context` tokens together."""
 
     @abstractmethod
     def _generation_body(self, prompt: list[int], params: SamplingParams, seed: int | None) -> dict[str, Any]:

@@ -3,24 +3,13 @@
 import os
 import secrets
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from real_megatron.config import RolloutConfig
 from real_megatron.errors import ConfigError
+from real_megatron.rollout.engine import ServerCommand
 from real_megatron.rollout.remote.process import LOCAL, ServerProcess, free_port, in_use
 from real_megatron.rollout.remote.replica import Replica
-
-
-@dataclass(frozen=True)
-class ServerCommand:
-    """How one local server is started."""
-
-    arguments: list[str]
-    key_variable: str
-    """Environment variable from which it takes its API key: other users of the machine see its arguments."""
-    environment: dict[str, str] = field(default_factory=dict)
-    """Variables to set in addition to those of this process."""
 
 
 def api_key(config: RolloutConfig) -> str | None:

@@ -2,9 +2,8 @@
 
 import sys
 
-from real_megatron.rollout.engine import EngineSpec
+from real_megatron.rollout.engine import EngineSpec, ServerCommand
 from real_megatron.rollout.remote.process import LAUNCHER, LAUNCHER_KEY
-from real_megatron.rollout.remote.servers import ServerCommand
 from real_megatron.rollout.sglang.replies import RESERVED_TOKENS
 
 # SGLang 0.5.21 without a GPU: the torch-native path, no kernels of its own.

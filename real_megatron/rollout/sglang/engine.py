@@ -12,7 +12,7 @@ from real_megatron.rollout.engine import EngineSpec, Response, SamplingParams, d
 from real_megatron.rollout.remote.buckets import WeightBucket, bucketed
 from real_megatron.rollout.remote.engine import RemoteEngine
 from real_megatron.rollout.remote.replica import NoCurrentWeights, Replica
-from real_megatron.rollout.remote.servers import ServerCommand, weight_sync
+from real_megatron.rollout.remote.servers import weight_sync
 from real_megatron.rollout.remote.spool import CheckpointSpool
 from real_megatron.rollout.sglang import replies
 from real_megatron.rollout.sglang.command import server_command
@@ -25,7 +25,13 @@ from real_megatron.rollout.sglang.transport import SyncTargets, Transport
 logger = logging.getLogger(__name__)
 
 
-@register_engine("sglang", server_package="sglang", broadcasts=True, reserved_tokens=replies.RESERVED_TOKENS)
+@register_engine(
+    "sglang",
+    server_package="sglang",
+    broadcasts=True,
+    reserved_tokens=replies.RESERVED_TOKENS,
+    server_command=server_command,
+)
 class SGLangEngine(RemoteEngine):
     """RolloutEngine on SGLang servers (0.5.21), started here or attached to.
 
@@ -56,9 +62,6 @@ class SGLangEngine(RemoteEngine):
         self._start()
         if spec.config.servers and spec.fp32_logits and spec.dtype.itemsize < 4:
             self._loop.run(self._warn_of_rounded_logits())
-
-    def _command(self, spec: EngineSpec, index: int, port: int, context: int) -> ServerCommand:
-        return server_command(spec, index, port, context)
 
     async def _warn_of_rounded_logits(self) -> None:
         rounded = []

@@ -4,9 +4,8 @@ import os
 import sys
 
 from real_megatron.errors import EngineError
-from real_megatron.rollout.engine import EngineSpec
+from real_megatron.rollout.engine import EngineSpec, ServerCommand
 from real_megatron.rollout.remote.process import LAUNCHER
-from real_megatron.rollout.remote.servers import ServerCommand
 
 SERVED_NAME = "policy"
 """The model's name in requests."""

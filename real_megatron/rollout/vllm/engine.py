@@ -17,14 +17,13 @@ from real_megatron.rollout.remote.engine import RemoteEngine
 from real_megatron.rollout.remote.errors import Retryable, StaleReply, WrongServer
 from real_megatron.rollout.remote.labels import incomplete
 from real_megatron.rollout.remote.replica import NoCurrentWeights, Replica
-from real_megatron.rollout.remote.servers import ServerCommand
 from real_megatron.rollout.remote.spool import CheckpointSpool
 from real_megatron.rollout.vllm import replies
 from real_megatron.rollout.vllm.command import RESERVED_TOKENS, SERVED_NAME, server_command
 from real_megatron.rollout.vllm.settings import check_settings
 
 
-@register_engine("vllm", server_package="vllm", reserved_tokens=RESERVED_TOKENS)
+@register_engine("vllm", server_package="vllm", reserved_tokens=RESERVED_TOKENS, server_command=server_command)
 class VLLMEngine(RemoteEngine):
     """RolloutEngine on vLLM servers, started here or attached to.
 
@@ -49,9 +48,6 @@ class VLLMEngine(RemoteEngine):
         self._spool = CheckpointSpool(spec.work_dir / "weights", spec.model_dir)
         self._control = ControlClient(self._http, spec.config.sync_timeout_s)
         self._start()
-
-    def _command(self, spec: EngineSpec, index: int, port: int, context: int) -> ServerCommand:
-        return server_command(spec, index, port, context)
 
     # --- requests ---------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,183 @@
+#!/usr/bin/env bash
+# A run on the hosts of a file, over ssh; no Ray, no daemon. docs/launching.md
+#   bash examples/launch/ssh.sh [OPTION …] HOSTFILE train|sft CONFIG [KEY=VALUE …]
+#     --print            show every command and run nothing
+#     --no-preflight     do not compare the hosts first (real-megatron doctor --cluster)
+#     --max-restarts N   start again up to N times when a host, a rank or a server host is lost (0)
+#     --logs DIR         logs, one folder a host (runs/launch/DATE); on a file system that all hosts share
+# The repository, its environment, the model and `output` lie under the same paths on all hosts. Of the environment:
+# SSH_OPTIONS (options of ssh), PYTHON, STOP_SECONDS and RENDEZVOUS_PORT (node.sh), HOST_SECONDS (how long a restart waits
+# for hosts that do not answer, 1800).
+# Exit status: 0 when all training hosts have finished, 130 or 143 after Ctrl-C or SIGTERM, else 1.
+set -euo pipefail
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
+cd "$here"
+print='' preflight=1 restarts=0 logs=''
+while [[ ${1:-} == --* ]]; do
+    case $1 in
+        --print) print=1 ;;
+        --no-preflight) preflight='' ;;
+        --max-restarts | --logs)
+            [ $# -ge 2 ] || { echo "$1 needs a value" >&2; exit 2; }
+            if [ "$1" = --logs ]; then logs=$2; else restarts=$2; fi
+            shift
+            ;;
+        *) echo "unknown option $1: see the head of examples/launch/ssh.sh" >&2; exit 2 ;;
+    esac
+    shift
+done
+if [ $# -lt 3 ]; then
+    echo "usage: bash examples/launch/ssh.sh [OPTION …] HOSTFILE train|sft CONFIG [KEY=VALUE …]" >&2
+    exit 2
+fi
+hostfile=$(realpath "$1")
+shift
+export PYTHON=${PYTHON:-.venv/bin/python} STOP_SECONDS=${STOP_SECONDS:-25}
+run=$(date -u +%Y%m%d-%H%M%S)-$$
+logs=$(realpath -m "${logs:-runs/launch/$run}")
+read -ra ssh <<<"ssh ${SSH_OPTIONS:-}"
+# A host that does not answer for 15 s is lost.
+ssh+=(-o BatchMode=yes -o ConnectTimeout=10 -o ServerAliveInterval=5 -o ServerAliveCountMax=3)
+
+listed=$("$PYTHON" -m real_megatron.cluster.hostfile "$hostfile")
+names=() roles=() targets=()
+while read -r name _ role _ port user; do
+    names+=("$name") roles+=("$role")
+    target=''
+    [ "$port" = - ] || target+="-p $port "
+    [ "$user" = - ] || target+="-l $user "
+    targets+=("$target$name")
+done <<<"$listed"
+
+remote() { # the command of host $1 in start $2, for its shell
+    local word line
+    line="cd $(printf %q "$here") && LINE=1"
+    for word in "PYTHON=$PYTHON" "LOGS=$logs" "RUN_ID=$run-$2" "STOP_SECONDS=$STOP_SECONDS" \
+        "REFUSED=$logs/refused" \
+        ${RENDEZVOUS_PORT:+"RENDEZVOUS_PORT=$RENDEZVOUS_PORT"} ${OMP_NUM_THREADS:+"OMP_NUM_THREADS=$OMP_NUM_THREADS"}; do
+        line+=" $(printf %q "$word")"
+    done
+    shift 2
+    line+=" exec bash examples/launch/node.sh $(printf '%q ' "$@")"
+    printf '%s' "$line"
+}
+
+if [ -n "$print" ]; then
+    [ -z "$preflight" ] || echo "preflight: $PYTHON -m real_megatron doctor --cluster $hostfile --config $2"
+    for i in "${!names[@]}"; do
+        echo "${names[i]}: ${ssh[*]} ${targets[i]} $(remote "$i" 0 "$hostfile" "$i" "$@")"
+    done
+    for i in "${!names[@]}"; do
+        LOGS=$logs RUN_ID=$run-0 bash examples/launch/node.sh --print "$hostfile" "$i" "$@"
+    done
+    exit
+fi
+if [ -n "$preflight" ]; then
+    "$PYTHON" -m real_megatron doctor --cluster "$hostfile" --config "$2"
+fi
+mkdir -p "$logs"
+scratch=$(mktemp -d)
+key=$(od -An -N32 -tx1 /dev/urandom | tr -d ' \n')
+launcher=$$
+say() { echo "launch: $*" >&2; }
+
+talk() { # what the line to a host carries; it ends with the launcher, however that dies
+    printf '%s\n' "$key"
+    while [ ! -e "$scratch/kill" ] && kill -0 "$launcher" 2>/dev/null; do
+        if [ -e "$scratch/stop" ]; then
+            echo stop
+            # The line stays open while the ranks save.
+            while [ ! -e "$scratch/kill" ] && kill -0 "$launcher" 2>/dev/null; do sleep 0.5; done
+            break
+        fi
+        echo beat
+        sleep 0.5
+    done 2>/dev/null
+}
+
+pids=()
+start() {
+    rm -f "$scratch/stop" "$scratch/kill" "$logs/refused"
+    pids=()
+    for i in "${!names[@]}"; do
+        # shellcheck disable=SC2086  # the options of a host
+        "${ssh[@]}" ${targets[i]} "$(remote "$i" "$1" "$hostfile" "$i" "${@:2}")" < <(talk) 2>&1 &
+        pids[i]=$!
+    done
+    say "start $1 on ${names[*]}; logs in $logs"
+}
+running() {
+    local pid
+    for pid in "${pids[@]}"; do kill -0 "$pid" 2>/dev/null && return 0; done
+    return 1
+}
+finish() { # end all hosts: $1 is stop, with time to save, or kill
+    local until=$((SECONDS + 10))
+    touch "$scratch/$1"
+    [ "$1" = kill ] || until=$((SECONDS + STOP_SECONDS + 3))
+    while running && ((SECONDS < until)); do sleep 0.2 || true; done
+    touch "$scratch/kill"
+    until=$((SECONDS + 5))
+    while running && ((SECONDS < until)); do sleep 0.2 || true; done
+    # Of a host that is cut off: it ends by itself when the line is silent.
+    for pid in "${pids[@]}"; do kill -KILL "$pid" 2>/dev/null || true; done
+    wait 2>/dev/null || true
+}
+answering() { # wait until every host answers
+    local until=$((SECONDS + ${HOST_SECONDS:-1800}))
+    for i in "${!names[@]}"; do
+        # shellcheck disable=SC2086
+        until "${ssh[@]}" ${targets[i]} true </dev/null 2>/dev/null; do
+            [ -z "$signal" ] || return 1
+            if ((SECONDS > until)); then
+                say "${names[i]} does not answer"
+                return 1
+            fi
+            sleep 2 || true
+        done
+    done
+}
+
+signal=
+trap 'signal=130' INT
+trap 'signal=143' TERM HUP
+trap 'touch "$scratch/kill"; rm -rf "$scratch"' EXIT
+for ((attempt = 0; ; attempt++)); do
+    start "$attempt" "$@"
+    outcome=
+    while [ -z "$outcome" ]; do
+        [ -z "$signal" ] || outcome=stopped
+        training=0
+        for i in "${!names[@]}"; do
+            [ -n "${pids[i]:-}" ] || continue
+            if kill -0 "${pids[i]}" 2>/dev/null; then
+                [ "${roles[i]}" = rollout ] || training=$((training + 1))
+                continue
+            fi
+            status=0
+            wait "${pids[i]}" || status=$?
+            unset "pids[i]"
+            if ((status)) || [ "${roles[i]}" = rollout ]; then
+                say "${names[i]} has ended with status $status$( ((status != 255)) || echo ' (ssh: the host is lost)')"
+                outcome=${outcome:-failed}
+            fi
+        done
+        ((training)) || outcome=${outcome:-finished}
+        sleep 0.5 || true
+    done
+    if [ "$outcome" = failed ]; then finish kill; else finish stop; fi
+    case $outcome in
+        finished) exit 0 ;;
+        stopped) exit "$signal" ;;
+    esac
+    if [ -e "$logs/refused" ]; then
+        say "the run cannot be done as it is: $(cat "$logs/refused")"
+        exit 1
+    fi
+    if ((attempt >= restarts)); then
+        say "no restart is left (--max-restarts $restarts); the same command goes on from the last checkpoint"
+        exit 1
+    fi
+    say "restart $((attempt + 1)) of $restarts, when all hosts answer"
+    answering || exit "${signal:-1}"
+done
