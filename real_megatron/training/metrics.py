@@ -39,18 +39,11 @@ class JsonLines:
         """The step of the last row, of an earlier start or of this one."""
         self._file: int | None = None
         """Its descriptor, without a buffer that could be written later; made with its first row."""
-        self._kept: list[str] = []
         if path.exists():
             lines = path.read_text(encoding="utf-8").splitlines() if resume_step else []
             kept = [line for line in lines if _step_of(line) <= resume_step]
             replace_text(path, "".join(line + "\n" for line in kept))
             self.last_step = int(_step_of(kept[-1])) if kept else None
-            self._kept = kept
-
-    def rows_of(self, step: int) -> list[dict[str, Any]]:
-        """The rows of a step that an earlier start has written, without the step."""
-        rows = [json.loads(line) for line in self._kept if _step_of(line) == step]
-        return [{name: value for name, value in row.items() if name != "step"} for row in rows]
 
     def write(self, step: int, row: dict[str, Any]) -> None:
         # JSON has no NaN: null says that the number does not exist.
@@ -83,10 +76,6 @@ class JsonlSink:
     def last_step(self) -> int | None:
         """The step of the last row of metrics."""
         return self._metrics.last_step
-
-    def samples_of(self, step: int) -> list[dict[str, Any]]:
-        """The responses of a step that an earlier start has written."""
-        return self._samples.rows_of(step)
 
     def check_in_place(self) -> None:
         """Raise Vanished where what has been written so far was removed or renamed."""
@@ -208,10 +197,7 @@ class MetricSinks:
         sinks: list[Sink] = []
         if config.tensorboard:
             whole = bool(resume_step) and lines.last_step == resume_step
-            board = TensorBoardSink(output / "tensorboard", resume_step + whole)
-            if not whole and (rows := lines.samples_of(resume_step)):
-                board.samples(resume_step, rows)
-            sinks.append(board)
+            sinks.append(TensorBoardSink(output / "tensorboard", resume_step + whole))
         if config.wandb_project:
             sinks.append(WandbSink(config.wandb_project, output, run_config, resume_step))
         return cls([*sinks, lines])
