@@ -6,6 +6,7 @@ kills each phase 20 times at each number of ranks and prints the table of docs/s
 one run of each number of ranks is killed once in every phase on its way.
 """
 
+import json
 import os
 import subprocess
 from collections.abc import Iterator
@@ -128,3 +129,18 @@ def test_an_output_that_vanishes_ends_the_run_at_its_next_write(
         check_left(run)
     run.finish()
     assert not (wrong := differences(result_of(run), result_of(whole[1]))), "\n".join(wrong)
+
+
+def test_killed_while_it_generates_one_step_ahead_it_does_each_step_once(task: Path, tmp_path: Path) -> None:
+    """Not bit by bit: the first batch behind a start comes from the newest weights (`OneStepOff`)."""
+    sections = {"rollout": {"staleness": 1}, "objective": {"ratio": "truncated_is"}}
+    run = Run(tmp_path / "run", killed_config(task, tmp_path / "run/out", **sections), 1)
+    for phase in ("rollout", "update", "sync"):
+        assert run.start({"phase": phase, "occurrence": 1, "after": 0.01}, [0]).codes == [-9]
+        check_left(run)
+    run.finish()
+    found = result_of(run)
+    assert [row["step"] for row in found["metrics.jsonl"]] == [0, 1, 2, 3]
+    steps = [json.loads(line)["step"] for line in found["samples.jsonl"].splitlines()]
+    assert steps == sorted(steps) and len(steps) == 3 * steps.count(1)
+    assert not [name for name in found["files"] if ".partial" in name or name.endswith((".tmp", ".lock"))]
