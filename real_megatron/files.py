@@ -37,6 +37,13 @@ def writing(path: Path) -> Iterator[None]:
         raise
 
 
+def append(handle: int, data: bytes) -> None:
+    """Write all of `data` to an open file now: no buffer keeps what a full disk has refused."""
+    rest = memoryview(data)
+    while rest:
+        rest = rest[os.write(handle, rest) :]
+
+
 GONE = (
     "its directory was removed or renamed while it was written to. Put it back, or begin anew; then run the same "
     "command again"

@@ -1,9 +1,11 @@
 """Metric sinks: metrics.jsonl and samples.jsonl always, TensorBoard by default, wandb when configured."""
 
 import importlib.util
+import io
 import json
 import math
 import os
+import socket
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -12,7 +14,7 @@ from typing import Any, Protocol, Self
 
 from real_megatron.config import MetricsConfig
 from real_megatron.errors import ConfigError
-from real_megatron.files import check_in_place, replace_text, writing
+from real_megatron.files import append, check_in_place, replace_text, writing
 
 
 class Sink(Protocol):
@@ -37,29 +39,20 @@ class JsonLines:
         """The step of the last row, of an earlier start or of this one."""
         self._file: int | None = None
         """Its descriptor, without a buffer that could be written later; made with its first row."""
-        self._kept: list[str] = []
         if path.exists():
             lines = path.read_text(encoding="utf-8").splitlines() if resume_step else []
             kept = [line for line in lines if _step_of(line) <= resume_step]
             replace_text(path, "".join(line + "\n" for line in kept))
             self.last_step = int(_step_of(kept[-1])) if kept else None
-            self._kept = kept
-
-    def rows_of(self, step: int) -> list[dict[str, Any]]:
-        """The rows of a step that an earlier start has written, without the step."""
-        rows = [json.loads(line) for line in self._kept if _step_of(line) == step]
-        return [{name: value for name, value in row.items() if name != "step"} for row in rows]
 
     def write(self, step: int, row: dict[str, Any]) -> None:
         # JSON has no NaN: null says that the number does not exist.
         row = {name: None if isinstance(x, float) and not math.isfinite(x) else x for name, x in row.items()}
         self.check_in_place()
-        line = memoryview((json.dumps({"step": step, **row}) + "\n").encode())
         with writing(self.path):
             if self._file is None:
                 self._file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
-            while line:
-                line = line[os.write(self._file, line) :]
+            append(self._file, (json.dumps({"step": step, **row}) + "\n").encode())
         self.last_step = step
 
     def check_in_place(self) -> None:
@@ -84,10 +77,6 @@ class JsonlSink:
         """The step of the last row of metrics."""
         return self._metrics.last_step
 
-    def samples_of(self, step: int) -> list[dict[str, Any]]:
-        """The responses of a step that an earlier start has written."""
-        return self._samples.rows_of(step)
-
     def check_in_place(self) -> None:
         """Raise Vanished where what has been written so far was removed or renamed."""
         self._metrics.check_in_place()
@@ -109,26 +98,45 @@ class TensorBoardSink:
     """TensorBoard event files; what an earlier start of the run wrote from step `begin` on is not shown."""
 
     def __init__(self, directory: Path, begin: int = 0) -> None:
-        from torch.utils.tensorboard import SummaryWriter
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
-        self._directory = directory
+        # TensorBoard reads files in the order of their names, which begin with the second that they were made in. The
+        # clock may have been set back since the last start.
         with writing(directory):
-            _put_in_order(directory)
-            self._writer = SummaryWriter(str(directory), purge_step=begin)
+            directory.mkdir(exist_ok=True)
+            before = [int(path.name.split(".")[3]) for path in directory.glob("events.out.tfevents.*")]
+            second = max([int(time.time()), *(number + 1 for number in before)])
+            name = f"events.out.tfevents.{second:010d}.{socket.gethostname()}.{os.getpid()}"
+            self._path = directory / name
+            # Not torch's SummaryWriter, whose thread would meet a full disk first, and say so in its own way.
+            self._file = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        self._add(Event(step=begin, file_version="brain.Event:2"))
+        self._add(Event(step=begin, session_log=SessionLog(status=SessionLog.START)))
+
+    def _add(self, *events: Any) -> None:
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        records = io.BytesIO()
+        for event in events:
+            event.wall_time = time.time()
+            RecordWriter(records).write(event.SerializeToString())
+        with writing(self._path):
+            append(self._file, records.getvalue())
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        with writing(self._directory):
-            for name, value in values.items():
-                self._writer.add_scalar(name, value, step)
-            self._writer.flush()
+        from tensorboard.compat.proto.event_pb2 import Event
+        from torch.utils.tensorboard.summary import scalar
+
+        self._add(*(Event(step=step, summary=scalar(name, value)) for name, value in values.items()))
 
     def samples(self, step: int, rows: list[dict[str, Any]]) -> None:
-        with writing(self._directory):
-            self._writer.add_text("samples", "\n\n".join(map(_markdown, rows)), step)
-            self._writer.flush()
+        from tensorboard.compat.proto.event_pb2 import Event
+        from torch.utils.tensorboard.summary import text
+
+        self._add(Event(step=step, summary=text("samples", "\n\n".join(map(_markdown, rows)))))
 
     def close(self) -> None:
-        self._writer.close()
+        os.close(self._file)
 
 
 class WandbSink:
@@ -189,10 +197,7 @@ class MetricSinks:
         sinks: list[Sink] = []
         if config.tensorboard:
             whole = bool(resume_step) and lines.last_step == resume_step
-            board = TensorBoardSink(output / "tensorboard", resume_step + whole)
-            if not whole and (rows := lines.samples_of(resume_step)):
-                board.samples(resume_step, rows)
-            sinks.append(board)
+            sinks.append(TensorBoardSink(output / "tensorboard", resume_step + whole))
         if config.wandb_project:
             sinks.append(WandbSink(config.wandb_project, output, run_config, resume_step))
         return cls([*sinks, lines])
@@ -241,17 +246,6 @@ def distinct_n(texts: Iterable[Sequence[int]], n: int) -> float:
             seen.add(tuple(ids[start : start + n]))
             total += 1
     return len(seen) / total if total else math.nan
-
-
-def _put_in_order(directory: Path) -> None:
-    """TensorBoard reads event files in the order of their names, which begin with the second they were made in: where
-    the clock has gone back since, or not gone on, give those of earlier starts the first seconds there are."""
-    files = sorted(directory.glob("events.out.tfevents.*"))
-    if files and int(files[-1].name.split(".")[3]) >= int(time.time()):
-        for number, file in enumerate(files):
-            file.rename(
-                file.with_name(".".join([*file.name.split(".")[:3], f"{number:010d}", *file.name.split(".")[4:]]))
-            )
 
 
 def _markdown(row: dict[str, Any]) -> str:

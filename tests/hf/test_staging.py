@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from real_megatron.errors import ConfigError
-from real_megatron.hf.staging import staged_directory
+from real_megatron.hf.staging import discard, staged_directory
 
 
 def test_it_appears_at_the_end(tmp_path: Path) -> None:
@@ -53,3 +53,21 @@ def test_existing_output(tmp_path: Path) -> None:
     with pytest.raises(FileExistsError, match="exists already"), staged_directory(empty):
         pass
     assert (empty / "file").exists()
+
+
+def test_a_removal_that_is_killed_leaves_nothing_that_looks_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with staged_directory(tmp_path / "out") as staging:
+        (staging / "file").write_text("x")
+
+    def die(path: Path) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("real_megatron.hf.staging.shutil.rmtree", die)
+        discard(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    with staged_directory(tmp_path / "out") as staging:
+        (staging / "file").write_text("y")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]

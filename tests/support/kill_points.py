@@ -6,6 +6,7 @@ SIGKILL at the one that it is told.
 
 import ctypes
 import os
+import shutil
 import signal
 import sys
 import time
@@ -32,6 +33,8 @@ class Killer:
     phase, occurrence, after: die this many seconds behind the beginning of the phase's `occurrence`-th time (from 0),
         at its end at the latest
     operation, root: die right before this file operation below `root`, counted from 0
+    act: what happens there instead, at the beginning of the phase: `fill` the disk that the second word names, `move`
+        the directory that it names, or `remove` it
     """
 
     def __init__(
@@ -41,7 +44,9 @@ class Killer:
         after: float = 0.0,
         operation: int | None = None,
         root: str | None = None,
+        act: str = "",
     ) -> None:
+        self._act = act
         self._phase, self._occurrence, self._after = phase, occurrence, after
         self._operation, self._root = operation, root
         self._begun: dict[str, list[float]] = {}
@@ -53,10 +58,13 @@ class Killer:
     def enter(self, name: str) -> None:
         self._begun.setdefault(name, []).append(time.monotonic())
         if self._due(name):
-            _die_after(self._after)
+            if self._act:
+                _act(*self._act.split())
+            else:
+                _die_after(self._after)
 
     def leave(self, name: str) -> None:
-        if self._due(name):
+        if self._due(name) and not self._act:
             _die()
         self.seconds[name].append(time.monotonic() - self._begun[name].pop())
 
@@ -121,6 +129,20 @@ def patched(killer: Killer) -> Iterator[None]:
         ):
             held.enter_context(patch.object(holder, attribute, around(name, getattr(holder, attribute))))
         yield
+
+
+def _act(what: str, where: str) -> None:
+    if what == "fill":
+        with open(f"{where}/filler", "wb", buffering=0) as filler:
+            try:
+                while True:
+                    filler.write(bytes(4096))
+            except OSError:  # it is full
+                pass
+    elif what == "move":
+        os.rename(where, f"{where}.away")
+    elif what == "remove":
+        shutil.rmtree(where)
 
 
 def _die() -> None:

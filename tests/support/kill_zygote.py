@@ -30,8 +30,7 @@ IMPORTS = (
 )
 """All that a run imports, before the first fork."""
 PEERS_S = 5
-"""How long ranks may take to end by themselves when another has died, before the agent ends them. torchrun begins to end
-them within a second."""
+"""How long ranks may take to end by themselves when another has died, before the agent ends them."""
 GONE_S = 30
 """How long after the ranks their servers may last."""
 _PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h

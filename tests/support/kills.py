@@ -222,7 +222,9 @@ def result_of(run: Run) -> dict[str, Any]:
             for tag in events.Tags()["scalars"]
             if not _times(tag)
         }
-    found["beside it"] = sorted(path.name for path in run.directory.iterdir() if path.suffix != ".1")
+    found["beside it"] = sorted(
+        path.name for path in run.directory.iterdir() if path.name not in ("report.1", run.output.name)
+    )
     found["scratch"] = sorted(str(path.relative_to(run.scratch)) for path in run.scratch.rglob("*"))
     return found
 
@@ -286,13 +288,15 @@ class Tally:
         )
 
 
-def kill_often(run: Run, whole: Run, phase: str, count: int, seed: int) -> Tally:
-    """Kill `run` in `phase` at `count` random points, letting it go on after each, and let it finish after some of
-    them; fails where anything is not as in `whole`, which nobody has disturbed."""
-    draw, tally = random.Random(f"{phase} {run.ranks} {seed}"), Tally(phase, run.ranks)
+def kill_often(run: Run, whole: Run, phases: Sequence[str], seed: int, chain: int = CHAIN) -> Tally:
+    """Kill `run` once in each of `phases` at a random point, letting it go on after each, and let it finish after
+    `chain` kills; fails where anything is not as in `whole`, which nobody has disturbed."""
+    count = len(phases)
+    draw, tally = random.Random(f"{phases} {run.ranks} {seed}"), Tally(phases[0], run.ranks)
     seconds, expected = whole.report()["seconds"], result_of(whole)
     done = in_chain = 0
     while tally.kills < count:
+        phase = phases[tally.kills]
         typical = sorted(seconds[phase])[len(seconds[phase]) // 2]
         # Of what is still to come: a phase comes once a step, the export at the end, the start at the beginning.
         again = 1 if phase in ("start", "export") else max(1, run.config.steps - done)
@@ -318,7 +322,7 @@ def kill_often(run: Run, whole: Run, phase: str, count: int, seed: int) -> Tally
         tally.worst_gone_s = max(tally.worst_gone_s, end.gone_s)
         tally.by_agent += end.ended_by_agent
         in_chain += 1
-        if in_chain == CHAIN or tally.kills == count:
+        if in_chain == chain or tally.kills == count:
             run.finish()
             _compare(run, expected, f"after {in_chain} kills in {phase}, kill {tally.kills} of seed {seed}")
             tally.chains, done, in_chain = tally.chains + 1, 0, 0

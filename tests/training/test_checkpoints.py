@@ -93,6 +93,8 @@ def test_a_removal_that_dies_leaves_nothing_that_looks_whole(tmp_path: Path, mon
         patch.setattr("real_megatron.training.checkpoints.shutil.rmtree", die)
         store.save(2, write)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000001.partial", "step-000002"]
+    store.clear()  # the next start, where no save may come behind it
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000002"]
     store.save(3, write)
     assert [path.name for path in tmp_path.iterdir()] == ["step-000003"]
 
@@ -102,3 +104,21 @@ def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
     store.save(1, write)
     store.save(1, lambda path: (path / "data").write_text("second") and None)
     assert (tmp_path / "step-000001/data").read_text() == "second"
+
+
+def test_torchs_own_error_of_a_full_disk_is_explained(tmp_path: Path) -> None:
+    """Of its C++ stream: no OSError, and nothing in it about a disk."""
+
+    def fail(path: Path) -> None:
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0")
+
+    with pytest.raises(
+        OSError, match=r"step-000001.partial: cannot be written \(torch's file stream .* make room there"
+    ):
+        CheckpointStore(tmp_path, keep=1).save(1, fail)
+
+    def other(path: Path) -> None:
+        raise RuntimeError("a bug")
+
+    with pytest.raises(RuntimeError, match="a bug"):
+        CheckpointStore(tmp_path, keep=1).save(1, other)

@@ -3,10 +3,13 @@
     KILLS=20 python -m pytest tests/training/test_kills.py -k everywhere -s
 
 kills each phase 20 times at each number of ranks and prints the table of docs/surviving.md; half an hour. By default
-each phase is killed twice by itself, and once with two ranks.
+one run of each number of ranks is killed once in every phase on its way.
 """
 
+import json
 import os
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -34,12 +37,21 @@ def whole(task: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Run
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
+def test_killed_once_in_each_phase_it_ends_bit_identical(
+    ranks: int, task: Path, whole: dict[int, Run], tmp_path: Path
+) -> None:
+    run = Run(tmp_path / "run", killed_config(task, tmp_path / "run/out"), ranks)
+    assert kill_often(run, whole[ranks], PHASES, seed=16, chain=len(PHASES)).kills == len(PHASES)
+
+
+@pytest.mark.skipif(not KILLS, reason="half an hour: set KILLS")
+@pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("phase", PHASES)
 def test_killed_everywhere_it_ends_bit_identical(
     phase: str, ranks: int, task: Path, whole: dict[int, Run], tmp_path: Path
 ) -> None:
     run = Run(tmp_path / "run", killed_config(task, tmp_path / "run/out"), ranks)
-    print("\n" + kill_often(run, whole[ranks], phase, KILLS or 3 - ranks, seed=16).row(), end=" ")
+    print("\n" + kill_often(run, whole[ranks], [phase] * KILLS, seed=16).row(), end=" ")
 
 
 @pytest.mark.skipif(not KILLS, reason="a start for each file operation: set KILLS")
@@ -59,3 +71,76 @@ def test_killed_before_each_file_operation_it_ends_bit_identical(
         assert not (wrong := differences(result_of(run), expected)), f"{number} {operation}:\n" + "\n".join(wrong)
         run.forget()
     print(f"\nkilled before each of {len(operations)} file operations")
+
+
+WRITERS = ("samples", "save", "evaluate", "row", "export")
+"""The phases that write files into the output."""
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of its own, with room for two of the runs here."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if os.getuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", disk], check=False).returncode:
+        pytest.skip("needs the right to mount a file system")
+    yield disk
+    subprocess.run(["umount", "-l", disk], check=True)
+
+
+def said(run: Run) -> list[str]:
+    """The error lines of the run; fails on a traceback."""
+    log = run.log()
+    if "Traceback" in log:
+        pytest.fail(log[-3000:])
+    return [line for line in log.splitlines() if line.startswith("error")]
+
+
+@pytest.mark.parametrize("phase", WRITERS)
+def test_a_disk_that_is_full_is_named_and_the_run_goes_on(
+    phase: str, task: Path, whole: dict[int, Run], small_disk: Path, tmp_path: Path
+) -> None:
+    """Bit by bit, once there is room."""
+    run = Run(tmp_path / "run", killed_config(task, small_disk / "out"), 1)
+    end = run.start({"phase": phase, "occurrence": 0 if phase == "export" else 1, "act": f"fill {small_disk}"}, [0])
+    (error,) = said(run)
+    assert end.codes == [1] and not end.left
+    assert f"{small_disk}/out" in error and "cannot be written" in error, error
+    assert "make room there, and run the same command again to go on" in error, error
+    check_left(run)
+    (small_disk / "filler").unlink()
+    run.finish()
+    assert not (wrong := differences(result_of(run), result_of(whole[1]))), "\n".join(wrong)
+
+
+@pytest.mark.parametrize("phase, act", [*((phase, "move") for phase in WRITERS), ("row", "remove")])
+def test_an_output_that_vanishes_ends_the_run_at_its_next_write(
+    phase: str, act: str, task: Path, whole: dict[int, Run], tmp_path: Path
+) -> None:
+    """And nothing is written to another place of that name."""
+    run = Run(tmp_path / "run", killed_config(task, tmp_path / "place/out"), 1)
+    occurrence = 0 if phase == "export" else 1
+    end = run.start({"phase": phase, "occurrence": occurrence, "act": f"{act} {run.output}"}, [0])
+    (error,) = said(run)
+    assert end.codes == [1] and not end.left and not run.output.exists()
+    assert f"{run.output}" in error and "removed or renamed" in error, error
+    if act == "move":
+        (tmp_path / "place/out.away").rename(run.output)
+        check_left(run)
+    run.finish()
+    assert not (wrong := differences(result_of(run), result_of(whole[1]))), "\n".join(wrong)
+
+
+def test_killed_while_it_generates_one_step_ahead_it_does_each_step_once(task: Path, tmp_path: Path) -> None:
+    """Not bit by bit: the first batch behind a start comes from the newest weights (`OneStepOff`)."""
+    sections = {"rollout": {"staleness": 1}, "objective": {"ratio": "truncated_is"}}
+    run = Run(tmp_path / "run", killed_config(task, tmp_path / "run/out", **sections), 1)
+    for phase in ("rollout", "update", "sync"):
+        assert run.start({"phase": phase, "occurrence": 1, "after": 0.01}, [0]).codes == [-9]
+        check_left(run)
+    run.finish()
+    found = result_of(run)
+    assert [row["step"] for row in found["metrics.jsonl"]] == [0, 1, 2, 3]
+    steps = [json.loads(line)["step"] for line in found["samples.jsonl"].splitlines()]
+    assert steps == sorted(steps) and len(steps) == 3 * steps.count(1)
+    assert not [name for name in found["files"] if ".partial" in name or name.endswith((".tmp", ".lock"))]

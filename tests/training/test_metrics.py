@@ -132,3 +132,29 @@ def test_distinct_n() -> None:
     assert distinct_n([[1, 2, 3], [1, 2, 4]], 2) == 3 / 4
     assert distinct_n([[1, 1, 1, 1]], 1) == 1 / 4
     assert math.isnan(distinct_n([[1]], 2))
+
+
+def test_a_row_that_the_run_was_killed_in_is_whole_in_tensorboard_after_the_next_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """metrics.jsonl comes last; and the clock has been set back between the starts."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    sample = {"id": "a", "prompt": "p", "response": "r"}
+    for resume_step, cut, clock in ((0, True, 2e9), (1, False, 1e9), (1, False, 1.5e9)):
+        with monkeypatch.context() as patch:
+            patch.setattr("real_megatron.training.metrics.time.time", lambda clock=clock: clock)
+            with MetricSinks.open(MetricsConfig(), tmp_path, 0, {}, resume_step) as metrics:
+                if not resume_step:
+                    metrics.write(0, {"a": 0.0, "b": 0.0})
+                    metrics.samples(1, [sample])
+                if cut:
+                    patch.setattr(JsonlSink, "write", lambda *_: 1 / 0)
+                    with pytest.raises(ZeroDivisionError):
+                        metrics.write(1, {"a": 1.0, "b": 1.0})
+                elif metrics.last_step == 0:
+                    metrics.write(1, {"a": 1.0, "b": 1.0})
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    for name in "ab":
+        assert [(e.step, e.value) for e in events.Scalars(name)] == [(0, 0), (1, 1)]
+    assert [e.step for e in events.Tensors("samples/text_summary")] == [1]
