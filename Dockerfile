@@ -34,10 +34,10 @@ RUN python3 -m venv /opt/trainer \
     && NVTE_FRAMEWORK=pytorch MAX_JOBS="$MAX_JOBS" $pip --no-build-isolation -r requirements/gpu.txt \
     && rm /tmp/build.txt
 
-# Compiles the head's CUDA kernels with it.
+# Compiles the head's CUDA kernels with it. Editable: launchers run in this folder, whose package must be the compiled one.
 COPY pyproject.toml setup.py README.md LICENSE ./
 COPY real_megatron real_megatron
-RUN /opt/trainer/bin/python -m pip install --quiet --no-deps --no-build-isolation .
+RUN /opt/trainer/bin/python -m pip install --quiet --no-deps --no-build-isolation -e .
 COPY examples examples
 COPY docs docs
 

@@ -26,5 +26,5 @@ def check_announced() -> None:
     if "RANK" not in found and found.get("SLURM_STEP_NUM_TASKS", 1) > 1:
         raise ConfigError(
             f"Slurm has started {found['SLURM_STEP_NUM_TASKS']} tasks, but no torchrun: start one task a node, and in "
-            "it `torchrun --nnodes … -m real_megatron …` (examples/slurm/train.sbatch)"
+            "it `torchrun --nnodes … -m real_megatron …` (examples/launch/slurm.sbatch)"
         )

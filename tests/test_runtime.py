@@ -35,5 +35,5 @@ def test_an_error_of_rank_0_ends_all() -> None:
 def test_tasks_of_slurm_without_torchrun_are_not_taken_for_runs_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "32")
-    with pytest.raises(ConfigError, match=r"Slurm has started 32 tasks, but no torchrun.*examples/slurm/train.sbatch"):
+    with pytest.raises(ConfigError, match=r"Slurm has started 32 tasks, but no torchrun.*examples/launch/slurm.sbatch"):
         start_process_group(timeout_minutes=1)

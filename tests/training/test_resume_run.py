@@ -184,7 +184,7 @@ def test_sigterm_saves_and_leaves_the_evaluation_to_the_next_start(task: Path, t
 
 
 def test_torchrun_stopped_after_a_save_has_saved_and_goes_on(task: Path, tmp_path: Path) -> None:
-    """As examples/slurm/train.sbatch stops it: torchrun passes SIGTERM on to the process groups of its two ranks. No
+    """As examples/launch/slurm.sbatch stops it: torchrun passes SIGTERM on to the process groups of its two ranks. No
     path of a socket fits into this TMPDIR."""
     scratch = tmp_path / ("x" * 108)
     scratch.mkdir()
