@@ -1,7 +1,6 @@
 """The hosts of a run as a file, one a line: `HOST slots=8 [role=train|rollout] [address=IP] [port=22] [user=NAME]`.
 
-HOST is what ssh is given, a name of its configuration file included. `#` begins a comment. Training hosts have ranks in
-the order of the file; the first one is where they meet.
+HOST is what ssh is given, a name of its configuration file included. `#` begins a comment.
 
 `python -m real_megatron.cluster.hostfile FILE` prints the hosts for scripts, one a line: HOST, slots, role, address,
 port and user, with one space between, `-` for a port or user that is not given.
