@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from rich.console import Console
 
-from real_megatron.errors import ConfigError, DataError, EngineError, UserError
+from real_megatron.errors import ConfigError, DataError, EngineError, OutputInUse, UserError
 from real_megatron.version import VERSION
 
 if TYPE_CHECKING:
@@ -761,7 +761,7 @@ def show_error(error: Exception) -> None:
 def refuse(error: Exception) -> None:
     """Tell a launcher, by the file that the environment names in REFUSED, that starting again would end the same way:
     only where the user has something to change."""
-    if (file := os.environ.get("REFUSED")) and isinstance(error, UserError):
+    if (file := os.environ.get("REFUSED")) and isinstance(error, UserError) and not isinstance(error, OutputInUse):
         with suppress(OSError):
             Path(file).write_text(f"{error}\n", encoding="utf-8")
 

@@ -21,6 +21,10 @@ class ConfigError(UserError):
     on_every_rank = True
 
 
+class OutputInUse(ConfigError):
+    """Another job writes the output: perhaps one that is just ending, or whose lock a network file system keeps."""
+
+
 class DataError(UserError):
     """A data file or record that cannot be used. The message begins with the file and its line or row."""
 

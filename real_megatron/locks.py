@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from real_megatron.errors import ConfigError
+from real_megatron.errors import OutputInUse
 from real_megatron.files import check_in_place
 
 logger = logging.getLogger(__name__)
@@ -36,7 +36,7 @@ def only_writer(output: str | Path, *, inside: bool = False) -> Iterator[Callabl
     jobs on different nodes do not see each other. Where there are no locks at all, this is logged and nothing is
     locked.
 
-    Raises ConfigError, naming who writes it, when another job does; OSError when the side file cannot be made.
+    Raises OutputInUse, naming who writes it, when another job does; OSError when the side file cannot be made.
     """
     output = Path(output)
     whole = output.resolve()
@@ -64,7 +64,7 @@ def _take(output: Path, lock: Path) -> int:
                 os.close(handle)
                 if not isinstance(error, (BlockingIOError, PermissionError)):
                     raise
-                raise ConfigError(
+                raise OutputInUse(
                     f"{output} is being written by another job{holder and f' ({holder})'}: wait until it has ended, or "
                     "choose another output"
                 ) from None

@@ -1,13 +1,22 @@
 #!/usr/bin/env bash
 # The whole check, on a machine with nothing but Python 3.11: environment, lint, format, types, tests.
-#   bash tests/run.sh [--sglang] [--vllm] [pytest arguments]
+#   bash tests/run.sh [--sglang] [--vllm] [--hosts] [pytest arguments]
 # --sglang also installs a CPU build of the SGLang server in .venv-sglang and runs the tests that talk to it; --vllm does
-# the same with vLLM and .venv-vllm.
+# the same with vLLM and .venv-vllm. --hosts installs sshd and ip where apt-get can: tests make hosts of network namespaces.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 servers=""
-while [ "${1:-}" = "--sglang" ] || [ "${1:-}" = "--vllm" ]; do
-    servers="$servers ${1#--}"
+while [ "${1:-}" = "--sglang" ] || [ "${1:-}" = "--vllm" ] || [ "${1:-}" = "--hosts" ]; do
+    if [ "$1" = --hosts ]; then
+        export PATH=$PATH:/usr/sbin:/sbin
+        if ! { command -v sshd && command -v ssh && command -v ip; } >/dev/null && ! { apt-get update -qq &&
+            DEBIAN_FRONTEND=noninteractive apt-get install -qq --no-install-recommends \
+                openssh-server openssh-client iproute2; } >/dev/null 2>&1; then
+            echo "sshd, ssh or ip is missing and cannot be installed here: tests on several hosts are skipped." >&2
+        fi
+    else
+        servers="$servers ${1#--}"
+    fi
     shift
 done
 bash tools/setup_env.sh requirements/dev.txt

@@ -1,5 +1,6 @@
 """Every configuration of the examples is valid, and every script parses."""
 
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -25,3 +26,10 @@ def test_a_configuration_is_valid(path: Path) -> None:
 def test_a_script_parses(path: Path) -> None:
     result = subprocess.run(["bash", "-n", str(path)], capture_output=True, text=True)
     assert result.returncode == 0 and not result.stderr, result.stderr
+
+
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
+def test_scripts_of_launches_are_clean() -> None:
+    scripts = sorted((ROOT / "examples/launch").glob("*.s*"))
+    assert len(scripts) == 3
+    subprocess.run(["shellcheck", *scripts], check=True)

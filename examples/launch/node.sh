@@ -4,7 +4,7 @@
 # INDEX counts the hosts of the file from 0. --print shows the command and runs nothing. Of the environment:
 #   PYTHON        the trainer's Python (.venv/bin/python)
 #   LOGS          directory for logs, one folder a host
-#   RUN_ID        name of this start, the same on all hosts
+#   RUN_ID        name of the launch, a dash and the number of this start; the same on all hosts
 #   STOP_SECONDS  how long the ranks may take to save after SIGTERM (25)
 #   LINE          1: standard input is a line to the launcher. Its first word is the servers' API key, then a word comes
 #                 every 2 s; `stop` is a SIGTERM. Silence for 20 s, or its end, ends everything here at once: the launcher
@@ -47,6 +47,9 @@ if [ -n "${LINE:-}" ]; then
 fi
 export REAL_SERVER_KEY=${REAL_SERVER_KEY:-}
 mkdir -p "$LOGS/$name"
+# The start before this one may just be ending here: a host that was lost ends its own later than the others.
+exec 9>"${TMPDIR:-/tmp}/real-launch-$(id -u)-${RUN_ID%-*}-$name.lock"
+flock --wait 120 9 || { echo "$name: the start before has not ended" >&2; exit 1; }
 
 # Processes of this start carry a mark in their environment, by which they are found whatever session they have made
 # (torchrun gives each rank its own) and whoever has died in between.
@@ -72,9 +75,9 @@ trap stop TERM INT HUP
 
 log=$LOGS/$name/$role.log
 if [ "$role" = train ]; then # seen by whoever watches the launcher, too
-    env REAL_NODE="$mark" "${settings[@]}" setsid "${command[@]}" </dev/null > >(tee -a "$log") 2>&1 &
+    env REAL_NODE="$mark" "${settings[@]}" setsid "${command[@]}" </dev/null > >(exec 9>&-; exec tee -a "$log") 2>&1 9>&- &
 else
-    env REAL_NODE="$mark" "${settings[@]}" setsid "${command[@]}" </dev/null >>"$log" 2>&1 &
+    env REAL_NODE="$mark" "${settings[@]}" setsid "${command[@]}" </dev/null >>"$log" 2>&1 9>&- &
 fi
 child=$!
 heard=$SECONDS

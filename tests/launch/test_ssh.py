@@ -1,7 +1,8 @@
-"""A run of two hosts with two gloo ranks each, started by examples/launch/ssh.sh: to its end, through a lost host, and
+"""A run of two hosts with a gloo rank each, started by examples/launch/ssh.sh: to its end, through a lost host, and
 ended by Ctrl-C and by the death of the launcher."""
 
 import os
+import random
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,7 +27,7 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def hostfile(hosts: Hosts, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return hosts.write(tmp_path_factory.mktemp("hostfile") / "hosts", "h1 slots=2", "h2 slots=2")
+    return hosts.write(tmp_path_factory.mktemp("hostfile") / "hosts", "h1 slots=1", "h2 slots=1")
 
 
 def config_of(task: Path, output: Path) -> RunConfig:
@@ -48,12 +49,17 @@ def weights(output: Path) -> dict[str, torch.Tensor]:
     return load_file(output / "hf" / "model.safetensors")
 
 
-def test_a_run_that_loses_a_host_ends_as_an_undisturbed_one(
+def test_a_run_that_loses_a_rank_and_a_host_ends_as_an_undisturbed_one(
     hosts: Hosts, hostfile: Path, task: Path, undisturbed: Launch, tmp_path: Path
 ) -> None:
-    options = ("--no-preflight", "--max-restarts", "1")
+    options = ("--no-preflight", "--max-restarts", "2")
     with Launch(hosts, hostfile, config_of(task, tmp_path / "run"), tmp_path, *options) as launch:
-        launch.until(lambda: launch.steps() >= 8)
+        launch.until(lambda: launch.steps() >= 6)
+        ranks = [pid for pid, text in hosts.processes("h2").items() if "-m real_megatron train" in text]
+        before = launch.left()
+        os.kill(random.choice(ranks), signal.SIGKILL)
+        launch.nothing_left_within(30, before)
+        launch.until(lambda: "start 1 " in launch.log.read_text() and launch.steps() >= 12)
         hosts.cut("h2")
         try:
             launch.until(lambda: not hosts.processes("h2"))  # by itself: nobody reaches it

@@ -1,7 +1,6 @@
 """The tiny judge on three hosts: two train with two gloo ranks each, one serves rollouts with a real SGLang server. One
 training host is cut off in the middle of a step and comes back (tests/run.sh --sglang --hosts)."""
 
-import json
 from pathlib import Path
 
 import psutil
@@ -44,16 +43,11 @@ def test_a_run_with_a_rollout_host_survives_the_loss_of_a_training_host(
             hosts.join("h2")
         assert launch.wait() == 0, launch.text()
         launch.nothing_left_within(5)
-    # Each step once: what the lost start had done since its last checkpoint is done anew, not twice. SGLang's sampling has
-    # no seeds, so that responses are not those of an undisturbed run.
+    # Each step once, with all its responses: what the lost start had done since its checkpoint is done anew. SGLang's
+    # sampling has no seeds, so that responses are not those of an undisturbed run; test_ssh.py compares bits.
     trained = rows(config.output)[1:]
     assert [row["step"] for row in trained] == list(range(1, STEPS + 1))
-    prompts, responses = config.batch.prompts, config.rollout.n
-    samples = [json.loads(line) for line in (config.output / "samples.jsonl").read_text().splitlines()] if (
-        config.output / "samples.jsonl"
-    ).exists() else []
-    assert len(samples) == len({json.dumps(sample, sort_keys=True) for sample in samples})
-    assert all(row["rollout/small_groups"] == 0 and prompts and responses for row in trained)
+    assert all(row["rollout/small_groups"] == 0 for row in trained)
     AutoModelForCausalLM.from_pretrained(config.output / "hf")
     # The preflight has run, and the server's key stands where only its owner reads it.
     assert "collectives" in launch.log.read_text()

@@ -149,14 +149,15 @@ class Hosts:
         _ip("link", "set", self._port(host), "up")
 
     def processes(self, host: str) -> dict[int, str]:
-        """The processes on a host but its ssh server: id → command line."""
+        """The processes on a host but those of its ssh server: id → command line."""
         servers = {server.pid for server in self._servers}
         found = {}
         for pid in self._pids(host):
             with suppress(OSError):
-                command = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-                if pid not in servers and command:  # an empty one is a zombie's
-                    found[pid] = command.strip()
+                command = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ")
+                # An empty one is a zombie's. A session of the server outlives a cable that is pulled.
+                if pid not in servers and command and not command.startswith(b"sshd: "):
+                    found[pid] = command.decode(errors="replace").strip()
         return found
 
     def write(self, path: Path, *lines: str) -> Path:

@@ -5,7 +5,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Self
 
@@ -73,10 +73,10 @@ class Launch:
         """What runs on the hosts."""
         return {pid: text for host in self.hosts.names for pid, text in self.hosts.processes(host).items()}
 
-    def nothing_left_within(self, seconds: float) -> float:
-        """How long it took until nothing ran on any host; fails after so many seconds."""
+    def nothing_left_within(self, seconds: float, of: Collection[int] = ()) -> float:
+        """How long it took until nothing ran on any host, or none of the processes `of`; fails after `seconds`."""
         begin = time.monotonic()
-        while left := self.left():
+        while left := {pid: text for pid, text in self.left().items() if not of or pid in of}:
             assert time.monotonic() - begin < seconds, left
             time.sleep(0.1)
         return time.monotonic() - begin

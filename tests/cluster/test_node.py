@@ -1,0 +1,127 @@
+"""What each host of a launch runs: composed from the host file and the configuration, and by which script."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+from real_megatron.cluster.hostfile import Host
+from real_megatron.cluster.node import node_command
+from real_megatron.errors import ConfigError
+from real_megatron.rollout.serve import servers_of
+from tests.support.tiny_runs import tiny_config
+
+ROOT = Path(__file__).parents[2]
+LAUNCH = ROOT / "examples/launch"
+HOSTS = [Host("n1", 2), Host("n2", 2), Host("n3", 8, "rollout")]
+ADDRESSES = ["10.0.0.9", "10.0.0.2", "10.0.0.3"]
+
+
+@pytest.fixture
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A run whose servers take four GPUs each."""
+    for name, value in {"PYTHON": "python", "LOGS": "logs", "RUN_ID": "7-0", "STOP_SECONDS": "25"}.items():
+        monkeypatch.setenv(name, value)
+    path = tmp_path / "real.yaml"
+    run = tiny_config(tmp_path, tmp_path / "run", rollout={"engine": "sglang", "tensor": 4})
+    path.write_text(run.to_yaml(), encoding="utf-8")
+    return str(path)
+
+
+def test_training_hosts_meet_at_the_first_and_attach_to_all_servers(config: str) -> None:
+    first, second = (node_command(HOSTS, ADDRESSES, i, "train", config, ["steps=2"]) for i in range(2))
+    same = ["--nnodes=2", "--nproc-per-node=2", "--rdzv-endpoint=10.0.0.9:29500", "--rdzv-id=7-0", "--max-restarts=0"]
+    same += ["rollout.servers=[http://10.0.0.3:30000,http://10.0.0.3:30001]", "steps=2", "--shutdown-timeout=20"]
+    same += ["rollout.api_key_variable=REAL_SERVER_KEY"]
+    assert set(same) < set(first) and set(same) < set(second)
+    assert {"--rdzv-conf=is_host=1", "--local-addr=10.0.0.9", "rollout.sync_host=10.0.0.9"} < set(first)
+    assert {"--rdzv-conf=is_host=0", "--local-addr=10.0.0.2", "rollout.sync_host=10.0.0.2"} < set(second)
+
+
+def test_a_rollout_host_serves_on_its_own_address(config: str) -> None:
+    command = node_command(HOSTS, ADDRESSES, 2, "train", config, ["steps=2"])
+    assert command == [
+        *("python", "-m", "real_megatron.rollout.serve", config, "steps=2"),
+        *("--host", "10.0.0.3", "--gpus", "8", "--logs", "logs/n3"),
+    ]
+
+
+def test_without_rollout_hosts_the_engine_is_the_configurations_own(config: str) -> None:
+    command = node_command(HOSTS[:2], ADDRESSES[:2], 0, "sft", config, [])
+    assert not [word for word in command if word.startswith("rollout.")] and command[-2:] == ["sft", config]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ({"engine": "transformers"}, r"rollout.engine is transformers, which has no servers: set it to sglang or vllm"),
+        ({"tensor": 16}, r"rollout.tensor is 16, more than the 8 GPUs of a rollout host: lower it"),
+        ({"colocate": True}, r"rollout.colocate: .* switch it off, or give no host role=rollout"),
+    ],
+)
+def test_a_configuration_without_servers_for_rollout_hosts_is_refused(
+    override: dict, message: str, tmp_path: Path
+) -> None:
+    config = tiny_config(tmp_path, tmp_path / "run", rollout={"engine": "sglang"} | override)
+    with pytest.raises(ConfigError, match=message):
+        servers_of(config, 8)
+
+
+def test_print_shows_all_commands_and_runs_none(config: str, tmp_path: Path) -> None:
+    hosts = tmp_path / "hosts"
+    hosts.write_text("n1 slots=2 address=10.0.0.9 port=2200 user=me\nn3 slots=4 role=rollout address=10.0.0.3\n")
+    environment = os.environ | {"PYTHON": str(ROOT / ".venv/bin/python"), "SSH_OPTIONS": "-F nowhere"}
+    shown = subprocess.run(
+        ["bash", LAUNCH / "ssh.sh", "--print", "--logs", tmp_path / "logs", hosts, "train", config],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.splitlines()
+    assert "doctor --cluster" in shown[0]
+    assert "ssh -F nowhere -o BatchMode=yes" in shown[1] and "-p 2200 -l me n1 cd " in shown[1]
+    assert shown[3].startswith("n1 (train):") and "torch.distributed.run" in shown[3]
+    assert shown[4].startswith("n3 (rollout):") and "--gpus 4" in shown[4]
+    assert not (tmp_path / "logs").exists()
+
+
+def test_slurm_starts_the_script_on_each_node_with_its_own_number(tmp_path: Path) -> None:
+    """With stubs in place of Slurm's commands; `srun` runs its tasks one after the other, and node.sh only prints."""
+    tools, work = tmp_path / "bin", tmp_path / "work"
+    tools.mkdir()
+    (work / "examples/launch").mkdir(parents=True)
+    (work / "examples/launch/node.sh").write_text('echo "${@:2} $RUN_ID $STOP_SECONDS ${#REAL_SERVER_KEY}" >>tasks\n')
+    (tools / "scontrol").write_text('#!/bin/bash\n[ "$1" != show ] || printf "%s\\n" a1 a2 a3\n')
+    (tools / "srun").write_text(
+        '#!/bin/bash\necho "$*" >>sruns\nwhile [[ $1 == --* ]]; do [[ $1 != --ntasks=* ]] || n=${1#*=}; shift; done\n'
+        'for ((i = 0; i < n; i++)); do SLURM_PROCID=$i "$@"; done\n'
+    )
+    for tool in tools.iterdir():
+        tool.chmod(0o755)
+    environment = {"PATH": f"{tools}:{os.environ['PATH']}", "SLURM_JOB_NODELIST": "a[1-3]", "SLURM_JOB_ID": "12"}
+    environment |= {"SLURM_CPUS_ON_NODE": "96", "LOGS": "logs"}
+    command = ["bash", LAUNCH / "slurm.sbatch", "real.yaml", "steps=3"]
+    subprocess.run(command, cwd=work, env=environment, check=True, timeout=60)
+    assert (
+        work / "logs/hosts"
+    ).read_text() == "a1 slots=8 role=train\na2 slots=8 role=train\na3 slots=8 role=rollout\n"
+    tasks = sorted((work / "tasks").read_text().splitlines())
+    assert tasks == [f"{i} train real.yaml steps=3 12-0 1140 64" for i in range(3)]
+    sruns = sorted((work / "sruns").read_text().splitlines(), reverse=True)
+    assert "--nodelist=a1,a2 " in sruns[0] and "--nodelist=a3 " in sruns[1]
+
+
+def test_the_job_of_kubernetes_has_a_pod_a_host_and_ends_with_the_training_pods() -> None:
+    settings, service, job = yaml.safe_load_all((LAUNCH / "kubernetes.yaml").read_text(encoding="utf-8"))
+    hosts = settings["data"]["hosts"].splitlines()
+    spec, pod = job["spec"], job["spec"]["template"]["spec"]
+    assert (job["apiVersion"], spec["completionMode"]) == ("batch/v1", "Indexed")
+    assert spec["completions"] == spec["parallelism"] == len(hosts)
+    assert [line.split()[0] for line in hosts] == [f"real-{i}.{service['metadata']['name']}" for i in range(len(hosts))]
+    training = [i for i, line in enumerate(hosts) if "role=rollout" not in line]
+    assert spec["successPolicy"]["rules"] == [{"succeededIndexes": f"0-{training[-1]}"}]
+    assert pod["subdomain"] == service["metadata"]["name"] and service["spec"]["clusterIP"] == "None"
+    assert pod["restartPolicy"] == "Never" and pod["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == 8
+    subprocess.run(["bash", "-n"], input=pod["containers"][0]["args"][0], text=True, check=True)
