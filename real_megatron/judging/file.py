@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 
 from real_megatron.data.record import parse_json, plain_record
 from real_megatron.errors import ConfigError, DataError, PromptRefused
-from real_megatron.files import writing
+from real_megatron.files import append, writing
 from real_megatron.judging.evaluate import judge_settings
 from real_megatron.judging.job import keep_settings, template_digest, weights_written
 from real_megatron.judging.judge import Judge
@@ -113,7 +113,12 @@ def _judge_file(
     done, repeated = _finished(output)
     summary = JudgeSummary(repeated=repeated)
     errors_path(output).unlink(missing_ok=True)
-    with source.open("rb") as lines, output.open("ab") as out, errors_path(output).open("wb") as errors:
+    # Without buffers, which would meet a full disk again when they are closed.
+    with (
+        source.open("rb") as lines,
+        output.open("ab", buffering=0) as out,
+        errors_path(output).open("wb", buffering=0) as errors,
+    ):
 
         def report(number: int, id: str | None, error: str) -> None:
             summary.bad += 1
@@ -298,7 +303,8 @@ def _remove_lines(file: Path, numbers: set[int]) -> None:
 
 def _write(file: BinaryIO, row: dict[str, Any]) -> None:
     # A lone surrogate in an id has no UTF-8 form; `backslashreplace` writes it as the JSON escape that it came from.
-    file.write((json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace"))
+    with writing(Path(file.name)):
+        append(file.fileno(), (json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace"))
 
 
 def _sync(file: BinaryIO) -> None:

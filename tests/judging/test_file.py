@@ -1,11 +1,13 @@
 """The streaming judge: output rows, bad rows, kills at any byte, other settings."""
 
+import errno
 import json
 import math
 
 import pytest
 
 from real_megatron.errors import ConfigError, EngineError
+from real_megatron.judging import file
 from real_megatron.judging.evaluate import EvaluationPrompt, evaluate_set
 from real_megatron.judging.file import RESULT, errors_path, judge_file
 from real_megatron.judging.job import job_path
@@ -375,3 +377,28 @@ def test_long_prompts_are_cut_and_counted(run, tmp_path) -> None:
         run(max_prompt_tokens=5, long_prompts="cut_left")
     dropped = run(tmp_path / "dropped.jsonl", max_prompt_tokens=4)
     assert (dropped.judged, dropped.bad, dropped.cut) == (2, 5, 0)
+
+
+def test_a_disk_that_is_full_is_one_line_that_names_the_output(run, tmp_path, monkeypatch) -> None:
+    """As it meets a write; the rows before it stay, and the job goes on behind them."""
+    real, written = file.append, []
+
+    def full(handle: int, data: bytes) -> None:
+        written.append(data)
+        if len(written) == 3:
+            real(handle, data[:9])
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(handle, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(file, "append", full)
+        with pytest.raises(OSError, match=r"out.jsonl: cannot be written \(No space left .*: make room there, and run"):
+            run()
+    assert len(read_rows_before(tmp_path / "out.jsonl")) == 2
+    run()
+    assert [row["id"] for row in read_rows(tmp_path / "out.jsonl")] == [f"r{i}" for i in range(7)]
+
+
+def read_rows_before(path) -> list[str]:
+    """Whole lines of a file whose last one is cut short."""
+    return path.read_text().split("\n")[:-1]
