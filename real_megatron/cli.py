@@ -487,7 +487,7 @@ def doctor(
 
             if python is not None:
                 raise ConfigError("--python is about this machine's servers: leave it out, or --cluster")
-            directory = shared or Path(run.output if config else ".")
+            directory = shared or existing(Path(run.output if config else "."))
             options = [word for option in ssh_option or [] for word in shlex.split(option)]
             found = preflight(read_hosts(cluster), str(directory.absolute()), options)
             title = f"the hosts of {cluster}"
@@ -756,6 +756,12 @@ def show_error(error: Exception) -> None:
         return
     notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
     _print_red(f"error{f' on rank {rank}' if world > 1 else ''}: {error}{notes}")
+
+
+def existing(path: Path) -> Path:
+    """The path, or the directory in which what is missing of it will be made."""
+    path = path.absolute()
+    return path if path.exists() or path == path.parent else existing(path.parent)
 
 
 def refuse(error: Exception) -> None:

@@ -305,7 +305,11 @@ def test_a_model_that_cannot_score_ends_the_job_with_one_error(
     result = run("judge", "--model", str(tmp_path / "model"), *files, "data.max_response_tokens=4")
     errors = capfd.readouterr().err + result.output
     assert result.exit_code == 1 and calls == [64]
-    assert errors.count("error:") == 1 and "score log-probs are NaN" in errors and "Traceback" not in errors
+    assert (
+        errors.count("error:") == 1
+        and "log-probabilities that are not finite for prompt 0: its weights" in errors
+        and "Traceback" not in errors
+    )
 
 
 def test_judging_under_torchrun_is_refused(

@@ -32,7 +32,7 @@ ALLOWED: dict[str, set[str]] = {
     "policy": {"bridge", "hf", "head", "objective", "batch", "config", "processes", "runtime"}
     | {"progress", "hardware", "errors"},
     "planning": {"policy", "bridge", "batch", "hf", "config", "hardware", "errors"},
-    "rollout": {"head", "batch", "hf", "scores", "config", "registry", "progress", "errors"},
+    "rollout": {"head", "batch", "hf", "scores", "config", "registry", "runtime"} | {"progress", "errors"},
     "data": {"batch", "scores", "config", "registry", "errors"},
     "evaluation": {"scores", "files", "errors"},
     "judging": {"evaluation", "data", "rollout", "hf", "scores", "config", "sections", "runtime", "locks"}
@@ -40,7 +40,7 @@ ALLOWED: dict[str, set[str]] = {
     "training": {"planning", "judging", "evaluation", "data", "rollout", "policy", "bridge", "hf", "objective", "batch"}
     | {"scores", "config", "sections", "runtime", "progress", "terminal", "locks", "hardware", "files", "errors"},
     "doctor": {"rollout", "policy", "head", "config", "runtime", "hardware", "errors", "version"},
-    "cluster": {"doctor", "planning", "runtime", "hardware", "errors", "version"},
+    "cluster": {"doctor", "planning", "rollout", "config", "runtime", "hardware", "errors", "version"},
     # Names of the library, imported on first use.
     "__init__": {"training", "judging", "evaluation", "data", "rollout", "policy", "bridge", "objective"}
     | {"config", "errors", "version"},

@@ -95,7 +95,7 @@ class _Preflight:
         hosts = [host for host in self.hosts if host.name in self._talk]
         if not hosts:
             return
-        facts, failed = self._ask_all("facts", {})
+        facts, failed = self._ask_all("facts", {name: {} for name in self._talk})
         for name, reason in failed.items():
             yield Finding("software", name, "broken", f"does not tell: {reason}")
         self._facts = facts
@@ -189,16 +189,15 @@ class _Preflight:
         return best
 
     def _ask_all(self, what: str, arguments: Mapping[str, dict[str, Any]]) -> tuple[dict[str, Any], dict[str, str]]:
-        """Answers, and why there is none, by host. arguments: of the hosts that are asked; empty: all, without any"""
-        asked = arguments or {name: {} for name in self._talk}
+        """Answers, and why there is none, by host. arguments: of the hosts that are asked"""
 
         def ask(name: str) -> tuple[bool, Any]:
             try:
-                return True, self._talk[name].ask(what, **asked[name])
+                return True, self._talk[name].ask(what, **arguments[name])
             except HostError as error:
                 return False, str(error)
 
-        told = dict(zip(asked, self._pool.map(ask, asked), strict=True))
+        told = dict(zip(arguments, self._pool.map(ask, arguments), strict=True))
         return {n: a for n, (well, a) in told.items() if well}, {n: a for n, (well, a) in told.items() if not well}
 
 

@@ -104,7 +104,9 @@ def check_complete(groups: list[list[Response]], prompts: int, n: int) -> None:
                 )
             if not all(map(math.isfinite, response.logprobs)):
                 raise BadResponse(
-                    i, f"the rollout engine returned log-probabilities that are not finite for prompt {i}"
+                    i,
+                    f"the rollout engine returned log-probabilities that are not finite for prompt {i}: its weights "
+                    "are damaged, or overflow in this dtype",
                 )
 
 

@@ -31,7 +31,7 @@ def test_a_run_with_a_rollout_host_survives_the_loss_of_a_training_host(
     )
     hostfile = hosts.write(tmp_path / "hosts", "h1 slots=2", "h2 slots=2", "h3 slots=1 role=rollout")
     seen: dict[int, str] = {}
-    with Launch(hosts, hostfile, config, tmp_path, "--max-restarts", "1") as launch:
+    with Launch(hosts, hostfile, config, tmp_path, "--no-preflight", "--max-restarts", "1") as launch:
         launch.until(lambda: launch.steps() >= 2)
         seen = launch.left()
         environments = {"\0".join(psutil.Process(pid).environ().values()) for pid in list(seen)}
@@ -45,12 +45,11 @@ def test_a_run_with_a_rollout_host_survives_the_loss_of_a_training_host(
         launch.nothing_left_within(5)
     # Each step once, with all its responses: what the lost start had done since its checkpoint is done anew. SGLang's
     # sampling has no seeds, so that responses are not those of an undisturbed run; test_ssh.py compares bits.
-    trained = rows(config.output)[1:]
+    trained = rows(config.output)
     assert [row["step"] for row in trained] == list(range(1, STEPS + 1))
     assert all(row["rollout/small_groups"] == 0 for row in trained)
     AutoModelForCausalLM.from_pretrained(config.output / "hf")
-    # The preflight has run, and the server's key stands where only its owner reads it.
-    assert "collectives" in launch.log.read_text()
+    # The server's key stands where only its owner reads it.
     server = next(text for text in seen.values() if "sglang.launch_server" in text)
     assert "--host " + hosts.address("h3") in server
     key = next(value for values in environments for value in values.split("\0") if len(value) == 64)
