@@ -4,7 +4,6 @@ import difflib
 import json
 import logging
 import math
-import os
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +13,7 @@ from real_megatron.errors import ConfigError
 from real_megatron.evaluation.metrics import LOWER_IS_BETTER
 from real_megatron.evaluation.result import DECODINGS
 from real_megatron.evaluation.weighted import NAMES, WITHIN
+from real_megatron.files import replace_text
 from real_megatron.runtime import from_rank_0, rank
 from real_megatron.training.checkpoints import CheckpointStore
 
@@ -89,9 +89,7 @@ class BestCheckpoint:
         best = self._read()
         sign = -1.0 if self._metric.rpartition("/")[2] in LOWER_IS_BETTER else 1.0
         if best is None or sign * value > sign * best[1]:
-            fresh = self._file.with_suffix(".tmp")
-            fresh.write_text(json.dumps({"metric": self._metric, "step": step, "value": value}) + "\n")
-            os.replace(fresh, self._file)
+            replace_text(self._file, json.dumps({"metric": self._metric, "step": step, "value": value}) + "\n")
         self._hold()
         self._store.prune()
 

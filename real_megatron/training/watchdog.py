@@ -18,6 +18,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from real_megatron import progress
+from real_megatron.files import replace_text
 from real_megatron.runtime import from_rank_0, rank, world_size
 
 logger = logging.getLogger(__name__)
@@ -128,7 +129,7 @@ class Watchdog:
             if first:
                 texts = self._others(deadline)
                 where = self._place.with_suffix(".txt")
-                _replace(where, together(texts))
+                replace_text(where, together(texts))
                 logger.error(
                     "no rank has made progress for %g minutes (parallel.stuck_minutes): the stacks of %d of %d ranks "
                     "are in %s; the run ends, the same command goes on from the last checkpoint",
@@ -193,9 +194,3 @@ def _make(path: Path) -> bool:
     except FileExistsError:
         return False
     return True
-
-
-def _replace(path: Path, text: str) -> None:
-    fresh = path.with_suffix(".tmp")
-    fresh.write_text(text, encoding="utf-8")
-    os.replace(fresh, path)
