@@ -6,7 +6,7 @@ import logging
 import os
 import socket
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from real_megatron.errors import OutputInUse
@@ -51,6 +51,11 @@ def only_writer(output: str | Path, *, inside: bool = False) -> Iterator[Callabl
             lock.unlink(missing_ok=True)
         _held.discard(handle)
         os.close(handle)
+
+
+def hold(stack: ExitStack, output: str | Path) -> None:
+    """Be the `only_writer` of `output` until `stack` is closed."""
+    stack.enter_context(only_writer(output))
 
 
 def _take(output: Path, lock: Path) -> int:

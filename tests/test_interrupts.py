@@ -86,6 +86,7 @@ def test_under_torchrun_sigterm_ends_a_rank_that_hangs_and_one_rank_speaks(
 
     monkeypatch.setattr("real_megatron.training.rl.train", stop)
     (tmp_path / "run.yaml").write_text("{}")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     for rank in ("0", "1"):
         monkeypatch.setenv("RANK", rank)
         result = run("train", tmp_path / "run.yaml")

@@ -17,7 +17,7 @@ from real_megatron.hf.output import check_output_file
 from real_megatron.judging.job import keep_settings, template_digest, weights_written
 from real_megatron.judging.judge import Judge
 from real_megatron.judging.reading import example_seed
-from real_megatron.locks import only_writer
+from real_megatron.locks import hold
 from real_megatron.rollout.engine import SamplingParams, naming_prompts
 from real_megatron.rollout.sampling import sample_trajectories
 from real_megatron.runtime import barrier, from_rank_0, join_torchrun, rank
@@ -63,7 +63,7 @@ def write_critiques(
     partial = output.with_name(output.name + ".partial")
     about = {"model": str(model), "revision": revision, "weights_written": weights_written(Path(model))}
     with ExitStack() as held:
-        from_rank_0(lambda: held.enter_context(only_writer(output)))
+        from_rank_0(lambda: hold(held, output))
         from_rank_0(lambda: _begin(output, partial, {**about, **_settings(config, samples)}))
         if from_rank_0(output.exists):
             logger.info("%s is complete", output)

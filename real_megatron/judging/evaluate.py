@@ -25,7 +25,7 @@ from real_megatron.judging.job import weights_written
 from real_megatron.judging.judge import Judge
 from real_megatron.judging.kept import KeptReadings
 from real_megatron.judging.reading import Reading, answers_of, mean_answer
-from real_megatron.locks import only_writer
+from real_megatron.locks import hold
 from real_megatron.rollout.engine import naming_prompts
 from real_megatron.runtime import from_rank_0, join_torchrun, rank
 from real_megatron.scores import ScoreScale
@@ -89,7 +89,7 @@ def evaluate(
     work_dir = output / "rollout"
     with ExitStack() as held:
         for name in config.data.eval:
-            from_rank_0(lambda name=name: held.enter_context(only_writer(evaluation_path(output, name))))  # type: ignore[misc]
+            from_rank_0(partial(hold, held, evaluation_path(output, name)))
         judge = held.enter_context(
             Judge.from_pretrained(model, revision=revision, config=config, work_dir=work_dir, start=False)
         )

@@ -102,7 +102,7 @@ class BestCheckpoint:
         if not self._file.exists():
             return None
         try:
-            found = json.loads(self._file.read_text())
+            found = json.loads(self._file.read_text(encoding="utf-8"))
             metric, step, value = found["metric"], int(found["step"]), float(found["value"])
         except (ValueError, KeyError, TypeError):
             logger.warning("%s is no record of the best checkpoint: the next evaluation makes a new one", self._file)

@@ -158,7 +158,7 @@ def test_a_bad_tokenizer_is_one_message(
     weights("another shape", r"model/model\.safetensors: tensor 'model\.norm\.weight' has shape \(65,\), .*config\.json asks for \(64,\)", lambda t: t.update({"model.norm.weight": torch.ones(65)})),
     weights("another shape to judge with", r"model: tensor 'model\.norm\.weight' has another shape", lambda t: t.update({"model.norm.weight": torch.ones(65)}), JUDGE),
     weights("whole numbers", r"model/model\.safetensors: tensor 'model\.norm\.weight' has dtype I8; supported: .*must be converted", lambda t: t.update({"model.norm.weight": torch.ones(64, dtype=torch.int8)}), JUDGE),
-    weights("NaN", r"the model's score log-probs are NaN: its weights are damaged", lambda t: t["model.norm.weight"].fill_(float("nan")), JUDGE),
+    weights("NaN", r"the rollout engine returned log-probabilities that are not finite for prompt 0: its weights are damaged", lambda t: t["model.norm.weight"].fill_(float("nan")), JUDGE),
     Bad("pickled weights", r"model holds pickled \.bin weights only; save", JUDGE, make=pickled),
     Bad("no weights", r"model: neither model\.safetensors nor model\.safetensors\.index\.json found", JUDGE, make=WEIGHTS.unlink),
     Bad("a missing file of several", r"model/model-00002-of-00002\.safetensors is missing; model\.safetensors\.index\.json places tensor", JUDGE, make=split(lambda: os.remove("model/model-00002-of-00002.safetensors")), mended=False),

@@ -307,7 +307,7 @@ def test_the_library_is_loaded_lazily() -> None:
 
 def test_a_saved_configuration_that_is_damaged_is_named(tmp_path: Path) -> None:
     (tmp_path / "real_megatron.yaml").write_text(yaml.safe_dump({"scale": {"scores": "no list"}}))
-    with pytest.raises(ConfigError, match=r"real_megatron\.yaml: `scale\.scores`: Input should be a valid list"):
+    with pytest.raises(ConfigError, match=r"real_megatron\.yaml: `scale\.scores`: must be a list"):
         judge_config(tmp_path)
 
 
@@ -316,8 +316,8 @@ def test_a_saved_configuration_that_is_damaged_is_named(tmp_path: Path) -> None:
     [
         ("missing", r"tensor 'model.layers.0.mlp.down_proj.weight' is missing \(and 1 others\)"),
         ("shape", r"tensor 'model.layers.0.mlp.down_proj.weight' has another shape than config.json says"),
-        ("cut", "its weights cannot be loaded"),
-        ("type", "config.json cannot be used: .*`weird`"),
+        ("cut", "model.safetensors is damaged or not a safetensors file"),
+        ("type", "config.json: model_type 'weird' is unknown to transformers"),
     ],
 )
 def test_a_checkpoint_that_is_not_whole_is_refused(damage: str, message: str, model: Path, tmp_path: Path) -> None:

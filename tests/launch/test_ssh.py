@@ -49,6 +49,7 @@ def weights(output: Path) -> dict[str, torch.Tensor]:
     return load_file(output / "hf" / "model.safetensors")
 
 
+@pytest.mark.skipif("LONG_TESTS" not in os.environ, reason="four starts of two ranks: set LONG_TESTS=1")
 def test_a_run_that_loses_a_rank_and_a_host_ends_as_an_undisturbed_one(
     hosts: Hosts, hostfile: Path, task: Path, undisturbed: Launch, tmp_path: Path
 ) -> None:

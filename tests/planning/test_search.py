@@ -171,7 +171,7 @@ def test_the_command_shows_the_best_and_writes_the_first(model_dir, tmp_path):
         (["--gpus", "8", "--rollout", "separate", "objective.name=raft"], "trains without servers: leave --rollout"),
         (["--gpus", "8", "--prompt-tokens", "9000"], "--prompt-tokens 9000: a mean beyond the longest"),
         (["--gpus", "8", "--gpu", "V100"], "GPU 'V100' is not in the table: choose one of A100, H100, H200, B200"),
-        (["--gpus", "8", "--rollout", "both"], "placement 'both': choose one of auto, colocated, separate"),
+        (["--gpus", "8", "--rollout", "both"], "--rollout both: choose one of auto, colocated, separate, none"),
         (["--gpus", "8", "data.max_prompt_tokens=50000"], "= 51024: .* has 40960 positions"),
     ],
 )

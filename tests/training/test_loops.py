@@ -40,6 +40,7 @@ class Logged(Session):
         self.updates = 0
         self.stop = SimpleNamespace(requested=lambda: self.updates >= stopped_in)
         self.policy = SimpleNamespace(runtime=SimpleNamespace(rank=0))
+        self._check_in_place = lambda: None
 
     def did(self, what: str) -> dict[str, float]:
         self.log.append(what)
@@ -186,10 +187,10 @@ def test_a_run_begins_with_the_evaluation_and_the_row_that_are_missing(
 
 def test_a_run_that_must_not_be_resumed_is_not(tmp_path: Path) -> None:
     run = Logged(RunConfig.from_yaml(None, ["checkpoint.resume=false"]), 99)
-    saved = SimpleNamespace(newest=lambda: (3, tmp_path / "step-000003"))
+    saved = SimpleNamespace(clear=lambda: None, newest=lambda: (3, tmp_path / "step-000003"))
     with pytest.raises(ConfigError, match="step-000003 exists and checkpoint.resume is false: choose another output"):
         check_same_output(run.config, saved)
-    run.store = SimpleNamespace(newest=lambda: None)
+    run.store = SimpleNamespace(clear=lambda: None, newest=lambda: None)
     Session.resume(run)
     assert run.start == 0
 
