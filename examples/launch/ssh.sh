@@ -5,7 +5,8 @@
 #     --no-preflight     do not compare the hosts first (real-megatron doctor --cluster)
 #     --max-restarts N   start again up to N times when a host, a rank or a server host is lost (0)
 #     --logs DIR         logs, one folder a host (runs/launch/DATE); on a file system that all hosts share
-# The repository, its environment, the model and `output` lie under the same paths on all hosts. Of the environment:
+# Paths are relative to the repository. It, its environment, the model and `output` lie under the same paths on all hosts;
+# `output` and the logs on a file system that they share. Of the environment:
 # SSH_OPTIONS (options of ssh), PYTHON, STOP_SECONDS and RENDEZVOUS_PORT (node.sh), HOST_SECONDS (how long a restart waits
 # for hosts that do not answer, 1800).
 # Exit status: 0 when all training hosts have finished, 130 or 143 after Ctrl-C or SIGTERM, else 1.
@@ -63,7 +64,7 @@ remote() { # the command of host $1 in start $2, for its shell
 }
 
 if [ -n "$print" ]; then
-    [ -z "$preflight" ] || echo "preflight: $PYTHON -m real_megatron doctor --cluster $hostfile --config $2"
+    [ -z "$preflight" ] || echo "preflight: $PYTHON -m real_megatron doctor --cluster $hostfile --config ${*:2}"
     for i in "${!names[@]}"; do
         echo "${names[i]}: ${ssh[*]} ${targets[i]} $(remote "$i" 0 "$hostfile" "$i" "$@")"
     done
@@ -73,7 +74,7 @@ if [ -n "$print" ]; then
     exit
 fi
 if [ -n "$preflight" ]; then
-    "$PYTHON" -m real_megatron doctor --cluster "$hostfile" --config "$2"
+    "$PYTHON" -m real_megatron doctor --cluster "$hostfile" --config "${@:2}"
 fi
 mkdir -p "$logs"
 scratch=$(mktemp -d)
