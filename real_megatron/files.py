@@ -54,11 +54,15 @@ class Vanished(OSError):
     """What a job writes to is no longer where it was."""
 
 
+def in_place(path: Path, handle: int) -> bool:
+    """Whether the path still names the open file."""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(handle))
+    except FileNotFoundError:
+        return False
+
+
 def check_in_place(path: Path, handle: int) -> None:
     """Raise Vanished unless `path` still names the open file: what is written to another, nobody would find."""
-    try:
-        same = os.path.samestat(os.stat(path), os.fstat(handle))
-    except FileNotFoundError:
-        same = False
-    if not same:
+    if not in_place(path, handle):
         raise Vanished(f"{path}: is no longer the file that was opened: {GONE}")

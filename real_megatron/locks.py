@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from real_megatron.errors import OutputInUse
-from real_megatron.files import check_in_place
+from real_megatron.files import check_in_place, in_place
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ def only_writer(output: str | Path, *, inside: bool = False) -> Iterator[Callabl
     try:
         yield lambda: check_in_place(lock, handle)
     finally:
-        if _names(lock, handle):  # first, since somebody else's may be of this name once the lock is free
+        if in_place(lock, handle):  # first, since somebody else's may be of this name once the lock is free
             lock.unlink(missing_ok=True)
         _held.discard(handle)
         os.close(handle)
@@ -76,21 +76,13 @@ def _take(output: Path, lock: Path) -> int:
             logger.warning(
                 "%s: its file system has no locks (%s): see to it that no second job writes there", output, error
             )
-        if _names(lock, handle):
+        if in_place(lock, handle):
             break
         os.close(handle)  # its holder has removed it meanwhile
     with suppress(OSError):  # a full disk: only the other job's message is poorer
         os.ftruncate(handle, 0)
         os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
     return handle
-
-
-def _names(lock: Path, handle: int) -> bool:
-    """Whether the path still names the open file."""
-    try:
-        return os.path.samestat(os.stat(lock), os.fstat(handle))
-    except FileNotFoundError:
-        return False
 
 
 def _close_in_child() -> None:

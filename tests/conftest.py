@@ -7,6 +7,7 @@ import pytest
 import torch.distributed as dist
 
 from real_megatron.policy import parallel_groups
+from tests.support import command_line
 from tests.support.hosts import Hosts, missing
 
 
@@ -16,6 +17,13 @@ def no_process_group() -> None:
     if dist.is_initialized():
         parallel_groups.end_model_groups()
         dist.destroy_process_group()
+
+
+@pytest.fixture
+def own_logging() -> Iterator[None]:
+    """Keep what a command sets up of logging to its own test."""
+    with command_line.own_logging():
+        yield
 
 
 @pytest.fixture(scope="module")

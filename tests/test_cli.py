@@ -1,12 +1,10 @@
 """The command line: help that teaches, errors that say what to fix."""
 
 import json
-import logging
 import math
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -30,16 +28,7 @@ from real_megatron.locks import only_writer
 COMMANDS = ["train", "sft", "critiques", "evaluate", "judge", "report", "convert"]
 
 
-@pytest.fixture(autouse=True)
-def own_logging() -> Iterator[None]:
-    """Commands set up the logging of their process, which here is that of other tests too."""
-    root, torch_extension = logging.getLogger(), logging.getLogger("torch.utils.cpp_extension")
-    handlers, levels = list(root.handlers), (root.level, torch_extension.level)
-    yield
-    logging.captureWarnings(False)
-    root.handlers[:] = handlers
-    root.setLevel(levels[0])
-    torch_extension.setLevel(levels[1])
+pytestmark = pytest.mark.usefixtures("own_logging")
 
 
 def run(*arguments: str) -> Result:

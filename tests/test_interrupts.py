@@ -1,13 +1,11 @@
 """Ctrl-C and SIGTERM: one line, the status that a shell reports for the signal, and what was done is kept."""
 
 import json
-import logging
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +20,7 @@ from real_megatron.training.stop import Terminated
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.fixture(autouse=True)
-def own_logging() -> Iterator[None]:
-    """Commands set up the logging of their process, which here is that of other tests too."""
-    root = logging.getLogger()
-    handlers, level = list(root.handlers), root.level
-    yield
-    logging.captureWarnings(False)
-    root.handlers[:] = handlers
-    root.setLevel(level)
+pytestmark = pytest.mark.usefixtures("own_logging")
 
 
 def run(*arguments: str | Path) -> Result:

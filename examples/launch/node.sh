@@ -30,7 +30,7 @@ trap 'rm -f "$words"' EXIT
 mapfile -d '' -t plan <"$words"
 name=${plan[0]} role=${plan[1]}
 settings=()
-for ((i = 3; i < ${#plan[@]}; i++)); do
+for ((i = 2; i < ${#plan[@]}; i++)); do
     [ -n "${plan[i]}" ] || break
     settings+=("${plan[i]}")
 done

@@ -85,13 +85,8 @@ say() { echo "launch: $*" >&2; }
 talk() { # what the line to a host carries; it ends with the launcher, however that dies
     printf '%s\n' "$key"
     while [ ! -e "$scratch/kill" ] && kill -0 "$launcher" 2>/dev/null; do
-        if [ -e "$scratch/stop" ]; then
-            echo stop
-            # The line stays open while the ranks save.
-            while [ ! -e "$scratch/kill" ] && kill -0 "$launcher" 2>/dev/null; do sleep 0.5; done
-            break
-        fi
-        echo beat
+        # The line stays open while the ranks save.
+        if [ -e "$scratch/stop" ]; then echo stop; else echo beat; fi
         sleep 0.5
     done 2>/dev/null
 }

@@ -6,6 +6,7 @@ from typing import Any
 
 from real_megatron.cluster.hostfile import Host
 from real_megatron.doctor.finding import Finding
+from real_megatron.doctor.machine import interface_of
 from real_megatron.hardware import gpu_reported_as
 from real_megatron.planning.efficiency import DEFAULT
 from real_megatron.planning.links import group
@@ -114,16 +115,11 @@ def gpus(hosts: Sequence[Host], facts: Mapping[str, dict[str, Any]]) -> Iterator
             yield Finding("GPUs", host.name, "ok", text)
 
 
-def interface_of(facts: Mapping[str, Any], address: str) -> str:
-    """The network interface that holds an address; empty without one."""
-    return next((name for name, addresses in facts["interfaces"].items() if address in addresses), "")
-
-
 def network(addresses: Mapping[str, str], facts: Mapping[str, dict[str, Any]]) -> Iterator[Finding]:
     """The interface that NCCL and gloo are told to use, and InfiniBand."""
     most = max(len(one["infiniband"]) for one in facts.values())
     for name, own in facts.items():
-        interface, devices = interface_of(own, addresses[name]), own["infiniband"]
+        interface, devices = interface_of(addresses[name], own["interfaces"]), own["infiniband"]
         if not interface:
             listed = "; ".join(f"{one} {', '.join(held)}" for one, held in own["interfaces"].items())
             text = f"no interface holds {addresses[name]}: {listed or 'none is up'}"

@@ -9,7 +9,6 @@ import os
 import platform
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from real_megatron.doctor.machine import driver_gpus, interfaces
+from real_megatron.rollout.remote.process import in_use
 from real_megatron.version import VERSION
 
 PACKAGES = ("torch", "megatron-core", "transformers")
@@ -100,16 +100,12 @@ def taken(address: str, ports: list[int]) -> dict[str, str]:
     """Ports of this host at which nothing could listen, each with who does."""
     found = {}
     for port in ports:
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind((address, port))
-                probe.listen()
-            except OSError as error:
-                if error.errno == errno.EADDRINUSE:
-                    found[str(port)] = _listener(port)
-                elif error.errno != errno.EADDRNOTAVAIL:  # which the network check says
-                    found[str(port)] = error.strerror or str(error)
+        try:
+            if in_use(port, address):
+                found[str(port)] = _listener(port)
+        except OSError as error:
+            if error.errno != errno.EADDRNOTAVAIL:  # which the network check says
+                found[str(port)] = error.strerror or str(error)
     return found
 
 

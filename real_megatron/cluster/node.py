@@ -2,7 +2,7 @@
 
     python -m real_megatron.cluster.node HOSTFILE INDEX train|sft CONFIG [KEY=VALUE …]
 
-prints, each followed by a NUL: the host's name, its role, its address, the variables of its environment (`NAME=VALUE`),
+prints, each followed by a NUL: the host's name, its role, the variables of its environment (`NAME=VALUE`),
 an empty string, and the command. INDEX counts the hosts of the file from 0.
 """
 
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from real_megatron.cluster.hostfile import Host, read_hosts, with_addresses
 from real_megatron.config import RunConfig
-from real_megatron.doctor.machine import interfaces
+from real_megatron.doctor.machine import interface_of, interfaces
 from real_megatron.errors import ConfigError, UserError
 from real_megatron.rollout.serve import KEY_VARIABLE, SERVER_PORT, servers_of
 
@@ -38,11 +38,6 @@ def torchrun(
     ]
 
 
-def interface_of(address: str) -> str:
-    """The network interface of this machine that holds an address; empty without one."""
-    return next((name for name, held in interfaces().items() if address in held), "")
-
-
 def node_command(
     hosts: Sequence[Host],
     addresses: Sequence[str],
@@ -62,10 +57,11 @@ def node_command(
         servers_of(config, host.slots)
         serve = [python, "-m", "real_megatron.rollout.serve", config_file, *overrides]
         return [*serve, "--host", address, "--gpus", str(host.slots), "--logs", str(logs / host.name)]
-    training = [(h, a) for h, a in zip(hosts, addresses, strict=True) if h.role == "train"]
+    placed = list(zip(hosts, addresses, strict=True))
+    training = [one for one in placed if one[0].role == "train"]
     urls = [
         f"http://{a}:{SERVER_PORT + i}"
-        for h, a in zip(hosts, addresses, strict=True)
+        for h, a in placed
         if h.role == "rollout"
         for i in range(servers_of(config, h.slots))
     ]
@@ -103,9 +99,9 @@ def main(arguments: Sequence[str]) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    found = interface_of(addresses[index])
+    found = interface_of(addresses[index], interfaces())
     environment = [f"{name}={found}" for name in NETWORK_VARIABLES if found and name not in os.environ]
-    words = [hosts[index].name, hosts[index].role, addresses[index], *environment, "", *run]
+    words = [hosts[index].name, hosts[index].role, *environment, "", *run]
     sys.stdout.write("".join(f"{word}\0" for word in words))
     return 0
 

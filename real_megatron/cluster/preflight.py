@@ -14,9 +14,10 @@ from typing import Any
 from real_megatron.cluster import checks
 from real_megatron.cluster.checks import MARK, Offset
 from real_megatron.cluster.hostfile import Host, with_addresses
-from real_megatron.cluster.node import RENDEZVOUS_PORT, torchrun
+from real_megatron.cluster.node import NETWORK_VARIABLES, RENDEZVOUS_PORT, torchrun
 from real_megatron.cluster.ssh import Conversation, HostError
 from real_megatron.doctor.finding import Finding
+from real_megatron.doctor.machine import interface_of
 from real_megatron.rollout.serve import SERVER_PORT
 
 SEEN_S = 10
@@ -119,10 +120,10 @@ class _Preflight:
 
         def launch(item: tuple[int, Host]) -> dict[str, Any]:
             index, host = item
-            interface = checks.interface_of(facts[host.name], self.addresses[host.name])
+            interface = interface_of(self.addresses[host.name], facts[host.name]["interfaces"])
             command = torchrun(self.python, hosts, addresses, index, "preflight", self.port)
             command += ["-m", "real_megatron.cluster.trial"]
-            environment = {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": interface}
+            environment = dict.fromkeys(NETWORK_VARIABLES, interface)
             if not on_gpu:
                 environment["OMP_NUM_THREADS"] = "1"
             arguments = {"command": command, "environment": environment, "limit_s": TRIAL_S}

@@ -5,7 +5,7 @@ import resource
 import shutil
 import socket
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from real_megatron.doctor.environment import Environment, describe_end
@@ -127,3 +127,8 @@ def interfaces() -> dict[str, list[str]]:
         if name in up and name != "lo"
     }
     return {name: addresses for name, addresses in found.items() if addresses}
+
+
+def interface_of(address: str, held: Mapping[str, Sequence[str]]) -> str:
+    """The network interface that holds an address; empty without one. held: of a machine, as `interfaces` gives them"""
+    return next((name for name, addresses in held.items() if address in addresses), "")

@@ -74,7 +74,7 @@ def read_config(directory: Path) -> PretrainedConfig:
     file = directory / "config.json"
     if not file.is_file():
         raise MissingCheckpoint(f"{file} is missing")
-    _check_raw(file)
+    raw = _raw(file)
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(directory, trust_remote_code=False)
         config.to_json_string()  # which every model does as it is loaded
@@ -83,7 +83,7 @@ def read_config(directory: Path) -> PretrainedConfig:
         if "validate_rope" in reason and "*: 'NoneType'" in reason:
             reason += f"; {HEAD_DIM_HINT}"
         raise MissingCheckpoint(f"{file} cannot be used: {' '.join(reason.split())}") from error
-    _refuse_two_rotary_settings(file)
+    _refuse_two_rotary_settings(file, raw)
     check_rotary(config)
     return config
 
@@ -95,11 +95,11 @@ _SIZES = (
 _COPY = "copy it again from where the model is from"
 
 
-def _check_raw(file: Path) -> None:
-    """Raise MissingCheckpoint for a config.json that is no JSON object, of a type of model that transformers has not
-    itself, or with sizes that are none."""
+def _raw(file: Path) -> dict[str, Any]:
+    """What config.json says. Raises MissingCheckpoint where it is no JSON object, of a type of model that transformers
+    has not itself, or has sizes that are none."""
     try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
+        raw: Any = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise MissingCheckpoint(f"{file}: not valid JSON ({error}); {_COPY}") from None
     if not isinstance(raw, dict):
@@ -115,11 +115,11 @@ def _check_raw(file: Path) -> None:
         size = raw.get(key)
         if isinstance(size, int) and size < 1:
             raise MissingCheckpoint(f"{file}: {key} is {size}, where a number from 1 on is needed; {_COPY}")
+    return raw
 
 
-def _refuse_two_rotary_settings(file: Path) -> None:
+def _refuse_two_rotary_settings(file: Path, raw: dict[str, Any]) -> None:
     """transformers takes `rope_scaling` in place of the whole of `rope_parameters`, and so forgets its `rope_theta`."""
-    raw = json.loads(file.read_text(encoding="utf-8"))
     if raw.get("rope_scaling") and raw.get("rope_parameters") and raw["rope_scaling"] != raw["rope_parameters"]:
         raise UnsupportedModel(
             f"{file}: it has both rope_parameters and rope_scaling, of which transformers reads the latter alone, "

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from real_megatron.config import OptimizerConfig
+from real_megatron.runtime import default_device
 
 WINDOW = 50
 """Made updates whose gradient norms a spike is measured against: their median."""
@@ -107,7 +108,7 @@ def _agreed(bad: object, norm: float) -> tuple[bool, float]:
     same."""
     own = torch.tensor([float(bool(bad)), norm if math.isfinite(norm) else 0.0], dtype=torch.float64)
     if dist.is_initialized() and dist.get_world_size() > 1:
-        own = own.to(torch.cuda.current_device() if torch.cuda.is_available() else "cpu")
+        own = own.to(default_device())
         dist.all_reduce(own, op=dist.ReduceOp.MAX)
     found, largest = own.tolist()
     return found > 0, largest

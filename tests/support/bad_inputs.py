@@ -2,12 +2,10 @@
 
 import hashlib
 import json
-import logging
 import re
 import shlex
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ from typer.testing import CliRunner
 
 from real_megatron.cli import app
 from real_megatron.data.byte_model import make_byte_model
+from tests.support.command_line import own_logging
 
 RUN = """\
 output: out
@@ -107,18 +106,6 @@ def contents(directory: Path) -> dict[str, str]:
         for path in directory.rglob("*")
         if path.exists()
     }
-
-
-@contextmanager
-def own_logging() -> Iterator[None]:
-    """Commands set up the logging of their process, which here is that of other tests too."""
-    root, torch_extension = logging.getLogger(), logging.getLogger("torch.utils.cpp_extension")
-    handlers, levels = list(root.handlers), (root.level, torch_extension.level)
-    yield
-    logging.captureWarnings(False)
-    root.handlers[:] = handlers
-    root.setLevel(levels[0])
-    torch_extension.setLevel(levels[1])
 
 
 def prepare(bad: Bad, base: Path, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:

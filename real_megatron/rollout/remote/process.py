@@ -158,13 +158,14 @@ def free_port() -> int:
         return port
 
 
-def in_use(port: int) -> bool:
-    """Whether a server could not listen on this port of 127.0.0.1 now."""
+def in_use(port: int, host: str = LOCAL) -> bool:
+    """Whether a server could not listen on this port of an address of this machine now. Raises OSError for an address
+    that is none of its own, or where it may not listen."""
     with socket.socket() as probe:
         # As servers do: connections of one that has just ended do not count.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind((LOCAL, port))
+            probe.bind((host, port))
         except OSError as error:
             if error.errno != errno.EADDRINUSE:
                 raise
