@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from real_megatron.doctor.machine import driver_gpus, interfaces
-from real_megatron.rollout.remote.process import in_use
+from real_megatron.rollout.remote.ports import in_use
 from real_megatron.version import VERSION
 
 PACKAGES = ("torch", "megatron-core", "transformers")

@@ -1,13 +1,13 @@
 """HTTP to rollout servers against local ones: connections kept and let go, deadlines, one error for every loss."""
 
 import asyncio
-import socket
 
 import pytest
 
 from real_megatron.rollout.remote import http
 from real_megatron.rollout.remote.errors import Unreachable
 from real_megatron.rollout.remote.http import Http
+from real_megatron.rollout.remote.ports import free_ports
 
 BODY = {"input_ids": [1, 2], "sampling_params": {"n": 1, "max_new_tokens": 4}}
 
@@ -81,11 +81,9 @@ def test_a_reply_that_never_comes_is_unreachable(servers, fault, message):
 
 
 def test_a_closed_port_is_unreachable():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"http://127.0.0.1:{free.getsockname()[1]}"
+    (port,) = free_ports(1)
     with pytest.raises(Unreachable, match="ClientConnectorError"):
-        with_http(lambda client: client.get(address + "/health", 10))
+        with_http(lambda client: client.get(f"http://127.0.0.1:{port}/health", 10))
 
 
 def test_a_reply_cut_short_is_unreachable():

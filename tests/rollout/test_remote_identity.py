@@ -21,7 +21,8 @@ from real_megatron.errors import ConfigError, EngineError
 from real_megatron.rollout.engine import SamplingParams
 from real_megatron.rollout.factory import check_servers
 from real_megatron.rollout.remote import client, replica, servers
-from real_megatron.rollout.remote.process import LAUNCHER, free_port
+from real_megatron.rollout.remote.ports import free_ports, in_use
+from real_megatron.rollout.remote.process import LAUNCHER
 from real_megatron.rollout.sglang import distributed_transport
 from real_megatron.rollout.sglang.engine import SGLangEngine
 from real_megatron.rollout.vllm.engine import VLLMEngine
@@ -121,8 +122,9 @@ def test_a_port_with_anothers_server_is_refused_before_a_start(build, serve, tmp
 
 
 def test_a_port_in_use_is_refused_before_a_model_is_loaded(serve, monkeypatch, flavour):
-    other = serve(flavour)
-    config = RolloutConfig(engine=flavour, python="python3", port=other.port - 1, replicas=2)
+    port = next(port for port in free_ports(100) if not in_use(port + 1))
+    other = serve(flavour, port + 1)
+    config = RolloutConfig(engine=flavour, python="python3", port=port, replicas=2)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(ConfigError, match=rf"rollout.port: port {other.port} of .* the first of 2 free ports"):
         check_servers(config, trainer=False)
@@ -148,7 +150,7 @@ def test_who_takes_the_port_while_ours_loads_is_not_taken_for_ours(build, serve,
 
 @pytest.mark.parametrize("serve_loaded", [True, False])
 def test_who_takes_the_port_of_a_crashed_server_is_not_asked(build, serve, model, flavour, serve_loaded):
-    port = free_port()
+    (port,) = free_ports(1)
     engine = build(flavour, port=port, restarts=2, serve_loaded=serve_loaded)
     if not serve_loaded:
         engine.update_weights(model.named_parameters(), 1)

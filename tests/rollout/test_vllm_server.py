@@ -17,7 +17,7 @@ import torch
 from real_megatron.config import RolloutConfig
 from real_megatron.errors import EngineError
 from real_megatron.rollout.engine import SamplingParams
-from real_megatron.rollout.remote.process import free_port
+from real_megatron.rollout.remote.ports import free_ports
 from real_megatron.rollout.vllm import command
 from real_megatron.rollout.vllm.engine import VLLMEngine
 from tests.support import served_policy
@@ -196,7 +196,7 @@ def test_sleeping_servers_come_back_with_the_current_weights(engine):
 @pytest.fixture(scope="module")
 def other(model_dir, vllm_python, tmp_path_factory):
     """A server that somebody else has started: without development mode."""
-    port = free_port()
+    (port,) = free_ports(1)
     served = spec(settings(python=vllm_python), model_dir, tmp_path_factory.mktemp("other"))
     start = command.server_command(served, 0, port, 2 * LONGEST)
     guard = start.arguments.index("--middleware")

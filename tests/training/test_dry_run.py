@@ -22,7 +22,7 @@ from real_megatron.locks import only_writer
 from real_megatron.planning.activations import ActivationBytes
 from real_megatron.planning.memory import GIB, LayoutMemory, RankMemory
 from real_megatron.policy.meta import StateBytes
-from real_megatron.rollout.remote.process import free_port
+from real_megatron.rollout.remote.ports import free_ports
 from real_megatron.training import dry_run as module
 from real_megatron.training import preparation, session
 from real_megatron.training.checkpoints import CheckpointStore
@@ -219,7 +219,7 @@ def test_ranks_leave_the_servers_gpus_free_where_they_need_several_nodes(run: An
 def test_attached_servers_are_asked_whether_they_are_there(run: Any) -> None:
     with FakeServer() as server, FakeServer() as ill:
         ill.paused = True
-        urls = [server.url, f"http://127.0.0.1:{free_port()}", ill.url]
+        urls = [server.url, f"http://127.0.0.1:{free_ports(1)[0]}", ill.url]
         found = dry_run(run("rollout.engine=sglang", f"rollout.servers={urls}"), "train", 1, H100)
     lines = [text for _, text in found.sections["servers"]]
     assert lines == [f"{urls[0]} answers", f"{urls[1]} does not answer now", f"{urls[2]} does not answer now"]

@@ -1,11 +1,9 @@
 """A server as a child process: start, log, end."""
 
-import errno
 import logging
 import os
 import re
 import signal
-import socket
 import subprocess
 import tempfile
 import threading
@@ -19,9 +17,6 @@ from real_megatron.errors import EngineError
 logger = logging.getLogger(__name__)
 _LOG_TAIL_BYTES = 2000
 _GRACE_S = 10
-
-LOCAL = "127.0.0.1"
-"""Where local servers listen."""
 
 # Variables that torchrun sets for its workers. A server would read them as its own: with TORCHELASTIC_USE_AGENT_STORE
 # it waits for a store that does not exist.
@@ -148,26 +143,3 @@ class ServerProcess:
 def _signal_group(group: int, number: int) -> None:
     with suppress(ProcessLookupError):
         os.killpg(group, number)
-
-
-def free_port() -> int:
-    """A port of 127.0.0.1 that is free now."""
-    with socket.socket() as probe:
-        probe.bind((LOCAL, 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
-def in_use(port: int, host: str = LOCAL) -> bool:
-    """Whether a server could not listen on this port of an address of this machine now. Raises OSError for an address
-    that is none of its own, or where it may not listen."""
-    with socket.socket() as probe:
-        # As servers do: connections of one that has just ended do not count.
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            if error.errno != errno.EADDRINUSE:
-                raise
-            return True
-    return False

@@ -8,7 +8,8 @@ from pathlib import Path
 from real_megatron.config import RolloutConfig
 from real_megatron.errors import ConfigError
 from real_megatron.rollout.engine import ServerCommand
-from real_megatron.rollout.remote.process import LOCAL, ServerProcess, free_port, in_use
+from real_megatron.rollout.remote.ports import LOCAL, free_ports, in_use
+from real_megatron.rollout.remote.process import ServerProcess
 from real_megatron.rollout.remote.replica import Replica
 
 
@@ -66,8 +67,8 @@ def configured_servers(
     if config.servers:
         return [Replica(url) for url in config.servers]
     replicas = []
-    for index in range(config.replicas):
-        port = config.port + index if config.port else free_port()
+    ports = range(config.port, config.port + config.replicas) if config.port else free_ports(config.replicas)
+    for index, port in enumerate(ports):
         server = command(index, port)
         assert key is not None  # local servers always have one
         environment = server.environment | {server.key_variable: key}
