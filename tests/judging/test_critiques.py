@@ -154,6 +154,12 @@ def test_a_model_that_never_writes_the_anchor_is_named_and_leaves_nothing(write,
     assert not (tmp_path / "cots.jsonl").exists()
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_disk_that_is_full_is_one_line_that_names_the_file() -> None:
+    with pytest.raises(OSError, match=r"/dev/full: cannot be written \(No space left .*: make room there, and run"):
+        critiques._append(Path("/dev/full"), [{"id": "a"}])
+
+
 def test_two_jobs_into_one_file_are_one_too_many(write, tmp_path: Path) -> None:
     config = config_of(tmp_path)
     with only_writer(tmp_path / "cots.jsonl"), pytest.raises(ConfigError, match="is being written by another job"):
