@@ -30,7 +30,7 @@ def free_ports(count: int) -> list[int]:
 def connection_ports() -> tuple[int, int]:
     """The first and the last port that the kernel gives to outgoing connections."""
     try:
-        first, last = map(int, _RANGE.read_text().split())
+        first, last = map(int, _RANGE.read_text(encoding="ascii").split())
     except OSError:  # not Linux
         return 32768, 65535
     return first, last
