@@ -13,7 +13,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from rich.console import Console
 
-from real_megatron.errors import ConfigError, DataError, EngineError, OutputInUse, UserError
+from real_megatron.errors import ConfigError, DataError, EngineError, UserError, refuse
 from real_megatron.version import VERSION
 
 if TYPE_CHECKING:
@@ -762,14 +762,6 @@ def existing(path: Path) -> Path:
     """The path, or the directory in which what is missing of it will be made."""
     path = path.absolute()
     return path if path.exists() or path == path.parent else existing(path.parent)
-
-
-def refuse(error: Exception) -> None:
-    """Tell a launcher, by the file that the environment names in REFUSED, that starting again would end the same way:
-    only where the user has something to change."""
-    if (file := os.environ.get("REFUSED")) and isinstance(error, UserError) and not isinstance(error, OutputInUse):
-        with suppress(OSError):
-            Path(file).write_text(f"{error}\n", encoding="utf-8")
 
 
 def show_bug(error: Exception) -> None:

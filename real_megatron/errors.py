@@ -7,12 +7,18 @@ the file, key or row and the fix.
 Everything else that escapes, ValueError and AssertionError included, is a bug of this package.
 """
 
+import os
+from contextlib import suppress
+from pathlib import Path
+
 
 class UserError(Exception):
     """Something that the user can fix. The message names the file, key or row, and the fix."""
 
     on_every_rank = False
     """All ranks of a node raise it alike, so that one of them says it."""
+    may_pass = False
+    """The same start may succeed later without any change: who or what was in the way may be gone."""
 
 
 class ConfigError(UserError):
@@ -23,6 +29,8 @@ class ConfigError(UserError):
 
 class OutputInUse(ConfigError):
     """Another job writes the output: perhaps one that is just ending, or whose lock a network file system keeps."""
+
+    may_pass = True
 
 
 class DataError(UserError):
@@ -64,3 +72,11 @@ class PromptRefused(UserError):
 
     def __reduce__(self) -> tuple[type["PromptRefused"], tuple[int, str]]:
         return type(self), (self.index, str(self))
+
+
+def refuse(error: Exception) -> None:
+    """Tell a launcher, by the file that the environment names in REFUSED, that starting again would end the same way:
+    only where the user has something to change."""
+    if (file := os.environ.get("REFUSED")) and isinstance(error, UserError) and not error.may_pass:
+        with suppress(OSError):
+            Path(file).write_text(f"{error}\n", encoding="utf-8")

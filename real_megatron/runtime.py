@@ -91,10 +91,12 @@ def start_process_group(timeout_minutes: int) -> None:
             dist.init_process_group(backend, timeout=timeout)
         except (dist.DistError, ValueError) as error:
             address = f"MASTER_ADDR={os.environ['MASTER_ADDR']} MASTER_PORT={os.environ['MASTER_PORT']}"
-            raise ConfigError(
+            apart = ConfigError(
                 f"the ranks cannot meet at {address} ({str(error).partition(chr(10))[0]}): every node must reach this "
                 "address and port, and as many ranks as WORLD_SIZE must start"
-            ) from error
+            )
+            apart.may_pass = isinstance(error, dist.DistError)  # a rank that was lost, a network that failed
+            raise apart from error
     else:
         dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
 

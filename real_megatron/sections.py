@@ -124,6 +124,16 @@ def known_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
     return keys
 
 
+def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """The leaves of nested dictionaries by their dotted names; an empty one is a leaf."""
+    if not isinstance(tree, dict) or not tree:
+        return {prefix: tree}
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= flatten(value, f"{prefix}.{key}" if prefix else key)
+    return flat
+
+
 def section_type(annotation: Any) -> type[BaseModel] | None:
     """The section inside an annotation `S`, `S | None`, `list[S]` or `dict[str, S]`; None when there is none."""
     if isinstance(annotation, type) and get_origin(annotation) is None:

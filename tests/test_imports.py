@@ -23,6 +23,7 @@ ALLOWED: dict[str, set[str]] = {
     "hardware": {"errors"},
     "sections": {"errors"},
     "config": {"sections"},
+    "agreement": {"config", "sections", "runtime", "errors"},
     "scores": {"errors"},
     "head": set(),
     "objective": {"scores", "config", "registry", "errors"},
@@ -35,10 +36,22 @@ ALLOWED: dict[str, set[str]] = {
     "rollout": {"head", "batch", "hf", "scores", "config", "registry", "runtime"} | {"progress", "errors"},
     "data": {"batch", "scores", "config", "registry", "errors"},
     "evaluation": {"scores", "files", "errors"},
-    "judging": {"evaluation", "data", "rollout", "hf", "scores", "config", "sections", "runtime", "locks"}
+    "judging": {"evaluation", "data", "rollout", "hf", "scores", "agreement", "config", "sections", "runtime", "locks"}
     | {"files", "errors"},
     "training": {"planning", "judging", "evaluation", "data", "rollout", "policy", "bridge", "hf", "objective", "batch"}
-    | {"scores", "config", "sections", "runtime", "progress", "terminal", "locks", "hardware", "files", "errors"},
+    | {
+        "scores",
+        "agreement",
+        "config",
+        "sections",
+        "runtime",
+        "progress",
+        "terminal",
+        "locks",
+        "hardware",
+        "files",
+        "errors",
+    },
     "doctor": {"rollout", "policy", "head", "config", "runtime", "hardware", "errors", "version"},
     "cluster": {"doctor", "planning", "rollout", "config", "runtime", "hardware", "errors", "version"},
     # Names of the library, imported on first use.

@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from real_megatron.agreement import check_ranks_agree
 from real_megatron.config import RunConfig
 from real_megatron.data import JudgeExample, encode_prompts, load_examples
 from real_megatron.data.files import source_digest
@@ -60,6 +61,7 @@ def write_critiques(
         raise ConfigError("data.train is empty: name at least one data set whose prompts are to get critiques")
     check_output_file(output, "output")
     join_torchrun(config.parallel.timeout_minutes)
+    check_ranks_agree(config)
     partial = output.with_name(output.name + ".partial")
     about = {"model": str(model), "revision": revision, "weights_written": weights_written(Path(model))}
     with ExitStack() as held:

@@ -13,6 +13,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from real_megatron.agreement import check_ranks_agree
 from real_megatron.config import RunConfig
 from real_megatron.data import encode_prompts, label_column, load_examples
 from real_megatron.errors import ConfigError, DataError
@@ -86,6 +87,7 @@ def evaluate(
         raise ConfigError("data.eval is empty: name at least one test set, for example data.eval.dev.path=dev.jsonl")
     check_output(output / "evaluation", "output")
     join_torchrun(config.parallel.timeout_minutes)
+    check_ranks_agree(config)
     work_dir = output / "rollout"
     with ExitStack() as held:
         for name in config.data.eval:

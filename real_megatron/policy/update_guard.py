@@ -98,8 +98,9 @@ class UpdateGuard:
     def _end(self, why: str) -> str:
         before = "".join(f"\n  skipped before it: {one}" for one in self._seen)
         return (
-            f"{why}. The weights are as before this update; resume from the last checkpoint with a lower optimizer.lr, "
-            f"or look at this batch's rows (optimizer.max_skipped = {self._config.max_skipped} in a row).{before}"
+            f"{why}. The weights are as before this update. Look at this batch's rows; then resume with a higher "
+            f"optimizer.max_skipped (now {self._config.max_skipped} in a row), or start a new run with a lower "
+            f"optimizer.lr, where model.path may be the last checkpoint, converted.{before}"
         )
 
 

@@ -13,6 +13,7 @@ from real_megatron.data import load_template
 from real_megatron.data.files import source_digest
 from real_megatron.errors import CheckpointError, ConfigError
 from real_megatron.hf.identity import model_files
+from real_megatron.sections import flatten
 
 # Of the rollouts, what decides which responses are sampled; the rest says where and how fast.
 SAMPLING = ("n", "temperature", "top_p", "staleness")
@@ -20,7 +21,7 @@ SAMPLING = ("n", "temperature", "top_p", "staleness")
 # Decides in which of two forms Megatron keeps the optimizer's state; neither can be read as the other.
 FORM = "parallel.distributed_optimizer"
 
-# What may differ: none of it changes which updates the run makes (but for the order of floating-point sums).
+# What may differ: none of it changes the updates that the run makes (but for the order of floating-point sums).
 FREE = (
     "output",
     # Where the model and the template are decides nothing: `inputs` says what they are.
@@ -39,6 +40,9 @@ FREE = (
     "batch.max_tokens",
     "batch.share_prompt",
     *(f"rollout.{name}" for name in RolloutConfig.model_fields if name not in SAMPLING),
+    # What the guard refuses is decided anew by whoever resumes a run that it has ended.
+    "optimizer.max_skipped",
+    "optimizer.spike_factor",
     "data.eval",
     "evaluation",
     "checkpoint",
@@ -56,7 +60,7 @@ def check_same_run(saved: dict[str, Any], config: RunConfig, where: str) -> None
     free = FREE + (("steps", "epochs") if config.optimizer.schedule == "constant" else ())
     if not config.parallel.distributed_optimizer:
         free = tuple(name for name in free if name != "model.dtype")
-    before, now = _flatten(_without_places(saved)), _flatten(_without_places(config.model_dump(mode="json")))
+    before, now = flatten(_without_places(saved)), flatten(_without_places(config.model_dump(mode="json")))
     differences = [
         f"  {key}: {before.get(key)!r} in the checkpoint, {now.get(key)!r} now"
         for key in sorted(before.keys() | now.keys())
@@ -138,12 +142,3 @@ def _digest(items: Iterable[Any]) -> str:
     for item in items:
         digest.update(json.dumps(item, sort_keys=True, default=str).encode("utf-8", "surrogatepass") + b"\n")
     return digest.hexdigest()
-
-
-def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(tree, dict) or not tree:
-        return {prefix: tree}
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flatten(value, f"{prefix}.{key}" if prefix else key)
-    return flat

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from real_megatron.agreement import check_ranks_agree
 from real_megatron.config import RunConfig
 from real_megatron.files import replace_text
 from real_megatron.hf.side_files import RUN_FILE
@@ -65,8 +66,10 @@ class Session:
         self.best = BestCheckpoint(self.store, config.checkpoint.best)
         with ExitStack() as held:
             from_rank_0(lambda: self._take_output(held))
+            # On each rank: a host may have copies of the files.
+            self.inputs = inputs(config, self.model_dir, self.groups)
+            check_ranks_agree(config, self.inputs)
             self.policy = Policy(config, self.scale.score_ids, self.scale.values, prepared.updates, self.model_dir)
-            self.inputs = from_rank_0(lambda: inputs(config, self.model_dir, self.groups))
             self._lock = held.pop_all()
         self.stop = StopSignal(self.policy.runtime.device)
         self._stopped_by = 0

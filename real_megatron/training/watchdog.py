@@ -30,6 +30,8 @@ POLL_S = 10.0
 GRACE_S = 120.0
 """How long the ranks that have written their stacks wait for the others, whose file system may show a request late."""
 
+_MARGIN_S = 10.0
+"""Behind `GRACE_S`, before what cannot be written any more is given up."""
 _END = "-- end of rank"
 
 
@@ -118,8 +120,9 @@ class Watchdog:
 
     def _end(self, asked: bool) -> None:
         """Write the stacks, wait for those of the others, and end the process. asked: this rank is stuck by itself; the
-        first one of them puts them together."""
-        faulthandler.cancel_dump_traceback_later()
+        first one of them puts them together. Ends it, too, where a log or a file takes no more, or holds its lock."""
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        faulthandler.dump_traceback_later(GRACE_S + 2 * self._poll + _MARGIN_S, exit=True, file=nowhere)
         try:
             first = asked and _make(self._place / "request")
             faulthandler.dump_traceback(self._file, all_threads=True)
@@ -130,6 +133,7 @@ class Watchdog:
                 texts = self._others(deadline)
                 where = self._place.with_suffix(".txt")
                 replace_text(where, together(texts))
+                _make(self._place / "gathered")
                 logger.error(
                     "no rank has made progress for %g minutes (parallel.stuck_minutes): the stacks of %d of %d ranks "
                     "are in %s; the run ends, the same command goes on from the last checkpoint",
@@ -138,15 +142,14 @@ class Watchdog:
                     self._world,
                     where,
                 )
-                _make(self._place / "gathered")
             else:  # the first one needs a moment behind the deadline of its own
                 while not (self._place / "gathered").exists() and time.monotonic() < deadline + 2 * self._poll:
                     time.sleep(min(1.0, self._poll))
         except Exception:
             logger.exception("the stacks of a stuck run could not be gathered")
         finally:
-            logging.shutdown()
-            # At once: the thread that is stuck would not return. Servers end with this process (processes.py).
+            # At once: the thread that is stuck would not return, and may hold the lock of a log. Servers end with this
+            # process (processes.py).
             os._exit(EXIT_STUCK)
 
     def _others(self, deadline: float) -> list[str | None]:

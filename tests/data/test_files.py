@@ -55,6 +55,7 @@ def test_a_limit_reads_no_further(tmp_path: Path) -> None:
     [
         ("a.jsonl", b'{"a": 1}\n\n{"a": }\n', r"a\.jsonl, line 3: not valid JSON \(Expecting value, column 7\)"),
         ("a.jsonl", b'{"a": 1}\n[1]\n', r"a\.jsonl, line 2: \[1\] is no object"),
+        ("a.jsonl", b'{"a": 1, "b": {"c": 1, "c": 2}}', r"a\.jsonl, line 1: 'c' is there twice in one object"),
         ("a.json", b'[{"a": 1},\n {"a": 2}', r"a\.json, line 2, column 10: not valid JSON .* is the file complete"),
         ("a.json", b'[{"a": 1}, null]', r"a\.json, row 2: null is no object"),
         ("a.jsonl", b'{}\n{"a": "\xff"}', r"a\.jsonl, line 2: not UTF-8 text \(column 8\)"),

@@ -181,6 +181,13 @@ def errors_of_runs(configs: list[RunConfig]) -> list[str]:
     return messages
 
 
+def error_of_own_run(configs: list[RunConfig]) -> str:
+    """The message with which a run ends whose ranks have a configuration each."""
+    with pytest.raises(ConfigError) as error:
+        train(configs[dist.get_rank()])
+    return str(error.value)
+
+
 def lock_during_and_after(config: RunConfig) -> tuple[bool, bool]:
     """Whether a run's output was locked while it saved, and is when it has ended."""
     lock, save, seen = config.output / ".lock", Session.save, []

@@ -12,6 +12,7 @@ from real_megatron.locks import only_writer
 from real_megatron.training import session
 from tests.support.ranks import run_ranks
 from tests.support.tiny_runs import (
+    error_of_own_run,
     errors_of_runs,
     lock_during_and_after,
     order_of_work,
@@ -48,6 +49,14 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_are_touched(world: i
         assert same, "the weights of step 1 must stand"
     assert [row["step"] for row in rows(tmp_path)] == [1]
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-000001"]
+
+
+def test_ranks_that_were_started_for_other_runs_are_named(task: Path, tmp_path: Path) -> None:
+    """By their configurations, as copies of a file on two hosts; nothing is written."""
+    configs = [tiny_config(task, tmp_path / "run", optimizer={"lr": lr}) for lr in (1e-3, 1e-6)]
+    for message in run_ranks(2, error_of_own_run, configs):
+        assert "rank 1 on " in message and "  optimizer.lr: 1e-06 there, 0.001 on rank 0\n" in message
+    assert not list((tmp_path / "run").glob("*"))
 
 
 def test_the_next_batch_can_be_sampled_while_this_one_trains(task: Path, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from real_megatron import progress
 from real_megatron.config import RunConfig
-from real_megatron.training.watchdog import Watchdog, together, watching
+from real_megatron.training.watchdog import EXIT_STUCK, Watchdog, together, watching
 from tests.support.ranks import run_ranks
 from tests.support.stuck import hanging
 from tests.support.tiny_runs import rows, tiny_config, train, weights, write_tiny_task
@@ -97,7 +97,7 @@ def test_progress_of_any_rank_keeps_all_alive(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(Watchdog, "_end", lambda dog, asked: ended.append(asked))
     (tmp_path / "progress").touch()
     dog = Watchdog(tmp_path, limit=1.0, rank=0, world=2)
-    for i in range(15):
+    for i in range(24):
         time.sleep(0.1)
         progress.mark() if i < 8 else os.utime(tmp_path / "progress")
     assert not ended
@@ -117,6 +117,25 @@ def test_a_request_of_another_rank_ends_this_one(tmp_path: Path, monkeypatch: py
         time.sleep(0.05)
     dog.close()
     assert ended and not ended[0]
+
+
+def test_a_log_that_takes_no_more_does_not_keep_a_stuck_rank_alive(tmp_path: Path) -> None:
+    """As a pipe whose reader hangs: the thread that writes to it holds the lock of the log."""
+    (tmp_path / "progress").touch()
+    code = """if True:
+        import logging, sys, time
+        from pathlib import Path
+        from real_megatron.training import watchdog
+        logging.basicConfig()
+        watchdog.GRACE_S = watchdog._MARGIN_S = 0.2
+        dog = watchdog.Watchdog(Path(sys.argv[1]), limit=0.5, rank=0, world=1)
+        logging.getLogger().handlers[0].acquire()
+        time.sleep(10_000)
+    """
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=120, check=False)
+    assert done.returncode == EXIT_STUCK
+    assert "===== rank 0" in tmp_path.with_suffix(".txt").read_text()
 
 
 def test_a_directory_that_is_gone_ends_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
