@@ -14,8 +14,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.kills import PHASES, Run, check_left, differences, kill_often, killed_config, result_of
-from tests.support.tiny_runs import write_tiny_task
+from tests.support import rollout_fake_server
+from tests.support.kill_chains import kill_often
+from tests.support.kill_points import PHASES
+from tests.support.kills import Run, check_left, differences, killed_config, result_of
+from tests.support.tiny_runs import rows, write_tiny_task
 
 KILLS = int(os.environ.get("KILLS", "0"))
 
@@ -144,3 +147,24 @@ def test_killed_while_it_generates_one_step_ahead_it_does_each_step_once(task: P
     steps = [json.loads(line)["step"] for line in found["samples.jsonl"].splitlines()]
     assert steps == sorted(steps) and len(steps) == 3 * steps.count(1)
     assert not [name for name in found["files"] if ".partial" in name or name.endswith((".tmp", ".lock"))]
+
+
+def test_a_server_whose_trainer_was_killed_in_a_sync_serves_the_next(
+    task: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server, left with a part of the weights, stopped and in the middle of an update, outlives the trainer."""
+    monkeypatch.setattr(rollout_fake_server, "VOCABULARY", 21)  # the tiny judge's
+    with rollout_fake_server.FakeServer() as server:
+        rollout = {"engine": "sglang", "servers": [server.url], "weight_sync": "tensor"}
+        run = Run(tmp_path / "run", killed_config(task, tmp_path / "run/out", steps=1, rollout=rollout), 1)
+        assert run.start({"phase": "send", "occurrence": 2}, [0]).codes == [-9]
+        assert check_left(run) == 0
+        killed, calls = server.version, len(server.calls)
+        assert killed.endswith("-0-incomplete") and server.paused and server.session_open
+        run.finish()
+        assert not server.paused and not server.session_open
+    said = [body["new_version"] for path, body in server.calls[calls:] if path == "/update_weight_version"]
+    name = said[0].split("-")[0]
+    assert said == [f"{name}-{label}" for label in ("0-incomplete", "0", "1-incomplete", "1")]
+    assert not killed.startswith(name)
+    assert [row["step"] for row in rows(run.output)] == [0, 1]
