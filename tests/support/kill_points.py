@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+
 from real_megatron.rollout.sglang import engine as sglang
 from real_megatron.training import rl
 from real_megatron.training.session import Session
@@ -60,6 +62,7 @@ class Killer:
         """How long each phase took, each time."""
         self.operations: list[str] = []
         """The file operations so far."""
+        self._watched = 0
 
     def enter(self, name: str) -> None:
         self._begun.setdefault(name, []).append(time.monotonic())
@@ -78,11 +81,14 @@ class Killer:
         return name == self._phase and len(self.seconds[name]) == self._occurrence
 
     def watch_files(self) -> None:
-        """Count file operations from here on; cannot be undone."""
+        """Count this process's file operations from here on, those alone that Python knows of; cannot be undone."""
+        self._watched = os.getpid()
         sys.addaudithook(self._file_event)
 
     def _file_event(self, event: str, arguments: tuple[Any, ...]) -> None:
         if event not in FILE_EVENTS or not isinstance(arguments[0], (str, bytes, os.PathLike)):
+            return
+        if os.getpid() != self._watched:  # a forked writer of tensors
             return
         path = os.fsdecode(arguments[0])
         if self._root is None or not path.startswith(self._root):
@@ -150,6 +156,15 @@ def patched(killer: Killer) -> Iterator[None]:
         ):
             held.enter_context(patch.object(holder, attribute, around(name, getattr(holder, attribute))))
         yield
+
+
+def kill_writers() -> None:
+    """The forked writers of a checkpoint's tensors die."""
+
+    def killed(*_: Any, **__: Any) -> None:
+        _die()
+
+    filesystem_async.FileSystemWriterAsync.write_preloaded_data = staticmethod(killed)
 
 
 def _act(what: str, where: str) -> None:

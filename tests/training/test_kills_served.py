@@ -4,7 +4,7 @@ started outlives it, a server that it was attached to does, and the run ends wit
     KILLS=20 python -m pytest tests/training/test_kills_served.py -s
 
 kills each phase 20 times where the server is attached, and 5 times where the run starts it, since a start takes long;
-prints the tables of docs/surviving.md. Not bit-identical: SGLang's sampling has no seeds.
+prints the table of docs/surviving.md. Not bit-identical: SGLang's sampling has no seeds.
 """
 
 import json
@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 from transformers import AutoTokenizer
 
@@ -58,10 +59,10 @@ def faults(run: Run, whole: Run) -> list[str]:
     return wrong + sorted(unlike)
 
 
-def chain(run: Run, whole: Run, phase: str, kills: int, left: Callable[[Run], None]) -> None:
-    """Kill a run so often and print what came of it."""
+def chain(server: str, run: Run, whole: Run, phase: str, kills: int, left: Callable[[Run], None]) -> None:
+    """Kill a run so often and print what came of it, a row of the table."""
     tally = kill_often(run, whole, [phase] * kills, seed=16, faults=lambda one: faults(one, whole), left=left)
-    print("\n" + tally.row(), end=" ")
+    print(f"\n| {server} {tally.row()}", end=" ")
 
 
 # --- a server that the run starts -----------------------------------------------------------------------------------
@@ -92,7 +93,7 @@ def test_no_server_outlives_the_run_that_has_started_it(
         assert not in_use(rollout["port"])
 
     run = Run(tmp_path / "run", killed_config(task, tmp_path / "run/out", rollout=rollout), 1)
-    chain(run, whole, phase, max(1, KILLS // 4), left)
+    chain("started", run, whole, phase, max(1, KILLS // 4), left)
 
 
 # --- a server that the run is attached to ---------------------------------------------------------------------------
@@ -126,6 +127,8 @@ def test_an_attached_server_goes_on_and_is_brought_up_to_date(
 
     def left(run: Run) -> None:
         assert process.alive()
+        held = [file.name for file in Path("/dev/shm").glob("torch_*")]  # torch_PROCESS_…
+        assert all(psutil.pid_exists(int(name.split("_")[1])) for name in held), f"memory of a dead trainer: {held}"
 
-    chain(run, whole, phase, KILLS, left)
+    chain(f"attached, {transport}", run, whole, phase, KILLS, left)
     assert process.starts == 1
