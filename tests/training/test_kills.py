@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from real_megatron.config import ParallelConfig
 from tests.support import rollout_fake_server
 from tests.support.kill_chains import kill_often
 from tests.support.kill_points import PHASES
@@ -80,13 +81,14 @@ def test_a_writer_of_tensors_that_is_killed_alone_ends_the_run_which_goes_on(
     task: Path, whole: dict[int, Run], tmp_path: Path
 ) -> None:
     """As by the kernel, where memory is short. Only rank 0 has one here: the other rank ends with it."""
-    run = Run(tmp_path / "run", killed_config(task, tmp_path / "run/out", parallel={"stuck_minutes": 1}), 2)
+    config = killed_config(task, tmp_path / "run/out")
+    run = Run(tmp_path / "run", config.model_copy(update={"parallel": ParallelConfig(stuck_minutes=1)}), 2)
     run.setup = "tests.support.kill_points:kill_writers"
     end = run.start()
     assert 0 not in end.codes and not end.ended_by_agent and not end.left, f"{end}\n{run.log()[-6000:]}"
     assert "a process that writes the checkpoint was killed by SIGKILL" in run.log()
     assert check_left(run) == 0
-    run.setup = ""
+    run.config, run.setup = config, ""
     run.finish()
     assert not (wrong := differences(result_of(run), result_of(whole[2]))), "\n".join(wrong)
 
