@@ -8,7 +8,9 @@ one run of each number of ranks is killed once in every phase on its way.
 
 import json
 import os
+import shutil
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -75,6 +77,18 @@ def test_killed_before_each_file_operation_it_ends_bit_identical(
         assert not (wrong := differences(result_of(run), expected)), f"{number} {operation}:\n" + "\n".join(wrong)
         run.forget()
     print(f"\nkilled before each of {len(operations)} file operations")
+
+
+def test_killed_between_a_save_and_the_removal_behind_it_the_next_start_removes(
+    task: Path, whole: dict[int, Run], tmp_path: Path
+) -> None:
+    """At the last save too, where no other comes."""
+    run = Run(tmp_path / "run", killed_config(task, tmp_path / "run/out"), 1)
+    assert run.start({"phase": "export"}, [0]).codes == [-9]
+    checkpoints = run.output / "checkpoints"
+    shutil.copytree(checkpoints / "step-000003", checkpoints / "step-000001")
+    run.finish()
+    assert not (wrong := differences(result_of(run), result_of(whole[1]))), "\n".join(wrong)
 
 
 def test_a_writer_of_tensors_that_is_killed_alone_ends_the_run_which_goes_on(
@@ -174,6 +188,7 @@ def test_a_server_whose_trainer_was_killed_in_a_sync_serves_the_next(
     with rollout_fake_server.FakeServer() as server:
         rollout = {"engine": "sglang", "servers": [server.url], "weight_sync": "tensor"}
         run = Run(tmp_path / "run", killed_config(task, tmp_path / "run/out", steps=1, rollout=rollout), 1)
+        run.environment["TMPDIR"] = tempfile.gettempdir()  # for a socket, whose path may not be long
         assert run.start({"phase": "send", "occurrence": 2}, [0]).codes == [-9]
         assert check_left(run) == 0
         killed, calls = server.version, len(server.calls)
