@@ -4,8 +4,11 @@ import ctypes
 import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from multiprocessing import process
+from types import FrameType
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 # Found before any fork: a child must not wait for the loader's lock, which a thread of its parent may have held.
@@ -36,6 +39,35 @@ def forks_end_with_us() -> Iterator[None]:
         yield
     finally:
         _forking = before
+
+
+@contextmanager
+def killed_children_raise(what: str) -> Iterator[None]:
+    """Raise ChildProcessError inside where a process of `multiprocessing` is killed, as by the kernel when memory is
+    short: whoever waits for its answer would wait for ever. Nothing is done outside of the main thread.
+
+    what: such a process, for the message
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def ended(number: int, frame: FrameType | None) -> None:
+        for child in list(process._children):  # type: ignore[attr-defined]  # active_children() forgets the dead
+            with suppress(ChildProcessError):  # somebody has asked for its status
+                # It stays to be asked for: multiprocessing may be about to.
+                end = os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+                if end is not None and end.si_code in (os.CLD_KILLED, os.CLD_DUMPED):
+                    killed.append(end.si_status)
+        if killed:
+            raise ChildProcessError(f"{what} was killed by {signal.Signals(killed[0]).name}")
+
+    killed: list[int] = []
+    before = signal.signal(signal.SIGCHLD, ended)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGCHLD, before)
 
 
 def _forked() -> None:

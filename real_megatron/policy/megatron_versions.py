@@ -19,7 +19,7 @@ from torch import Tensor
 
 from real_megatron.errors import CheckpointError, ConfigError
 from real_megatron.policy.attention import PackedParams
-from real_megatron.processes import forks_end_with_us
+from real_megatron.processes import forks_end_with_us, killed_children_raise
 
 logger = logging.getLogger(__name__)
 
@@ -114,9 +114,10 @@ def save_sharded(state: dict[str, Any], directory: str | Path, metadata: dict[st
     kept for all later saves. A signal to the process group, as torchrun passes it on, would end that process and with
     it the save that answers the signal; its socket cannot be made in a long TMPDIR; and it outlives a killed trainer.
     Within one process a queue of that process does. The writers themselves are forks in 0.16, and later threads.
+    Raises ChildProcessError where one of these forks is killed: Megatron would wait for its answer for ever.
     """
     filesystem_async._results_queue = queue.Queue()
-    with forks_end_with_us():
+    with forks_end_with_us(), killed_children_raise("a process that writes the checkpoint"):
         dist_checkpointing.save(state, str(directory), content_metadata=metadata)
 
 

@@ -140,7 +140,8 @@ class Session:
     # --- before the first step --------------------------------------------------------------------------------------
 
     def resume(self) -> None:
-        """Continue from the newest complete checkpoint, if there is one.
+        """Continue from the newest complete checkpoint, if there is one. Of those before it, what `checkpoint.keep`
+        leaves stays: the start before this one may have been killed between a save and the removal behind it.
 
         Raises ConfigError when the checkpoint was trained with other data or another model, OSError when it is damaged.
         """
@@ -153,6 +154,7 @@ class Session:
             state = read_state(path)
             check_same_inputs(saved_inputs(state, str(path)), self.inputs, self.config, str(path))
             self.policy.load(path)
+        from_rank_0(self.store.prune)
         self.start, self.metrics_of_start = state["step"], state["metrics"]
         logger.info("resumed from %s: %d of %d steps are done", path, self.start, self.steps)
 

@@ -16,13 +16,21 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+from real_megatron.rollout.sglang import engine as sglang
 from real_megatron.training import rl
 from real_megatron.training.session import Session
 from real_megatron.training.step_log import StepLog
 from real_megatron.training.timer import PhaseTimer
 
-PHASES = ("start", "rollout", "sync", "samples", "update", "save", "evaluate", "row", "export")
-"""In the order of a run; `start` ends where the steps begin, `row` is the writing of a row of metrics."""
+PHASES = ("start", "rollout", "sync", "samples", "update", "save", "evaluate", "row", "resume", "export")
+"""In the order of a run; `start` ends where the steps begin, and is called `resume` where a checkpoint is gone on from;
+`row` is the writing of a row of metrics."""
+SERVED_PHASES = ("start", "resume", "rollout", "send", "update")
+"""Of a run with an SGLang server, which start-up starts; `send` is the sending of one bucket of weights."""
+BUCKET_BYTES = 16 * 2**10
+"""At most, so that the weights of a very small model are many buckets."""
 FILE_EVENTS = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "os.link", "os.symlink"}
 """Audit events (docs.python.org/3/library/audit_events.html) that come right before a file is changed."""
 
@@ -50,10 +58,11 @@ class Killer:
         self._phase, self._occurrence, self._after = phase, occurrence, after
         self._operation, self._root = operation, root
         self._begun: dict[str, list[float]] = {}
-        self.seconds: dict[str, list[float]] = {name: [] for name in PHASES}
+        self.seconds: dict[str, list[float]] = {name: [] for name in (*PHASES, "send")}
         """How long each phase took, each time."""
         self.operations: list[str] = []
         """The file operations so far."""
+        self._watched = 0
 
     def enter(self, name: str) -> None:
         self._begun.setdefault(name, []).append(time.monotonic())
@@ -72,11 +81,14 @@ class Killer:
         return name == self._phase and len(self.seconds[name]) == self._occurrence
 
     def watch_files(self) -> None:
-        """Count file operations from here on; cannot be undone."""
+        """Count this process's file operations from here on, those alone that Python knows of; cannot be undone."""
+        self._watched = os.getpid()
         sys.addaudithook(self._file_event)
 
     def _file_event(self, event: str, arguments: tuple[Any, ...]) -> None:
         if event not in FILE_EVENTS or not isinstance(arguments[0], (str, bytes, os.PathLike)):
+            return
+        if os.getpid() != self._watched:  # a forked writer of tensors
             return
         path = os.fsdecode(arguments[0])
         if self._root is None or not path.startswith(self._root):
@@ -90,9 +102,10 @@ class Killer:
 
 @contextmanager
 def patched(killer: Killer) -> Iterator[None]:
-    """Tell `killer` when the phases of a run begin and end. `start` has begun before."""
+    """Tell `killer` when the phases of a run begin and end. `start` and `resume` have begun before."""
     phase_of = {"samples": "samples", "update": "update", "checkpoint": "save"}
-    phase, begin = PhaseTimer.phase, StepLog.__enter__
+    phase, begin, resume, bucketed = PhaseTimer.phase, StepLog.__enter__, Session.resume, sglang.bucketed
+    start = "start"
 
     @contextmanager
     def timed(timer: PhaseTimer, name: str) -> Iterator[None]:
@@ -104,9 +117,21 @@ def patched(killer: Killer) -> Iterator[None]:
         if mark:
             killer.leave(mark)
 
+    def resumed(run: Session) -> None:
+        nonlocal start
+        resume(run)
+        if run.start:
+            start = "resume"
+
     def begun(log: StepLog) -> StepLog:
-        killer.leave("start")
+        killer.leave(start)
         return begin(log)
+
+    def sent(stream: Any, limit: int, dtype: Any = None) -> Iterator[Any]:
+        for bucket in bucketed(stream, min(limit, BUCKET_BYTES), dtype):
+            killer.enter("send")
+            yield bucket  # and it is sent
+            killer.leave("send")
 
     def around(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
         def marked(*args: Any, **options: Any) -> Any:
@@ -119,7 +144,9 @@ def patched(killer: Killer) -> Iterator[None]:
 
     with ExitStack() as held:
         held.enter_context(patch.object(PhaseTimer, "phase", timed))
+        held.enter_context(patch.object(Session, "resume", resumed))
         held.enter_context(patch.object(StepLog, "__enter__", begun))
+        held.enter_context(patch.object(sglang, "bucketed", sent))
         for holder, attribute, name in (
             (rl, "generate", "rollout"),
             (Session, "publish", "sync"),
@@ -129,6 +156,15 @@ def patched(killer: Killer) -> Iterator[None]:
         ):
             held.enter_context(patch.object(holder, attribute, around(name, getattr(holder, attribute))))
         yield
+
+
+def kill_writers() -> None:
+    """The forked writers of a checkpoint's tensors die."""
+
+    def killed(*_: Any, **__: Any) -> None:
+        _die()
+
+    filesystem_async.FileSystemWriterAsync.write_preloaded_data = staticmethod(killed)
 
 
 def _act(what: str, where: str) -> None:

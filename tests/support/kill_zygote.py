@@ -163,6 +163,7 @@ def _run(start: Start, rank: int) -> int:
     code = 0
     with patched(killer):
         killer.enter("start")
+        killer.enter("resume")
         try:
             app(start.command)
         except SystemExit as end:

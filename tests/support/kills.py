@@ -4,7 +4,6 @@ import atexit
 import hashlib
 import json
 import os
-import random
 import shutil
 import subprocess
 import sys
@@ -21,13 +20,11 @@ from torch.distributed.checkpoint import FileSystemReader
 
 from real_megatron.config import RunConfig
 from real_megatron.policy.megatron_versions import read_common_state
-from tests.support.kill_points import PHASES, below
+from tests.support.kill_points import below
 from tests.support.kill_zygote import End, Start
 from tests.support.tiny_runs import tiny_config
 
 ROOT = Path(__file__).parents[2]
-CHAIN = 4
-"""Kills of one run at most, before it is left to finish."""
 
 
 def killed_config(task: Path, output: Path, **sections: Any) -> RunConfig:
@@ -258,81 +255,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
     return value
-
-
-# --- chains of kills ------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Tally:
-    """What came of all kills of one phase at one number of ranks."""
-
-    phase: str
-    ranks: int
-    kills: int = 0
-    points: set[tuple[int, float]] = field(default_factory=set)
-    """(step that the start resumed from, seconds into the phase)"""
-    resumed: list[int] = field(default_factory=list)
-    """The step that the next start resumed from, for each kill."""
-    chains: int = 0
-    """Runs that were killed again and again, and then finished: all of them bit-identical."""
-    worst_gone_s: float = 0.0
-    by_agent: int = 0
-
-    def row(self) -> str:
-        """Of the table in docs/surviving.md."""
-        steps = ", ".join(f"{step}: {self.resumed.count(step)}" for step in sorted(set(self.resumed)))
-        return (
-            f"| {self.phase} | {self.ranks} | {self.kills} | {len(self.points)} | {steps} | {self.chains} of "
-            f"{self.chains} | {self.worst_gone_s:.1f} | {self.by_agent} |"
-        )
-
-
-def kill_often(run: Run, whole: Run, phases: Sequence[str], seed: int, chain: int = CHAIN) -> Tally:
-    """Kill `run` once in each of `phases` at a random point, letting it go on after each, and let it finish after
-    `chain` kills; fails where anything is not as in `whole`, which nobody has disturbed."""
-    count = len(phases)
-    draw, tally = random.Random(f"{phases} {run.ranks} {seed}"), Tally(phases[0], run.ranks)
-    seconds, expected = whole.report()["seconds"], result_of(whole)
-    done = in_chain = 0
-    while tally.kills < count:
-        phase = phases[tally.kills]
-        typical = sorted(seconds[phase])[len(seconds[phase]) // 2]
-        # Of what is still to come: a phase comes once a step, the export at the end, the start at the beginning.
-        again = 1 if phase in ("start", "export") else max(1, run.config.steps - done)
-        where = {"phase": phase, "occurrence": draw.randrange(again), "after": draw.random() * typical}
-        victims = draw.choice([[rank] for rank in range(run.ranks)] + [list(range(run.ranks))])
-        end = run.start(where, victims)
-        told = f"{where}, ranks {victims}, kill {tally.kills} of seed {seed}: {end}"
-        if end.codes == [0] * run.ranks:  # what was left to do has not come so far
-            _compare(run, expected, f"finished; {told}")
-            tally.chains, done, in_chain = tally.chains + 1, 0, 0
-            run.forget()
-            continue
-        assert all(end.codes[rank] == -9 for rank in victims), f"{told}\n{run.log()[-6000:]}"
-        assert not end.left, told
-        try:
-            done = check_left(run)
-        except Exception as error:
-            error.add_note(told)
-            raise
-        tally.kills += 1
-        tally.points.add((done, where["after"]))
-        tally.resumed.append(done)
-        tally.worst_gone_s = max(tally.worst_gone_s, end.gone_s)
-        tally.by_agent += end.ended_by_agent
-        in_chain += 1
-        if in_chain == chain or tally.kills == count:
-            run.finish()
-            _compare(run, expected, f"after {in_chain} kills in {phase}, kill {tally.kills} of seed {seed}")
-            tally.chains, done, in_chain = tally.chains + 1, 0, 0
-            run.forget()
-    return tally
-
-
-def _compare(run: Run, expected: dict[str, Any], told: str) -> None:
-    wrong = differences(result_of(run), expected)
-    assert not wrong, told + "\n" + "\n".join(wrong)
-
-
-__all__ = ["PHASES", "Run", "Tally", "check_left", "differences", "kill_often", "killed_config", "result_of"]

@@ -8,14 +8,20 @@ one run of each number of ranks is killed once in every phase on its way.
 
 import json
 import os
+import shutil
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.support.kills import PHASES, Run, check_left, differences, kill_often, killed_config, result_of
-from tests.support.tiny_runs import write_tiny_task
+from real_megatron.config import ParallelConfig
+from tests.support import rollout_fake_server
+from tests.support.kill_chains import kill_often
+from tests.support.kill_points import PHASES
+from tests.support.kills import Run, check_left, differences, killed_config, result_of
+from tests.support.tiny_runs import rows, write_tiny_task
 
 KILLS = int(os.environ.get("KILLS", "0"))
 
@@ -71,6 +77,34 @@ def test_killed_before_each_file_operation_it_ends_bit_identical(
         assert not (wrong := differences(result_of(run), expected)), f"{number} {operation}:\n" + "\n".join(wrong)
         run.forget()
     print(f"\nkilled before each of {len(operations)} file operations")
+
+
+def test_killed_between_a_save_and_the_removal_behind_it_the_next_start_removes(
+    task: Path, whole: dict[int, Run], tmp_path: Path
+) -> None:
+    """At the last save too, where no other comes."""
+    run = Run(tmp_path / "run", killed_config(task, tmp_path / "run/out"), 1)
+    assert run.start({"phase": "export"}, [0]).codes == [-9]
+    checkpoints = run.output / "checkpoints"
+    shutil.copytree(checkpoints / "step-000003", checkpoints / "step-000001")
+    run.finish()
+    assert not (wrong := differences(result_of(run), result_of(whole[1]))), "\n".join(wrong)
+
+
+def test_a_writer_of_tensors_that_is_killed_alone_ends_the_run_which_goes_on(
+    task: Path, whole: dict[int, Run], tmp_path: Path
+) -> None:
+    """As by the kernel, where memory is short. Only rank 0 has one here: the other rank ends with it."""
+    config = killed_config(task, tmp_path / "run/out")
+    run = Run(tmp_path / "run", config.model_copy(update={"parallel": ParallelConfig(stuck_minutes=1)}), 2)
+    run.setup = "tests.support.kill_points:kill_writers"
+    end = run.start()
+    assert 0 not in end.codes and not end.ended_by_agent and not end.left, f"{end}\n{run.log()[-6000:]}"
+    assert "a process that writes the checkpoint was killed by SIGKILL" in run.log()
+    assert check_left(run) == 0
+    run.config, run.setup = config, ""
+    run.finish()
+    assert not (wrong := differences(result_of(run), result_of(whole[2]))), "\n".join(wrong)
 
 
 WRITERS = ("samples", "save", "evaluate", "row", "export")
@@ -144,3 +178,25 @@ def test_killed_while_it_generates_one_step_ahead_it_does_each_step_once(task: P
     steps = [json.loads(line)["step"] for line in found["samples.jsonl"].splitlines()]
     assert steps == sorted(steps) and len(steps) == 3 * steps.count(1)
     assert not [name for name in found["files"] if ".partial" in name or name.endswith((".tmp", ".lock"))]
+
+
+def test_a_server_whose_trainer_was_killed_in_a_sync_serves_the_next(
+    task: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server, left with a part of the weights, stopped and in the middle of an update, outlives the trainer."""
+    monkeypatch.setattr(rollout_fake_server, "VOCABULARY", 21)  # the tiny judge's
+    with rollout_fake_server.FakeServer() as server:
+        rollout = {"engine": "sglang", "servers": [server.url], "weight_sync": "tensor"}
+        run = Run(tmp_path / "run", killed_config(task, tmp_path / "run/out", steps=1, rollout=rollout), 1)
+        run.environment["TMPDIR"] = tempfile.gettempdir()  # for a socket, whose path may not be long
+        assert run.start({"phase": "send", "occurrence": 2}, [0]).codes == [-9]
+        assert check_left(run) == 0
+        killed, calls = server.version, len(server.calls)
+        assert killed.endswith("-0-incomplete") and server.paused and server.session_open
+        run.finish()
+        assert not server.paused and not server.session_open
+    said = [body["new_version"] for path, body in server.calls[calls:] if path == "/update_weight_version"]
+    name = said[0].split("-")[0]
+    assert said == [f"{name}-{label}" for label in ("0-incomplete", "0", "1-incomplete", "1")]
+    assert not killed.startswith(name)
+    assert [row["step"] for row in rows(run.output)] == [0, 1]
