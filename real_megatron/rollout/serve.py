@@ -5,6 +5,9 @@
 Starts as many servers as the node's GPUs hold, at `rollout.tensor` each, on ports from `SERVER_PORT` on, and starts one
 that dies again: the trainer brings it up to date. Ends them at SIGTERM or SIGINT. Their API key is taken from the
 environment variable `KEY_VARIABLE`, in which a launcher hands the same one to the trainer.
+
+With `--router URL …`, the URLs of the servers of all nodes, a router stands in front of them, on `ROUTER_PORT`; it is
+started again like a server.
 """
 
 import argparse
@@ -26,12 +29,15 @@ from real_megatron.rollout.engine import EngineSpec
 from real_megatron.rollout.factory import find_engine
 from real_megatron.rollout.remote.engine import served_tokens
 from real_megatron.rollout.remote.process import ServerProcess
+from real_megatron.rollout.sglang.router import PACKAGE, router_installed, router_process
 from real_megatron.runtime import default_dtype
 
 logger = logging.getLogger(__name__)
 
 SERVER_PORT = 30000
 """Of the first server of a node."""
+ROUTER_PORT = 29990
+"""Of the router of all nodes, and of its metrics the port behind it."""
 KEY_VARIABLE = "REAL_SERVER_KEY"
 """Environment variable with the servers' API key."""
 _POLL_S = 1.0
@@ -85,6 +91,25 @@ def node_servers(config: RunConfig, host: str, gpus: int, logs: Path, key: str) 
     return servers
 
 
+def check_router(config: RunConfig) -> None:
+    """Raise ConfigError where sglang-router cannot stand in front of the servers of this configuration."""
+    rollout = config.rollout
+    if rollout.engine != "sglang":
+        raise ConfigError(
+            f"router=on is for rollout.engine=sglang, and it is {rollout.engine}: remove it from the host file"
+        )
+    if rollout.router is not None:
+        raise ConfigError(
+            f"router=on starts a router, and rollout.router names another ({rollout.router}): remove one of them"
+        )
+    if not router_installed(rollout):
+        python = rollout.python or sys.executable
+        raise ConfigError(
+            f"router=on, but {python} cannot import {PACKAGE}: install sglang-router there (requirements/sglang.txt), "
+            "or remove it from the host file"
+        )
+
+
 def keep_running(servers: Sequence[ServerProcess]) -> None:
     """Start the servers, and each again that ends; until an exception, such as a signal's, ends it and them."""
     again = dict.fromkeys(servers, 0.0)
@@ -113,6 +138,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     parser.add_argument("--host", required=True, help="address of this node to listen on; a private network's")
     parser.add_argument("--gpus", type=int, required=True, help="GPUs of this node; without any, servers")
+    parser.add_argument("--router", nargs="+", metavar="URL", help="start a router in front of these servers")
     parser.add_argument("--logs", type=Path, required=True, help="directory for the servers' logs")
     return parser.parse_args(arguments)
 
@@ -132,7 +158,11 @@ def main() -> int:
         if not key:
             raise ConfigError(f"the environment variable {KEY_VARIABLE} is not set: put the servers' API key in it")
         config = RunConfig.from_yaml(options.config, options.overrides)
-        keep_running(node_servers(config, options.host, options.gpus, options.logs, key))
+        servers = node_servers(config, options.host, options.gpus, options.logs, key)
+        if options.router:
+            router = router_process(config.rollout, options.router, options.host, ROUTER_PORT, options.logs, key)
+            servers.append(router)
+        keep_running(servers)
     except (UserError, EngineError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
