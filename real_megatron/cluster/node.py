@@ -15,7 +15,7 @@ from real_megatron.cluster.hostfile import Host, read_hosts, with_addresses
 from real_megatron.config import RunConfig
 from real_megatron.doctor.machine import interface_of, interfaces
 from real_megatron.errors import ConfigError, UserError
-from real_megatron.rollout.serve import KEY_VARIABLE, ROUTER_PORT, SERVER_PORT, check_router, servers_of
+from real_megatron.rollout.rollout_hosts import KEY_VARIABLE, ROUTER_PORT, SERVER_PORT, check_router, servers_of
 from real_megatron.rollout.sglang.router import router_installed
 
 RENDEZVOUS_PORT = 29500

@@ -18,7 +18,7 @@ from real_megatron.cluster.node import NETWORK_VARIABLES, RENDEZVOUS_PORT, torch
 from real_megatron.cluster.ssh import Conversation, HostError
 from real_megatron.doctor.finding import Finding
 from real_megatron.doctor.machine import interface_of
-from real_megatron.rollout.serve import ROUTER_PORT, SERVER_PORT
+from real_megatron.rollout.rollout_hosts import ROUTER_PORT, SERVER_PORT
 
 SEEN_S = 10
 """How long a file that another host has written may take to be seen: network file systems keep what they know of a

@@ -29,38 +29,15 @@ from real_megatron.rollout.engine import EngineSpec
 from real_megatron.rollout.factory import find_engine
 from real_megatron.rollout.remote.engine import served_tokens
 from real_megatron.rollout.remote.process import ServerProcess
-from real_megatron.rollout.sglang.router import PACKAGE, router_installed, router_process
+from real_megatron.rollout.rollout_hosts import KEY_VARIABLE, ROUTER_PORT, SERVER_PORT, servers_of
+from real_megatron.rollout.sglang.router import router_process
 from real_megatron.runtime import default_dtype
 
 logger = logging.getLogger(__name__)
 
-SERVER_PORT = 30000
-"""Of the first server of a node."""
-ROUTER_PORT = 29990
-"""Of the router of all nodes, and of its metrics the port behind it."""
-KEY_VARIABLE = "REAL_SERVER_KEY"
-"""Environment variable with the servers' API key."""
 _POLL_S = 1.0
 _PAUSE_S = 10.0
 """Between the end of a server and its next start: one that cannot start would fill the disk with logs."""
-
-
-def servers_of(config: RunConfig, gpus: int) -> int:
-    """How many servers a node of so many GPUs has. Raises ConfigError for none, and for an engine without servers."""
-    rollout = config.rollout
-    if find_engine(rollout.engine).server_command is None:
-        raise ConfigError(
-            f"rollout.engine is {rollout.engine}, which has no servers: set it to sglang or vllm, or give no host "
-            "role=rollout"
-        )
-    if rollout.colocate:
-        raise ConfigError(
-            "rollout.colocate: servers that share the trainer's GPUs start on its node: switch it off, or give no host "
-            "role=rollout"
-        )
-    if gpus < rollout.tensor:
-        raise ConfigError(f"rollout.tensor is {rollout.tensor}, more than the {gpus} GPUs of a rollout host: lower it")
-    return gpus // rollout.tensor
 
 
 def node_servers(config: RunConfig, host: str, gpus: int, logs: Path, key: str) -> list[ServerProcess]:
@@ -89,25 +66,6 @@ def node_servers(config: RunConfig, host: str, gpus: int, logs: Path, key: str) 
         environment = command.environment | {command.key_variable: key}
         servers.append(ServerProcess(command.arguments, logs, f"{config.rollout.engine}-{index}", environment))
     return servers
-
-
-def check_router(config: RunConfig) -> None:
-    """Raise ConfigError where sglang-router cannot stand in front of the servers of this configuration."""
-    rollout = config.rollout
-    if rollout.engine != "sglang":
-        raise ConfigError(
-            f"router=on is for rollout.engine=sglang, and it is {rollout.engine}: remove it from the host file"
-        )
-    if rollout.router is not None:
-        raise ConfigError(
-            f"router=on starts a router, and rollout.router names another ({rollout.router}): remove one of them"
-        )
-    if not router_installed(rollout):
-        python = rollout.python or sys.executable
-        raise ConfigError(
-            f"router=on, but {python} cannot import {PACKAGE}: install sglang-router there (requirements/sglang.txt), "
-            "or remove it from the host file"
-        )
 
 
 def keep_running(servers: Sequence[ServerProcess]) -> None:

@@ -12,8 +12,8 @@ from real_megatron.cluster import node
 from real_megatron.cluster.hostfile import Host
 from real_megatron.cluster.node import node_command
 from real_megatron.errors import ConfigError
-from real_megatron.rollout import serve
-from real_megatron.rollout.serve import servers_of
+from real_megatron.rollout import rollout_hosts
+from real_megatron.rollout.rollout_hosts import servers_of
 from tests.support.tiny_runs import tiny_config
 
 ROOT = Path(__file__).parents[2]
@@ -27,7 +27,7 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
     """Say whether sglang-router is installed; it is not unless a test says so."""
 
     def say(there: bool) -> None:
-        for module in (node, serve):
+        for module in (node, rollout_hosts):
             monkeypatch.setattr(module, "router_installed", lambda _: there)
 
     say(False)
