@@ -7,14 +7,14 @@
 #   RUN_ID        name of the launch, a dash and the number of this start; the same on all hosts
 #   STOP_SECONDS  how long the ranks may take to save after SIGTERM (25)
 #   LINE          1: standard input is a line to the launcher. Its first word is the servers' API key, then a word comes
-#                 every 2 s; `stop` is a SIGTERM. Silence for 20 s, or its end, ends everything here at once: the launcher
-#                 has died, or the network has, and other ranks are lost.
+#                 every 0.5 s; `stop` is a SIGTERM. Silence for SILENCE_SECONDS (20), or its end, ends everything here at
+#                 once: the launcher has died, or the network has, and other ranks are lost.
 #   REFUSED       file that a run writes where starting it again would not help
 #   REAL_SERVER_KEY  the servers' API key, where there is no line
 # Exit status: the command's; 143 after SIGTERM or `stop`.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
-silence=20
+silence=${SILENCE_SECONDS:-20}
 print=
 if [ "${1:-}" = --print ]; then
     print=1
@@ -86,14 +86,18 @@ while kill -0 "$child" 2>/dev/null; do
         end_all
     elif [ -z "${LINE:-}" ]; then
         sleep 0.5 || true
-    elif word='' && IFS= read -r -t 1 word; then
-        heard=$SECONDS
-        [ "$word" != stop ] || stop
-    elif [ -z "$stopping" ] && { (($? <= 128)) || ((SECONDS - heard >= silence)); }; then
-        echo "$name: the launcher is not heard any more; ending" >>"$log"
-        end_all
-    else # the line has ended after `stop`: read returns at once
-        sleep 0.2
+    else
+        word='' ended=0 # above 128: no whole word within the second; else: the line has ended
+        IFS= read -r -t 1 word || ended=$?
+        if ((ended == 0)); then
+            heard=$SECONDS
+            [ "$word" != stop ] || stop
+        elif [ -z "$stopping" ] && ((ended <= 128 || SECONDS - heard >= silence)); then
+            echo "$name: the launcher is not heard any more; ending" >>"$log"
+            end_all
+        elif ((ended <= 128)); then # after `stop`: read returns at once
+            sleep 0.2
+        fi
     fi
 done
 status=0

@@ -7,8 +7,8 @@
 #     --logs DIR         logs, one folder a host (runs/launch/DATE); on a file system that all hosts share
 # Paths are relative to the repository. It, its environment, the model and `output` lie under the same paths on all hosts;
 # `output` and the logs on a file system that they share. Of the environment:
-# SSH_OPTIONS (options of ssh), PYTHON, STOP_SECONDS and RENDEZVOUS_PORT (node.sh), HOST_SECONDS (how long a restart waits
-# for hosts that do not answer, 1800).
+# SSH_OPTIONS (options of ssh), PYTHON, STOP_SECONDS, SILENCE_SECONDS and RENDEZVOUS_PORT (node.sh), HOST_SECONDS (how long
+# a restart waits for hosts that do not answer, 1800).
 # Exit status: 0 when all training hosts have finished, 130 or 143 after Ctrl-C or SIGTERM, else 1.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
@@ -33,12 +33,13 @@ if [ $# -lt 3 ]; then
 fi
 hostfile=$(realpath "$1")
 shift
-export PYTHON=${PYTHON:-.venv/bin/python} STOP_SECONDS=${STOP_SECONDS:-25}
+export PYTHON=${PYTHON:-.venv/bin/python} STOP_SECONDS=${STOP_SECONDS:-25} SILENCE_SECONDS=${SILENCE_SECONDS:-20}
 run=$(date -u +%Y%m%d-%H%M%S)-$$
 logs=$(realpath -m "${logs:-runs/launch/$run}")
 read -ra ssh <<<"ssh ${SSH_OPTIONS:-}"
-# A host that does not answer for 15 s is lost.
-ssh+=(-o BatchMode=yes -o ConnectTimeout=10 -o ServerAliveInterval=5 -o ServerAliveCountMax=3)
+# A host that does not answer for three quarters of the time after which it ends itself (15 s) is lost.
+ssh+=(-o BatchMode=yes -o ConnectTimeout=10)
+ssh+=(-o "ServerAliveInterval=$((SILENCE_SECONDS / 4))" -o ServerAliveCountMax=3)
 
 listed=$("$PYTHON" -m real_megatron.cluster.hostfile "$hostfile")
 names=() roles=() targets=()
@@ -54,6 +55,7 @@ remote() { # the command of host $1 in start $2, for its shell
     local word line
     line="cd $(printf %q "$here") && LINE=1"
     for word in "PYTHON=$PYTHON" "LOGS=$logs" "RUN_ID=$run-$2" "STOP_SECONDS=$STOP_SECONDS" \
+        "SILENCE_SECONDS=$SILENCE_SECONDS" \
         "REFUSED=$logs/refused" \
         ${RENDEZVOUS_PORT:+"RENDEZVOUS_PORT=$RENDEZVOUS_PORT"} ${OMP_NUM_THREADS:+"OMP_NUM_THREADS=$OMP_NUM_THREADS"}; do
         line+=" $(printf %q "$word")"
@@ -74,7 +76,14 @@ if [ -n "$print" ]; then
     exit
 fi
 if [ -n "$preflight" ]; then
-    "$PYTHON" -m real_megatron doctor --cluster "$hostfile" --config "${@:2}"
+    "$PYTHON" -m real_megatron doctor --cluster "$hostfile" --config "${@:2}" &
+    looking=$!
+    # It ends with this script, however that does, and all that it has started ends with it.
+    while kill -0 $$ && kill -0 "$looking" && sleep 0.5; do :; done 2>/dev/null && kill -TERM "$looking" 2>/dev/null &
+    trap 'kill -TERM "$looking" 2>/dev/null; wait "$looking" || true; exit 130' INT
+    trap 'kill -TERM "$looking" 2>/dev/null; wait "$looking" || true; exit 143' TERM HUP
+    wait "$looking" || exit $?
+    trap - INT TERM HUP
 fi
 mkdir -p "$logs"
 scratch=$(mktemp -d)

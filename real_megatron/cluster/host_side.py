@@ -1,5 +1,8 @@
 """What a host answers to a preflight: `python -m real_megatron.cluster.host_side` reads questions from its standard
 input and prints answers, a line of JSON each, until the input ends. Imports nothing that is slow.
+
+Whoever asks sends empty lines while it waits. When the input ends or is silent for `SILENCE_S`, the asker has died or
+the network has: what was started here is killed, and this process ends.
 """
 
 import errno
@@ -7,12 +10,16 @@ import hashlib
 import json
 import os
 import platform
+import queue
+import secrets
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -23,6 +30,10 @@ from real_megatron.rollout.remote.ports import in_use
 from real_megatron.version import VERSION
 
 PACKAGES = ("torch", "megatron-core", "transformers")
+SILENCE_S = 20
+_MARK = f"REAL_PREFLIGHT={secrets.token_hex(8)}"
+"""In the environment of what is started here, by which it is found: torchrun gives each rank a session of its own."""
+_starting = threading.Lock()
 INFINIBAND = Path("/sys/class/infiniband")
 
 
@@ -123,28 +134,44 @@ def _listener(port: int) -> str:
 
 def run(command: list[str], environment: dict[str, str], limit_s: float) -> dict[str, Any]:
     """Run a command to its end, or the end of its time."""
-    process = subprocess.Popen(
-        command,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        encoding="utf-8",
-        errors="replace",
-        env={**os.environ, **environment},
-        start_new_session=True,
-    )
+    name, _, value = _MARK.partition("=")
+    with _starting:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            encoding="utf-8",
+            errors="replace",
+            env={**os.environ, **environment, name: value},
+            start_new_session=True,
+        )
     try:
         output, _ = process.communicate(timeout=limit_s)
         return {"status": process.returncode, "output": output[-20_000:]}
     except subprocess.TimeoutExpired:
         return {"status": None, "output": ""}
     finally:
-        # Its ranks are in its group, and end with it.
-        try:
-            os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
+        _end_marked()
         process.wait()
+
+
+def _end_marked() -> None:
+    """Kill what was started here, whatever session it has made, until nothing is left."""
+    while left := _marked():
+        for pid in left:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.05)
+
+
+def _marked() -> list[int]:
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # gone, or another user's; of one that has ended, the environment is empty
+            if _MARK.encode() in (folder / "environ").read_bytes().split(b"\0"):
+                found.append(int(folder.name))
+    return found
 
 
 ANSWERS: dict[str, Callable[..., Any]] = {
@@ -158,11 +185,37 @@ ANSWERS: dict[str, Callable[..., Any]] = {
 }
 
 
+def _listen(questions: "queue.SimpleQueue[str]", heard: list[float]) -> None:
+    for line in sys.stdin:
+        heard[0] = time.monotonic()
+        if line.strip():
+            questions.put(line)
+    _end()
+
+
+def _end_in_silence(heard: list[float]) -> None:
+    while time.monotonic() - heard[0] < SILENCE_S:
+        time.sleep(1)
+    _end()
+
+
+def _end() -> None:
+    """End this process and what it has started, and start nothing more."""
+    _starting.acquire()
+    _end_marked()
+    os._exit(0)
+
+
 def main() -> None:
     lines = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     print(json.dumps({"answer": "here"}), file=lines, flush=True)
-    for line in sys.stdin:
+    questions: queue.SimpleQueue[str] = queue.SimpleQueue()
+    heard = [time.monotonic()]
+    threading.Thread(target=_listen, args=(questions, heard), daemon=True).start()
+    threading.Thread(target=_end_in_silence, args=(heard,), daemon=True).start()
+    while True:
+        line = questions.get()
         question = json.loads(line)
         try:
             answer = {"answer": ANSWERS[question.pop("ask")](**question)}

@@ -1,4 +1,5 @@
-"""The hosts of a run as a file, one a line: `HOST slots=8 [role=train|rollout] [address=IP] [port=22] [user=NAME]`.
+"""The hosts of a run as a file, one a line: `HOST slots=8 [role=train|rollout] [address=IP] [port=22] [user=NAME]
+[router=on|off]`.
 
 HOST is what ssh is given, a name of its configuration file included. `#` begins a comment.
 
@@ -19,7 +20,9 @@ from real_megatron.errors import ConfigError, UserError
 
 ROLES = ("train", "rollout")
 """A host's ranks train, or its GPUs serve rollouts."""
-_KEYS = ("slots", "role", "address", "port", "user")
+ROUTER = ("on", "off")
+"""Whether a router stands in front of the servers."""
+_KEYS = ("slots", "role", "address", "port", "user", "router")
 # Neither reads as an option of ssh, nor has a character that a shell or a URL would take for its own.
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 
@@ -40,6 +43,8 @@ class Host:
     """Of its ssh server; None: as ssh is configured."""
     user: str = ""
     """To log in as; empty: as ssh is configured."""
+    router: str = ""
+    """Of `ROUTER`, on the first rollout host; empty: where there are several servers and sglang-router is installed."""
 
 
 def read_hosts(path: str | Path) -> list[Host]:
@@ -61,6 +66,10 @@ def read_hosts(path: str | Path) -> list[Host]:
             if name in seen:
                 raise ConfigError(f"{where}: {name} stands there twice (first on line {seen[name]}): keep one line")
             seen[name] = number
+        if host.router and (host.role != "rollout" or any(one.role == "rollout" for one in hosts)):
+            raise ConfigError(
+                f"{where}: router={host.router}: set it on the first host with role=rollout, and only there"
+            )
         hosts.append(host)
     if not any(host.role == "train" for host in hosts):
         raise ConfigError(f"{path}: no training host: add a line such as `node1 slots=8`")
@@ -94,8 +103,11 @@ def _host(words: Sequence[str], where: str) -> Host:
         raise ConfigError(f"{where}: address={address}: name an IPv4 address, such as 10.0.0.1")
     if user and not _NAME.fullmatch(user):
         raise ConfigError(f"{where}: user={user}: is no name of a user")
+    router = values.get("router", "")
+    if router and router not in ROUTER:
+        raise ConfigError(f"{where}: router={router}: use one of {', '.join(ROUTER)}")
     port = _number(values["port"], "port", where, 65535) if "port" in values else None
-    return Host(name, _number(values["slots"], "slots", where), role, address, port, user)
+    return Host(name, _number(values["slots"], "slots", where), role, address, port, user, router)
 
 
 def _number(text: str, key: str, where: str, most: int | None = None) -> int:

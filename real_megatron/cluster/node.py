@@ -15,7 +15,8 @@ from real_megatron.cluster.hostfile import Host, read_hosts, with_addresses
 from real_megatron.config import RunConfig
 from real_megatron.doctor.machine import interface_of, interfaces
 from real_megatron.errors import ConfigError, UserError
-from real_megatron.rollout.serve import KEY_VARIABLE, SERVER_PORT, servers_of
+from real_megatron.rollout.rollout_hosts import KEY_VARIABLE, ROUTER_PORT, SERVER_PORT, check_router, servers_of
+from real_megatron.rollout.sglang.router import router_installed
 
 RENDEZVOUS_PORT = 29500
 """Where the ranks of a launch meet, on the first training host."""
@@ -38,6 +39,18 @@ def torchrun(
     ]
 
 
+def routed(config: RunConfig, first: Host, servers: int) -> bool:
+    """Whether a router of the launch stands in front of the servers. Each host answers this for itself, alike, since
+    all have the same paths.
+
+    first: the first rollout host
+    """
+    if first.router:
+        return first.router == "on"
+    rollout = config.rollout
+    return rollout.engine == "sglang" and rollout.router is None and servers > 1 and router_installed(rollout)
+
+
 def node_command(
     hosts: Sequence[Host],
     addresses: Sequence[str],
@@ -53,18 +66,17 @@ def node_command(
     python, logs = os.environ.get("PYTHON", sys.executable), Path(os.environ.get("LOGS", "logs"))
     config = RunConfig.from_yaml(Path(config_file), list(overrides))
     host, address = hosts[index], addresses[index]
-    if host.role == "rollout":
-        servers_of(config, host.slots)
-        serve = [python, "-m", "real_megatron.rollout.serve", config_file, *overrides]
-        return [*serve, "--host", address, "--gpus", str(host.slots), "--logs", str(logs / host.name)]
     placed = list(zip(hosts, addresses, strict=True))
+    rollout = [one for one in placed if one[0].role == "rollout"]
+    urls = [f"http://{a}:{SERVER_PORT + i}" for h, a in rollout for i in range(servers_of(config, h.slots))]
+    if host.role == "rollout":
+        serve = [python, "-m", "real_megatron.rollout.serve", config_file, *overrides]
+        serve += ["--host", address, "--gpus", str(host.slots), "--logs", str(logs / host.name)]
+        first = (host, address) == rollout[0]
+        if first and host.router == "on":
+            check_router(config)
+        return [*serve, "--router", *urls] if first and routed(config, host, len(urls)) else serve
     training = [one for one in placed if one[0].role == "train"]
-    urls = [
-        f"http://{a}:{SERVER_PORT + i}"
-        for h, a in placed
-        if h.role == "rollout"
-        for i in range(servers_of(config, h.slots))
-    ]
     port = int(os.environ.get("RENDEZVOUS_PORT", RENDEZVOUS_PORT))
     started = torchrun(
         *(python, [h for h, _ in training], [a for _, a in training], training.index((host, address))),
@@ -78,6 +90,8 @@ def node_command(
         # Rank 0 sends the weights, from the address of its host; which host that is, the rendezvous decides.
         started += [f"rollout.servers=[{','.join(urls)}]", f"rollout.sync_host={address}"]
         started += [f"rollout.api_key_variable={KEY_VARIABLE}"]
+        if routed(config, rollout[0][0], len(urls)):
+            started += [f"rollout.router=http://{rollout[0][1]}:{ROUTER_PORT}"]
     return started
 
 

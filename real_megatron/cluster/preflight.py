@@ -18,7 +18,7 @@ from real_megatron.cluster.node import NETWORK_VARIABLES, RENDEZVOUS_PORT, torch
 from real_megatron.cluster.ssh import Conversation, HostError
 from real_megatron.doctor.finding import Finding
 from real_megatron.doctor.machine import interface_of
-from real_megatron.rollout.serve import SERVER_PORT
+from real_megatron.rollout.rollout_hosts import ROUTER_PORT, SERVER_PORT
 
 SEEN_S = 10
 """How long a file that another host has written may take to be seen: network file systems keep what they know of a
@@ -163,10 +163,12 @@ class _Preflight:
 
     def _ports(self, hosts: Sequence[Host]) -> Iterator[Finding]:
         meeting = next(host.name for host in self.hosts if host.role == "train")
+        routing = next((host.name for host in self.hosts if host.role == "rollout" and host.router != "off"), "")
         asked: dict[str, list[int]] = {}
         for host in hosts:
             servers = range(SERVER_PORT, SERVER_PORT + host.slots) if host.role == "rollout" else ()
-            asked[host.name] = [*([self.port] if host.name == meeting else []), *servers]
+            own = [self.port] if host.name == meeting else [ROUTER_PORT] if host.name == routing else []
+            asked[host.name] = [*own, *servers]
         asked = {name: numbers for name, numbers in asked.items() if numbers}
         taken, failed = self._ask_all(
             "taken", {n: {"address": self.addresses[n], "ports": p} for n, p in asked.items()}

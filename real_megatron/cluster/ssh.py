@@ -18,6 +18,8 @@ CONNECT_S = 10
 """How long a host may take to accept a connection; a ConnectTimeout in SSH_OPTIONS comes first."""
 START_S = 60
 """How long ssh and Python may take to start there."""
+BEAT_S = 2
+"""Between signs of life to the other side, which ends itself without any (`host_side.SILENCE_S`)."""
 
 
 class HostError(UserError):
@@ -59,6 +61,10 @@ class Conversation:
         )
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._complaints = threading.Thread(target=self._read_errors, daemon=True)
+        self._writing = threading.Lock()
+        self._closed = threading.Event()
+        self._beats = threading.Thread(target=self._beat, daemon=True)
+        self._beats.start()
         self._reader.start()
         self._complaints.start()
         try:
@@ -69,11 +75,9 @@ class Conversation:
 
     def ask(self, what: str, timeout_s: float = 60, **arguments: Any) -> Any:
         """The answer to a question. Raises HostError where there is none in time, or it is an error."""
-        assert self._process.stdin is not None
         try:
-            self._process.stdin.write(json.dumps({"ask": what, **arguments}) + "\n")
-            self._process.stdin.flush()
-        except OSError:
+            self._send(json.dumps({"ask": what, **arguments}))
+        except (OSError, ValueError):  # the latter where `close` came first
             raise HostError(self._end()) from None
         answer = self._answer(timeout_s)
         if "error" in answer:
@@ -82,7 +86,8 @@ class Conversation:
 
     def close(self) -> None:
         """End the other side with its input, and ssh where that is not enough."""
-        with suppress(OSError):
+        self._closed.set()
+        with suppress(OSError), self._writing:
             if self._process.stdin is not None:
                 self._process.stdin.close()
         try:
@@ -90,6 +95,17 @@ class Conversation:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+
+    def _send(self, line: str) -> None:
+        assert self._process.stdin is not None
+        with self._writing:
+            self._process.stdin.write(line + "\n")
+            self._process.stdin.flush()
+
+    def _beat(self) -> None:
+        with suppress(OSError, ValueError):
+            while not self._closed.wait(BEAT_S):
+                self._send("")
 
     def _answer(self, timeout_s: float) -> dict[str, Any]:
         try:

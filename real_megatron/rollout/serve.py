@@ -5,6 +5,9 @@
 Starts as many servers as the node's GPUs hold, at `rollout.tensor` each, on ports from `SERVER_PORT` on, and starts one
 that dies again: the trainer brings it up to date. Ends them at SIGTERM or SIGINT. Their API key is taken from the
 environment variable `KEY_VARIABLE`, in which a launcher hands the same one to the trainer.
+
+With `--router URL …`, the URLs of the servers of all nodes, a router stands in front of them, on `ROUTER_PORT`; it is
+started again like a server.
 """
 
 import argparse
@@ -26,35 +29,15 @@ from real_megatron.rollout.engine import EngineSpec
 from real_megatron.rollout.factory import find_engine
 from real_megatron.rollout.remote.engine import served_tokens
 from real_megatron.rollout.remote.process import ServerProcess
+from real_megatron.rollout.rollout_hosts import KEY_VARIABLE, ROUTER_PORT, SERVER_PORT, servers_of
+from real_megatron.rollout.sglang.router import router_process
 from real_megatron.runtime import default_dtype
 
 logger = logging.getLogger(__name__)
 
-SERVER_PORT = 30000
-"""Of the first server of a node."""
-KEY_VARIABLE = "REAL_SERVER_KEY"
-"""Environment variable with the servers' API key."""
 _POLL_S = 1.0
 _PAUSE_S = 10.0
 """Between the end of a server and its next start: one that cannot start would fill the disk with logs."""
-
-
-def servers_of(config: RunConfig, gpus: int) -> int:
-    """How many servers a node of so many GPUs has. Raises ConfigError for none, and for an engine without servers."""
-    rollout = config.rollout
-    if find_engine(rollout.engine).server_command is None:
-        raise ConfigError(
-            f"rollout.engine is {rollout.engine}, which has no servers: set it to sglang or vllm, or give no host "
-            "role=rollout"
-        )
-    if rollout.colocate:
-        raise ConfigError(
-            "rollout.colocate: servers that share the trainer's GPUs start on its node: switch it off, or give no host "
-            "role=rollout"
-        )
-    if gpus < rollout.tensor:
-        raise ConfigError(f"rollout.tensor is {rollout.tensor}, more than the {gpus} GPUs of a rollout host: lower it")
-    return gpus // rollout.tensor
 
 
 def node_servers(config: RunConfig, host: str, gpus: int, logs: Path, key: str) -> list[ServerProcess]:
@@ -113,6 +96,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     parser.add_argument("--host", required=True, help="address of this node to listen on; a private network's")
     parser.add_argument("--gpus", type=int, required=True, help="GPUs of this node; without any, servers")
+    parser.add_argument("--router", nargs="+", metavar="URL", help="start a router in front of these servers")
     parser.add_argument("--logs", type=Path, required=True, help="directory for the servers' logs")
     return parser.parse_args(arguments)
 
@@ -132,7 +116,11 @@ def main() -> int:
         if not key:
             raise ConfigError(f"the environment variable {KEY_VARIABLE} is not set: put the servers' API key in it")
         config = RunConfig.from_yaml(options.config, options.overrides)
-        keep_running(node_servers(config, options.host, options.gpus, options.logs, key))
+        servers = node_servers(config, options.host, options.gpus, options.logs, key)
+        if options.router:
+            router = router_process(config.rollout, options.router, options.host, ROUTER_PORT, options.logs, key)
+            servers.append(router)
+        keep_running(servers)
     except (UserError, EngineError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -15,7 +15,7 @@ GOOD = """
 node1 slots=8
 node2.example.org slots=4 address=10.0.0.2 role=train   # the second
 
-node3 user=me role=rollout slots=2 port=2222
+node3 user=me role=rollout slots=2 port=2222 router=off
 """
 
 
@@ -29,7 +29,7 @@ def test_every_setting_is_read(tmp_path: Path) -> None:
     assert read_hosts(written(GOOD, tmp_path)) == [
         Host("node1", 8),
         Host("node2.example.org", 4, "train", "10.0.0.2"),
-        Host("node3", 2, "rollout", "", 2222, "me"),
+        Host("node3", 2, "rollout", "", 2222, "me", "off"),
     ]
 
 
@@ -49,12 +49,15 @@ def test_every_setting_is_read(tmp_path: Path) -> None:
         ("a slots=1 port=65536", "hosts:1: port=65536: must be a whole number of at least 1, at most 65535"),
         ("a slots=1 slots=2", "hosts:1: `slots` is set twice"),
         ("a slot=8", "hosts:1: unknown key `slot`; did you mean `slots`?"),
-        ("a gpus=8", "hosts:1: unknown key `gpus`; known keys: slots, role, address, port, user"),
+        ("a gpus=8", "hosts:1: unknown key `gpus`; known keys: slots, role, address, port, user, router"),
         ("a slots = 8", "hosts:1: `slots` has no value: write it as slots=VALUE, without spaces"),
         ("a slots=1 role=rolout", "hosts:1: role=rolout: there is no such role; did you mean `rollout`?"),
         ("a slots=1 role=x", "hosts:1: role=x: there is no such role; use one of train, rollout"),
         ("a slots=1 address=b", "hosts:1: address=b: name an IPv4 address, such as 10.0.0.1"),
         ("a slots=1 user=-oProxyCommand=x", "hosts:1: user=-oProxyCommand=x: is no name of a user"),
+        ("a slots=1 role=rollout router=yes", "hosts:1: router=yes: use one of on, off"),
+        ("a slots=1 router=on", "hosts:1: router=on: set it on the first host with role=rollout, and only there"),
+        ("a slots=1 role=rollout\nb slots=1 role=rollout router=on", "hosts:2: router=on: set it on the first host"),
         ("-oProxyCommand=x slots=1", "hosts:1: '-oProxyCommand=x' is no name of a host"),
         ("slots=8", "hosts:1: 'slots=8' is no name of a host"),
     ],

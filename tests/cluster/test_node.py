@@ -2,21 +2,36 @@
 
 import os
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
 
+from real_megatron.cluster import node
 from real_megatron.cluster.hostfile import Host
 from real_megatron.cluster.node import node_command
 from real_megatron.errors import ConfigError
-from real_megatron.rollout.serve import servers_of
+from real_megatron.rollout import rollout_hosts
+from real_megatron.rollout.rollout_hosts import servers_of
 from tests.support.tiny_runs import tiny_config
 
 ROOT = Path(__file__).parents[2]
 LAUNCH = ROOT / "examples/launch"
 HOSTS = [Host("n1", 2), Host("n2", 2), Host("n3", 8, "rollout")]
 ADDRESSES = ["10.0.0.9", "10.0.0.2", "10.0.0.3"]
+
+
+@pytest.fixture(autouse=True)
+def installed(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
+    """Say whether sglang-router is installed; it is not unless a test says so."""
+
+    def say(there: bool) -> None:
+        for module in (node, rollout_hosts):
+            monkeypatch.setattr(module, "router_installed", lambda _: there)
+
+    say(False)
+    return say
 
 
 @pytest.fixture
@@ -46,6 +61,60 @@ def test_a_rollout_host_serves_on_its_own_address(config: str) -> None:
         *("python", "-m", "real_megatron.rollout.serve", config, "steps=2"),
         *("--host", "10.0.0.3", "--gpus", "8", "--logs", "logs/n3"),
     ]
+
+
+def test_one_router_stands_in_front_of_the_servers_of_all_rollout_hosts(
+    config: str, installed: Callable[[bool], None]
+) -> None:
+    installed(True)
+    hosts, addresses = [*HOSTS, Host("n4", 4, "rollout")], [*ADDRESSES, "10.0.0.4"]
+    commands = [node_command(hosts, addresses, i, "train", config, []) for i in range(4)]
+    urls = ["http://10.0.0.3:30000", "http://10.0.0.3:30001", "http://10.0.0.4:30000"]
+    assert all("rollout.router=http://10.0.0.3:29990" in command for command in commands[:2])
+    assert commands[2][commands[2].index("--router") + 1 :] == urls
+    assert "--router" not in commands[3]
+
+
+@pytest.mark.parametrize(
+    ("router", "slots", "overrides", "there", "used"),
+    [
+        ("", 8, [], True, True),
+        ("", 8, [], False, False),
+        ("", 4, [], True, False),
+        ("", 8, ["rollout.engine=vllm"], True, False),
+        ("", 8, ["rollout.router=http://mine:1"], True, False),
+        ("off", 8, [], True, False),
+        ("on", 4, [], True, True),
+    ],
+)
+def test_a_router_is_used_where_it_is_installed_and_of_use_or_asked_for(
+    router: str,
+    slots: int,
+    overrides: list[str],
+    there: bool,
+    used: bool,
+    config: str,
+    installed: Callable[[bool], None],
+) -> None:
+    installed(there)
+    hosts = [Host("n1", 1), Host("n2", slots, "rollout", router=router)]
+    trains, serves = (node_command(hosts, ADDRESSES[:2], i, "train", config, overrides) for i in range(2))
+    assert ("rollout.router=http://10.0.0.2:29990" in trains) == used
+    assert ("--router" in serves) == used
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ([], r"router=on, but .* cannot import sglang_router: install sglang-router there"),
+        (["rollout.engine=vllm"], r"router=on is for rollout.engine=sglang, and it is vllm: remove it"),
+        (["rollout.router=http://mine:1"], r"router=on starts a router, and rollout.router names another"),
+    ],
+)
+def test_a_router_that_cannot_be_had_ends_the_launch(overrides: list[str], message: str, config: str) -> None:
+    hosts = [Host("n1", 1), Host("n2", 8, "rollout", router="on")]
+    with pytest.raises(ConfigError, match=message):
+        node_command(hosts, ADDRESSES[:2], 1, "train", config, overrides)
 
 
 def test_without_rollout_hosts_the_engine_is_the_configurations_own(config: str) -> None:
@@ -101,12 +170,12 @@ def test_slurm_starts_the_script_on_each_node_with_its_own_number(tmp_path: Path
     for tool in tools.iterdir():
         tool.chmod(0o755)
     environment = {"PATH": f"{tools}:{os.environ['PATH']}", "SLURM_JOB_NODELIST": "a[1-3]", "SLURM_JOB_ID": "12"}
-    environment |= {"SLURM_CPUS_ON_NODE": "96", "LOGS": "logs"}
+    environment |= {"SLURM_CPUS_ON_NODE": "96", "LOGS": "logs", "ROUTER": "off"}
     command = ["bash", LAUNCH / "slurm.sbatch", "real.yaml", "steps=3"]
     subprocess.run(command, cwd=work, env=environment, check=True, timeout=60)
     assert (
         work / "logs/hosts"
-    ).read_text() == "a1 slots=8 role=train\na2 slots=8 role=train\na3 slots=8 role=rollout\n"
+    ).read_text() == "a1 slots=8 role=train\na2 slots=8 role=train\na3 slots=8 role=rollout router=off\n"
     tasks = sorted((work / "tasks").read_text().splitlines())
     assert tasks == [f"{i} train real.yaml steps=3 12-0 1140 64" for i in range(3)]
     sruns = sorted((work / "sruns").read_text().splitlines(), reverse=True)

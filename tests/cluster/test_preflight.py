@@ -2,20 +2,25 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from real_megatron.cluster import preflight as module
 from real_megatron.cluster.hostfile import Host, read_hosts
 from real_megatron.cluster.preflight import RENDEZVOUS_PORT, SERVER_PORT, preflight
 from real_megatron.cluster.ssh import ssh_command
+from real_megatron.config import RunConfig
 from real_megatron.doctor.finding import Finding
 from tests.support.hosts import Hosts, missing
+from tests.support.launches import Launch
 
 needs_hosts = pytest.mark.skipif(bool(missing()), reason=missing())
 ROOT = Path(__file__).parents[2]
@@ -202,3 +207,35 @@ def test_a_port_of_this_machine_that_is_taken() -> None:
         port = held.getsockname()[1]
         assert list(taken("127.0.0.1", [port])) == [str(port)]
     assert taken("127.0.0.1", [port]) == {} and taken("192.0.2.77", [port]) == {}, "the latter is no port's fault"
+
+
+@needs_hosts
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGKILL, -9), (signal.SIGINT, 130)])
+def test_nothing_is_left_when_the_launcher_ends_while_ranks_try(
+    pair: Pair, tmp_path: Path, number: int, status: int
+) -> None:
+    """The end of ssh.sh alone, which nobody tells the preflight or the hosts."""
+    config = RunConfig.model_validate({"output": str(pair.shared), "model": {"path": "nowhere"}})
+    with Launch(pair.hosts, pair.file, config, tmp_path) as launch:
+        launch.until(lambda: all("cluster.trial" in " ".join(launch.hosts.processes(h).values()) for h in ("h1", "h2")))
+        os.kill(launch.process.pid, number)
+        assert launch.process.wait(10) == status, launch.text()
+        launch.nothing_left_within(30)
+
+
+@pytest.mark.parametrize("silent", [False, True])
+def test_a_host_ends_what_it_has_started_when_nobody_is_there(silent: bool, tmp_path: Path) -> None:
+    code = f"from real_megatron.cluster import host_side as h; h.SILENCE_S = {1 if silent else 100}; h.main()"
+    # One process in the group of the command, one in a session of its own, as torchrun's ranks.
+    question = {"ask": "run", "environment": {}, "limit_s": 100}
+    question["command"] = ["sh", "-c", f"setsid sleep 100 & echo $! $$ >{tmp_path}/pids; wait"]
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdin is not None
+        process.stdin.write(json.dumps(question).encode() + b"\n")
+        process.stdin.flush()
+        while not (tmp_path / "pids").exists() or not (pids := (tmp_path / "pids").read_text().split()):
+            time.sleep(0.02)
+        if not silent:
+            process.stdin.close()
+        assert process.wait(30) == 0
+    assert not [pid for pid in pids if psutil.pid_exists(int(pid)) and psutil.Process(int(pid)).status() != "zombie"]

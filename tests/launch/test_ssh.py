@@ -4,6 +4,7 @@ ended by Ctrl-C and by the death of the launcher."""
 import os
 import random
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -92,7 +93,17 @@ def test_hosts_end_when_the_launcher_is_killed(hosts: Hosts, hostfile: Path, tas
     config = config_of(task, tmp_path / "run")
     config.steps = 1000
     with Launch(hosts, hostfile, config, tmp_path, "--no-preflight") as launch:
-        launch.until(lambda: bool(hosts.processes("h1")) and bool(hosts.processes("h2")))
+        launch.until(
+            lambda: all("torch.distributed.run" in " ".join(hosts.processes(h).values()) for h in ("h1", "h2"))
+        )
+        # A line that pauses has not ended.
+        os.killpg(launch.process.pid, signal.SIGSTOP)
+        time.sleep(3)
+        os.killpg(launch.process.pid, signal.SIGCONT)
+        time.sleep(1)
+        assert all("torch.distributed.run" in " ".join(hosts.processes(h).values()) for h in ("h1", "h2")), (
+            launch.text()
+        )
         launch.process.kill()
         launch.process.wait()
         launch.nothing_left_within(30)

@@ -7,6 +7,7 @@ import psutil
 import pytest
 from transformers import AutoModelForCausalLM
 
+from real_megatron.rollout.sglang.router import router_installed
 from tests.support.hosts import Hosts
 from tests.support.launches import Launch
 from tests.support.served_runs import served_config, uneven_task
@@ -14,7 +15,7 @@ from tests.support.tiny_runs import rows
 
 pytestmark = pytest.mark.sglang
 
-STEPS = 6
+STEPS = 4
 
 
 def test_a_run_with_a_rollout_host_survives_the_loss_of_a_training_host(
@@ -29,10 +30,12 @@ def test_a_run_with_a_rollout_host_survives_the_loss_of_a_training_host(
         rollout={"python": sglang_python},
         checkpoint={"save_hf": True, "every": 1},
     )
-    hostfile = hosts.write(tmp_path / "hosts", "h1 slots=2", "h2 slots=2", "h3 slots=1 role=rollout")
+    routed = router_installed(config.rollout)
+    serving = f"h3 slots=1 role=rollout router={'on' if routed else 'off'}"
+    hostfile = hosts.write(tmp_path / "hosts", "h1 slots=2", "h2 slots=2", serving)
     seen: dict[int, str] = {}
     with Launch(hosts, hostfile, config, tmp_path, "--no-preflight", "--max-restarts", "1") as launch:
-        launch.until(lambda: launch.steps() >= 2)
+        launch.until(lambda: launch.steps() >= 1)
         seen = launch.left()
         environments = {"\0".join(psutil.Process(pid).environ().values()) for pid in list(seen)}
         hosts.cut("h2")
@@ -49,6 +52,7 @@ def test_a_run_with_a_rollout_host_survives_the_loss_of_a_training_host(
     assert [row["step"] for row in trained] == list(range(1, STEPS + 1))
     assert all(row["rollout/small_groups"] == 0 for row in trained)
     AutoModelForCausalLM.from_pretrained(config.output / "hf")
+    assert any("start_router" in text for text in seen.values()) == routed
     # The server's key stands where only its owner reads it.
     server = next(text for text in seen.values() if "sglang.launch_server" in text)
     assert "--host " + hosts.address("h3") in server

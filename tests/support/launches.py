@@ -32,6 +32,7 @@ class Launch:
             "SSH_OPTIONS": f"-F {hosts.directory / 'ssh_config'}",
             "OMP_NUM_THREADS": "1",
             "STOP_SECONDS": "20",
+            "SILENCE_SECONDS": "8",
         }
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(

@@ -25,7 +25,7 @@ from real_megatron.rollout.engine import (
     check_ids,
 )
 from real_megatron.rollout.remote.client import RequestClient
-from real_megatron.rollout.remote.errors import Retryable, WrongServer
+from real_megatron.rollout.remote.errors import Retryable, Unreachable, WrongServer
 from real_megatron.rollout.remote.http import Http
 from real_megatron.rollout.remote.labels import Labels, check_loaded
 from real_megatron.rollout.remote.loop import LoopThread
@@ -181,6 +181,15 @@ class RemoteEngine(ABC):
             await self._check_identity(replica, timeout_s)
             replica.known = replica.incarnation
         await self._check_health(replica, timeout_s)
+        await self._check_router(timeout_s)
+
+    async def _check_router(self, timeout_s: float) -> None:
+        """Raise Unreachable while the router, if there is one, does not answer or knows of no server that is up."""
+        if self._config.router:
+            # sglang-router's; another's that has no such path is up when it says so.
+            reply = await self._http.get(self._config.router.rstrip("/") + "/readiness", timeout_s)
+            if reply.status >= 500:
+                raise Unreachable(f"the router {self._config.router}: {reply.describe()}")
 
     async def _check_identity(self, replica: Replica, timeout_s: float) -> None:
         """Raise WrongServer unless it is the server asked for, with the checkpoint that it must have loaded.
