@@ -7,8 +7,11 @@
 #     --logs DIR         logs, one folder a host (runs/launch/DATE); on a file system that all hosts share
 # Paths are relative to the repository. It, its environment, the model and `output` lie under the same paths on all hosts;
 # `output` and the logs on a file system that they share. Of the environment:
-# SSH_OPTIONS (options of ssh), PYTHON, STOP_SECONDS, SILENCE_SECONDS and RENDEZVOUS_PORT (node.sh), HOST_SECONDS (how long
-# a restart waits for hosts that do not answer, 1800).
+# SSH_OPTIONS (options of ssh, quoted as for a shell), PYTHON, STOP_SECONDS, SILENCE_SECONDS and RENDEZVOUS_PORT (node.sh),
+# HOST_SECONDS (how long a restart waits for hosts that are not ready, 1800), RESTART_SECONDS (the pause before a restart,
+# 10; three times as long after each, up to 5 minutes, until a start has lived for 5 minutes).
+# Handed on to the hosts, where set: NCCL_*, GLOO_*, HF_*, TORCH_*, TRITON_*, OMP_NUM_THREADS, the variables of proxies, and
+# the names in FORWARD; never what is named a token, key, secret or password: hosts have their own.
 # Exit status: 0 when all training hosts have finished, 130 or 143 after Ctrl-C or SIGTERM, else 1.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
@@ -36,10 +39,10 @@ shift
 export PYTHON=${PYTHON:-.venv/bin/python} STOP_SECONDS=${STOP_SECONDS:-25} SILENCE_SECONDS=${SILENCE_SECONDS:-20}
 run=$(date -u +%Y%m%d-%H%M%S)-$$
 logs=$(realpath -m "${logs:-runs/launch/$run}")
-read -ra ssh <<<"ssh ${SSH_OPTIONS:-}"
-# A host that does not answer for three quarters of the time after which it ends itself (15 s) is lost.
-ssh+=(-o BatchMode=yes -o ConnectTimeout=10)
-ssh+=(-o "ServerAliveInterval=$((SILENCE_SECONDS / 4))" -o ServerAliveCountMax=3)
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
+"$PYTHON" -m real_megatron.cluster.ssh "$SILENCE_SECONDS" >"$scratch/ssh"
+mapfile -d '' -t ssh <"$scratch/ssh"
 
 listed=$("$PYTHON" -m real_megatron.cluster.hostfile "$hostfile")
 names=() roles=() targets=()
@@ -51,13 +54,26 @@ while read -r name _ role _ port user; do
     targets+=("$target$name")
 done <<<"$listed"
 
+forwarded() { # the variables that hosts get, as NAME=VALUE, each followed by a NUL
+    local name
+    for name in $(compgen -e); do
+        case ${name^^} in *TOKEN* | *KEY* | *SECRET* | *PASSWORD*) continue ;; esac
+        case $name in
+            NCCL_* | GLOO_* | HF_* | TORCH_* | TRITON_* | OMP_NUM_THREADS | RENDEZVOUS_PORT) ;;
+            http_proxy | https_proxy | no_proxy | HTTP_PROXY | HTTPS_PROXY | NO_PROXY) ;;
+            *) [[ " ${FORWARD:-} " == *" $name "* ]] || continue ;;
+        esac
+        printf '%s=%s\0' "$name" "${!name}"
+    done
+}
+mapfile -d '' -t variables < <(forwarded)
+
 remote() { # the command of host $1 in start $2, for its shell
     local word line
     line="cd $(printf %q "$here") && LINE=1"
     for word in "PYTHON=$PYTHON" "LOGS=$logs" "RUN_ID=$run-$2" "STOP_SECONDS=$STOP_SECONDS" \
         "SILENCE_SECONDS=$SILENCE_SECONDS" \
-        "REFUSED=$logs/refused" \
-        ${RENDEZVOUS_PORT:+"RENDEZVOUS_PORT=$RENDEZVOUS_PORT"} ${OMP_NUM_THREADS:+"OMP_NUM_THREADS=$OMP_NUM_THREADS"}; do
+        "REFUSED=$logs/refused" "${variables[@]}"; do
         line+=" $(printf %q "$word")"
     done
     shift 2
@@ -68,7 +84,7 @@ remote() { # the command of host $1 in start $2, for its shell
 if [ -n "$print" ]; then
     [ -z "$preflight" ] || echo "preflight: $PYTHON -m real_megatron doctor --cluster $hostfile --config ${*:2}"
     for i in "${!names[@]}"; do
-        echo "${names[i]}: ${ssh[*]} ${targets[i]} $(remote "$i" 0 "$hostfile" "$i" "$@")"
+        echo "${names[i]}: $(printf '%q ' "${ssh[@]}")${targets[i]} $(remote "$i" 0 "$hostfile" "$i" "$@")"
     done
     for i in "${!names[@]}"; do
         LOGS=$logs RUN_ID=$run-0 bash examples/launch/node.sh --print "$hostfile" "$i" "$@"
@@ -86,7 +102,6 @@ if [ -n "$preflight" ]; then
     trap - INT TERM HUP
 fi
 mkdir -p "$logs"
-scratch=$(mktemp -d)
 key=$(od -An -N32 -tx1 /dev/urandom | tr -d ' \n')
 launcher=$$
 say() { echo "launch: $*" >&2; }
@@ -105,8 +120,12 @@ start() {
     rm -f "$scratch/stop" "$scratch/kill" "$logs/refused"
     pids=()
     for i in "${!names[@]}"; do
+        # A signal to the whole group, as of a terminal that closes, must not end the line before the ranks have saved.
         # shellcheck disable=SC2086  # the options of a host
-        "${ssh[@]}" ${targets[i]} "$(remote "$i" "$1" "$hostfile" "$i" "${@:2}")" < <(talk) 2>&1 &
+        (
+            trap '' HUP TERM INT
+            exec "${ssh[@]}" ${targets[i]} "$(remote "$i" "$1" "$hostfile" "$i" "${@:2}")" < <(talk) 2>&1
+        ) &
         pids[i]=$!
     done
     say "start $1 on ${names[*]}; logs in $logs"
@@ -128,14 +147,15 @@ finish() { # end all hosts: $1 is stop, with time to save, or kill
     for pid in "${pids[@]}"; do kill -KILL "$pid" 2>/dev/null || true; done
     wait 2>/dev/null || true
 }
-answering() { # wait until every host answers
-    local until=$((SECONDS + ${HOST_SECONDS:-1800}))
+answering() { # wait until every host answers and has its file systems
+    local until=$((SECONDS + ${HOST_SECONDS:-1800})) check
+    check="cd $(printf %q "$here") && $(printf '%q ' "$PYTHON" -m real_megatron.cluster.hostfile "$hostfile")"
     for i in "${!names[@]}"; do
         # shellcheck disable=SC2086
-        until "${ssh[@]}" ${targets[i]} true </dev/null 2>/dev/null; do
+        until "${ssh[@]}" ${targets[i]} "$check" </dev/null >/dev/null 2>&1; do
             [ -z "$signal" ] || return 1
             if ((SECONDS > until)); then
-                say "${names[i]} does not answer"
+                say "${names[i]} does not answer, or not with this repository and the host file"
                 return 1
             fi
             sleep 2 || true
@@ -143,13 +163,13 @@ answering() { # wait until every host answers
     done
 }
 
-signal=
+signal='' pause=${RESTART_SECONDS:-10}
 trap 'signal=130' INT
 trap 'signal=143' TERM HUP
 trap 'touch "$scratch/kill"; rm -rf "$scratch"' EXIT
 for ((attempt = 0; ; attempt++)); do
     start "$attempt" "$@"
-    outcome=
+    outcome='' begun=$SECONDS
     while [ -z "$outcome" ]; do
         [ -z "$signal" ] || outcome=stopped
         training=0
@@ -183,6 +203,11 @@ for ((attempt = 0; ; attempt++)); do
         say "no restart is left (--max-restarts $restarts); the same command goes on from the last checkpoint"
         exit 1
     fi
-    say "restart $((attempt + 1)) of $restarts, when all hosts answer"
+    ((SECONDS - begun < 300)) || pause=${RESTART_SECONDS:-10}
+    say "restart $((attempt + 1)) of $restarts in $pause s, when all hosts answer"
+    until=$((SECONDS + pause))
+    while [ -z "$signal" ] && ((SECONDS < until)); do sleep 0.5 || true; done
+    [ -z "$signal" ] || exit "$signal"
+    pause=$((pause * 3 > 300 ? 300 : pause * 3))
     answering || exit "${signal:-1}"
 done

@@ -14,7 +14,7 @@ from pathlib import Path
 from real_megatron.cluster.hostfile import Host, read_hosts, with_addresses
 from real_megatron.config import RunConfig
 from real_megatron.doctor.machine import interface_of, interfaces
-from real_megatron.errors import ConfigError, UserError
+from real_megatron.errors import ConfigError, UserError, refuse
 from real_megatron.rollout.rollout_hosts import KEY_VARIABLE, ROUTER_PORT, SERVER_PORT, check_router, servers_of
 from real_megatron.rollout.sglang.router import router_installed
 
@@ -112,6 +112,7 @@ def main(arguments: Sequence[str]) -> int:
         run = node_command(hosts, addresses, index, command, config, overrides)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        refuse(error)
         return 1
     found = interface_of(addresses[index], interfaces())
     environment = [f"{name}={found}" for name in NETWORK_VARIABLES if found and name not in os.environ]

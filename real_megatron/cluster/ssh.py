@@ -1,10 +1,16 @@
-"""A conversation with a host over ssh: questions and answers are lines of JSON (`host_side`)."""
+"""A conversation with a host over ssh: questions and answers are lines of JSON (`host_side`).
+
+    python -m real_megatron.cluster.ssh SILENCE_SECONDS
+
+prints the command of ssh without a host, each word followed by a NUL, for examples/launch/ssh.sh.
+"""
 
 import json
 import os
 import queue
 import shlex
 import subprocess
+import sys
 import threading
 from collections import deque
 from collections.abc import Sequence
@@ -12,12 +18,14 @@ from contextlib import suppress
 from typing import Any
 
 from real_megatron.cluster.hostfile import Host
-from real_megatron.errors import UserError
+from real_megatron.errors import ConfigError, UserError
 
 CONNECT_S = 10
 """How long a host may take to accept a connection; a ConnectTimeout in SSH_OPTIONS comes first."""
 START_S = 60
 """How long ssh and Python may take to start there."""
+SILENCE_S = 20
+"""A host that does not answer for three quarters of it is lost."""
 BEAT_S = 2
 """Between signs of life to the other side, which ends itself without any (`host_side.SILENCE_S`)."""
 
@@ -26,13 +34,27 @@ class HostError(UserError):
     """A host that cannot be talked to; the message says why, without its name."""
 
 
+def ssh_words(options: Sequence[str], silence_s: int) -> list[str]:
+    """The command up to the host and its own options. Of an option that is given twice ssh takes the first. Raises
+    ConfigError for an SSH_OPTIONS with a quote that does not end."""
+    try:
+        own = shlex.split(os.environ.get("SSH_OPTIONS", ""))
+    except ValueError as error:
+        raise ConfigError(f"SSH_OPTIONS in the environment: {error}; write it as for a shell") from None
+    return [
+        # A connection that is shared notices a lost host when its first user does, perhaps never.
+        *("ssh", "-o", "ControlMaster=no", "-o", "ControlPath=none", *options, *own),
+        *("-o", "BatchMode=yes", "-o", f"ConnectTimeout={CONNECT_S}"),
+        *("-o", f"ServerAliveInterval={max(1, silence_s // 4)}", "-o", "ServerAliveCountMax=3"),
+    ]
+
+
 def ssh_command(host: Host, options: Sequence[str]) -> list[str]:
     """The command to which a remote command is added. It never asks for a password.
 
     options: further ones of ssh, which win; those of the environment variable SSH_OPTIONS come next
     """
-    command = ["ssh", *options, *shlex.split(os.environ.get("SSH_OPTIONS", ""))]
-    command += ["-o", "BatchMode=yes", "-o", f"ConnectTimeout={CONNECT_S}"]
+    command = ssh_words(options, SILENCE_S)
     if host.port is not None:
         command += ["-p", str(host.port)]
     if host.user:
@@ -139,3 +161,18 @@ class Conversation:
         for line in self._process.stderr:
             if line.strip():
                 self._errors.append(line.strip())
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Print the command; returns the exit status."""
+    try:
+        words = ssh_words([], int(arguments[0]))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    sys.stdout.write("".join(f"{word}\0" for word in words))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

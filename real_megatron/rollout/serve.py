@@ -23,7 +23,7 @@ from types import FrameType
 import torch
 
 from real_megatron.config import RunConfig
-from real_megatron.errors import ConfigError, EngineError, UserError
+from real_megatron.errors import ConfigError, EngineError, UserError, refuse
 from real_megatron.hf.directory import checkpoint_directory, load_tokenizer
 from real_megatron.rollout.engine import EngineSpec
 from real_megatron.rollout.factory import find_engine
@@ -123,6 +123,7 @@ def main() -> int:
         keep_running(servers)
     except (UserError, EngineError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
+        refuse(error)
         return 1
     return 0
 

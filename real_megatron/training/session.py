@@ -162,6 +162,7 @@ class Session:
         """Whether all steps are done and exported; says so."""
         if self.start < self.steps or not self._exported():
             return False
+        from_rank_0(self._unlock_export)
         logger.info("%s is finished: %s is there", self.config.output, self._hf)
         self.best.say(self.config)
         return True
@@ -267,6 +268,11 @@ class Session:
             discard(self._hf)  # of this run, before it was given more steps
         save_hf(self.policy, self._hf)
         logger.info("wrote %s", self._hf)
+
+    def _unlock_export(self) -> None:
+        """Remove the side file of its lock, which a kill right behind the export has left."""
+        with only_writer(self._hf):
+            pass
 
     def _exported(self) -> bool:
         """Whether the Hugging Face checkpoint is that of the last step: not of this run before it was given more."""

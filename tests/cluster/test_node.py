@@ -141,7 +141,16 @@ def test_a_configuration_without_servers_for_rollout_hosts_is_refused(
 def test_print_shows_all_commands_and_runs_none(config: str, tmp_path: Path) -> None:
     hosts = tmp_path / "hosts"
     hosts.write_text("n1 slots=2 address=10.0.0.9 port=2200 user=me\nn3 slots=4 role=rollout address=10.0.0.3\n")
-    environment = os.environ | {"PYTHON": str(ROOT / ".venv/bin/python"), "SSH_OPTIONS": "-F nowhere"}
+    environment = os.environ | {
+        "PYTHON": str(ROOT / ".venv/bin/python"),
+        "SSH_OPTIONS": "-F nowhere -o ProxyCommand='ssh -W %h:%p gate'",
+        "NCCL_IB_HCA": "mlx5_0 and more",
+        "HF_HOME": "/models",
+        "HF_TOKEN": "secret",
+        "MINE": "7",
+        "MY_API_KEY": "secret",
+        "FORWARD": "MINE MY_API_KEY",
+    }
     shown = subprocess.run(
         ["bash", LAUNCH / "ssh.sh", "--print", "--logs", tmp_path / "logs", hosts, "train", config],
         env=environment,
@@ -150,7 +159,10 @@ def test_print_shows_all_commands_and_runs_none(config: str, tmp_path: Path) -> 
         check=True,
     ).stdout.splitlines()
     assert "doctor --cluster" in shown[0]
-    assert "ssh -F nowhere -o BatchMode=yes" in shown[1] and "-p 2200 -l me n1 cd " in shown[1]
+    assert r" -F nowhere -o ProxyCommand=ssh\ -W\ %h:%p\ gate -o BatchMode=yes" in shown[1]
+    assert "-p 2200 -l me n1 cd " in shown[1]
+    assert r" NCCL_IB_HCA=mlx5_0\ and\ more " in shown[1] and " HF_HOME=/models " in shown[1] and " MINE=7 " in shown[1]
+    assert "secret" not in "".join(shown)
     assert shown[3].startswith("n1 (train):") and "torch.distributed.run" in shown[3]
     assert shown[4].startswith("n3 (rollout):") and "--gpus 4" in shown[4]
     assert not (tmp_path / "logs").exists()

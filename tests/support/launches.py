@@ -33,6 +33,7 @@ class Launch:
             "OMP_NUM_THREADS": "1",
             "STOP_SECONDS": "20",
             "SILENCE_SECONDS": "8",
+            "RESTART_SECONDS": "0",
         }
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
