@@ -8,12 +8,12 @@
 # Runs as user 10001, to whom outputs must be writable (or --user). No ssh server: Slurm and Kubernetes start containers
 # themselves. A driver for CUDA 13.0 (580 or newer) must be on the host.
 #
-# devel: Triton, FlashInfer and the head's kernels compile at run time, too.
+# devel: Triton, FlashInfer and the head's kernels compile at run time, too. NCCL loads libibverbs at run time.
 FROM nvidia/cuda:13.0.1-cudnn-devel-ubuntu24.04
 
 RUN apt-get update \
     && DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends \
-        python3 python3-dev python3-venv g++ libnuma1 \
+        python3 python3-dev python3-venv g++ libnuma1 libibverbs1 ibverbs-providers librdmacm1 \
     && rm -rf /var/lib/apt/lists/*
 ENV CUDA_HOME=/usr/local/cuda PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 WORKDIR /opt/real_megatron

@@ -9,9 +9,9 @@
 #   LINE          1: standard input is a line to the launcher. Its first word is the servers' API key, then a word comes
 #                 every 0.5 s; `stop` is a SIGTERM. Silence for SILENCE_SECONDS (20), or its end, ends everything here at
 #                 once: the launcher has died, or the network has, and other ranks are lost.
-#   REFUSED       file that a run writes where starting it again would not help
+#   REFUSED       file that a run writes where starting it again would not help (LOGS/refused)
 #   REAL_SERVER_KEY  the servers' API key, where there is no line
-# Exit status: the command's; 143 after SIGTERM or `stop`.
+# Exit status: the command's; 143 after SIGTERM or `stop`; 4 where starting again would not help.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 silence=${SILENCE_SECONDS:-20}
@@ -26,7 +26,14 @@ export RUN_ID=${RUN_ID:-real}
 # A file, since the status of a process substitution is lost.
 words=$(mktemp)
 trap 'rm -f "$words"' EXIT
-"$PYTHON" -m real_megatron.cluster.node "$@" >"$words"
+# Whoever refuses the run writes this file; a launcher with a line removes it itself.
+if [ -z "$print" ]; then
+    export REFUSED=${REFUSED:-$LOGS/refused}
+    mkdir -p "$LOGS"
+    [ -n "${LINE:-}" ] || [ "${2:-}" != 0 ] || rm -f "$REFUSED"
+fi
+refused() { [ -n "${REFUSED:-}" ] && [ -e "$REFUSED" ]; }
+"$PYTHON" -m real_megatron.cluster.node "$@" >"$words" || { refused && exit 4; exit 1; }
 mapfile -d '' -t plan <"$words"
 name=${plan[0]} role=${plan[1]}
 settings=()
@@ -75,7 +82,7 @@ trap stop TERM INT HUP
 
 log=$LOGS/$name/$role.log
 if [ "$role" = train ]; then # seen by whoever watches the launcher, too
-    env REAL_NODE="$mark" "${settings[@]}" setsid "${command[@]}" </dev/null > >(exec 9>&-; exec tee -a "$log") 2>&1 9>&- &
+    env REAL_NODE="$mark" "${settings[@]}" setsid "${command[@]}" </dev/null > >(trap '' TERM HUP INT; exec 9>&-; exec tee -a "$log") 2>&1 9>&- &
 else
     env REAL_NODE="$mark" "${settings[@]}" setsid "${command[@]}" </dev/null >>"$log" 2>&1 9>&- &
 fi
@@ -102,5 +109,9 @@ while kill -0 "$child" 2>/dev/null; do
 done
 status=0
 wait "$child" || status=$?
-[ -z "$stopping" ] || status=143
+if [ -n "$stopping" ]; then
+    status=143
+elif ((status)) && refused; then
+    status=4
+fi
 exit "$status"

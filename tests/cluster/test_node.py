@@ -1,7 +1,9 @@
 """What each host of a launch runs: composed from the host file and the configuration, and by which script."""
 
 import os
+import signal
 import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -168,30 +170,70 @@ def test_print_shows_all_commands_and_runs_none(config: str, tmp_path: Path) -> 
     assert not (tmp_path / "logs").exists()
 
 
+class Slurm:
+    """The script with stubs in place of Slurm's commands. `srun` runs its tasks one after the other, the training step
+    as number 1. In place of node.sh is `task`, a line of bash."""
+
+    def __init__(self, directory: Path, task: str) -> None:
+        tools, self.work = directory / "bin", directory / "work"
+        tools.mkdir()
+        (self.work / "examples/launch").mkdir(parents=True)
+        (self.work / "examples/launch/node.sh").write_text(task + "\n")
+        (tools / "scontrol").write_text(
+            '#!/bin/bash\n[ "$1" != show ] || printf "%s\\n" a1 a2 a3\n[ "$1" != requeue ] || echo "$*" >>told\n'
+        )
+        (tools / "scancel").write_text('#!/bin/bash\necho "$*" >>told\n')
+        (tools / "srun").write_text(
+            '#!/bin/bash\necho "$*" >>sruns\n[[ $* == *nodelist=a1,* ]] && step=1 || step=0\n'
+            "while [[ $1 == --* ]]; do [[ $1 != --ntasks=* ]] || n=${1#*=}; shift; done\n"
+            'for ((i = 0; i < n; i++)); do SLURM_STEP_ID=$step SLURM_PROCID=$i "$@"; done\n'
+        )
+        for tool in tools.iterdir():
+            tool.chmod(0o755)
+        environment = {"PATH": f"{tools}:{os.environ['PATH']}", "SLURM_JOB_NODELIST": "a[1-3]", "SLURM_JOB_ID": "12"}
+        environment |= {"SLURM_CPUS_ON_NODE": "96", "LOGS": "logs", "ROUTER": "off"}
+        command = ["bash", LAUNCH / "slurm.sbatch", "real.yaml", "steps=3"]
+        self.process = subprocess.Popen(command, cwd=self.work, env=environment)
+
+    def lines(self, name: str) -> list[str]:
+        file = self.work / name
+        return sorted(file.read_text().splitlines()) if file.exists() else []
+
+
+SERVES = 'if [ "$2" = 2 ]; then for ((t = 0; t < 300; t++)); do [ ! -e end ] || exit 0; sleep 0.1; done; fi'
+"""The rollout node's task goes on until told."""
+
+
 def test_slurm_starts_the_script_on_each_node_with_its_own_number(tmp_path: Path) -> None:
-    """With stubs in place of Slurm's commands; `srun` runs its tasks one after the other, and node.sh only prints."""
-    tools, work = tmp_path / "bin", tmp_path / "work"
-    tools.mkdir()
-    (work / "examples/launch").mkdir(parents=True)
-    (work / "examples/launch/node.sh").write_text('echo "${@:2} $RUN_ID $STOP_SECONDS ${#REAL_SERVER_KEY}" >>tasks\n')
-    (tools / "scontrol").write_text('#!/bin/bash\n[ "$1" != show ] || printf "%s\\n" a1 a2 a3\n')
-    (tools / "srun").write_text(
-        '#!/bin/bash\necho "$*" >>sruns\nwhile [[ $1 == --* ]]; do [[ $1 != --ntasks=* ]] || n=${1#*=}; shift; done\n'
-        'for ((i = 0; i < n; i++)); do SLURM_PROCID=$i "$@"; done\n'
-    )
-    for tool in tools.iterdir():
-        tool.chmod(0o755)
-    environment = {"PATH": f"{tools}:{os.environ['PATH']}", "SLURM_JOB_NODELIST": "a[1-3]", "SLURM_JOB_ID": "12"}
-    environment |= {"SLURM_CPUS_ON_NODE": "96", "LOGS": "logs", "ROUTER": "off"}
-    command = ["bash", LAUNCH / "slurm.sbatch", "real.yaml", "steps=3"]
-    subprocess.run(command, cwd=work, env=environment, check=True, timeout=60)
-    assert (
-        work / "logs/hosts"
-    ).read_text() == "a1 slots=8 role=train\na2 slots=8 role=train\na3 slots=8 role=rollout router=off\n"
-    tasks = sorted((work / "tasks").read_text().splitlines())
-    assert tasks == [f"{i} train real.yaml steps=3 12-0 1140 64" for i in range(3)]
-    sruns = sorted((work / "sruns").read_text().splitlines(), reverse=True)
-    assert "--nodelist=a1,a2 " in sruns[0] and "--nodelist=a3 " in sruns[1]
+    slurm = Slurm(tmp_path, f'echo "${{@:2}} $RUN_ID $STOP_SECONDS ${{#REAL_SERVER_KEY}}" >>tasks; {SERVES}')
+    assert slurm.process.wait(60) == 0
+    (slurm.work / "end").touch()
+    hosts = ["a1 slots=8 role=train", "a2 slots=8 role=train", "a3 slots=8 role=rollout router=off"]
+    assert slurm.lines("logs/hosts") == hosts
+    assert slurm.lines("tasks") == [f"{i} train real.yaml steps=3 12-0 1140 64" for i in range(3)]
+    sruns = [line for line in slurm.lines("sruns") if line.startswith("--")]
+    assert "--nodelist=a1,a2 " in sruns[1] and "--nodelist=a3 " in sruns[0]
+    assert slurm.lines("told") == []
+
+
+@pytest.mark.parametrize("refused", [False, True])
+def test_before_its_time_is_up_slurm_tells_the_training_step_whatever_its_number(refused: bool, tmp_path: Path) -> None:
+    """And the job is queued again, unless its run was refused."""
+    refuse = "touch logs/refused;" if refused else ""
+    slurm = Slurm(tmp_path, f'{SERVES}; {refuse} while [ ! -e told ]; do sleep 0.1; done; [ "$2" != 0 ] || exit 143')
+    deadline = time.monotonic() + 60
+    while not (slurm.work / "logs/step-train").exists() or (refused and not (slurm.work / "logs/refused").exists()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    slurm.process.send_signal(signal.SIGTERM)
+    assert slurm.process.wait(60) == (0 if refused else 143)
+    (slurm.work / "end").touch()
+    assert slurm.lines("told") == ["--signal=TERM 12.1", *(["requeue 12"] if not refused else [])]
+
+
+def test_a_run_under_slurm_ends_with_its_servers(tmp_path: Path) -> None:
+    slurm = Slurm(tmp_path, '[ "$2" != 2 ] || exit 0; exec sleep 60')
+    assert slurm.process.wait(30) == 143  # of the srun that was ended
 
 
 def test_the_job_of_kubernetes_has_a_pod_a_host_and_ends_with_the_training_pods() -> None:
@@ -205,4 +247,22 @@ def test_the_job_of_kubernetes_has_a_pod_a_host_and_ends_with_the_training_pods(
     assert spec["successPolicy"]["rules"] == [{"succeededIndexes": f"0-{training[-1]}"}]
     assert pod["subdomain"] == service["metadata"]["name"] and service["spec"]["clusterIP"] == "None"
     assert pod["restartPolicy"] == "Never" and pod["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == 8
+    container = pod["containers"][0]["name"]
+    assert spec["podFailurePolicy"]["rules"] == [
+        {"action": "FailJob", "onExitCodes": {"containerName": container, "operator": "In", "values": [4]}},
+        {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget"}]},
+    ]
     subprocess.run(["bash", "-n"], input=pod["containers"][0]["args"][0], text=True, check=True)
+
+
+def test_a_run_that_is_refused_has_a_status_of_its_own(config: str, tmp_path: Path) -> None:
+    """By which Kubernetes knows that starting it again would not help."""
+    hosts = tmp_path / "hosts"
+    hosts.write_text("n1 slots=1 address=127.0.0.1\n")
+    environment = os.environ | {"PYTHON": str(ROOT / ".venv/bin/python"), "LOGS": str(tmp_path / "logs")}
+    command = ["bash", LAUNCH / "node.sh", hosts, "0", "train", config]
+    refused = subprocess.run(
+        [*command, "optimizer.lrr=1"], env=environment, capture_output=True, text=True, check=False
+    )
+    assert refused.returncode == 4 and "unknown key `optimizer.lrr`" in refused.stderr
+    assert "unknown key" in (tmp_path / "logs/refused").read_text()

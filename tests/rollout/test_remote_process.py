@@ -128,7 +128,7 @@ def test_a_server_inherits_nothing_of_torchrun_and_leaves_a_log_of_its_own(tmp_p
         process._process.wait()
         assert process.log == tmp_path / f"server.{start}.log"
         names = set(process.log.read_text().split())
-        assert {"KEPT", "ADDED", "PATH"} <= names and not names & set(world)
+        assert {"KEPT", "ADDED", "PATH", "SPT_NOENV"} <= names and not names & set(world)
         process.close()
 
 

@@ -79,6 +79,8 @@ class ServerProcess:
         self.log = next(p for i in count() if (p := self._log_dir / f"{self._name}.{i}.log").name not in used)
         self.starts += 1
         inherited = {k: v for k, v in os.environ.items() if not _TORCHRUN_VARIABLES.fullmatch(k)}
+        # A server that sets its title would overwrite the environment, by whose mark a launcher finds it.
+        inherited["SPT_NOENV"] = "1"
         with self.log.open("wb") as log:
             try:
                 self._process = subprocess.Popen(
