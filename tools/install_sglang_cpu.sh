@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Installs SGLang 0.5.21 and its router for a machine without a GPU into a virtual environment of its own (its transformers is older
-# than ours). Usage: bash tools/install_sglang_cpu.sh [DIR]      (default .venv-sglang; about 2.6 GB, one to two minutes)
+# Installs SGLang 0.5.21 and its router for a machine without a GPU into a virtual environment of its own (its
+# transformers is older than ours). Usage: bash tools/install_sglang_cpu.sh [DIR]      (default .venv-sglang; about 2.6 GB,
+# one to two minutes)
 # Versions are those of requirements/sglang.txt, which is the whole environment for GPUs.
 set -euo pipefail
 cd "$(dirname "$0")/.."
