@@ -132,8 +132,11 @@ def _listener(port: int) -> str:
     return "another process"
 
 
-def run(command: list[str], environment: dict[str, str], limit_s: float) -> dict[str, Any]:
-    """Run a command to its end, or the end of its time."""
+def run(command: list[str], environment: dict[str, str], unless_set: dict[str, str], limit_s: float) -> dict[str, Any]:
+    """Run a command to its end, or the end of its time.
+
+    environment: variables for it; unless_set: further ones, where this host has none of that name
+    """
     name, _, value = _MARK.partition("=")
     with _starting:
         process = subprocess.Popen(
@@ -143,7 +146,7 @@ def run(command: list[str], environment: dict[str, str], limit_s: float) -> dict
             stderr=subprocess.STDOUT,
             encoding="utf-8",
             errors="replace",
-            env={**os.environ, **environment, name: value},
+            env={**unless_set, **os.environ, **environment, name: value},
             start_new_session=True,
         )
     try:

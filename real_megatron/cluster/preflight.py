@@ -1,6 +1,7 @@
 """`real-megatron doctor --cluster HOSTFILE`: whether hosts can run a launch together, before one waits for another."""
 
 import json
+import os
 import secrets
 import shlex
 import sys
@@ -123,10 +124,12 @@ class _Preflight:
             interface = interface_of(self.addresses[host.name], facts[host.name]["interfaces"])
             command = torchrun(self.python, hosts, addresses, index, "preflight", self.port)
             command += ["-m", "real_megatron.cluster.trial"]
-            environment = dict.fromkeys(NETWORK_VARIABLES, interface)
+            # What ssh.sh hands on to the hosts, so that the trial takes the network that the run will take.
+            environment = {name: value for name, value in os.environ.items() if name.startswith(("NCCL_", "GLOO_"))}
+            unless_set = dict.fromkeys(NETWORK_VARIABLES, interface)
             if not on_gpu:
                 environment["OMP_NUM_THREADS"] = "1"
-            arguments = {"command": command, "environment": environment, "limit_s": TRIAL_S}
+            arguments = {"command": command, "environment": environment, "unless_set": unless_set, "limit_s": TRIAL_S}
             try:
                 done: dict[str, Any] = self._talk[host.name].ask("run", TRIAL_S + 30, **arguments)
             except HostError as error:

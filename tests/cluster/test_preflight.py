@@ -233,7 +233,7 @@ def test_nothing_is_left_when_the_launcher_ends_while_ranks_try(
 def test_a_host_ends_what_it_has_started_when_nobody_is_there(silent: bool, tmp_path: Path) -> None:
     code = f"from real_megatron.cluster import host_side as h; h.SILENCE_S = {1 if silent else 100}; h.main()"
     # One process in the group of the command, one in a session of its own, as torchrun's ranks.
-    question = {"ask": "run", "environment": {}, "limit_s": 100}
+    question = {"ask": "run", "environment": {}, "unless_set": {}, "limit_s": 100}
     question["command"] = ["sh", "-c", f"setsid sleep 100 & echo $! $$ >{tmp_path}/pids; wait"]
     with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdin is not None
@@ -245,3 +245,14 @@ def test_a_host_ends_what_it_has_started_when_nobody_is_there(silent: bool, tmp_
             process.stdin.close()
         assert process.wait(30) == 0
     assert not [pid for pid in pids if psutil.pid_exists(int(pid)) and psutil.Process(int(pid)).status() != "zombie"]
+
+
+def test_what_a_host_has_set_stays_unless_the_launcher_hands_it_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    from real_megatron.cluster.host_side import run
+
+    monkeypatch.setenv("A", "of the host")
+    monkeypatch.setenv("B", "of the host")
+    monkeypatch.delenv("C", raising=False)
+    command = [sys.executable, "-c", "import os; print(*(os.environ[name] for name in 'ABC'), sep=', ')"]
+    found = run(command, {"B": "handed on"}, dict.fromkeys("ABC", "found"), 60)
+    assert found == {"status": 0, "output": "of the host, handed on, found\n"}
