@@ -32,7 +32,10 @@ if [ -z "$print" ]; then
     mkdir -p "$LOGS"
     [ -n "${LINE:-}" ] || [ "${2:-}" != 0 ] || rm -f "$REFUSED"
 fi
-refused() { [ -n "${REFUSED:-}" ] && [ -e "$REFUSED" ]; }
+# One of an earlier launch with the same LOGS is none of this start: host 0, which removes it, may come later than others.
+version() { stat -c '%i %y' "$REFUSED" 2>/dev/null || true; }
+[ -n "$print" ] || before=$(version)
+refused() { [ -z "$print" ] && [ -e "$REFUSED" ] && [ "$(version)" != "$before" ]; }
 "$PYTHON" -m real_megatron.cluster.node "$@" >"$words" || { refused && exit 4; exit 1; }
 mapfile -d '' -t plan <"$words"
 name=${plan[0]} role=${plan[1]}

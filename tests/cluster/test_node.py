@@ -266,3 +266,19 @@ def test_a_run_that_is_refused_has_a_status_of_its_own(config: str, tmp_path: Pa
     )
     assert refused.returncode == 4 and "unknown key `optimizer.lrr`" in refused.stderr
     assert "unknown key" in (tmp_path / "logs/refused").read_text()
+
+
+def test_a_refusal_of_an_earlier_launch_is_not_this_ones(tmp_path: Path) -> None:
+    """A pod may fail, as where its node is sick, before that of host 0 has removed the file."""
+    hosts, refused = tmp_path / "hosts", tmp_path / "logs/refused"
+    hosts.write_text("n1 slots=1 address=127.0.0.1\nn2 slots=1 address=127.0.0.2\n")
+    refused.parent.mkdir()
+    refused.write_text("of yesterday")
+    environment = os.environ | {"PYTHON": "false", "LOGS": str(refused.parent)}
+    command = ["bash", LAUNCH / "node.sh", hosts, "1", "train", "real.yaml"]
+    assert subprocess.run(command, env=environment, check=False).returncode == 1
+    assert refused.exists(), "it is host 0 that removes it"
+    environment["PYTHON"] = str(tmp_path / "refuses")
+    (tmp_path / "refuses").write_text('#!/bin/bash\necho "of today" >"$REFUSED"\nexit 1\n')
+    (tmp_path / "refuses").chmod(0o755)
+    assert subprocess.run(command, env=environment, check=False).returncode == 4
