@@ -11,7 +11,7 @@
 # HOST_SECONDS (how long a restart waits for hosts that are not ready, 1800), RESTART_SECONDS (the pause before a restart,
 # 10; three times as long after each, up to 5 minutes, until a start has lived for 5 minutes).
 # Handed on to the hosts, where set: NCCL_*, GLOO_*, HF_*, TORCH_*, TRITON_*, OMP_NUM_THREADS, the variables of proxies, and
-# the names in FORWARD; never what is named a token, key, secret or password: hosts have their own.
+# the names in FORWARD; never what is named a token, key, secret or password, nor a proxy with one: hosts have their own.
 # Exit status: 0 when all training hosts have finished, 130 or 143 after Ctrl-C or SIGTERM, else 1.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
@@ -60,7 +60,9 @@ forwarded() { # the variables that hosts get, as NAME=VALUE, each followed by a 
         case ${name^^} in *TOKEN* | *KEY* | *SECRET* | *PASSWORD*) continue ;; esac
         case $name in
             NCCL_* | GLOO_* | HF_* | TORCH_* | TRITON_* | OMP_NUM_THREADS | RENDEZVOUS_PORT) ;;
-            http_proxy | https_proxy | no_proxy | HTTP_PROXY | HTTPS_PROXY | NO_PROXY) ;;
+            http_proxy | https_proxy | no_proxy | HTTP_PROXY | HTTPS_PROXY | NO_PROXY)
+                [[ ${!name} != *@* ]] || continue # with a password
+                ;;
             *) [[ " ${FORWARD:-} " == *" $name "* ]] || continue ;;
         esac
         printf '%s=%s\0' "$name" "${!name}"

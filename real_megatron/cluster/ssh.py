@@ -166,6 +166,8 @@ class Conversation:
 def main(arguments: Sequence[str]) -> int:
     """Print the command; returns the exit status."""
     try:
+        if not arguments[0].isdecimal():
+            raise ConfigError(f"SILENCE_SECONDS={arguments[0]} in the environment is no whole number of seconds")
         words = ssh_words([], int(arguments[0]))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
