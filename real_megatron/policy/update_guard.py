@@ -98,9 +98,9 @@ class UpdateGuard:
     def _end(self, why: str) -> str:
         before = "".join(f"\n  skipped before it: {one}" for one in self._seen)
         return (
-            f"{why}. The weights are as before this update. Look at this batch's rows; then resume with a higher "
-            f"optimizer.max_skipped (now {self._config.max_skipped} in a row), or start a new run with a lower "
-            f"optimizer.lr, where model.path may be the last checkpoint, converted.{before}"
+            f"{why}. The weights are as before this update (optimizer.max_skipped = {self._config.max_skipped} in a "
+            "row). Look at this batch's rows; then resume with more, or start a new run with a lower optimizer.lr, "
+            f"where model.path may be the last checkpoint, converted.{before}"
         )
 
 

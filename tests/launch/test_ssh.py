@@ -77,6 +77,7 @@ def test_a_run_that_loses_a_rank_and_a_host_ends_as_an_undisturbed_one(
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+@pytest.mark.skipif("LONG_TESTS" not in os.environ, reason="40 s; test_ssh_stub.py has its core: LONG_TESTS=1")
 def test_ctrl_c_saves_and_ends_all_hosts(hosts: Hosts, hostfile: Path, task: Path, tmp_path: Path) -> None:
     config = config_of(task, tmp_path / "run")
     config.steps = 1000

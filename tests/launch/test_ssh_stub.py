@@ -45,7 +45,16 @@ class Launcher:
         }
         with self.said.open("wb") as said:
             self.process = subprocess.Popen(
-                ["bash", ROOT / "examples/launch/ssh.sh", "--no-preflight", "--logs", directory / "logs", *options]
+                [
+                    "env",
+                    "--default-signal=INT",
+                    "bash",
+                    ROOT / "examples/launch/ssh.sh",
+                    "--no-preflight",
+                    "--logs",
+                    directory / "logs",
+                    *options,
+                ]
                 + [directory / "hosts", "train", "run.yaml"],
                 env=environment,
                 stdin=subprocess.DEVNULL,
@@ -64,13 +73,15 @@ class Launcher:
             time.sleep(0.05)
 
 
-@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM])
-def test_a_signal_to_all_processes_of_the_launcher_lets_the_ranks_save(number: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGHUP, 143), (signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_to_all_processes_of_the_launcher_lets_the_ranks_save(
+    number: int, status: int, tmp_path: Path
+) -> None:
     """As of a terminal that closes, or of a service that is stopped: the lines to the hosts stay until they have."""
     launcher = Launcher(tmp_path, SAVES)
     launcher.until(lambda: launcher.words().count("beat") >= 4)
     os.killpg(launcher.process.pid, number)
-    assert launcher.process.wait(60) == 143, launcher.said.read_text()
+    assert launcher.process.wait(60) == status, launcher.said.read_text()
     assert launcher.words().count("saved") == 2
 
 

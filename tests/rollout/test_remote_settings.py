@@ -52,12 +52,13 @@ def make(tmp_path, model, servers):
         engine.close()
 
 
-def test_limits_are_the_configured_ones(make, flavour):
+def test_limits_are_the_configured_ones(make, servers, flavour):
+    (router,) = servers(1, flavour)
     limits = {"concurrency": 3, "start_timeout_s": 7, "restarts": 5, "timeout_s": 11, "attempts": 13}
-    engine, _ = make(flavour, router="http://router/", sync_timeout_s=17, **limits)
+    engine, _ = make(flavour, router=router.url + "/", sync_timeout_s=17, **limits)
     pool, client = engine._pool, engine._client
     assert (pool._concurrency, pool._start_timeout_s, pool._restarts) == (3, 7, 5)
-    assert (client._timeout_s, client._attempts, client._router) == (11, 13, "http://router")
+    assert (client._timeout_s, client._attempts, client._router) == (11, 13, router.url)
     # Each smaller step of a sync has two minutes at most.
     assert (engine._control.timeout_s, engine._control.step_s) == (17, 17)
     longer, _ = make(flavour, sync_timeout_s=700)

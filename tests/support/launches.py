@@ -37,7 +37,8 @@ class Launch:
         }
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
-                ["bash", str(ROOT / "examples/launch/ssh.sh"), *arguments],
+                # A shell cannot trap a signal that its parent ignores, as one does that was started in the background.
+                ["env", "--default-signal=INT", "bash", str(ROOT / "examples/launch/ssh.sh"), *arguments],
                 cwd=directory,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
