@@ -18,6 +18,7 @@ communicate in this order, the same on all of them:
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,7 @@ from real_megatron.objective import (
 )
 from real_megatron.policy import checkpoint, cpu, parallel_groups
 from real_megatron.policy.forward import run_microbatches
+from real_megatron.policy.gathering import broadcast_from, gather_metrics, gather_uneven
 from real_megatron.policy.model import build_model, check_model
 from real_megatron.policy.optimizer import allocate_moments, build_optimizer, build_scheduler, chained, wrap_ddp
 from real_megatron.policy.plan import Planner
@@ -185,31 +187,32 @@ class Policy:
     def logprobs(self, groups: Sequence[Group]) -> list[list[TrajectoryLogprobs]]:
         """Forward only: log-probs of every group's trajectories, on every rank."""
         subgroups = [subgroup for group in groups for subgroup in self.planner.split(group)]
-        mine = self.planner.distribute(subgroups)[self.runtime.data_rank]
+        plan = self.planner.distribute(subgroups)
 
-        def consume(microbatch: PackedMicrobatch, logprobs: Tensor) -> tuple[Tensor, list[TrajectoryLogprobs]]:
-            return logprobs.new_zeros(()), _per_trajectory(microbatch, logprobs.float().cpu(), len(self.score_ids))
+        def consume(microbatch: PackedMicrobatch, logprobs: Tensor) -> tuple[Tensor, Tensor]:
+            return logprobs.new_zeros(()), logprobs.float().cpu()
 
         with torch.no_grad():
             for chunk in self.ddp_chunks:
                 chunk.eval()
-            microbatches = [self.planner.pack([subgroups[i] for i in items]) for items in mine]
             results = run_microbatches(
                 self.ddp_chunks,
-                microbatches,
+                [self.planner.pack([subgroups[i] for i in items]) for items in plan[self.runtime.data_rank]],
                 consume,
                 self.runtime.device,
                 forward_only=True,
                 temperature=self.temperature,
             )
+        # All ranks know the plan, and so how many log-probs each data-parallel rank has, of what.
+        sizes = [sum(self._numbers(subgroups[i]) for items in one for i in items) for one in plan]
+        everything = self._gathered(torch.cat([torch.empty(0), *results]), sizes)
         found: dict[int, list[TrajectoryLogprobs]] = {}
-        # Not strict: only the last pipeline stage has results.
-        for items, result in zip(mine, results, strict=False):
-            remaining = iter(result)
-            for item in items:
-                found[item] = [next(remaining) for _ in subgroups[item].trajectories]
-        merged = self._merge(found)
-        ordered = iter(merged[i] for i in range(len(subgroups)))
+        for one, numbers in zip(plan, everything, strict=True):
+            values = iter(numbers.tolist())
+            for items in one:
+                rows = _per_trajectory([subgroups[i] for i in items], values, len(self.score_ids))
+                found |= zip(items, rows, strict=True)
+        ordered = iter(found[i] for i in range(len(subgroups)))
         return [[t for _ in self.planner.split(group) for t in next(ordered)] for group in groups]
 
     def scored(self, groups: Sequence[Group]) -> ScoredBatch:
@@ -299,31 +302,30 @@ class Policy:
         """Metrics over all micro-batches and data-parallel ranks, on every rank. Collective."""
         reduced: dict[str, float] = {}
         if self.runtime.is_last_stage:
-            mine = {name: value.cpu() for name, value in merge(results).items()}
-            everyone: list[Any] = [None] * self.runtime.data_size
-            dist.all_gather_object(everyone, mine, group=parallel_state.get_data_parallel_group())
-            reduced = summarize(merge(everyone))
-        return self._from_last_stage(reduced)
-
-    def _merge(self, found: dict[int, Any]) -> dict[int, Any]:
-        """Union of the data-parallel ranks' dictionaries on the last stage, on every rank. Collective."""
-        merged: dict[int, Any] = {}
-        if self.runtime.is_last_stage:
-            everyone: list[Any] = [None] * self.runtime.data_size
-            dist.all_gather_object(everyone, found, group=parallel_state.get_data_parallel_group())
-            for one in everyone:
-                merged.update(one)
-        return self._from_last_stage(merged)
-
-    def _from_last_stage(self, value: Any) -> Any:
-        """The last pipeline stage's value, on every stage."""
-        holder = [value]
+            group = parallel_state.get_data_parallel_group()
+            reduced = summarize(merge(gather_metrics(merge(results), group, self.runtime.device)))
+        holder = [reduced]
         dist.broadcast_object_list(
             holder,
             src=parallel_state.get_pipeline_model_parallel_last_rank(),
             group=parallel_state.get_pipeline_model_parallel_group(),
         )
         return holder[0]
+
+    def _numbers(self, group: Group) -> int:
+        """How many log-probs a forward pass gives of a group."""
+        answers = sum(t.answer_index is not None for t in group.trajectories)
+        return sum(sum(t.loss_mask) for t in group.trajectories) + answers * len(self.score_ids)
+
+    def _gathered(self, mine: Tensor, sizes: Sequence[int]) -> Sequence[Tensor]:
+        """Vectors of `sizes` float32 numbers, which the data-parallel ranks have on the last stage, on every rank.
+        Collective."""
+        device, flat = self.runtime.device, None
+        if self.runtime.is_last_stage:
+            flat = torch.cat(gather_uneven(mine, sizes, parallel_state.get_data_parallel_group(), device))
+        last = parallel_state.get_pipeline_model_parallel_last_rank()
+        stages = parallel_state.get_pipeline_model_parallel_group()
+        return broadcast_from(flat, sum(sizes), last, stages, device).split(list(sizes))
 
 
 def _sum_model_grads(chunks: list[torch.nn.Module], num_tokens: Tensor | None = None, **kwargs: Any) -> None:
@@ -337,15 +339,17 @@ def _fault(error: FloatingPointError, microbatch: PackedMicrobatch) -> Fault:
     return Fault(str(error), [examples[i] for i in error.trajectories] if isinstance(error, NotFinite) else examples)
 
 
-def _per_trajectory(microbatch: PackedMicrobatch, logprobs: Tensor, scores: int) -> list[TrajectoryLogprobs]:
-    results = [TrajectoryLogprobs([], None) for _ in range(microbatch.num_trajectories)]
-    tokens = microbatch.token_trajectory.numel()
-    for trajectory, value in zip(microbatch.token_trajectory.tolist(), logprobs[:tokens].tolist(), strict=True):
-        results[trajectory].tokens.append(value)
-    answers = logprobs[tokens:].view(-1, scores).tolist()
-    for trajectory, values in zip(microbatch.answer_trajectory.tolist(), answers, strict=True):
-        results[trajectory].scores = values
-    return results
+def _per_trajectory(groups: Sequence[Group], values: Iterator[float], scores: int) -> list[list[TrajectoryLogprobs]]:
+    """The log-probs of a micro-batch's groups, in the order of the head's rows: all tokens, then all answers."""
+    rows = [
+        [TrajectoryLogprobs(list(islice(values, sum(t.loss_mask))), None) for t in group.trajectories]
+        for group in groups
+    ]
+    for group, row in zip(groups, rows, strict=True):
+        for trajectory, found in zip(group.trajectories, row, strict=True):
+            if trajectory.answer_index is not None:
+                found.scores = list(islice(values, scores))
+    return rows
 
 
 def _views(responses: Sequence[tuple[str, dict[str, Any]]] | None) -> list[ResponseView] | None:
