@@ -1,12 +1,9 @@
 """Metrics and log-probs of a step, from all data-parallel ranks to all: as pickled objects, and as tensors.
 
-    python -m benchmarks.host.metrics --ranks 2 8 32
-
 `METRICS` metrics a rank, as many as a step of REAL has; log-probs of 2,048 responses of 600 tokens, as the reference
 of a KL term gives them, an equal share on each rank. Bytes are those of the collectives' results on a rank.
 """
 
-import argparse
 import pickle
 import time
 from collections.abc import Callable
@@ -83,15 +80,3 @@ def _timed(work: Callable[[], Any]) -> float:
         work()
         seconds.append(time.perf_counter() - start)
     return min(seconds)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 8])
-    for ranks in parser.parse_args().ranks:
-        for row in rows(ranks):
-            print(row)
-
-
-if __name__ == "__main__":
-    main()

@@ -9,9 +9,9 @@ import pytest
 from benchmarks import measure
 
 
-@pytest.mark.parametrize("name", ["attention", "convert", "head", "rollout", "scaling", "step", "training"])
+@pytest.mark.parametrize("name", ["attention", "convert", "head", "host", "rollout", "scaling", "step", "training"])
 def test_a_benchmark_says_how_it_is_used(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    benchmark = importlib.import_module(f"benchmarks.{name}")
+    benchmark = importlib.import_module(f"benchmarks.{name}" if name != "host" else "benchmarks.host.__main__")
     with pytest.raises(SystemExit) as stopped:
         benchmark.parse(["--help"])
     shown = capsys.readouterr().out
