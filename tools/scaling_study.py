@@ -293,8 +293,8 @@ def page(strong_curves: Curves, weak_curves: Curves) -> list[str]:
         "- **training**: FLOPs (shared prompts once, backward twice the forward) at an efficiency that falls for small "
         "matrix products, memory-bound kernels, the pipeline's bubble, whole micro-batches and groups on the busiest "
         "rank, and the collectives of each kind of parallelism over NVLink or the network;",
-        "- **sync**: buckets that are gathered on all ranks and broadcast by rank 0 through one adapter, one after the "
-        "other, with a copy to host memory on the way (`rollout.keep_weights`);",
+        "- **sync**: buckets that are gathered on rank 0 and broadcast by it through one adapter, one after the other, "
+        "each copied to host memory meanwhile (`rollout.keep_weights`);",
         "- **host**: 2 ms per response for what is done on rank 0.",
         "",
         "## Beside published times",

@@ -2,7 +2,7 @@
 
 Format (https://huggingface.co/docs/safetensors): an 8-byte little-endian length, a JSON header with dtype, shape and
 byte range of every tensor, then the bytes. The whole header follows from the parameter table, so it is written
-first and the tensors are streamed after it.
+first and the tensors are streamed after it, or, where they come in another order, put into their places.
 """
 
 import json
@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 
@@ -81,8 +82,7 @@ class SafetensorsStream:
         name, shape, dtype = self._expected[self._position]
         if tuple(tensor.shape[1:]) != shape[1:] or self._row + tensor.shape[0] > shape[0]:
             raise ValueError(f"tensor '{name}' has rows {tuple(tensor.shape)} beyond row {self._row} of {shape}")
-        data = tensor.to(dtype).contiguous()
-        self._file.write(data.view(-1).view(torch.uint8).numpy().data)
+        self._file.write(_bytes(tensor, dtype))
         self._row += tensor.shape[0]
         if self._row == shape[0]:
             self._position, self._row = self._position + 1, 0
@@ -91,9 +91,51 @@ class SafetensorsStream:
         """Flush to disk. Raises ValueError when tensors are missing."""
         if self._position < len(self._expected):
             raise ValueError(f"{self._file.name}: tensor '{self._expected[self._position][0]}' was not written")
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
+        _close(self._file)
+
+
+class PlacedTensors:
+    """Writes files whose tensors come whole and in any order: a file's layout is that of its header all the same."""
+
+    def __init__(self, directory: Path, files: Sequence[CheckpointFile]) -> None:
+        self._files: list[BinaryIO] = []
+        self._places: dict[str, tuple[BinaryIO, int, Shape, torch.dtype]] = {}
+        for file in files:
+            opened = (directory / file.name).open("wb")
+            self._files.append(opened)
+            start = opened.write(_header(file))
+            for name, shape, dtype in file.tensors():
+                self._places[name] = (opened, start, shape, dtype)
+                start += prod(shape) * dtype.itemsize
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        """Put a tensor into its place, converted to its file's dtype. Raises ValueError for one that has no place or
+        was written before, and for a wrong shape."""
+        if name not in self._places:
+            raise ValueError(f"tensor '{name}' is in none of the files, or was written before")
+        file, start, shape, dtype = self._places[name]
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"tensor '{name}' has shape {tuple(tensor.shape)}, its file a place for {shape}")
+        del self._places[name]
+        file.seek(start)
+        file.write(_bytes(tensor, dtype))
+
+    def close(self) -> None:
+        """Flush to disk. Raises ValueError when tensors are missing."""
+        for name, (file, *_) in self._places.items():
+            raise ValueError(f"{file.name}: tensor '{name}' was not written")
+        for file in self._files:
+            _close(file)
+
+
+def _bytes(tensor: torch.Tensor, dtype: torch.dtype) -> memoryview:
+    return tensor.to(dtype).contiguous().view(-1).view(torch.uint8).numpy().data
+
+
+def _close(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+    file.close()
 
 
 def _header(file: CheckpointFile) -> bytes:

@@ -59,8 +59,10 @@ class Efficiency:
     """All-reduce of a decoding step's few rows over NVLink, by a kernel of the server's own."""
     server_memory: float = 0.85
     """Share of a GPU that a server takes for weights and KV cache (`mem_fraction_static` of SGLang)."""
-    host_copy: float = 6e9
-    """Bytes/s from a GPU to fresh pageable host memory, where a sync keeps the weights (rollout.keep_weights)."""
+    host_copy: float = 50e9
+    """Bytes/s from a GPU to pinned host memory, where a sync keeps the weights (rollout.keep_weights): 52.8 GB/s from
+    each H100 over PCIe 5 (NVIDIA/nvbandwidth issue 24); an A100's PCIe 4 has half of it (issue 53: 25 GB/s). The first
+    sync of a run, which pins the memory, takes longer."""
     tensor: float = 0.3e-3
     """Time per Hugging Face tensor of a sync: slicing and copying here, finding and filling the weight in the server.
     slime's 7 s for the 18,867 tensors of Qwen3-30B-A3B, colocated, are 0.37 ms each with all else; verl's 25 s

@@ -232,9 +232,10 @@ class Policy:
             responses=_views(responses_of(groups)),
         )
 
-    def export(self) -> Iterator[tuple[str, Tensor]]:
-        """The weights as a stream of (Hugging Face name, full tensor), on every rank."""
-        for named in bridge.export_hf(self.chunks, self.description):
+    def export(self, everywhere: bool = True) -> Iterator[tuple[str, Tensor]]:
+        """The weights as a stream of (Hugging Face name, full tensor), on every rank or on rank 0 alone. Every rank
+        runs it to its end."""
+        for named in bridge.export_hf(self.chunks, self.description, everywhere=everywhere):
             progress.mark()
             yield named
 

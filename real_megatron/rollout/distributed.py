@@ -29,7 +29,7 @@ class FollowerEngine:
         raise AssertionError("a FollowerEngine serves nothing: rank 0 scores for all ranks")
 
     def update_weights(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Iterate the stream: the export is collective, what it yields here is not needed."""
+        """Iterate the stream: the export is collective, though it may yield nothing here (rank 0 alone needs it)."""
         drain(tensors)
 
     def sleep(self) -> None: ...

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from real_megatron.bridge import parameters
-from real_megatron.bridge.hf_writer import SafetensorsStream, plan_files, write_index
+from real_megatron.bridge.hf_writer import PlacedTensors, plan_files, write_index
 from real_megatron.config import RunConfig
 from real_megatron.data import is_built_in
 from real_megatron.hf.side_files import RUN_FILE, TEMPLATE_FILE, carry
@@ -23,12 +23,13 @@ def save_hf(policy: Policy, output: Path, max_file_bytes: int = FILE_BYTES) -> N
     """Write the policy's weights, in the dtype it holds them, with config, tokenizer files and run configuration.
 
     Rank 0 writes tensor by tensor, so that it never holds the whole model; the directory appears when it is complete.
+    Files hold the tensors in the order of the family's table, whatever the layout.
     Collective. Raises FileExistsError when `output` exists and is not empty.
     """
     if dist.get_rank() == 0:
         _write(policy, output, max_file_bytes)
     else:
-        drain(policy.export())
+        drain(policy.export(everywhere=False))
     dist.barrier()
 
 
@@ -36,19 +37,13 @@ def _write(policy: Policy, output: Path, max_file_bytes: int) -> None:
     table = parameters(policy.description)
     dtype = next(policy.chunks[0].parameters()).dtype
     files = plan_files(table, [dtype] * len(table), max_file_bytes)
-    tensors = policy.export()
     with staged_directory(output) as staging:
         carry(policy.model_dir, staging, dtype)
         write_run(policy.config, staging)
-        for file in files:
-            stream = SafetensorsStream(staging, file)
-            for expected, _, _ in file.tensors():
-                name, tensor = next(tensors)
-                assert name == expected, f"the export yields {name} where the table has {expected}"
-                stream.write(tensor.cpu())
-            stream.close()
-        for name, _ in tensors:
-            raise AssertionError(f"the export yields {name}, which the table does not have")
+        placed = PlacedTensors(staging, files)
+        for name, tensor in policy.export(everywhere=False):
+            placed.write(name, tensor.cpu())
+        placed.close()
         write_index(staging, files)
 
 

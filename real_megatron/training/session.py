@@ -22,7 +22,7 @@ from real_megatron.locks import only_writer
 from real_megatron.policy.checkpoint import read_state
 from real_megatron.policy.policy import Policy
 from real_megatron.rollout.engine import EngineSpec, RolloutEngine
-from real_megatron.rollout.factory import build_engine
+from real_megatron.rollout.factory import build_engine, find_engine
 from real_megatron.runtime import default_dtype, from_rank_0, host_group, join_torchrun, world_size
 from real_megatron.training.best import BestCheckpoint
 from real_megatron.training.checkpoints import reading
@@ -121,7 +121,9 @@ class Session:
         if self.config.rollout.colocate:
             self._free_cached_memory()
         if self._published != step:
-            self.engine.update_weights(self.policy.export(), version=step)
+            # In front of servers rank 0 alone has an engine.
+            everywhere = find_engine(self.config.rollout.engine).on_every_rank
+            self.engine.update_weights(self.policy.export(everywhere), version=step)
             self._published = step
         if self.config.rollout.colocate:  # it sleeps while the trainer uses its GPUs; the sync woke its weights alone
             self.engine.wake()

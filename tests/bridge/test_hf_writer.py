@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from real_megatron.bridge.hf_writer import SafetensorsStream, plan_files, write_index
+from real_megatron.bridge.hf_writer import PlacedTensors, SafetensorsStream, plan_files, write_index
 from real_megatron.bridge.table import Parameter
 from real_megatron.bridge.transforms import GateUp, Whole
 from real_megatron.hf.checkpoint import INDEX
@@ -64,3 +64,29 @@ def test_wrong_and_missing_tensors(tmp_path: Path) -> None:
     stream.write(torch.zeros(3, 5))
     with pytest.raises(ValueError, match="tensor 'up' was not written"):
         stream.close()
+
+
+def test_tensors_in_any_order_make_the_same_files(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    files = plan_files(TABLE, DTYPES, 100)
+    tensors = {name: torch.randn(shape) for file in files for name, shape, _ in file.tensors()}
+    for folder in ("streamed", "placed"):
+        (tmp_path / folder).mkdir()
+    for file in files:
+        stream = SafetensorsStream(tmp_path / "streamed", file)
+        for name, _, _ in file.tensors():
+            stream.write(tensors[name])
+        stream.close()
+    placed = PlacedTensors(tmp_path / "placed", files)
+    for name in reversed(tensors):
+        with pytest.raises(ValueError, match=f"tensor '{name}' has shape"):
+            placed.write(name, torch.zeros(1, 1))
+        if name == "gate":
+            with pytest.raises(ValueError, match="tensor 'gate' was not written"):
+                placed.close()
+        placed.write(name, tensors[name])
+        with pytest.raises(ValueError, match=f"'{name}' is in none of the files, or was written before"):
+            placed.write(name, tensors[name])
+    placed.close()
+    for file in files:
+        assert (tmp_path / "placed" / file.name).read_bytes() == (tmp_path / "streamed" / file.name).read_bytes()

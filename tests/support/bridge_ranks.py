@@ -1,10 +1,13 @@
 """Tiny models of every family with their odd features on, and what ranks do with them."""
 
 import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
@@ -197,25 +200,31 @@ def check_layouts(cases: list[Case]) -> list[Findings]:
 
 
 def export_faults(chunks: list, description: Any, hf_dir: str, bucket_bytes: int) -> list[str]:
-    """What is wrong with the export on this rank, compared with the files: names, order, shapes, bits."""
+    """What is wrong with both exports on this rank, compared with the files: names, their order, shapes, bits, and who
+    yields."""
     from real_megatron import bridge
     from real_megatron.hf.checkpoint import HFCheckpoint
 
     original = HFCheckpoint(hf_dir)
-    order = [name for parameter in bridge.parameters(description) for name in parameter.hf]
     names, faults = [], []
     for name, tensor in bridge.export_hf(chunks, description, bucket_bytes=bucket_bytes):
         names.append(name)
         if not torch.equal(tensor, original.tensor(name)):
             faults.append(f"{name} differs with bucket_bytes={bucket_bytes}")
-    if names != order or set(names) != set(original.entries):
-        faults.append(f"names or their order differ with bucket_bytes={bucket_bytes}")
-    silent = list(bridge.export_hf(chunks, description, dtype=torch.bfloat16, everywhere=False))
-    if torch.distributed.get_rank() == 0:
-        if [name for name, _ in silent] != order or any(tensor.dtype != torch.bfloat16 for _, tensor in silent):
-            faults.append("names or dtypes differ with everywhere=False")
-    elif silent:
-        faults.append("a rank other than 0 yields with everywhere=False")
+    if len(names) != len(set(names)) or set(names) != set(original.entries):
+        faults.append(f"names differ with bucket_bytes={bucket_bytes}")
+    orders: list[list[str]] = [[]] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(orders, names)
+    if orders != [names] * len(orders):
+        faults.append("the order of names differs between ranks")
+    first = torch.distributed.get_rank() == 0
+    alone = []
+    for name, tensor in bridge.export_hf(chunks, description, bucket_bytes=bucket_bytes, everywhere=False):
+        alone.append(name)
+        if not torch.equal(tensor, original.tensor(name)):
+            faults.append(f"{name} differs with bucket_bytes={bucket_bytes} on rank 0 alone")
+    if alone != (names if first else []):
+        faults.append("names differ with everywhere=False")
     return faults
 
 
@@ -280,6 +289,91 @@ def transformer_engine_spec(hf_dir: str, layer_names: dict[int, list[str]]) -> l
         layer.layer_number = number
     bridge.load_hf([model], description, hf_dir)
     return export_faults([model], description, hf_dir, 20_000)
+
+
+def check_exports(hf_dir: str, layouts: list[tuple[dict[str, Any], int | None]]) -> list[tuple[list[str], int]]:
+    """Faults of the exports at each layout, on a tree of parameters without a forward pass, and how often this rank
+    communicates in one to rank 0.
+
+    layouts: parallel sizes, and the expert-tensor-parallel size (None: the tensor-parallel one)
+    """
+    from real_megatron import bridge
+    from real_megatron.config import ParallelConfig
+    from real_megatron.hf.side_files import read_config
+    from real_megatron.policy import parallel_groups
+
+    description = bridge.describe(read_config(Path(hf_dir)))
+    results = []
+    for sizes, expert_tensor in layouts:
+        parallel = ParallelConfig(**sizes)
+        if expert_tensor is None:
+            parallel_groups.initialize(parallel)
+        else:
+            parallel_groups.initialize(ParallelConfig())
+            parallel_groups.end_model_groups()
+            parallel_groups.form_model_groups(parallel, expert_tensor_parallel_size=expert_tensor)
+        model = parameter_tree(description, vocab_rows=160)
+        bridge.load_hf([model], description, hf_dir)
+        faults = export_faults([model], description, hf_dir, bucket_bytes=5_000)
+        with counting_communication() as calls:
+            for name, tensor in bridge.export_hf([model], description, dtype=torch.bfloat16, everywhere=False):
+                if tensor.dtype != torch.bfloat16:
+                    faults.append(f"{name} is not of the dtype asked for")
+        results.append((faults, len(calls)))
+    return results
+
+
+@contextmanager
+def counting_communication() -> Iterator[list[str]]:
+    """The names of the functions of torch.distributed by which this rank communicates, a call each."""
+    calls: list[str] = []
+    names = ("all_gather", "all_gather_object", "all_reduce", "batch_isend_irecv", "broadcast", "gather")
+
+    def counted(name: str, real: Callable) -> Callable:
+        def call(*args: Any, **how: Any) -> Any:
+            calls.append(name)
+            return real(*args, **how)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in names:
+            patch.setattr(torch.distributed, name, counted(name, getattr(torch.distributed, name)))
+        yield calls
+
+
+def parameter_tree(description: Any, vocab_rows: int) -> torch.nn.Module:
+    """This rank's parameters of a model under Megatron's names, zeros; stages have equally many layers."""
+    from megatron.core import parallel_state
+
+    from real_megatron import bridge
+    from real_megatron.bridge.live import shard_of
+
+    stages, stage = (
+        parallel_state.get_pipeline_model_parallel_world_size(),
+        parallel_state.get_pipeline_model_parallel_rank(),
+    )
+    layers = description.num_layers // stages
+    experts = description.num_experts // parallel_state.get_expert_model_parallel_world_size()
+    model = torch.nn.Module()
+    model.vocab_size = vocab_rows
+    for parameter in bridge.parameters(description, vocab_rows=vocab_rows):
+        name = parameter.name
+        if parameter.layer is None:
+            owner = 0 if name.startswith("embedding.") else stages - 1
+        else:
+            owner = parameter.layer // layers
+            name = name.replace(f"layers.{parameter.layer}.", f"layers.{parameter.layer % layers}.")
+        if parameter.expert is not None:
+            if parameter.expert // experts != parallel_state.get_expert_model_parallel_rank():
+                continue
+            name = name.replace(f"experts.{parameter.expert}.", f"experts.{parameter.expert % experts}.")
+        if owner == stage:
+            _register(model, name, torch.zeros(parameter.transform.shard_shape(shard_of(parameter)[1])))
+    model.decoder.layers = torch.nn.ModuleList(model.decoder.layers.children())
+    for number, layer in enumerate(model.decoder.layers, 1):
+        layer.layer_number = stage * layers + number
+    return model
 
 
 class TransformerEngineNorm(RMSNorm):

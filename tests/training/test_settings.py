@@ -148,7 +148,7 @@ def test_weights_are_published_once_and_colocated_servers_sleep_between(
     open_session, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An evaluation publishes the weights that the next batch is sampled from."""
-    monkeypatch.setattr(Recorded, "export", lambda _: iter(()), raising=False)
+    monkeypatch.setattr(Recorded, "export", lambda *_: iter(()), raising=False)
     monkeypatch.setattr(Recorded, "allocate_optimizer_state", lambda self: self.log.append("moments"), raising=False)
     for colocate, expected in ((False, [0, 1]), (True, ["moments", "free", "free", 0, "wake", "free", "wake"])):
         run = open_session(config_of(tmp_path, model, f"rollout.colocate={colocate}"), prompt_groups)
@@ -161,6 +161,16 @@ def test_weights_are_published_once_and_colocated_servers_sleep_between(
             run.publish(step)
         assert engine.asked == expected
         run._lock.close()
+
+
+@pytest.mark.parametrize(("engine", "everywhere"), [("transformers", True), ("sglang", False), ("vllm", False)])
+def test_weights_come_to_every_rank_where_each_has_an_engine(engine: str, everywhere: bool) -> None:
+    config = RunConfig.from_tree({"model": {"path": "m"}, "rollout": {"engine": engine}})
+    asked: list[bool] = []
+    policy = SimpleNamespace(export=lambda where: asked.append(where) or iter(()))
+    run = SimpleNamespace(config=config, policy=policy, engine=Waking(), _published=None)
+    Session.publish(run, 3)
+    assert asked == [everywhere] and run.engine.asked == [run._published] == [3]
 
 
 def test_an_export_is_that_of_the_runs_last_step(model: Path, tmp_path: Path) -> None:

@@ -4,7 +4,7 @@
 toy() { [ -z "$dry" ] || printf '%s\n' "$@"; } # the arguments, in a dry run alone
 has_nvcc() { command -v nvcc >/dev/null || [ -x "${CUDA_HOME:-/usr/local/cuda}/bin/nvcc" ]; }
 
-# The head: build, tests, benchmark, compute-sanitizer.
+# The head: build, tests (also of attention and of weights kept in pinned memory), benchmark, compute-sanitizer.
 part_1() {
     local why kind=cuda device=cuda keyword="(cuda or gpu or spills) and not emulated" small
     if [ -n "$dry" ]; then kind=cpu device=cpu keyword="gemm or on_a_gpu"; fi
@@ -18,7 +18,7 @@ part_1() {
         skip "tests on a GPU" "$why"
     else
         step "tests on a GPU" 180 "$python" -m pytest -q -p no:cacheprovider tests/head tests/policy/test_attention.py \
-            -k "$keyword"
+            tests/rollout/test_remote_kept.py -k "$keyword"
     fi
     mapfile -t small < <(toy --shape 64,512,32 --dtype float32 --repeats 1 --only "linear form")
     step "benchmark of the head" 150 "$python" -W ignore -m benchmarks.head --device "$device" --tables logits head \

@@ -9,8 +9,9 @@ from torch import Tensor
 from real_megatron.errors import EngineError
 from real_megatron.rollout.checkpoint_names import check_names
 from real_megatron.rollout.engine import EngineSpec, Response, SamplingParams, drain, register_engine
-from real_megatron.rollout.remote.buckets import WeightBucket, bucketed
+from real_megatron.rollout.remote.buckets import bucketed
 from real_megatron.rollout.remote.engine import RemoteEngine
+from real_megatron.rollout.remote.kept import KeptWeights
 from real_megatron.rollout.remote.replica import NoCurrentWeights, Replica
 from real_megatron.rollout.remote.servers import weight_sync
 from real_megatron.rollout.remote.spool import CheckpointSpool
@@ -52,8 +53,7 @@ class SGLangEngine(RemoteEngine):
         names are what a sync must deliver. Raises EngineError when a server cannot be started or reached.
         """
         super().__init__(spec)
-        self._kept: list[WeightBucket] | None = None
-        """The current weights on the host, for servers that come back later."""
+        self._kept = KeptWeights(copies=spec.device.type == "cuda")
         self._released: dict[tuple[Replica, int], list[str]] = {}
         """What each server process has released; one that was started anew since has not."""
         self._control = Control(self._http, spec.config.sync_timeout_s)
@@ -103,7 +103,9 @@ class SGLangEngine(RemoteEngine):
         """As RemoteEngine. A server that fails on the way drops out, is brought up to date in the background from the
         weights kept in host memory (`rollout.keep_weights`), and takes no request before."""
         stream = iter(tensors)
-        self._label, self.version, self._kept = None, None, None
+        # A server that comes back from now on finds no current weights. One that is brought up to date meanwhile reads
+        # those kept of the last sync: they stay until it is done.
+        self._label, self.version = None, None
         try:
             self._loop.run(self._pool.settled())
             targets = self._send(stream, self._labels.of(version))
@@ -117,17 +119,20 @@ class SGLangEngine(RemoteEngine):
             self._loop.run(self._resume(["weights"]))
         targets = self._loop.run(self._open_sync(label))
         keep = self._config.keep_weights and not isinstance(self._transport, DiskTransport)
-        kept: list[WeightBucket] = []
+        if keep:
+            self._kept.begin()
         shapes: dict[str, list[int]] = {}
         for bucket in bucketed(stream, self._config.bucket_mib * 2**20, self._dtype):
             shapes |= zip(bucket.names, bucket.shapes, strict=True)
             if keep:
-                kept.append(bucket.to_host())
+                self._kept.add(bucket)
             if targets.alive:
                 self._loop.run(self._transport.send(targets, bucket))
+            self._kept.wait()
         check_names(self._model_dir, shapes, self._tied)
         self._loop.run(self._close_sync(self._transport, targets, label))
-        self._kept = kept if keep else None
+        if keep:
+            self._kept.finish()
         return targets
 
     async def _open_sync(self, label: str) -> SyncTargets:
@@ -163,7 +168,7 @@ class SGLangEngine(RemoteEngine):
         if self._serve_loaded and self._label is None:
             replica.label = await self._control.weight_label(replica)
             return
-        label, kept = self._label, self._kept
+        label, kept = self._label, self._kept.buckets
         if label is None:
             raise NoCurrentWeights("waiting for the next sync")
         if replica.label == label and await self._control.weight_label(replica) == label:

@@ -2,6 +2,7 @@
 
 import base64
 import io
+from dataclasses import replace
 from multiprocessing.reduction import ForkingPickler
 
 import torch
@@ -25,10 +26,13 @@ class TensorTransport(Transport):
         await targets.each(one)
 
     async def send(self, targets: SyncTargets, bucket: WeightBucket) -> None:
+        # Sharing host memory moves it: of what is pinned, and used again, a copy goes.
+        shared = replace(bucket, flat=bucket.flat.clone()) if bucket.flat.is_pinned() else bucket
+
         async def one(replica: Replica) -> None:
             # One entry per tensor-parallel rank; each takes its shard of the whole tensor. A handle counts one reader,
             # so every reader has its own.
-            payloads = [_pickle_by_handle(bucket) for _ in range(await self.control.tensor_parallel(replica))]
+            payloads = [_pickle_by_handle(shared) for _ in range(await self.control.tensor_parallel(replica))]
             body = {"serialized_named_tensors": payloads, "flush_cache": True}
             await self.control.post(replica, "/update_weights_from_tensor", body)
 
