@@ -1,6 +1,7 @@
 """Training checkpoints through Megatron's dist_checkpointing: written at one parallel layout, read at any other."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,15 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.transformer.module import MegatronModule
 
 from real_megatron.policy import cpu
-from real_megatron.policy.megatron_versions import load_sharded, read_common_state, save_sharded
+from real_megatron.policy.megatron_versions import (
+    begin_sharded_save,
+    load_sharded,
+    read_common_state,
+    save_sharded,
+)
 from real_megatron.policy.optimizer import chained, is_torch_adam, steps_everywhere
 from real_megatron.policy.optimizer_shards import optimizer_shards
+from real_megatron.policy.pending_save import PendingSave
 
 # How the optimizer's state is named and shaped, as Megatron's own code would read it: see optimizer_shards.py. Always
 # passed as a copy: Megatron adds the current process groups to the dictionary that it is given.
@@ -33,17 +40,20 @@ def save(
     state: dict[str, Any],
 ) -> None:
     """Write model, optimizer, schedule, random states and the caller's `state` (plain data). Collective."""
-    Path(directory).mkdir(parents=True, exist_ok=True)
-    with cpu.device_mode(), steps_everywhere(optimizer):
-        models = {f"model{i}": chunk.sharded_state_dict(metadata=dict(METADATA)) for i, chunk in enumerate(chunks)}
-        sharded = {
-            **models,
-            **_optimizer_to_save(optimizer, models),
-            "random": _random_state(),
-            "scheduler": scheduler.state_dict(),
-            "state": {**state, "layout": _layout()},
-        }
+    with _to_save(directory, chunks, optimizer, scheduler, state) as sharded:
         save_sharded(sharded, directory, dict(METADATA))
+
+
+def begin_save(
+    directory: str | Path,
+    chunks: Sequence[MegatronModule],
+    optimizer: MegatronOptimizer,
+    scheduler: OptimizerParamScheduler,
+    state: dict[str, Any],
+) -> PendingSave:
+    """`save` of all as it is now, which is written while training goes on. Collective."""
+    with _to_save(directory, chunks, optimizer, scheduler, state) as sharded:
+        return begin_sharded_save(sharded, directory, dict(METADATA))
 
 
 def read_state(directory: str | Path) -> dict[str, Any]:
@@ -102,6 +112,26 @@ def model_state_to_load(chunks: Sequence[MegatronModule]) -> dict[str, Any]:
         }
         for i, chunk in enumerate(chunks)
     }
+
+
+@contextlib.contextmanager
+def _to_save(
+    directory: str | Path,
+    chunks: Sequence[MegatronModule],
+    optimizer: MegatronOptimizer,
+    scheduler: OptimizerParamScheduler,
+    state: dict[str, Any],
+) -> Iterator[dict[str, Any]]:
+    Path(directory).mkdir(parents=True, exist_ok=True)
+    with cpu.device_mode(), steps_everywhere(optimizer):
+        models = {f"model{i}": chunk.sharded_state_dict(metadata=dict(METADATA)) for i, chunk in enumerate(chunks)}
+        yield {
+            **models,
+            **_optimizer_to_save(optimizer, models),
+            "random": _random_state(),
+            "scheduler": scheduler.state_dict(),
+            "state": {**state, "layout": _layout()},
+        }
 
 
 def _distributed(optimizer: MegatronOptimizer) -> list[DistributedOptimizer]:

@@ -12,7 +12,8 @@ from benchmarks.host.checkpoints import MODEL, RESUMING, SAVING, counted, measur
 from real_megatron.bridge import describe
 from real_megatron.planning.workload import Layout
 from real_megatron.policy.optimizer_shards import boxes
-from tests.support.checkpoint_ranks import old_and_new
+from tests.support.checkpoint_ranks import old_and_new, save_and_go_on
+from tests.support.kills import tensors_of
 from tests.support.policy_ranks import make_config, write_checkpoint
 from tests.support.ranks import run_ranks
 
@@ -54,3 +55,12 @@ def test_a_rank_reads_its_own_bytes_alone(tmp_path: Path) -> None:
             if (part, variant, rank) != (SAVING, "before", 1):
                 assert held == pytest.approx(most_held, rel=1e-3)
     assert expected[RESUMING, "before"].moved > 1.5 * expected[RESUMING, "after"].moved
+
+
+def test_what_is_written_while_training_goes_on_is_the_state_from_before(tmp_path: Path) -> None:
+    config = make_config(write_checkpoint(tmp_path / "hf"))
+    (first, said), (second, _) = run_ranks(2, save_and_go_on, config, tmp_path)
+    assert first and second
+    assert "a process that writes the checkpoint was killed by SIGKILL" in said
+    expected = tensors_of(tmp_path / "at once")
+    assert len(expected) > 100 and tensors_of(tmp_path / "beside") == expected
