@@ -529,6 +529,11 @@ class CheckpointConfig(Section):
 
     every: int = Field(100, ge=0, description="Save every N steps, and at the end; 0: at the end only.")
     keep: int = Field(2, ge=1, description="Checkpoints kept, of the newest.")
+    asynchronous: bool = Field(
+        False,
+        description="Write the files while training goes on (docs/surviving.md): a step waits for copies in the memory "
+        "of the host, not for the disk. The last checkpoint, and one at a signal, are waited for.",
+    )
     best: str = Field(
         "",
         description="Keep the best checkpoint, too, by this metric of the evaluations, such as dev/rail/pearson: "

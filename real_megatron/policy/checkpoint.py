@@ -13,26 +13,21 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.transformer.module import MegatronModule
-from torch import Tensor
 
 from real_megatron.policy import cpu
-from real_megatron.policy.megatron_versions import load_sharded, read_common_state, save_sharded
-from real_megatron.policy.optimizer import (
-    allocate_moments,
-    chained,
-    is_torch_adam,
-    sharded_torch_adams,
-    steps_everywhere,
+from real_megatron.policy.megatron_versions import (
+    begin_sharded_save,
+    load_sharded,
+    read_common_state,
+    save_sharded,
 )
+from real_megatron.policy.optimizer import chained, is_torch_adam, steps_everywhere
+from real_megatron.policy.optimizer_shards import optimizer_shards
+from real_megatron.policy.pending_save import PendingSave
 
-# `fully_reshardable` optimizer state can be read at any TP, PP and DP. Always passed as a copy: Megatron adds the
-# current process groups to the dictionary that it is given.
-METADATA = {
-    "distrib_optim_sharding_type": "fully_reshardable",
-    # Else every rank gathers its model shard's whole optimizer state, not only one of the data-parallel ranks.
-    "distrib_optim_fully_reshardable_mem_efficient": True,
-    "chained_optim_avoid_prefix": True,
-}
+# How the optimizer's state is named and shaped, as Megatron's own code would read it: see optimizer_shards.py. Always
+# passed as a copy: Megatron adds the current process groups to the dictionary that it is given.
+METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 # Megatron's name of the float32 copies of weights, in the state of its optimizer that is not distributed.
 _COPIES = "fp32_from_fp16_params"
 
@@ -45,13 +40,20 @@ def save(
     state: dict[str, Any],
 ) -> None:
     """Write model, optimizer, schedule, random states and the caller's `state` (plain data). Collective."""
-    Path(directory).mkdir(parents=True, exist_ok=True)
-    with cpu.device_mode(), steps_everywhere(optimizer):
-        sharded = _sharded_state(chunks, optimizer, is_loading=False)
-        _keep_step_zero(sharded["optimizer"], optimizer)
-        sharded["scheduler"] = scheduler.state_dict()
-        sharded["state"] = {**state, "layout": _layout()}
+    with _to_save(directory, chunks, optimizer, scheduler, state) as sharded:
         save_sharded(sharded, directory, dict(METADATA))
+
+
+def begin_save(
+    directory: str | Path,
+    chunks: Sequence[MegatronModule],
+    optimizer: MegatronOptimizer,
+    scheduler: OptimizerParamScheduler,
+    state: dict[str, Any],
+) -> PendingSave:
+    """`save` of all as it is now, which is written while training goes on. Collective."""
+    with _to_save(directory, chunks, optimizer, scheduler, state) as sharded:
+        return begin_sharded_save(sharded, directory, dict(METADATA))
 
 
 def read_state(directory: str | Path) -> dict[str, Any]:
@@ -71,18 +73,23 @@ def load(
     Random states are restored when the layout and the kind of device are those that wrote them; at another layout they
     have no meaning, and those of the run's seed stay.
     """
-    # Megatron describes the tensors to read by those that are there.
-    allocate_moments(sharded_torch_adams(optimizer))
     with cpu.device_mode(), steps_everywhere(optimizer):
-        state = read_state(directory)
+        common = read_common_state(directory)
+        state: dict[str, Any] = common["state"]
         same_layout = state.pop("layout") == _layout()
-        sharded = _sharded_state(chunks, optimizer, is_loading=True)
-        if not same_layout:
-            del sharded["random"]
+        sharded = model_state_to_load(chunks)
+        if same_layout:
+            sharded["random"] = _random_state()
+        if _distributed(optimizer):
+            _load_counts(optimizer, common["optimizer"])
+            sharded["optimizer_shards"] = optimizer_shards(_distributed(optimizer), sharded)
+        else:
+            sharded["optimizer"] = optimizer.sharded_state_dict(sharded, is_loading=True, metadata=dict(METADATA))
+            _keep_empty_copies_local(sharded["optimizer"])
         loaded = load_sharded(sharded, directory)
         for index, chunk in enumerate(chunks):
             chunk.load_state_dict(loaded[f"model{index}"], strict=True)
-        with _torch_adam_steps(optimizer):
+        if not _distributed(optimizer):
             optimizer.load_state_dict(loaded["optimizer"])
         scheduler.load_state_dict(loaded["scheduler"])
         if same_layout:
@@ -107,15 +114,56 @@ def model_state_to_load(chunks: Sequence[MegatronModule]) -> dict[str, Any]:
     }
 
 
-def _sharded_state(chunks: Sequence[MegatronModule], optimizer: MegatronOptimizer, is_loading: bool) -> dict[str, Any]:
-    models = (
-        model_state_to_load(chunks)
-        if is_loading
-        else {f"model{i}": chunk.sharded_state_dict(metadata=dict(METADATA)) for i, chunk in enumerate(chunks)}
-    )
-    state = optimizer.sharded_state_dict(models, is_loading=is_loading, metadata=dict(METADATA))
-    _keep_empty_copies_local(state)
-    return {**models, "optimizer": state, "random": _random_state()}
+@contextlib.contextmanager
+def _to_save(
+    directory: str | Path,
+    chunks: Sequence[MegatronModule],
+    optimizer: MegatronOptimizer,
+    scheduler: OptimizerParamScheduler,
+    state: dict[str, Any],
+) -> Iterator[dict[str, Any]]:
+    Path(directory).mkdir(parents=True, exist_ok=True)
+    with cpu.device_mode(), steps_everywhere(optimizer):
+        models = {f"model{i}": chunk.sharded_state_dict(metadata=dict(METADATA)) for i, chunk in enumerate(chunks)}
+        yield {
+            **models,
+            **_optimizer_to_save(optimizer, models),
+            "random": _random_state(),
+            "scheduler": scheduler.state_dict(),
+            "state": {**state, "layout": _layout()},
+        }
+
+
+def _distributed(optimizer: MegatronOptimizer) -> list[DistributedOptimizer]:
+    """The chained optimizers, all or none of which are sharded over data-parallel ranks."""
+    return [one for one in chained(optimizer) if isinstance(one, DistributedOptimizer)]
+
+
+def _optimizer_to_save(optimizer: MegatronOptimizer, models: dict[str, Any]) -> dict[str, Any]:
+    if not _distributed(optimizer):
+        state = optimizer.sharded_state_dict(models, metadata=dict(METADATA))
+        _keep_empty_copies_local(state)
+        _keep_step_zero(state, optimizer)
+        return {"optimizer": state}
+    # Not tensors, and the same on all ranks: the settings of parameter groups, and the number of steps.
+    states = [
+        {**one.state_dict(), "param_state_sharding_type": METADATA["distrib_optim_sharding_type"]}
+        for one in chained(optimizer)
+    ]
+    return {
+        "optimizer": states[0] if len(states) == 1 else dict(enumerate(states)),
+        "optimizer_shards": optimizer_shards(_distributed(optimizer), models),
+    }
+
+
+def _load_counts(optimizer: MegatronOptimizer, state: dict[Any, Any]) -> None:
+    """Give distributed optimizers the settings of their groups and the number of steps, and allocate their moments."""
+    optimizer.load_state_dict(state)
+    for one in _distributed(optimizer):
+        if is_torch_adam(one.optimizer):
+            # Megatron gives every parameter the group's one `step` tensor, which torch's Adam increments in place.
+            for of_parameter in one.optimizer.state.values():
+                of_parameter["step"] = of_parameter["step"].clone()
 
 
 def _keep_step_zero(state: dict[Any, Any], optimizer: MegatronOptimizer) -> None:
@@ -126,7 +174,7 @@ def _keep_step_zero(state: dict[Any, Any], optimizer: MegatronOptimizer) -> None
     """
     chain = chained(optimizer)
     for index, one in enumerate(chain):
-        if is_torch_adam(one.optimizer) and not isinstance(one, DistributedOptimizer):
+        if is_torch_adam(one.optimizer):
             own = state if len(chain) == 1 else state[index]
             of_parameters = own.get("optimizer", own)["state"]
             if of_parameters:
@@ -142,32 +190,6 @@ def _keep_empty_copies_local(state: dict[Any, Any]) -> None:
     for one in (state, *state.values()):
         if isinstance(one, dict) and _COPIES in one and not any(one[_COPIES]):
             one[_COPIES] = LocalNonpersistentObject(one[_COPIES])
-
-
-@contextlib.contextmanager
-def _torch_adam_steps(optimizer: MegatronOptimizer) -> Iterator[None]:
-    """Let Megatron's distributed optimizer read reshardable state into torch's own Adam.
-
-    Torch's Adam (used where neither Transformer Engine nor Apex is installed) keeps a `step` per parameter, which
-    Megatron-Core restores from the parameter groups but then also looks for among the saved tensors.
-    """
-    adams = sharded_torch_adams(optimizer)
-    for adam in adams:
-
-        def set_states(model_param: Tensor, tensors: dict[str, Tensor], adam: DistributedOptimizer = adam) -> None:
-            current = adam._get_main_param_and_optimizer_states(model_param)
-            type(adam)._set_main_param_and_optimizer_states(adam, model_param, {"step": current["step"], **tensors})
-
-        adam._set_main_param_and_optimizer_states = set_states
-    try:
-        yield
-        for adam in adams:
-            # Megatron gives every parameter the group's one `step` tensor, which torch's Adam increments in place.
-            for state in adam.optimizer.state.values():
-                state["step"] = state["step"].clone()
-    finally:
-        for adam in adams:
-            del adam._set_main_param_and_optimizer_states
 
 
 def _random_state() -> ShardedObject:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from real_megatron.errors import CheckpointError, ConfigError
 from real_megatron.policy.attention import PackedParams
+from real_megatron.policy.pending_save import WRITER, PendingSave, Results
 from real_megatron.processes import forks_end_with_us, killed_children_raise
 
 logger = logging.getLogger(__name__)
@@ -117,8 +118,15 @@ def save_sharded(state: dict[str, Any], directory: str | Path, metadata: dict[st
     Raises ChildProcessError where one of these forks is killed: Megatron would wait for its answer for ever.
     """
     filesystem_async._results_queue = queue.Queue()
-    with forks_end_with_us(), killed_children_raise("a process that writes the checkpoint"):
+    with forks_end_with_us(), killed_children_raise(WRITER):
         dist_checkpointing.save(state, str(directory), content_metadata=metadata)
+
+
+def begin_sharded_save(state: dict[str, Any], directory: str | Path, metadata: dict[str, Any]) -> PendingSave:
+    """`save_sharded`, but for the files of tensors, which are written while the caller goes on. Collective."""
+    filesystem_async._results_queue = results = Results()
+    request = dist_checkpointing.save(state, str(directory), content_metadata=metadata, async_sharded_save=True)
+    return PendingSave(request, results)
 
 
 def read_common_state(directory: str | Path) -> dict[str, Any]:

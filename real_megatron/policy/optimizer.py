@@ -7,7 +7,6 @@ import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import nn
 
@@ -112,12 +111,6 @@ def build_scheduler(
 def chained(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
     """The optimizers that `optimizer` chains: of experts and of all other parameters."""
     return list(getattr(optimizer, "chained_optimizers", [optimizer]))
-
-
-def sharded_torch_adams(optimizer: MegatronOptimizer) -> list[DistributedOptimizer]:
-    """Megatron's distributed optimizers, of those that `optimizer` chains, around torch's own Adam, which Megatron-Core
-    takes where neither Transformer Engine nor Apex is installed."""
-    return [one for one in chained(optimizer) if isinstance(one, DistributedOptimizer) and is_torch_adam(one.optimizer)]
 
 
 def is_torch_adam(optimizer: torch.optim.Optimizer) -> bool:

@@ -49,6 +49,7 @@ from real_megatron.policy.forward import run_microbatches
 from real_megatron.policy.gathering import broadcast_from, gather_metrics, gather_uneven
 from real_megatron.policy.model import build_model, check_model
 from real_megatron.policy.optimizer import allocate_moments, build_optimizer, build_scheduler, chained, wrap_ddp
+from real_megatron.policy.pending_save import PendingSave
 from real_megatron.policy.plan import Planner
 from real_megatron.policy.update_guard import Fault, UpdateGuard
 
@@ -245,9 +246,16 @@ class Policy:
 
     def save(self, directory: str | Path, state: dict[str, Any]) -> None:
         """Write a training checkpoint with the caller's `state` (plain data)."""
+        checkpoint.save(directory, *self._to_save(state))
+
+    def begin_save(self, directory: str | Path, state: dict[str, Any]) -> PendingSave:
+        """`save`, of which the files of tensors are written while training goes on."""
+        return checkpoint.begin_save(directory, *self._to_save(state))
+
+    def _to_save(self, state: dict[str, Any]) -> tuple[Any, ...]:
         # Before the first update that was made there is no state, which Megatron could not save.
         self.allocate_optimizer_state()
-        checkpoint.save(directory, self.chunks, self.optimizer, self.scheduler, {**state, "guard": self.guard.state()})
+        return self.chunks, self.optimizer, self.scheduler, {**state, "guard": self.guard.state()}
 
     def load(self, directory: str | Path) -> dict[str, Any]:
         """Continue from a training checkpoint, written at this or another parallel layout; returns its `state`."""

@@ -4,15 +4,17 @@ import logging
 import re
 import shutil
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 
 from real_megatron.files import writing
 from real_megatron.policy.checkpoint_errors import explain_checkpoint_errors
-from real_megatron.runtime import barrier, from_rank_0
+from real_megatron.policy.pending_save import PendingSave
+from real_megatron.runtime import barrier, default_device, from_rank_0
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +35,7 @@ class CheckpointStore:
         self.keep = keep
         self.held: int | None = None
         """The step of a checkpoint that stays, however old it is; known to rank 0."""
+        self._pending: tuple[int, PendingSave] | None = None
 
     def path(self, step: int) -> Path:
         """Where the checkpoint after `step` steps is, once it is complete."""
@@ -56,33 +59,68 @@ class CheckpointStore:
         Raises OSError when it cannot be written, as on a full disk, or when the ranks do not see one file system; the
         checkpoints before it stand.
         """
-        final = self.path(step)
-        partial = final.with_suffix(".partial")
+        partial = self._prepare(step)
+        with _explained(partial):
+            write(partial)
+        return self._publish(step)
 
-        def begin() -> None:
+    def begin(self, step: int, write: Callable[[Path], PendingSave]) -> None:
+        """`save`, of which `write` only begins the writing: `settle` publishes it. Collective. Errors as of `save`."""
+        partial = self._prepare(step)
+        with _explained(partial):
+            self._pending = step, write(partial)
+
+    def settle(self, wait: bool = True) -> None:
+        """Publish the checkpoint that is being written, if there is one. Collective. Errors as of `save`.
+
+        wait: False: only where all ranks have written their files by now.
+        """
+        if self._pending is None:
+            return
+        step, pending = self._pending
+        if not wait and not _all_ranks(pending.done()):
+            return
+        self._pending = None
+        with _explained(self._partial(step)):
+            pending.finish()
+        self._publish(step)
+
+    def give_up(self) -> None:
+        """End the writing of a checkpoint that is not whole yet; the next start removes what there is of it."""
+        if self._pending is not None:
+            self._pending[1].give_up()
+            self._pending = None
+
+    def _partial(self, step: int) -> Path:
+        return self.path(step).with_suffix(".partial")
+
+    def _prepare(self, step: int) -> Path:
+        """An empty directory that all ranks see, once the checkpoint before it is published."""
+        self.settle()
+        final, partial = self.path(step), self._partial(step)
+
+        def make() -> None:
             with writing(partial):
                 if final.exists():
                     _remove(final)
                 self._clear()
                 partial.mkdir(parents=True)
 
-        def end() -> None:
+        from_rank_0(make)
+        _check_visible(partial)
+        return partial
+
+    def _publish(self, step: int) -> Path:
+        final, partial = self.path(step), self._partial(step)
+
+        def rename() -> None:
             with writing(partial):
                 partial.rename(final)
                 self.prune()
             logger.info("saved %s", final)
 
-        from_rank_0(begin)
-        _check_visible(partial)
-        with (
-            explain_checkpoint_errors(
-                f"{partial}: cannot be written", "make room there, and run the same command again to go on"
-            ),
-            writing(partial),
-        ):
-            write(partial)
         barrier()
-        from_rank_0(end)
+        from_rank_0(rename)
         return final
 
     def prune(self) -> None:
@@ -105,6 +143,22 @@ def reading(checkpoint: Path) -> AbstractContextManager[None]:
     return explain_checkpoint_errors(
         f"{checkpoint}: cannot be read", "remove it to resume from the checkpoint before it, if there is one"
     )
+
+
+@contextmanager
+def _explained(partial: Path) -> Iterator[None]:
+    fix = "make room there, and run the same command again to go on"
+    with explain_checkpoint_errors(f"{partial}: cannot be written", fix), writing(partial):
+        yield
+
+
+def _all_ranks(yes: bool) -> bool:
+    """Whether it is so on all ranks. Collective."""
+    if not dist.is_initialized():
+        return yes
+    flag = torch.tensor([float(yes)], device=default_device())
+    dist.all_reduce(flag, op=dist.ReduceOp.MIN)
+    return bool(flag.item())
 
 
 def _remove(checkpoint: Path) -> None:

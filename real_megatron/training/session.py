@@ -20,6 +20,7 @@ from real_megatron.judging.evaluate import evaluate_sets, forget_evaluations
 from real_megatron.judging.judge import Judge
 from real_megatron.locks import only_writer
 from real_megatron.policy.checkpoint import read_state
+from real_megatron.policy.pending_save import PendingSave
 from real_megatron.policy.policy import Policy
 from real_megatron.rollout.engine import EngineSpec, RolloutEngine
 from real_megatron.rollout.factory import build_engine, find_engine
@@ -134,8 +135,10 @@ class Session:
         dist.barrier()
 
     def close(self) -> None:
-        """End the engine's servers, and requests that are under way; another run may use the output. Not collective."""
+        """End the engine's servers, requests that are under way, and the writing of a checkpoint that nobody has waited
+        for; another run may use the output. Not collective."""
         with self._lock:
+            self.store.give_up()
             if self._engine is not None:
                 self._engine.close()
 
@@ -193,7 +196,8 @@ class Session:
 
     def stopping(self, done: int) -> bool:
         """Whether the run has to end after `done` steps, though not all are done: a rank has received SIGTERM or
-        SIGINT."""
+        SIGINT. Publishes a checkpoint that all ranks have written by now."""
+        self.store.settle(wait=False)
         self._stopped_by = self.stop.requested()
         return bool(self._stopped_by) and done < self.steps
 
@@ -209,7 +213,8 @@ class Session:
         return done == self.steps or _due(done, settings.every) or (bool(settings.best) and self.evaluation_due(done))
 
     def save(self, done: int, metrics: dict[str, float]) -> None:
-        """Write a checkpoint of the run after `done` steps; `metrics` are those of the last one."""
+        """Write a checkpoint of the run after `done` steps; `metrics` are those of the last one. With
+        `checkpoint.asynchronous` it is only begun, but where the run ends."""
         state: dict[str, Any] = {
             "step": done,
             "config": self.config.model_dump(mode="json"),
@@ -217,13 +222,24 @@ class Session:
             "metrics": metrics,
         }
 
-        def write(directory: Path) -> None:
-            self.policy.save(directory, state)
+        def describe(directory: Path) -> None:
             if self.policy.runtime.rank == 0:  # for `convert to-hf`, which reads tensors alone
                 write_run(self.config, directory)
 
+        def write(directory: Path) -> None:
+            self.policy.save(directory, state)
+            describe(directory)
+
+        def begin(directory: Path) -> PendingSave:
+            pending = self.policy.begin_save(directory, state)
+            describe(directory)
+            return pending
+
         self.check_output()
-        self.store.save(done, write)
+        if self.config.checkpoint.asynchronous and done < self.steps and not self._stopped_by:
+            self.store.begin(done, begin)
+        else:
+            self.store.save(done, write)
 
     def samples_due(self, done: int) -> bool:
         """Whether some responses of the step that makes `done` steps are shown: every `metrics.samples_every` steps."""
@@ -256,6 +272,8 @@ class Session:
         for name, result in results.items():
             logger.info("step %d, %s: %s", done, name, _agreement(result.summary()))
         found = {f"eval/{name}/{k}": v for name, result in results.items() for k, v in result.summary().items()}
+        if config.checkpoint.best:
+            self.store.settle()
         self.best.see(done, found)
         return found
 

@@ -20,7 +20,7 @@ from real_megatron.objective import build_objective
 from real_megatron.policy import checkpoint, cpu, model, optimizer
 from real_megatron.policy.attention import HeadRows
 from real_megatron.policy.judge_head import JudgeHead
-from real_megatron.policy.optimizer import chained, sharded_torch_adams
+from real_megatron.policy.optimizer import chained
 from real_megatron.policy.policy import Policy
 from tests.support.ranks import forget_policies
 
@@ -139,9 +139,7 @@ def train_with_moments_allocated(config: RunConfig) -> tuple[list[dict[str, floa
 
     def step(policy: Policy, *args) -> dict[str, float]:
         policy.allocate_optimizer_state()
-        moments = [
-            len(state) for adam in sharded_torch_adams(policy.optimizer) for state in adam.optimizer.state.values()
-        ]
+        moments = [len(state) for adam in chained(policy.optimizer) for state in adam.optimizer.state.values()]
         assert moments and set(moments) == {3}
         return real_step(policy, *args)
 

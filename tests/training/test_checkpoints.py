@@ -106,6 +106,62 @@ def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
     assert (tmp_path / "step-000001/data").read_text() == "second"
 
 
+class Writing:
+    """A save under way, as a store sees it."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory, self.ready, self.ended = directory, False, False
+
+    def done(self) -> bool:
+        return self.ready
+
+    def finish(self) -> None:
+        write(self.directory)
+
+    def give_up(self) -> None:
+        self.ended = True
+
+
+def test_a_save_under_way_is_published_when_it_is_done_and_before_the_next(tmp_path: Path) -> None:
+    store, saves = CheckpointStore(tmp_path, keep=3), []
+
+    def begin(path: Path) -> Writing:
+        saves.append(Writing(path))
+        return saves[-1]
+
+    store.begin(1, begin)
+    store.settle(wait=False)
+    assert store.newest() is None
+    saves[0].ready = True
+    store.settle(wait=False)
+    assert store.newest() == (1, tmp_path / "step-000001")
+    store.begin(2, begin)
+    store.begin(3, begin)
+    assert store.newest() == (2, tmp_path / "step-000002")
+    store.settle()
+    assert store.newest() == (3, tmp_path / "step-000003")
+    assert all((path / "data").exists() for path in tmp_path.iterdir())
+    store.begin(4, begin)
+    store.give_up()
+    store.settle()
+    assert saves[-1].ended and store.newest() == (3, tmp_path / "step-000003")
+
+
+def published_where_all_are_done(root: Path) -> list[bool]:
+    """Whether the checkpoint is there: when rank 0 alone has written, and when both have."""
+    store, save, found = CheckpointStore(root, keep=1), Writing(root), []
+    store.begin(1, lambda path: save)
+    for done in (dist.get_rank() == 0, True):
+        save.ready = done
+        store.settle(wait=False)
+        found.append(store.newest() is not None)
+    return found
+
+
+def test_a_save_under_way_is_published_when_all_ranks_have_written(tmp_path: Path) -> None:
+    assert run_ranks(2, published_where_all_are_done, tmp_path) == [[False, True]] * 2
+
+
 def test_torchs_own_error_of_a_full_disk_is_explained(tmp_path: Path) -> None:
     """Of its C++ stream: no OSError, and nothing in it about a disk."""
 

@@ -13,6 +13,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,6 +25,8 @@ from tests.support.kills import Run, check_left, differences, killed_config, res
 from tests.support.tiny_runs import rows, write_tiny_task
 
 KILLS = int(os.environ.get("KILLS", "0"))
+SECTIONS: dict[int, dict[str, Any]] = {1: {}, 2: {"checkpoint": {"asynchronous": True}}}
+"""By the number of ranks: with two, checkpoints are written while training goes on."""
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +40,7 @@ def whole(task: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Run
     runs = {}
     for ranks in (1, 2):
         directory = tmp_path_factory.mktemp(f"whole{ranks}")
-        runs[ranks] = Run(directory, killed_config(task, directory / "out"), ranks)
+        runs[ranks] = Run(directory, killed_config(task, directory / "out", **SECTIONS[ranks]), ranks)
         runs[ranks].finish()
     return runs
 
@@ -46,7 +49,7 @@ def whole(task: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Run
 def test_killed_once_in_each_phase_it_ends_bit_identical(
     ranks: int, task: Path, whole: dict[int, Run], tmp_path: Path
 ) -> None:
-    run = Run(tmp_path / "run", killed_config(task, tmp_path / "run/out"), ranks)
+    run = Run(tmp_path / "run", killed_config(task, tmp_path / "run/out", **SECTIONS[ranks]), ranks)
     assert kill_often(run, whole[ranks], PHASES, seed=16, chain=len(PHASES)).kills == len(PHASES)
 
 
@@ -56,7 +59,7 @@ def test_killed_once_in_each_phase_it_ends_bit_identical(
 def test_killed_everywhere_it_ends_bit_identical(
     phase: str, ranks: int, task: Path, whole: dict[int, Run], tmp_path: Path
 ) -> None:
-    run = Run(tmp_path / "run", killed_config(task, tmp_path / "run/out"), ranks)
+    run = Run(tmp_path / "run", killed_config(task, tmp_path / "run/out", **SECTIONS[ranks]), ranks)
     print("\n" + kill_often(run, whole[ranks], [phase] * KILLS, seed=16).row(), end=" ")
 
 
@@ -91,12 +94,14 @@ def test_killed_between_a_save_and_the_removal_behind_it_the_next_start_removes(
     assert not (wrong := differences(result_of(run), result_of(whole[1]))), "\n".join(wrong)
 
 
+@pytest.mark.parametrize("asynchronous", [False, True])
 def test_a_writer_of_tensors_that_is_killed_alone_ends_the_run_which_goes_on(
-    task: Path, whole: dict[int, Run], tmp_path: Path
+    asynchronous: bool, task: Path, whole: dict[int, Run], tmp_path: Path
 ) -> None:
-    """As by the kernel, where memory is short. Only rank 0 has one here: the other rank ends with it."""
-    config = killed_config(task, tmp_path / "run/out")
-    run = Run(tmp_path / "run", config.model_copy(update={"parallel": ParallelConfig(stuck_minutes=1)}), 2)
+    """As by the kernel, where memory is short: the run ends, with both ranks."""
+    config = killed_config(task, tmp_path / "run/out", **SECTIONS[2])
+    first = killed_config(task, tmp_path / "run/out", checkpoint={"asynchronous": asynchronous})
+    run = Run(tmp_path / "run", first.model_copy(update={"parallel": ParallelConfig(stuck_minutes=1)}), 2)
     run.setup = "tests.support.kill_points:kill_writers"
     end = run.start()
     assert 0 not in end.codes and not end.ended_by_agent and not end.left, f"{end}\n{run.log()[-6000:]}"

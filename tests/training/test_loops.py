@@ -41,6 +41,7 @@ class Logged(Session):
         self.stop = SimpleNamespace(requested=lambda: self.updates >= stopped_in)
         self.policy = SimpleNamespace(runtime=SimpleNamespace(rank=0))
         self._check_in_place = lambda: None
+        self.store = SimpleNamespace(settle=lambda wait=True: self.log.append("settle") if wait else None)
 
     def did(self, what: str) -> dict[str, float]:
         self.log.append(what)
@@ -207,10 +208,22 @@ def test_a_checkpoint_says_what_it_belongs_to(tmp_path: Path) -> None:
     assert RunConfig.from_yaml(tmp_path / "5/real_megatron.yaml") == run.config
 
 
+def test_an_asynchronous_checkpoint_is_waited_for_where_the_run_ends() -> None:
+    run, found = Logged(RunConfig.from_yaml(None, ["steps=4", "checkpoint.asynchronous=true"]), 99), []
+    run.inputs = {}
+    run.store = SimpleNamespace(
+        save=lambda step, write: found.append(f"save {step}"), begin=lambda step, write: found.append(f"begin {step}")
+    )
+    for done, run._stopped_by in ((1, 0), (2, 15), (4, 0)):
+        Session.save(run, done, {})
+    assert found == ["begin 1", "save 2", "save 4"]
+
+
 def test_an_evaluation_becomes_metrics_and_a_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """With colocated servers the engine sleeps behind it only where no batch is sampled next."""
+    """With colocated servers the engine sleeps behind it only where no batch is sampled next. A checkpoint that may be
+    the best is whole before it is decided about."""
     caplog.set_level(logging.INFO)
     names = ("rail/pearson", "rail/spearman", "rail/kendall", "rail/mse", "sampled/pearson", "sampled/mse", "no_anchor")
     summary = {name: 0.125 * i for i, name in enumerate(names)}
@@ -222,15 +235,16 @@ def test_an_evaluation_becomes_metrics_and_a_line(
 
     monkeypatch.setattr(session, "evaluate_sets", evaluate_sets)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-    for name, sleeps in (("real", False), ("raft", True)):
-        config = RunConfig.from_yaml(None, [f"output={tmp_path}", f"objective.name={name}", "rollout.colocate=true"])
+    for name, sleeps, best in (("real", False, []), ("raft", True, ["checkpoint.best=dev/rail/mse"])):
+        overrides = [f"output={tmp_path}", f"objective.name={name}", "rollout.colocate=true", *best]
+        config = RunConfig.from_yaml(None, overrides)
         run = Logged(config, 99)
         run.tokenizer, run.engine_in_use = None, run.recording()
         run._published, run._engine = 6, SimpleNamespace(sleep=lambda run=run: run.did("sleep"))
         assert Session.evaluate(run, 6) == {f"eval/dev/{key}": value for key, value in summary.items()}
         assert asked.pop() == (config, run.evaluation_sets, tmp_path, {"step": 6, "about": {"run": str(tmp_path)}})
         assert (
-            run.log == ["publish 6", *["sleep"] * sleeps, f"seen 6: {len(names)}"]
+            run.log == ["publish 6", *["sleep"] * sleeps, *["settle"] * len(best), f"seen 6: {len(names)}"]
             and (run._published is None) == sleeps
         )
     assert "step 6, dev: rail/pearson 0.000  rail/spearman 0.125" in caplog.text
