@@ -295,7 +295,7 @@ def page(strong_curves: Curves, weak_curves: Curves) -> list[str]:
         "rank, and the collectives of each kind of parallelism over NVLink or the network;",
         "- **sync**: buckets that are gathered on all ranks and broadcast by rank 0 through one adapter, one after the "
         "other, with a copy to host memory on the way (`rollout.keep_weights`);",
-        "- **host**: 2 ms per response for what is done on rank 0.",
+        "- **host**: 1.5 ms per response for what is done on rank 0.",
         "",
         "## Beside published times",
         "",
