@@ -5,6 +5,7 @@ tokenizer, never by rules about model names.
 """
 
 import bisect
+import functools
 import itertools
 import math
 from collections.abc import Sequence
@@ -20,6 +21,9 @@ the start of a text would mark the anchor too if it were tokenised alone."""
 TIE = 1e-3
 """Two scores are equally near to a label where their distances differ by at most this part of the smallest step between
 scores. So 0.15 is half-way between 0.1 and 0.2 in float32 and float64, though none of the three is a binary number."""
+
+_LAST_PLACES = 2
+"""Positions before the end of a response at which `cut` looks for the score before it bisects."""
 
 
 @dataclass(frozen=True)
@@ -198,16 +202,27 @@ def _show(tokenizer: Any, ids: list[int]) -> list[str]:
 def _token_boundary(tokenizer: Any, ids: list[int], text: str, end: int) -> int | None:
     """Smallest t for which ids[:t] decodes to exactly text[:end], where `text` is what all ids decode to; or None.
 
-    A bisection over the decoded length, which grows with t as long as the decoded ids are a prefix of the text. They
+    A search over the decoded length, which grows with t as long as the decoded ids are a prefix of the text. They
     are not where t lies within a character of several byte tokens; such a t counts as the next t where they are.
+
+    Generation stops at an anchor or behind the score, and a decode of a long response takes long: the last two places
+    are tried first, and only what ends before them is bisected.
     """
 
+    @functools.cache
     def prefix(t: int) -> tuple[int, int]:
-        while not text.startswith(decoded := decode(tokenizer, ids[:t])):
+        while t < len(ids):
+            decoded = decode(tokenizer, ids[:t])
+            if text.startswith(decoded):
+                return len(decoded), t
             t += 1
-        return len(decoded), t
+        return len(text), t
 
-    lengths = range(1, len(ids) + 1)
-    first = bisect.bisect_left(lengths, end, key=lambda t: prefix(t)[0])
-    length, t = prefix(lengths[first])
+    first = len(ids)
+    while first > 1 and prefix(first - 1)[0] >= end:
+        first -= 1
+        if first == len(ids) - _LAST_PLACES:
+            first = 1 + bisect.bisect_left(range(1, first), end, key=lambda t: prefix(t)[0])
+            break
+    length, t = prefix(first)
     return t if length == end else None

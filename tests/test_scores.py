@@ -1,6 +1,9 @@
 """Score scales on tokenizers of every common kind, built here from a few merges or words."""
 
+import functools
+import os
 import random
+from collections import Counter
 from collections.abc import Callable, Iterable
 
 import pytest
@@ -9,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from real_megatron.errors import ConfigError
 from real_megatron.scores import ScoreScale
+from tests.support.real_tokenizers import NAMES, real_tokenizer
 
 CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 LLAMA3 = CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -290,34 +294,58 @@ def test_cut_is_none_without_an_anchor_or_where_a_token_extends_past_it() -> Non
     assert scale.cut(tokenizer, again) == len(again)
 
 
+def by_definition(tokenizer: PreTrainedTokenizerFast, scale: ScoreScale, ids: list[int]) -> int | None:
+    """What `cut` is, every length tried from the first."""
+
+    def decoded(t: int) -> str:
+        return tokenizer.decode(ids[:t], clean_up_tokenization_spaces=False)
+
+    whole = decoded(len(ids))
+    texts = ((t, decoded(t)) for t in range(1, len(ids) + 1))
+    return next((t for t, text in texts if text.endswith(scale.anchor_text) and whole.startswith(text)), None)
+
+
+@functools.cache
+def tokenizer_of(kind: str) -> PreTrainedTokenizerFast:
+    return KINDS[kind][0]() if kind in KINDS else real_tokenizer(kind.removeprefix("real_"))
+
+
+EVERY_LENGTH = ["bytes", "qwen", "mistral", "sentencepiece-joined", "real_mistral_v3"]
+if "LONG_TESTS" in os.environ:
+    EVERY_LENGTH += [f"real_{name}" for name in NAMES if name != "mistral_v3"]
+
+
 @pytest.mark.parametrize("anchor", ["[RESULT] ", "评分：", "é"])
-@pytest.mark.parametrize("kind", ["bytes", "qwen", "mistral", "sentencepiece-joined"])
+@pytest.mark.parametrize("kind", EVERY_LENGTH)
 def test_cut_agrees_with_trying_every_length(kind: str, anchor: str) -> None:
-    """Random tokens, broken characters included, with an anchor somewhere, against the definition."""
-    tokenizer = KINDS[kind][0]()
+    """Random tokens, broken characters, special tokens and ids that decode to nothing, with an anchor somewhere or
+    near the end, against the definition."""
+    tokenizer = tokenizer_of(kind)
     scale = ScoreScale.resolve(tokenizer, DIGITS, None, anchor)
     pieces = [tokenizer.encode(c, add_special_tokens=False) for c in "字 é😀 good.评"]
     pieces += [piece[:-1] for piece in pieces if len(piece) > 1]
+    pieces += [[token] for token in tokenizer.all_special_ids]
+    pieces.append([10**6])  # models have more ids than their tokenizers; these decode to nothing
     rng = random.Random(f"{kind}{anchor}")
-    found = 0
+
+    def some(most: int) -> list[int]:
+        return [token for _ in range(rng.randrange(most)) for token in rng.choice(pieces)]
+
+    found, last = 0, Counter[int]()
     for _ in range(60):
-        ids = [token for _ in range(rng.randrange(8)) for token in rng.choice(pieces)]
+        ids = some(8)
         if rng.random() < 0.8:
-            ids += scale.anchor_ids
-            ids += [token for _ in range(rng.randrange(8)) for token in rng.choice(pieces)]
-        lengths = range(1, len(ids) + 1)
-        decoded = {t: tokenizer.decode(ids[:t], clean_up_tokenization_spaces=False) for t in lengths}
-        whole = decoded.get(len(ids), "")
-        want = next(
-            (t for t in lengths if decoded[t].endswith(scale.anchor_text) and whole.startswith(decoded[t])), None
-        )
-        assert scale.cut(tokenizer, ids) == want, (ids, decoded)
+            ids += [*scale.anchor_ids, *some(8)[: rng.choice([0, 1, 2, 9])]]
+        want = by_definition(tokenizer, scale, ids)
+        assert scale.cut(tokenizer, ids) == want, (ids, tokenizer.decode(ids))
         found += want is not None
-    assert 10 < found < 60
+        last[len(ids) - (want or 0)] += 1
+    assert 10 < found < 60 and all(last[distance] for distance in (0, 1, 2)) and max(last) > 3
 
 
 def test_cut_decodes_few_prefixes() -> None:
-    """A bisection: a long response costs a logarithmic number of decodes, not one per token."""
+    """One decode finds no anchor. Where generation stopped, at the anchor or behind the score, one prefix more and the
+    one before it are enough; elsewhere a bisection costs a logarithmic number, not one per token."""
     tokenizer, calls = byte_level(), []
 
     class Counting:
@@ -326,9 +354,14 @@ def test_cut_decodes_few_prefixes() -> None:
             return tokenizer.decode(ids, **options)
 
     scale = ScoreScale.resolve(tokenizer, DIGITS)
-    ids = [*tokenizer.encode("a" * 2000, add_special_tokens=False), *scale.anchor_ids, *[scale.score_ids[0]] * 2000]
-    assert scale.cut(Counting(), ids) == 2000 + len(scale.anchor_ids)
-    assert len(calls) < 30
+    cot = tokenizer.encode("a" * 2000, add_special_tokens=False)
+    end = 2000 + len(scale.anchor_ids)
+    for behind, decodes in ((0, 2), (1, 3), (2000, 20)):
+        calls.clear()
+        assert scale.cut(Counting(), [*cot, *scale.anchor_ids, *[scale.score_ids[0]] * behind]) == end
+        assert len(calls) <= decodes
+    calls.clear()
+    assert scale.cut(Counting(), cot) is None and len(calls) == 1
 
 
 def test_labels() -> None:

@@ -295,7 +295,7 @@ def page(strong_curves: Curves, weak_curves: Curves) -> list[str]:
         "rank, and the collectives of each kind of parallelism over NVLink or the network;",
         "- **sync**: buckets that are gathered on rank 0 and broadcast by it through one adapter, one after the other, "
         "each copied to host memory meanwhile (`rollout.keep_weights`);",
-        "- **host**: 2 ms per response for what is done on rank 0.",
+        "- **host**: 1.5 ms per response for what is done on rank 0.",
         "",
         "## Beside published times",
         "",

@@ -9,6 +9,7 @@ from real_megatron.errors import ConfigError
 from real_megatron.objective import ReinforceObjective, build_objective, check, minimum_group_size
 from real_megatron.rollout.engine import SamplingParams, naming_prompts
 from real_megatron.rollout.sampling import sample_trajectories
+from real_megatron.runtime import from_rank_0
 from real_megatron.training.batch_order import rollout_seed
 from real_megatron.training.examples import prompt_groups
 from real_megatron.training.one_step_off import OneStepOff
@@ -67,6 +68,7 @@ def train(config: RunConfig) -> None:
                             groups, metrics = generate(run, objective, step)
                         else:
                             groups, metrics = ahead.take(step)
+                    metrics = from_rank_0(metrics.copy)  # which has those of the texts; checkpoints ask for equal ones
                     unanswered = steps_without_answer(groups, unanswered, scores)
                     metrics["rollout/steps_without_answer"] = unanswered
                     # Annotate: log-probs that the objective compares with, where it needs them.
@@ -124,7 +126,10 @@ def reinforcement_objective(config: RunConfig) -> ReinforceObjective:
 
 
 def generate(run: Session, objective: ReinforceObjective, step: int) -> Batch:
-    """The groups of a step's prompts, from the weights that the engine has. One step off, in a thread of its own."""
+    """The groups of a step's prompts, from the weights that the engine has. One step off, in a thread of its own.
+
+    Rank 0 alone has the metrics of how varied the texts are (`cot_metrics`).
+    """
     config = run.config
     prompts = [run.groups[i] for i in run.order.batch(step)]
     params = SamplingParams(
@@ -154,4 +159,6 @@ def generate(run: Session, objective: ReinforceObjective, step: int) -> Batch:
     kept = trainable(groups, smallest if config.objective.term1 else 1)
     metrics = {f"rollout/{name}": value for name, value in sampled.metrics.items()}
     metrics["rollout/small_groups"] = float(len(groups) - len(kept))
-    return kept, metrics | cot_metrics(groups)
+    if run.policy.runtime.rank == 0:
+        metrics |= cot_metrics(groups)
+    return kept, metrics

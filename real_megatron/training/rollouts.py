@@ -4,7 +4,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from real_megatron.batch.types import Group, Trajectory
@@ -90,12 +92,13 @@ def cot_metrics(groups: Sequence[Group]) -> dict[str, float]:
     """How varied the CoTs of a batch are: distinct-n over all of them, and the share of exact copies within groups."""
     cots = [[_cot(t) for t in group.trajectories] for group in groups]
     responses = [cot for row in cots for cot in row]
-    copies = sum(len(row) - len(set(map(tuple, row))) for row in cots)
+    copies = sum(len(row) - len({cot.tobytes() for cot in row}) for row in cots)
     metrics = {f"cot/distinct_{n}": distinct_n(responses, n) for n in (1, 2, 3)}
     metrics["cot/copies"] = copies / len(responses) if responses else math.nan
     return metrics
 
 
-def _cot(trajectory: Trajectory) -> list[int]:
-    """CoT and anchor, without a sampled score."""
-    return trajectory.response_ids[: None if trajectory.answer_index is None else trajectory.answer_index + 1]
+def _cot(trajectory: Trajectory) -> NDArray[np.int64]:
+    """Token ids of CoT and anchor, without a sampled score."""
+    end = None if trajectory.answer_index is None else trajectory.answer_index + 1
+    return np.array(trajectory.response_ids[:end], np.int64)

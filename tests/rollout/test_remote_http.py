@@ -1,12 +1,15 @@
 """HTTP to rollout servers against local ones: connections kept and let go, deadlines, one error for every loss."""
 
 import asyncio
+import gc
+import json
+from pathlib import Path
 
 import pytest
 
 from real_megatron.rollout.remote import http
 from real_megatron.rollout.remote.errors import Unreachable
-from real_megatron.rollout.remote.http import Http
+from real_megatron.rollout.remote.http import Http, Reply
 from real_megatron.rollout.remote.ports import free_ports
 
 BODY = {"input_ids": [1, 2], "sampling_params": {"n": 1, "max_new_tokens": 4}}
@@ -38,6 +41,31 @@ def test_replies_come_with_status_and_json(servers):
     assert refused.status == 400 and "context" in refused.text
     assert good.status == 200 and len(good.json()["output_ids"]) == 4
     assert info.json()["weight_version"] == fake.version
+
+
+@pytest.mark.parametrize("body", [b"", b"[1", b"[NaN]", b"[-Infinity]", b'"\xff"', b"[" * 100_000])
+def test_a_body_that_is_not_json_is_a_value_error(body):
+    with pytest.raises(ValueError):
+        Reply(200, body).json()
+
+
+def test_reading_a_reply_collects_no_garbage_and_leaves_collection_as_it_was():
+    body = json.dumps([[0.5, token, None] for token in range(5000)]).encode()
+    for collecting in (False, True):
+        (gc.enable if collecting else gc.disable)()
+        try:
+            gc.collect()
+            before = [one["collections"] for one in gc.get_stats()]
+            tree = Reply(200, body).json()
+            assert [one["collections"] for one in gc.get_stats()] == before and len(tree) == 5000
+            assert gc.isenabled() is collecting
+        finally:
+            gc.enable()
+
+
+def test_numbers_of_a_reply_are_those_that_json_reads():
+    recorded = Path(__file__).with_name("recorded_sglang.json").read_bytes()
+    assert Reply(200, recorded).json() == json.loads(recorded)
 
 
 def test_connections_are_kept_between_requests(servers):

@@ -92,6 +92,7 @@ def damage(path: list, value):
         (damage(["meta_info", "output_token_ids_logprobs", 0], [[-1.0, 6, None]]), "form: KeyError.5"),
         (damage(["meta_info", "finish_reason"], None), "form: KeyError.'finish_reason'"),
         (damage(["meta_info", "output_token_logprobs", 0, 0], float("nan")), "a log-probability is not finite"),
+        (damage(["meta_info", "output_token_logprobs", 0], [None, 56, None]), "a log-probability is not finite"),
     ],
 )
 def test_damaged_replies_are_tried_again(change, message):

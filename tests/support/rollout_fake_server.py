@@ -161,7 +161,7 @@ class FakeServer:
             if fault == "short_logprobs":
                 meta["output_token_logprobs"].pop()
             if fault == "nan":
-                meta["output_token_logprobs"][0][0] = float("nan")
+                meta["output_token_logprobs"][0][0] = None  # which is what SGLang writes
             if fault == "abort":
                 meta["finish_reason"] = RECORDED["aborted"]["body"]["meta_info"]["finish_reason"]
             self._label(meta, length, fault)

@@ -77,6 +77,20 @@ def train(config: RunConfig) -> None:
     dist.barrier()
 
 
+def train_and_saved_metrics(config: RunConfig) -> list[str]:
+    """A whole run on every rank; the metrics, as JSON, that this rank gives to its checkpoints."""
+    saved = []
+    real_save = Session.save
+
+    def save(session: Session, done: int, metrics: dict[str, float]) -> None:
+        saved.append(json.dumps(metrics))
+        real_save(session, done, metrics)
+
+    with patch.object(Session, "save", save):
+        train(config)
+    return saved
+
+
 def rows(output: Path) -> list[dict[str, float]]:
     """The run's metrics without those that measure time."""
     parsed = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.ranks import run_ranks
-from tests.support.tiny_runs import rows, tiny_config, train, write_tiny_task
+from tests.support.tiny_runs import rows, tiny_config, train, train_and_saved_metrics, write_tiny_task
 
 LAYOUTS = [(2, {"tensor": 2}), (2, {"pipeline": 2}), (4, {"tensor": 2, "pipeline": 2}), (2, {}), (2, {"context": 2})]
 
@@ -26,7 +26,8 @@ def one_rank(task: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[
 def test_three_steps_are_the_same_at_every_layout(
     world: int, parallel: dict[str, int], task: Path, tmp_path: Path, one_rank: list[dict[str, float]]
 ) -> None:
-    run_ranks(world, train, tiny_config(task, tmp_path, parallel=parallel))
+    saved = run_ranks(world, train_and_saved_metrics, tiny_config(task, tmp_path, parallel=parallel))
+    assert saved[0] and all(other == saved[0] for other in saved), "Megatron warns of checkpoints that differ"
     curve = rows(tmp_path)
     assert len(curve) == len(one_rank) == 3
     for step, expected in zip(curve, one_rank, strict=True):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import random
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -132,7 +133,18 @@ def test_wandb_continues_a_resumed_run_and_begins_another_from_the_start(
 def test_distinct_n() -> None:
     assert distinct_n([[1, 2, 3], [1, 2, 4]], 2) == 3 / 4
     assert distinct_n([[1, 1, 1, 1]], 1) == 1 / 4
-    assert math.isnan(distinct_n([[1]], 2))
+    assert math.isnan(distinct_n([[1]], 2)) and math.isnan(distinct_n([], 1)) and math.isnan(distinct_n([[], []], 1))
+
+
+@pytest.mark.parametrize("largest", [3, 150_000, 2**31 - 1])
+def test_distinct_n_counts_as_a_set_of_tuples_does(largest: int) -> None:
+    """Ids as of vocabularies, and such that an n-gram's number does not fit 64 bits."""
+    rng = random.Random(largest)
+    few = [rng.randrange(largest) for _ in range(4)] + [largest]
+    texts = [rng.choices(few, k=rng.randrange(12)) for _ in range(40)]
+    for n in (1, 2, 3, 5):
+        grams = [tuple(ids[i : i + n]) for ids in texts for i in range(len(ids) - n + 1)]
+        assert distinct_n(texts, n) == len(set(grams)) / len(grams)
 
 
 def test_a_row_that_the_run_was_killed_in_is_whole_in_tensorboard_after_the_next_start(

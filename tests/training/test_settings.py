@@ -195,7 +195,9 @@ TOKENIZER = byte_tokenizer()
 SCALE = ScoreScale.resolve(TOKENIZER, ["A", "B"], [0, 10], "Score: ")
 
 
-def batch(*overrides: str, texts: tuple[str, ...] = ("good Score: ",) * 4) -> tuple[Any, Any, dict[str, float]]:
+def batch(
+    *overrides: str, texts: tuple[str, ...] = ("good Score: ",) * 4, rank: int = 0
+) -> tuple[Any, Any, dict[str, float]]:
     """`generate` for the second step of three prompts, two responses each: the engine, the groups, the metrics."""
     settings = ["seed=5", "rollout.n=2", "rollout.temperature=0.7", "data.max_response_tokens=33", *overrides]
     config = RunConfig.from_yaml(None, settings)
@@ -209,6 +211,7 @@ def batch(*overrides: str, texts: tuple[str, ...] = ("good Score: ",) * 4) -> tu
         engine_in_use=Lock(),
         tokenizer=TOKENIZER,
         scale=SCALE,
+        policy=SimpleNamespace(runtime=SimpleNamespace(rank=rank)),
     )
     groups, metrics = generate(run, reinforcement_objective(config), 1)
     return engine, groups, metrics
@@ -225,6 +228,8 @@ def test_responses_are_sampled_as_configured() -> None:
     assert metrics["rollout/no_anchor"] == metrics["rollout/small_groups"] == 0
     assert metrics["rollout/response_tokens"] == 12 and metrics["cot/copies"] == 0.5
     assert all(t.text is None for group in groups for t in group.trajectories)
+    # Rank 0 alone has looked at the texts; of all else every rank has the same.
+    assert batch(rank=1)[2] == {name: x for name, x in metrics.items() if not name.startswith("cot/")} != metrics
 
 
 def test_the_nucleus_is_handed_on(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,11 +1,12 @@
 """HTTP to rollout servers: connections kept open, a deadline on each request, one error for all that can go wrong."""
 
 import asyncio
-import json
+import gc
 from dataclasses import dataclass
 from typing import Any
 
 import aiohttp
+import orjson
 
 from real_megatron.rollout.remote.errors import Unreachable, WrongServer
 
@@ -27,8 +28,19 @@ class Reply:
         return self.body.decode(errors="replace")
 
     def json(self) -> Any:
-        """Raises ValueError."""
-        return json.loads(self.body)
+        """The body as strict JSON: not NaN or Infinity either. Raises ValueError.
+
+        orjson, because most of a step's replies are log-probabilities, which it reads four times as fast as json. And
+        without garbage collection meanwhile: a list for each token, of hundreds of replies, makes Python look through
+        all objects of the process over and over, which takes longer than the reading. A tree of JSON has no cycles.
+        """
+        collecting = gc.isenabled()
+        gc.disable()
+        try:
+            return orjson.loads(self.body)
+        finally:
+            if collecting:
+                gc.enable()
 
     @property
     def unauthorized(self) -> bool:

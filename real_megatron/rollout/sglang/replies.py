@@ -85,7 +85,8 @@ def _response(sample: dict[str, Any], params: SamplingParams, labels: set[str], 
         raise Retryable(
             f"{len(ids)} log-probabilities for {len(sample['output_ids'])} tokens ({meta['completion_tokens']} counted)"
         )
-    if not all(map(math.isfinite, logprobs)):
+    # JSON has neither NaN nor infinity: SGLang writes them as null.
+    if None in logprobs or not all(map(math.isfinite, logprobs)):
         raise Retryable("a log-probability is not finite")
     watched = None
     if params.watch_ids:

@@ -77,7 +77,7 @@ def _drawn(params: SamplingParams) -> int:
 def parse_scoring(reply: Any, ids: Sequence[int]) -> list[float]:
     """Log-probabilities of `ids` at the first generated position. Raises Retryable."""
     try:
-        return _values(reply["choices"][0]["logprobs"]["top_logprobs"][0], ids)
+        return _values(reply["choices"][0]["logprobs"]["top_logprobs"][0], _names(ids))
     except (KeyError, TypeError, IndexError, AttributeError) as error:
         raise Retryable(f"the reply has not the expected form: {error!r}") from error
 
@@ -92,7 +92,8 @@ def _response(choice: dict, params: SamplingParams, version: int) -> Response:
         raise Retryable("a log-probability is not finite")
     watched = None
     if params.watch_ids:
-        watched = [_values(position, params.watch_ids) for position in choice["logprobs"]["top_logprobs"]]
+        names = _names(params.watch_ids)
+        watched = [_values(position, names) for position in choice["logprobs"]["top_logprobs"]]
         if len(watched) != len(ids):
             raise Retryable(f"{len(watched)} positions with watched tokens for {len(ids)} tokens")
     if choice["finish_reason"] == "length":
@@ -103,5 +104,10 @@ def _response(choice: dict, params: SamplingParams, version: int) -> Response:
     return Response(list(ids), list(logprobs), reason, version, watched)
 
 
-def _values(position: dict[str, float], ids: Sequence[int]) -> list[float]:
-    return [float(position[f"token_id:{i}"]) for i in ids]
+def _names(ids: Sequence[int]) -> list[str]:
+    """What a reply calls these tokens."""
+    return [f"token_id:{i}" for i in ids]
+
+
+def _values(position: dict[str, float], names: list[str]) -> list[float]:
+    return [float(position[name]) for name in names]
