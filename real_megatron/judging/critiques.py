@@ -19,7 +19,8 @@ from real_megatron.judging.job import keep_settings, template_digest, weights_wr
 from real_megatron.judging.judge import Judge
 from real_megatron.judging.reading import example_seed
 from real_megatron.locks import hold
-from real_megatron.rollout.engine import SamplingParams, naming_prompts
+from real_megatron.rollout.distributed import collect
+from real_megatron.rollout.engine import RolloutEngine, SamplingParams, naming_prompts
 from real_megatron.rollout.sampling import sample_trajectories
 from real_megatron.runtime import barrier, from_rank_0, join_torchrun, rank
 from real_megatron.scores import decode
@@ -52,7 +53,8 @@ def write_critiques(
     Sampled with `rollout.temperature` and `rollout.top_p`, at most `data.max_response_tokens` long. A critique without
     an anchor is dropped and counted; too long prompts are dropped or cut (`data.long_prompts`) and counted. Written in
     chunks: the same call goes on behind the last whole chunk of a job that was killed, and does nothing when the file
-    is complete. Collective under torchrun: ranks with an embedded engine share the prompts.
+    is complete. Collective under torchrun: ranks with an embedded engine share the prompts; rank 0 alone gets the
+    critiques and writes them, every rank returns their number.
 
     Raises ConfigError when the output was begun with other settings, when another job writes it (`only_writer`), or
     when no critique has an anchor.
@@ -70,7 +72,7 @@ def write_critiques(
         if from_rank_0(output.exists):
             logger.info("%s is complete", output)
             from_rank_0(lambda: partial.unlink(missing_ok=True))  # of a job that was killed between the two
-            return len(_lines(output))
+            return from_rank_0(lambda: len(_lines(output)))
         work = output.parent / "rollout"
         with Judge.from_pretrained(model, revision=revision, config=config, work_dir=work, start=False) as judge:
             _sample(judge, samples, partial, on_progress)
@@ -127,19 +129,34 @@ def _sample(judge: Judge, samples: int, partial: Path, on_progress: Callable[[in
         seeds = [example_seed(config.seed, "written critique", name) for name in names]
         prompts = [prompt_ids for _, prompt_ids in chunk]
         with naming_prompts([f"data.train: {name}" for name in names]):
-            sampled = sample_trajectories(judge.engine, tokenizer, scale, prompts, params, "drop", seeds)
+            written = _written(judge, prompts, params, seeds)
         rows: list[Row] = []
-        for name, (example, _), trajectories in zip(names, chunk, sampled.trajectories, strict=True):
-            dropped += samples - len(trajectories)
-            for k, trajectory in enumerate(trajectories):
-                text = decode(tokenizer, trajectory.response_ids)
-                rows.append(_row(f"{name}#{k}", example, text.removesuffix(scale.anchor_text).strip()))
+        for name, (example, _), texts in zip(names, chunk, written, strict=rank() == 0):
+            dropped += samples - len(texts)
+            rows += [_row(f"{name}#{k}", example, text) for k, text in enumerate(texts)]
         rows.append({"prompts": begin + len(chunk)})
         from_rank_0(lambda rows=rows: _append(partial, rows))  # type: ignore[misc]  # mypy cannot infer such a lambda
         if on_progress is not None:
             on_progress(begin + len(chunk), len(kept))
-    if dropped and rank() == 0:
+    if dropped:
         logger.warning("%d critiques had no anchor and were dropped", dropped)
+
+
+def _written(
+    judge: Judge, prompts: Sequence[list[int]], params: SamplingParams, seeds: Sequence[int]
+) -> list[list[str]]:
+    """The texts of each prompt's critiques that have an anchor, without it; none on ranks other than 0."""
+    tokenizer, scale = judge.tokenizer, judge.scale
+
+    def text(ids: list[int]) -> str:
+        return decode(tokenizer, ids).removesuffix(scale.anchor_text).strip()
+
+    def serve(engine: RolloutEngine, indices: list[int]) -> list[list[str]]:
+        own = [prompts[i] for i in indices]
+        sampled = sample_trajectories(engine, tokenizer, scale, own, params, "drop", [seeds[i] for i in indices])
+        return [[text(trajectory.response_ids) for trajectory in row] for row in sampled.trajectories]
+
+    return collect(judge.engine, [len(prompt) for prompt in prompts], serve)
 
 
 def _row(name: str, example: JudgeExample, cot: str) -> Row:

@@ -76,8 +76,9 @@ def evaluate(
 
     Each batch of `evaluation.batch_size` examples is kept in `output/evaluation/NAME.partial.jsonl` until its set is
     complete, so that the same call goes on where an evaluation was stopped. Under torchrun the ranks share the
-    examples, and every rank gets the results. How many critiques were cut, or got an anchor appended, and how many
-    examples have no score, is logged at the end.
+    examples; every rank gets the numbers, rank 0 alone the predictions (`Evaluation.predictions` is empty on the
+    others). How many critiques were cut, or got an anchor appended, and how many examples have no score, is logged at
+    the end.
 
     Raises ConfigError when there is no test set, or another evaluation writes the same file (`only_writer`),
     CheckpointError when there is no checkpoint.
@@ -138,7 +139,8 @@ def evaluate_sets(
     keep: bool = False,
     on_progress: Callable[[str, int, int], None] | None = None,
 ) -> dict[str, Evaluation]:
-    """Judge every set; rank 0 saves each result in `directory` (see `evaluation_path`). Collective.
+    """Judge every set; rank 0 saves each result in `directory` (see `evaluation_path`). Collective: results as of
+    `evaluate_set`.
 
     about: what else the numbers depend on, such as the model's path; kept with the results, as is the column that a
         set of `data.eval` has its labels from (`label_column`; null where the format's reader decides).
@@ -197,8 +199,8 @@ def evaluate_set(
     (`evaluation.no_anchor: force`, the default: every example is judged) or is left out (`drop`: an example that loses
     all of them is counted as `unanswered`, and no metric covers it; where none is answered, every metric is NaN, with a
     note). `about` is kept with the result; `on_progress` is called with the number of examples done; `kept`, of rank 0,
-    has the readings of an earlier call and takes those of this one. Collective: every rank gets the same result; rank 0
-    computes the metrics.
+    has the readings of an earlier call and takes those of this one. Collective: readings come to rank 0, which computes
+    metrics, counts and means. Every rank returns these; predictions stay with rank 0, and the others return none.
 
     Raises DataError when there is no example, an id occurs twice, or the engine cannot take a prompt.
     """
@@ -209,32 +211,47 @@ def evaluate_set(
         repeated = next(id for i, id in enumerate(ids) if id in ids[:i])
         raise DataError(f"test set {name}: the id {repeated!r} occurs twice; give every example its own")
     settings = judge.config.evaluation
-    rows: list[list[Reading]] = from_rank_0(lambda: [] if kept is None else kept.begin())
-    if rows and rank() == 0:
-        logger.info("test set %s: goes on behind %d of %d examples", name, len(rows), len(examples))
-    for start in range(len(rows), len(examples), settings.batch_size):
+    rows: list[list[Reading]] = []
+    """Of rank 0, which alone gets readings."""
+
+    def begin() -> int:
+        rows.extend([] if kept is None else kept.begin())
+        return len(rows)
+
+    done = from_rank_0(begin)
+    if rows:
+        logger.info("test set %s: goes on behind %d of %d examples", name, done, len(examples))
+    for start in range(done, len(examples), settings.batch_size):
         chunk = examples[start : start + settings.batch_size]
         with naming_prompts([f"test set {name}: {example.id}" for example in chunk]):
-            read = judge.read([example.prompt_ids for example in chunk], [example.id for example in chunk])
+            rows += judge.read([example.prompt_ids for example in chunk], [example.id for example in chunk])
         if kept is not None:
-            kept.add(read)
-        rows += read
+            kept.add(rows[start:])
         if on_progress is not None:
-            on_progress(len(rows))
-    predictions = [_prediction(example, row) for example, row in zip(examples, rows, strict=True)]
-    answered = [p for p in predictions if p.rail is not None]
-    readings = [reading for row in rows for reading in row]
+            on_progress(start + len(chunk))
+    predictions = [_prediction(example, row) for example, row in zip(examples, rows, strict=rank() == 0)]
+    # The resamples take the processors of a whole host: one rank is enough.
+    metrics, counts, means = from_rank_0(lambda: _numbers(judge, rows, predictions))
     return Evaluation(
         name=name,
-        # The resamples take the processors of a whole host: one rank is enough.
-        metrics=from_rank_0(lambda: {decoding: _agreement(judge, answered, decoding) for decoding in DECODINGS}),
-        counts=_counts(readings, len(examples), len(examples) - len(answered)),
-        means=_means(readings),
+        metrics=metrics,
+        counts=counts,
+        means=means,
         config=dict(about or {})
         | {**judge_settings(judge), "bootstrap": settings.bootstrap, **_grouping(judge, name, examples)},
         step=step,
         predictions=predictions,
     )
+
+
+def _numbers(
+    judge: Judge, rows: Sequence[Sequence[Reading]], predictions: Sequence[Prediction]
+) -> tuple[dict[str, dict[str, Estimate]], dict[str, int], dict[str, float]]:
+    """Metrics, counts and means of the readings of every example."""
+    answered = [p for p in predictions if p.rail is not None]
+    readings = [reading for row in rows for reading in row]
+    metrics = {decoding: _agreement(judge, answered, decoding) for decoding in DECODINGS}
+    return metrics, _counts(readings, len(rows), len(rows) - len(answered)), _means(readings)
 
 
 def judge_settings(judge: Judge) -> dict[str, Any]:

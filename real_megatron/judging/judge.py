@@ -18,6 +18,7 @@ from real_megatron.errors import DataError
 from real_megatron.hf.directory import check_vocabulary, checkpoint_directory, load_tokenizer
 from real_megatron.judging.reading import Reading, answers_of, example_seed, mean_answer, read_response
 from real_megatron.judging.settings import judge_config
+from real_megatron.rollout.distributed import collect
 from real_megatron.rollout.embedded.seeded import uniforms
 from real_megatron.rollout.engine import EngineSpec, RolloutEngine, SamplingParams, naming_prompts
 from real_megatron.rollout.factory import build_engine, check_servers
@@ -68,7 +69,8 @@ class Judge:
     config: its `scale`, `data` (template and lengths), `evaluation` (sampling) and `seed` decide what is asked
     name: what results call the model
 
-    Under several ranks with an engine of all ranks, every method is collective.
+    Under several ranks with an engine of all ranks, every method is collective. `score` and `read` return their results
+    on rank 0, and an empty list on the others: each rank reads what its engine has generated, and sends it to rank 0.
     """
 
     def __init__(
@@ -165,6 +167,8 @@ class Judge:
         Prompts beyond `data.max_prompt_tokens` lose their beginning if `data.long_prompts` is `cut_left`, which is
         logged.
 
+        Under several ranks: on rank 0; an empty list on the others.
+
         Raises DataError, naming the prompt's number from 0, for one that is empty or too long.
         """
         if isinstance(prompts, (str, bytes, Mapping)):
@@ -215,11 +219,23 @@ class Judge:
         Critiques and drawn scores depend on the seed, the prompt's id and the weights, not on the other prompts. A
         critique without an anchor gets one appended, or stays without a score (`evaluation.no_anchor`).
 
+        Under several ranks: on rank 0; an empty list on the others.
+
         Raises PromptRefused for a prompt that the engine cannot take, EngineError for a model that cannot score.
         """
+
+        def serve(engine: RolloutEngine, indices: list[int]) -> list[list[Reading]]:
+            return self._read(engine, [prompts[i] for i in indices], [ids[i] for i in indices], critiques)
+
+        return collect(self.engine, [len(prompt) for prompt in prompts], serve)
+
+    def _read(
+        self, engine: RolloutEngine, prompts: Sequence[list[int]], ids: Sequence[str], critiques: int | None
+    ) -> list[list[Reading]]:
+        """`read` with the engine of one rank."""
         seed = self.config.seed
         groups = sample_scored(
-            self.engine,
+            engine,
             self.tokenizer,
             self.scale,
             prompts,

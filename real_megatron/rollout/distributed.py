@@ -1,17 +1,44 @@
 """One rollout engine for a trainer of many ranks."""
 
+import pickle
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from real_megatron.errors import EngineError, PromptRefused
-from real_megatron.rollout.engine import Response, RolloutEngine, SamplingParams, drain
+from real_megatron.rollout.engine import BadResponse, Response, RolloutEngine, SamplingParams, drain
 
 T = TypeVar("T")
+
+Serve = Callable[[RolloutEngine, list[int]], list[T]]
+"""Asks an engine of one rank for what the sequences of these indices need, in the call whose lengths were given: one
+item for each. Its PromptRefused and BadResponse count in these indices, as those of the engine do."""
+
+
+def share(
+    engine: RolloutEngine,
+    lengths: Sequence[int],
+    serve: Serve[T],
+    encode: Callable[[list[T]], Tensor],
+    decode: Callable[[Tensor], list[T]],
+) -> list[T]:
+    """An item for each sequence, on every rank of the engine: see `DistributedRollout.share`. An engine of one rank
+    serves them all."""
+    if isinstance(engine, DistributedRollout):
+        return engine.share(lengths, serve, encode, decode)
+    return serve(engine, list(range(len(lengths))))
+
+
+def collect(engine: RolloutEngine, lengths: Sequence[int], serve: Serve[T]) -> list[T]:
+    """An item for each sequence, on the engine's first rank: see `DistributedRollout.collect`. An engine of one rank
+    serves them all."""
+    if isinstance(engine, DistributedRollout):
+        return engine.collect(lengths, serve)
+    return serve(engine, list(range(len(lengths))))
 
 
 class FollowerEngine:
@@ -42,12 +69,13 @@ class FollowerEngine:
 
 
 @dataclass
-class _Outcome(Generic[T]):
-    """What came of an action on one rank."""
+class _Outcome:
+    """What came of an action on one rank, beside its result."""
 
-    result: list[T]
-    """One item; none after an error."""
+    size: int = 0
+    """Bytes of its message to other ranks."""
     refused: PromptRefused | None = None
+    bad: BadResponse | None = None
     failure: str | None = None
     """Any other error, as text: it may not be picklable."""
 
@@ -56,12 +84,14 @@ class DistributedRollout:
     """RolloutEngine over all ranks of a group. Every method is collective: all ranks call it, with equal arguments.
 
     With an engine on each rank (embedded), each rank serves some of the prompts; with FollowerEngines on all ranks but
-    the first (servers), the first serves all of them. Either way every rank returns the identical list.
+    the first (servers), the first serves all of them. `generate` and `next_token_logprobs` return the identical list on
+    every rank. `share` and `collect` let the rank that has served a prompt make of the responses what is asked for, so
+    that no more than that travels: once to each rank, or to the first one alone.
 
-    A PromptRefused of any rank is raised on all of them, with the prompt's index in the whole call, unless a rank fails
-    in another way. Such a rank raises its own error, the others an EngineError that quotes it.
+    A PromptRefused or BadResponse of any rank is raised on all of them, with the prompt's index in the whole call,
+    unless a rank fails in another way. Such a rank raises its own error, the others an EngineError that quotes it.
 
-    group: carries pickled results: gloo serves best. A group of its own when generation overlaps training
+    group: carries tensors of the host, so gloo. A group of its own when generation overlaps training
         (`rollout.staleness`), since collectives of two threads must not mix.
     """
 
@@ -78,18 +108,62 @@ class DistributedRollout:
     def generate(
         self, prompts: Sequence[list[int]], params: SamplingParams, seeds: Sequence[int] | None = None
     ) -> list[list[Response]]:
-        def serve(indices: list[int]) -> list[list[Response]]:
+        def serve(engine: RolloutEngine, indices: list[int]) -> list[list[Response]]:
             own_seeds = None if seeds is None else [seeds[i] for i in indices]
-            return self._engine.generate([prompts[i] for i in indices], params, own_seeds)
+            return engine.generate([prompts[i] for i in indices], params, own_seeds)
 
-        return self._distribute([len(prompt) for prompt in prompts], serve)
+        return self.share([len(prompt) for prompt in prompts], serve, _pickled, _unpickled)
 
     def next_token_logprobs(self, sequences: Sequence[list[int]], ids: Sequence[int]) -> Tensor:
-        rows = self._distribute(
-            [len(sequence) for sequence in sequences],
-            lambda indices: list(self._engine.next_token_logprobs([sequences[i] for i in indices], ids)),
-        )
-        return torch.stack(rows) if rows else torch.empty(0, len(ids))
+        def serve(engine: RolloutEngine, indices: list[int]) -> list[list[float]]:
+            rows: list[list[float]] = engine.next_token_logprobs([sequences[i] for i in indices], ids).tolist()
+            return rows
+
+        rows = self.share([len(sequence) for sequence in sequences], serve, _pickled, _unpickled)
+        return torch.tensor(rows).reshape(len(sequences), len(ids))
+
+    def share(
+        self,
+        lengths: Sequence[int],
+        serve: Serve[T],
+        encode: Callable[[list[T]], Tensor],
+        decode: Callable[[Tensor], list[T]],
+    ) -> list[T]:
+        """Let each rank `serve` its sequences; returns the items of all, in order, on every rank.
+
+        lengths: of the sequences: a rank's share has short and long ones
+        encode: a rank's items as a message, uint8 [bytes], which it broadcasts; the rank itself keeps its items
+        decode: the items, from another rank's message
+        """
+        own, message, sizes = self._served(lengths, serve, encode)
+        results: dict[int, T] = {}
+        for rank, indices in enumerate(self._shares(lengths)):
+            if not sizes[rank]:
+                continue
+            received = message if rank == self._rank else torch.empty(sizes[rank], dtype=torch.uint8)
+            dist.broadcast(received, group_src=rank, group=self._group)
+            items = own if rank == self._rank else decode(received)
+            results.update(zip(indices, items, strict=True))
+        return [results[index] for index in range(len(lengths))]
+
+    def collect(self, lengths: Sequence[int], serve: Serve[T]) -> list[T]:
+        """As `share`, but to the first rank alone, as pickled objects; the other ranks return an empty list."""
+        own, message, sizes = self._served(lengths, serve, _pickled if self._rank else _nothing)
+        if self._rank:
+            if sizes[self._rank]:
+                dist.send(message, group_dst=0, group=self._group)
+            return []
+        results: dict[int, T] = {}
+        for rank, indices in enumerate(self._shares(lengths)):
+            items = own
+            if rank:
+                if not sizes[rank]:
+                    continue
+                received = torch.empty(sizes[rank], dtype=torch.uint8)
+                dist.recv(received, group_src=rank, group=self._group)
+                items = _unpickled(received)
+            results.update(zip(indices, items, strict=True))
+        return [results[index] for index in range(len(lengths))]
 
     def update_weights(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
         stream = iter(tensors)
@@ -118,31 +192,47 @@ class DistributedRollout:
 
     # --- inside -----------------------------------------------------------------------------------------------------
 
-    def _distribute(self, lengths: list[int], serve: Callable[[list[int]], list[T]]) -> list[T]:
-        """`serve` the indices of this rank's sequences, return the results of all in order."""
+    def _shares(self, lengths: Sequence[int]) -> list[list[int]]:
+        """The indices of the sequences that each rank serves."""
         if self._owned:
-            indices = list(range(len(lengths))) if self._rank == 0 else []
-        else:
-            # Every n-th in order of length: equal work, and batches of similar lengths.
-            indices = sorted(range(len(lengths)), key=lambda i: lengths[i])[self._rank :: self._size]
+            return [list(range(len(lengths))), *([] for _ in range(self._size - 1))]
+        # Every n-th in order of length: equal work, and batches of similar lengths.
+        order = sorted(range(len(lengths)), key=lambda i: lengths[i])
+        return [order[rank :: self._size] for rank in range(self._size)]
 
-        def serve_own() -> list[tuple[int, T]]:
-            try:
-                return list(zip(indices, serve(indices), strict=True)) if indices else []
-            except PromptRefused as error:
-                raise PromptRefused(indices[error.index], str(error)) from error
+    def _served(
+        self, lengths: Sequence[int], serve: Serve[T], encode: Callable[[list[T]], Tensor]
+    ) -> tuple[list[T], Tensor, list[int]]:
+        """This rank's items and its message, and the bytes of every rank's."""
+        indices = self._shares(lengths)[self._rank]
+        own: list[T] = []
+        message = _nothing(own)
 
-        results = dict(pair for pairs in self._agreed(serve_own) for pair in pairs)
-        return [results[index] for index in range(len(lengths))]
+        def action() -> int:
+            nonlocal own, message
+            if indices:
+                try:
+                    own = serve(self._engine, indices)
+                except PromptRefused as refusal:
+                    raise PromptRefused(indices[refusal.index], str(refusal)) from refusal
+                except BadResponse as bad:
+                    raise bad.at(indices[bad.index]) from bad
+                message = encode(own)
+            return message.numel()
 
-    def _agreed(self, action: Callable[[], T]) -> list[T]:
-        """Every rank's result, or an error on all ranks when one had an error."""
+        sizes = self._agreed(action)
+        return own, message, sizes
+
+    def _agreed(self, action: Callable[[], int | None]) -> list[int]:
+        """What the action returned on every rank, 0 for None; or an error on all ranks when one had an error."""
         error: Exception | None = None
-        own: _Outcome[T] = _Outcome([])
+        own = _Outcome()
         try:
-            own.result.append(action())
+            own.size = action() or 0
         except PromptRefused as refused:
             own.refused = refused
+        except BadResponse as bad:
+            own.bad = bad
         except Exception as failure:
             error = failure
             own.failure = f"{type(failure).__name__}: {failure}"
@@ -152,12 +242,27 @@ class DistributedRollout:
         failures = [f"rank {rank}: {outcome.failure}" for rank, outcome in enumerate(outcomes) if outcome.failure]
         if failures:
             raise EngineError("the rollout engine failed on another rank: " + "; ".join(failures))
-        refusals = [outcome.refused for outcome in outcomes if outcome.refused is not None]
-        if refusals:
-            raise min(refusals, key=lambda refused: refused.index)
-        return [result for outcome in outcomes for result in outcome.result]
+        for errors in ([outcome.bad for outcome in outcomes], [outcome.refused for outcome in outcomes]):
+            if found := [each for each in errors if each is not None]:
+                raise min(found, key=lambda each: each.index)
+        return [outcome.size for outcome in outcomes]
 
     def _gather(self, value: T) -> list[T]:
+        """Every rank's value: small, since each rank gets a message of the largest one's size from each."""
         values: list[Any] = [None] * self._size
         dist.all_gather_object(values, value, group=self._group)
         return values
+
+
+def _pickled(items: list[Any]) -> Tensor:
+    return torch.frombuffer(bytearray(pickle.dumps(items)), dtype=torch.uint8)
+
+
+def _unpickled(message: Tensor) -> list[Any]:
+    """What another rank of this run has pickled."""
+    items: list[Any] = pickle.loads(message.numpy().data)
+    return items
+
+
+def _nothing(items: list[Any]) -> Tensor:
+    return torch.empty(0, dtype=torch.uint8)

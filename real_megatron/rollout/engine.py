@@ -97,11 +97,22 @@ class RolloutEngine(Protocol):
 
 
 class BadResponse(EngineError):
-    """An engine's response that cannot be trained on. `index` is its prompt's place in the call."""
+    """An engine's responses to a prompt that are not what was asked for. `index` is the prompt's place in the call.
 
-    def __init__(self, index: int, message: str) -> None:
-        super().__init__(message)
+    returned: what the engine has returned; more: what the message says behind the prompt's number
+    """
+
+    def __init__(self, index: int, returned: str, more: str = "") -> None:
+        super().__init__(f"the rollout engine returned {returned} for prompt {index}{more}")
         self.index = index
+        self._said = returned, more
+
+    def at(self, index: int) -> "BadResponse":
+        """The same of the prompt at another place: that in the call which this one was a part of."""
+        return BadResponse(index, *self._said)
+
+    def __reduce__(self) -> tuple[type["BadResponse"], tuple[int, str, str]]:
+        return type(self), (self.index, *self._said)
 
 
 class WeightSyncError(EngineError):

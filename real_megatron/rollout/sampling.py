@@ -6,12 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import get_args
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from real_megatron.batch.types import Trajectory
 from real_megatron.config import NoAnchorRule
 from real_megatron.errors import EngineError, PromptRefused
+from real_megatron.rollout.distributed import share
 from real_megatron.rollout.engine import BadResponse, Response, RolloutEngine, SamplingParams
+from real_megatron.rollout.sampled import SampledGroup, decode, encode
 from real_megatron.scores import ScoreScale
 
 
@@ -46,67 +49,102 @@ def sample_trajectories(
     token and carries a token loss. A response without room for it counts as one without an anchor; behind a forced
     anchor a second request samples it.
 
+    With an engine of many ranks each response is made a trajectory on the rank that samples it, and every rank returns
+    the same. Log-probs are rounded to float32, in which they travel.
+
     Raises EngineError when the engine does not return exactly what was asked for, PromptRefused for a prompt that it
     cannot take.
     """
     if rule not in get_args(NoAnchorRule):
         raise ValueError(f"no-anchor rule {rule!r}: use one of {', '.join(get_args(NoAnchorRule))}")
+
+    def serve(own: RolloutEngine, indices: list[int]) -> list[SampledGroup]:
+        own_seeds = None if seeds is None else [seeds[i] for i in indices]
+        return _sample(own, tokenizer, scale, [prompts[i] for i in indices], params, rule, own_seeds, score)
+
+    groups = share(engine, [len(prompt) for prompt in prompts], serve, encode, decode)
+    counts = [group.counts for group in groups]
+    total = max(1, len(prompts) * params.n)
+    names = ("no_anchor", "truncated", "split_anchor", "forced", "dropped", *(("off_scale",) if score else ()))
+    metrics = {name: sum(getattr(count, name) for count in counts) / total for name in names}
+    metrics["empty_groups"] = float(sum(not group.trajectories for group in groups))
+    metrics["response_tokens"] = sum(count.tokens for count in counts) / total
+    metrics["response_tokens_max"] = float(max((count.longest for count in counts), default=0))
+    return Sampled([group.trajectories for group in groups], metrics)
+
+
+def _sample(
+    engine: RolloutEngine,
+    tokenizer: PreTrainedTokenizerBase,
+    scale: ScoreScale,
+    prompts: Sequence[list[int]],
+    params: SamplingParams,
+    rule: NoAnchorRule,
+    seeds: Sequence[int] | None,
+    score: bool,
+) -> list[SampledGroup]:
     # Where the token behind the anchor is no score, the response goes on, and is cut.
     stop = score_stop_texts(tokenizer, scale) if score else (scale.anchor_text,)
-    groups = engine.generate(prompts, replace(params, stop=stop), seeds)
-    check_complete(groups, len(prompts), params.n)
-    counts = dict.fromkeys(("no_anchor", "truncated", "split_anchor", "forced", "dropped"), 0)
-    trajectories: list[list[Trajectory]] = []
-    for group in groups:
-        kept = []
-        for response in group:
-            cut = scale.cut(tokenizer, response.token_ids)
-            if score and cut == len(response.token_ids):
-                cut = None
-            if cut is None:
-                counts["no_anchor"] += 1
-                counts["truncated"] += response.finish_reason == "length"
-                counts["split_anchor"] += response.finish_reason == "stop"
-                if rule == "drop":
-                    counts["dropped"] += 1
-                    continue
-                counts["forced"] += rule == "force"
-            longest = params.max_new_tokens - score
-            forced = with_anchor(response, scale, longest) if cut is None and rule == "force" else None
-            kept.append(_trajectory(response, cut, forced, score))
-        trajectories.append(kept)
+    responses = engine.generate(prompts, replace(params, stop=stop), seeds)
+    check_complete(responses, len(prompts), params.n)
+    groups = [_group(row, tokenizer, scale, params, rule, score) for row in responses]
     if score:
-        _sample_behind_forced_anchors(engine, prompts, trajectories, params, seeds)
-    total = max(1, len(prompts) * params.n)
-    lengths = [len(response.token_ids) for group in groups for response in group]
-    metrics = {name: count / total for name, count in counts.items()}
-    if score:
-        metrics["off_scale"] = sum(_off_scale(t, scale) for group in trajectories for t in group) / total
-    metrics["empty_groups"] = float(sum(not group for group in trajectories))
-    metrics["response_tokens"] = sum(lengths) / total
-    metrics["response_tokens_max"] = float(max(lengths, default=0))
-    return Sampled(trajectories, metrics)
+        _sample_behind_forced_anchors(engine, prompts, [group.trajectories for group in groups], params, seeds)
+        for group in groups:
+            group.counts.off_scale = sum(_off_scale(t, scale) for t in group.trajectories)
+    return groups
+
+
+def _group(
+    responses: list[Response],
+    tokenizer: PreTrainedTokenizerBase,
+    scale: ScoreScale,
+    params: SamplingParams,
+    rule: NoAnchorRule,
+    score: bool,
+) -> SampledGroup:
+    """The responses to a prompt, cut, with their counts; no scores yet behind forced anchors."""
+    group = SampledGroup()
+    counts = group.counts
+    for response in responses:
+        counts.tokens += len(response.token_ids)
+        counts.longest = max(counts.longest, len(response.token_ids))
+        cut = scale.cut(tokenizer, response.token_ids)
+        if score and cut == len(response.token_ids):
+            cut = None
+        if cut is None:
+            counts.no_anchor += 1
+            counts.truncated += response.finish_reason == "length"
+            counts.split_anchor += response.finish_reason == "stop"
+            if rule == "drop":
+                counts.dropped += 1
+                continue
+            counts.forced += rule == "force"
+        longest = params.max_new_tokens - score
+        forced = with_anchor(response, scale, longest) if cut is None and rule == "force" else None
+        group.trajectories.append(_trajectory(response, cut, forced, score))
+    return group
 
 
 def check_complete(groups: list[list[Response]], prompts: int, n: int) -> None:
-    """Raise EngineError unless there are `n` well-formed responses for each of `prompts` prompts; BadResponse for
-    log-probabilities that are not finite, which no policy can be compared with."""
+    """Raise EngineError unless there are `n` well-formed responses for each of `prompts` prompts: BadResponse where
+    those of one prompt are too few or malformed, or have log-probabilities that are not finite, which no policy can be
+    compared with."""
     if len(groups) != prompts:
         raise EngineError(f"the rollout engine returned {len(groups)} groups for {prompts} prompts")
     for i, group in enumerate(groups):
         if len(group) != n:
-            raise EngineError(f"the rollout engine returned {len(group)} responses for prompt {i}, asked for {n}")
+            raise BadResponse(i, f"{len(group)} responses", f", asked for {n}")
         for response in group:
             if not response.token_ids or len(response.token_ids) != len(response.logprobs):
-                raise EngineError(
-                    f"the rollout engine returned {len(response.token_ids)} tokens with "
-                    f"{len(response.logprobs)} log-probabilities for prompt {i}"
+                raise BadResponse(
+                    i, f"{len(response.token_ids)} tokens with {len(response.logprobs)} log-probabilities"
                 )
             if not all(map(math.isfinite, response.logprobs)):
                 raise BadResponse(
                     i,
-                    f"the rollout engine returned log-probabilities that are not finite for prompt {i}: its weights "
-                    "are damaged, or overflow in this dtype",
+                    "log-probabilities that are not finite",
+                    ": its weights are damaged, or overflow in this dtype",
                 )
 
 
@@ -130,7 +168,7 @@ def score_stop_texts(tokenizer: PreTrainedTokenizerBase, scale: ScoreScale) -> t
 def _trajectory(
     response: Response, cut: int | None, forced: tuple[list[int], int] | None, score: bool = False
 ) -> Trajectory:
-    ids, logprobs = response.token_ids, response.logprobs
+    ids, logprobs = response.token_ids, _float32(response.logprobs)
     if forced is not None:
         ids, own = forced
         # Positions without token loss: the value is never read.
@@ -150,6 +188,12 @@ def _trajectory(
         forced_anchor=forced is not None,
         weight_version=response.weight_version,
     )
+
+
+def _float32(numbers: list[float]) -> list[float]:
+    """The nearest numbers that float32 has: what other ranks get, and what packing makes of them."""
+    rounded: list[float] = np.array(numbers, np.float32).tolist()
+    return rounded
 
 
 def _sample_behind_forced_anchors(
@@ -173,12 +217,12 @@ def _sample_behind_forced_anchors(
     try:
         check_complete(sampled, len(sequences), 1)
     except BadResponse as bad:
-        raise BadResponse(places[bad.index][0], str(bad)) from bad
+        raise bad.at(places[bad.index][0]) from bad
     for (i, k), (response,) in zip(places, sampled, strict=True):
         trajectory = trajectories[i][k]
         trajectory.response_ids = [*trajectory.response_ids, response.token_ids[0]]
         trajectory.loss_mask = [*trajectory.loss_mask, True]
-        trajectory.old_logprobs = [*(trajectory.old_logprobs or []), response.logprobs[0]]
+        trajectory.old_logprobs = [*(trajectory.old_logprobs or []), *_float32(response.logprobs[:1])]
         trajectory.weight_version = min(trajectory.weight_version, response.weight_version)
 
 

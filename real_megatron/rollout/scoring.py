@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 from transformers import PreTrainedTokenizerBase
 
 from real_megatron.config import JudgedNoAnchorRule
-from real_megatron.errors import EngineError, PromptRefused
-from real_megatron.rollout.engine import RolloutEngine, SamplingParams
+from real_megatron.errors import PromptRefused
+from real_megatron.rollout.engine import BadResponse, RolloutEngine, SamplingParams
 from real_megatron.rollout.sampling import check_complete, score_stop_texts, with_anchor
 from real_megatron.scores import ScoreScale
 
@@ -68,7 +68,7 @@ def sample_scored(
                     unread.append((scored, index))
             elif one_pass and cut < len(ids):
                 if response.watched is None:
-                    raise EngineError(f"the rollout engine returned no score log-probabilities for prompt {index}")
+                    raise BadResponse(index, "no score log-probabilities")
                 scored.score_logprobs = response.watched[cut]
                 if ids[cut] in scale.score_ids:
                     scored.sampled_score = scale.score_ids.index(ids[cut])

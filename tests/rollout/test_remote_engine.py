@@ -9,6 +9,7 @@ import signal
 import threading
 import time
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig
@@ -119,7 +120,7 @@ def test_scores_are_sampled_behind_own_and_forced_anchors(make, flavour):
             before = source[:5] + [20, 21] if t.forced_anchor else source[:3]
             token = expected_ids(prompt + before, 0, 1) if t.forced_anchor else source[3:4]
             assert t.response_ids == before + token and t.answer_index == len(before) - 1
-            assert t.old_logprobs[-1] == logprob(token[0]) and t.loss_mask[-1]
+            assert t.old_logprobs[-1] == np.float32(logprob(token[0])) and t.loss_mask[-1]
     assert 0 < forced < 12 and fake.generations == 4 + forced
 
 

@@ -1,7 +1,10 @@
-"""What the ranks do in tests/rollout/test_distributed.py."""
+"""What the ranks do in tests/rollout/test_distributed.py and tests/rollout/test_shared_responses.py."""
 
 import os
+import pickle
+from contextlib import contextmanager
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -13,6 +16,8 @@ from real_megatron.rollout.distributed import DistributedRollout, FollowerEngine
 from real_megatron.rollout.embedded.engine import TransformersEngine
 from real_megatron.rollout.engine import Response, SamplingParams
 from real_megatron.rollout.factory import build_engine
+from real_megatron.rollout.sampling import sample_trajectories
+from real_megatron.scores import ScoreScale
 from tests.support.rollout_fakes import ScriptedEngine
 from tests.support.rollout_models import byte_level, tiny_qwen3
 from tests.support.rollout_specs import engine_spec
@@ -69,6 +74,103 @@ def refused(long: tuple[int, ...], asleep: tuple[int, ...] = ()):
     kept = [i for i in range(len(prompts)) if i not in long]
     groups = engine.generate([prompts[i] for i in kept], PARAMS, [SEEDS[i] for i in kept])
     return errors, [[r.token_ids for r in group] for group in groups]
+
+
+class Drawn(ScriptedEngine):
+    """Responses that follow from prompt, seed and sample alone, of every kind: with a score, with another token or
+    nothing behind the anchor, without an anchor; their log-probs are no float32 numbers. Some prompts are refused,
+    alone or with a forced anchor behind them, or have log-probs that are not finite."""
+
+    def __init__(self, refused: tuple[int, ...] = (), refused_behind: tuple[int, ...] = (), nan: tuple[int, ...] = ()):
+        super().__init__()
+        self.refused, self.refused_behind, self.nan = refused, refused_behind, nan
+
+    def generate(self, prompts, params, seeds=None):
+        behind = params.max_new_tokens == 1
+        for i, prompt in enumerate(prompts):
+            if prompt[0] in (self.refused_behind if behind else self.refused):
+                raise PromptRefused(i, "too long")
+        groups = []
+        for prompt, seed in zip(prompts, seeds, strict=True):
+            row = []
+            for k in range(params.n):
+                draw = seed + k
+                texts = ("good [RESULT] 4", "so [RESULT] the end", "none at all", "cut [RESULT] 5 off" * 3)
+                ids = [SCALE.score_ids[draw % 3]] if behind else TOKENIZER.encode("x" * (draw % 5) + texts[draw % 4])
+                logprobs = [-0.1 * (1 + i + draw % 7) for i in range(len(ids))]
+                if prompt[0] in self.nan:
+                    logprobs[-1] = float("nan")
+                watched = [[logprob - i for i in range(3)] for logprob in logprobs]
+                reason = ("stop", "stop", "length" if draw % 8 > 3 else "eos", "length")[draw % 4]
+                row.append(Response(ids, logprobs, reason, 5 + draw % 2, watched if params.watch_ids else None))
+            groups.append(row)
+        return groups
+
+
+class CountedScale(ScoreScale):
+    """Counts the responses that are cut."""
+
+    cuts = 0
+
+    def cut(self, tokenizer, ids):
+        CountedScale.cuts += 1
+        return super().cut(tokenizer, ids)
+
+
+TOKENIZER = byte_level()
+SCALE = CountedScale.resolve(TOKENIZER, ["1", "4", "5"], None, "[RESULT] ")
+DRAWN_PARAMS = SamplingParams(n=8, max_new_tokens=64)
+DRAWN_PROMPTS = [[9], [5, 6, 7], [3, 4]]
+
+
+def joined(owned: bool, **faults) -> DistributedRollout:
+    """The ranks' engine: Drawn on every rank, or on the first with followers."""
+    return DistributedRollout(FollowerEngine() if owned and dist.get_rank() else Drawn(**faults))
+
+
+@contextmanager
+def counted():
+    """Counts what collectives give this rank: `received` bytes of others, and the bytes of its largest own `header`."""
+    count = {"received": 0, "header": 0}
+    broadcast, receive, gather = dist.broadcast, dist.recv, dist.all_gather_object
+
+    def counting_broadcast(tensor, *, group_src, group):
+        count["received"] += tensor.numel() * (group_src != dist.get_rank(group))
+        broadcast(tensor, group_src=group_src, group=group)
+
+    def counting_receive(tensor, *, group_src, group):
+        count["received"] += tensor.numel()
+        receive(tensor, group_src=group_src, group=group)
+
+    def counting_gather(values, value, group):
+        count["header"] = max(count["header"], len(pickle.dumps(value)))
+        gather(values, value, group=group)
+
+    with (
+        mock.patch.object(dist, "broadcast", counting_broadcast),
+        mock.patch.object(dist, "recv", counting_receive),
+        mock.patch.object(dist, "all_gather_object", counting_gather),
+    ):
+        yield count
+
+
+def sample(engine, rule: str, score: bool):
+    return sample_trajectories(engine, TOKENIZER, SCALE, DRAWN_PROMPTS, DRAWN_PARAMS, rule, [10, 20, 30], score=score)
+
+
+def sampled(owned: bool, rule: str, score: bool):
+    """What this rank has sampled, how often it has cut, and what it has received."""
+    engine, CountedScale.cuts = joined(owned), 0
+    with counted() as count:
+        return sample(engine, rule, score), CountedScale.cuts, count
+
+
+def sampling_errors(owned: bool, faults: dict[str, tuple[int, ...]]):
+    """The error of sampling: its kind, index and text."""
+    try:
+        sample(joined(owned, **faults), "force", True)
+    except (PromptRefused, EngineError) as error:
+        return type(error).__name__, error.index, str(error)
 
 
 class Owner(ScriptedEngine):
