@@ -1,6 +1,8 @@
 """Where this process runs: device, dtype, its rank among the processes of the run. Knows nothing of Megatron."""
 
 import os
+import pickle
+import socket
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -9,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from real_megatron.announced import START, check_announced
-from real_megatron.errors import ConfigError
+from real_megatron.errors import ConfigError, UserError
 
 T = TypeVar("T")
 
@@ -63,6 +65,70 @@ def from_rank_0(action: Callable[[], T]) -> T:
         raise OtherRankFailed(f"rank 0 failed: {outcome[1]}")
     result: T = outcome[0]
     return result
+
+
+def once_a_host(make: Callable[[], T]) -> T:
+    """A value that the first rank of each host makes; the others of the host get it pickled. Collective.
+
+    What is pickled may name something of the host: it is unpickled there alone, and the first rank holds its value
+    until all have theirs.
+
+    An error on any rank ends all: those of its host with the same one where it is of the kind that one of them says
+    (`on_every_rank`), all others with OtherRankFailed.
+    """
+    if not dist.is_initialized():
+        return make()
+    values: list[T] = []
+
+    def first_makes() -> bytes:
+        values.append(make())
+        return pickle.dumps(values[0])
+
+    first = _first_of_host()
+    pickled = _all_or_none(first_makes if dist.get_rank() == first else None, first)[first]
+    _all_or_none(None if values else lambda: values.append(pickle.loads(pickled)), first)
+    return values[0]
+
+
+def _first_of_host() -> int:
+    """The lowest rank on this rank's host. Collective.
+
+    A launcher that says local ranks (LOCAL_RANK) gives those of one start one after another; several starts on one host
+    are then a host each. Without it, a host is known by its name.
+    """
+    local = os.environ.get("LOCAL_RANK")
+    hosts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(hosts, (socket.gethostname(), None if local is None else dist.get_rank() - int(local)))
+    return hosts.index(hosts[dist.get_rank()])
+
+
+def _all_or_none(action: Callable[[], Any] | None, host: int) -> list[Any]:
+    """What the action of each rank has returned; None of a rank without one. Raises an error on every rank, where any
+    has failed. Collective.
+
+    host: a number that ranks of one host have in common
+    """
+    result: Any = None
+    failed: Exception | None = None
+    if action is not None:
+        try:
+            result = action()
+        except Exception as error:
+            failed = error
+    text = None if failed is None else f"{type(failed).__name__}: {failed}"
+    alike = failed if isinstance(failed, UserError) and failed.on_every_rank else None
+    outcomes: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(outcomes, (result, text, host, alike))
+    if failed is not None:
+        raise failed
+    failures = [(there != host, rank) for rank, (_, text, there, _) in enumerate(outcomes) if text is not None]
+    if failures:
+        elsewhere, rank = min(failures)  # of this host, if there is one
+        _, text, _, alike = outcomes[rank]
+        if alike is not None and not elsewhere:
+            raise alike
+        raise OtherRankFailed(f"rank {rank} failed: {text}")
+    return [result for result, *_ in outcomes]
 
 
 class OtherRankFailed(Exception):

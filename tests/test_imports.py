@@ -36,8 +36,8 @@ ALLOWED: dict[str, set[str]] = {
     "rollout": {"head", "batch", "hf", "scores", "config", "registry", "runtime"} | {"progress", "errors"},
     "data": {"batch", "scores", "config", "registry", "errors"},
     "evaluation": {"scores", "files", "errors"},
-    "judging": {"evaluation", "data", "rollout", "hf", "scores", "agreement", "config", "sections", "runtime", "locks"}
-    | {"files", "errors"},
+    "judging": {"evaluation", "data", "rollout", "hf", "batch", "scores", "agreement", "config", "sections", "runtime"}
+    | {"locks", "files", "errors"},
     "training": {"planning", "judging", "evaluation", "data", "rollout", "policy", "bridge", "hf", "objective", "batch"}
     | {
         "scores",

@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from real_megatron.errors import ConfigError, refuse
+from real_megatron.errors import ConfigError, DataError, refuse
 from real_megatron.rollout.remote.ports import free_ports
-from real_megatron.runtime import OtherRankFailed, from_rank_0, start_process_group
+from real_megatron.runtime import OtherRankFailed, from_rank_0, once_a_host, start_process_group
+from tests.support.host_ranks import made_once
 from tests.support.ranks import run_ranks
 
 
@@ -33,6 +34,35 @@ def test_all_ranks_get_what_rank_0_found() -> None:
 
 def test_an_error_of_rank_0_ends_all() -> None:
     assert run_ranks(2, failed) == ["OSError: disk full", "OtherRankFailed: rank 0 failed: OSError: disk full"]
+
+
+def test_the_first_rank_of_each_host_makes_what_its_others_get() -> None:
+    """Two ranks of a host, and one of another."""
+    assert once_a_host(lambda: 3) == 3
+    made = [("made by 0", 1), ("made by 0", 0), ("made by 2", 1)]
+    assert run_ranks(3, made_once) == made
+
+
+@pytest.mark.parametrize(
+    ("rank", "error", "ends"),
+    [
+        (
+            0,
+            DataError,
+            ["DataError: bad row", "DataError: bad row", "OtherRankFailed: rank 0 failed: DataError: bad row"],
+        ),
+        (2, DataError, [*["OtherRankFailed: rank 2 failed: DataError: bad row"] * 2, "DataError: bad row"]),
+        (0, OSError, ["OSError: bad row", *["OtherRankFailed: rank 0 failed: OSError: bad row"] * 2]),
+    ],
+)
+def test_an_error_of_a_hosts_first_rank_ends_all(rank: int, error: type[Exception], ends: list[str]) -> None:
+    """Of a fault of the data one rank of a host speaks for all (`on_every_rank`)."""
+    assert [end for end, _ in run_ranks(3, made_once, (rank, error))] == ends
+
+
+def test_a_rank_that_cannot_take_what_was_made_ends_all() -> None:
+    failed = "OtherRankFailed: rank 1 failed: OSError: no such file"
+    assert [end for end, _ in run_ranks(3, made_once, None, True)] == [failed, "OSError: no such file", failed]
 
 
 @pytest.mark.parametrize(("port", "may_pass"), [("no number", False), (None, True)])

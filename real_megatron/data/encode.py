@@ -12,21 +12,38 @@ from real_megatron.batch.types import Group, Trajectory
 from real_megatron.config import DataConfig
 from real_megatron.data.control_tokens import ControlTokens, encode_plain
 from real_megatron.data.example import JudgeExample
+from real_megatron.data.lazy import LazySequence, TokenRows
+from real_megatron.data.stored_groups import GroupWriter, StoredGroups
 from real_megatron.errors import DataError
 from real_megatron.scores import CONTEXT, ScoreScale
 
 logger = logging.getLogger(__name__)
 
+CHUNK = 1000
+"""Texts that are tokenised at a time: what a tokenizer returns holds a hundred bytes a token."""
 _MARK = "@answer@"
 THINKING = re.compile(r"<([\w:]*think[\w:]*)>\s*$|\[(THINK)\]\s*$")
 """The beginning of a thinking block, at the end of a prompt."""
+
+
+class KeptPrompts(LazySequence[tuple[JudgeExample, list[int]]]):
+    """Examples, each with the token ids of its prompt; of these a list is made when it is asked for."""
+
+    def __init__(self, examples: Sequence[JudgeExample], rows: TokenRows) -> None:
+        self._examples, self._rows = examples, rows
+
+    def __len__(self) -> int:
+        return len(self._examples)
+
+    def _make(self, index: int) -> tuple[JudgeExample, list[int]]:
+        return self._examples[index], self._rows[index]
 
 
 @dataclass(frozen=True)
 class EncodedPrompts:
     """Examples with the token ids of their prompts, and how many prompts were too long."""
 
-    kept: list[tuple[JudgeExample, list[int]]]
+    kept: KeptPrompts
     dropped: int
     cut: int
     """Of the kept ones, those that lost their beginning."""
@@ -36,7 +53,7 @@ class EncodedPrompts:
 class EncodedGroups:
     """Examples as groups of tokens, and how many were too long."""
 
-    groups: list[Group]
+    groups: StoredGroups
     dropped: int
     """Examples that are left out, since their prompt or their response is too long."""
     cut: int
@@ -77,12 +94,21 @@ def encode_prompts(
     """The examples with their prompts (see `encode_prompt`) of at most `data.max_prompt_tokens`; longer ones are
     dropped or cut (`data.long_prompts`), counted and logged.
 
-    Tokenises in one batch, on all cores.
+    Tokenises `CHUNK` texts at a time, on all cores.
     """
-    rows, careful = _encode(tokenizer, examples, data)
-    fitted = [(example, fit_prompt(tokenizer, row, data)) for example, row in zip(examples, rows, strict=True)]
-    kept = [(example, ids) for example, ids in fitted if ids is not None]
-    long = sum(len(row) > data.max_prompt_tokens for row in rows)
+    kept: list[JudgeExample] = []
+    rows = TokenRows()
+    careful: list[str] = []
+    long = 0
+    for begin in range(0, len(examples), CHUNK):
+        chunk = examples[begin : begin + CHUNK]
+        encoded, marked = _encode(tokenizer, chunk, data)
+        careful += marked
+        for example, row in zip(chunk, encoded, strict=True):
+            long += len(row) > data.max_prompt_tokens
+            if (ids := fit_prompt(tokenizer, row, data)) is not None:
+                kept.append(example)
+                rows.append(ids)
     dropped = len(examples) - len(kept)
     if long:
         logger.warning(
@@ -100,7 +126,7 @@ def encode_prompts(
             len(examples),
             careful[0],
         )
-    return EncodedPrompts(kept, dropped, long - dropped)
+    return EncodedPrompts(KeptPrompts(kept, rows), dropped, long - dropped)
 
 
 def end_of_response(tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int], data: DataConfig) -> int | None:
@@ -169,7 +195,8 @@ def encode_targets(
 
     stop_ids: the tokens at which the checkpoint's generation stops (see `end_of_response`)
     """
-    groups = []
+    groups = GroupWriter()
+    count = 0
     end = end_of_response(tokenizer, stop_ids, data)
     prompts = encode_prompts(tokenizer, examples, data)
     short = prompts.kept
@@ -177,22 +204,21 @@ def encode_targets(
         target = encode_target(tokenizer, scale, example, end)
         if len(target.response_ids) <= data.max_response_tokens:
             groups.append(Group(prompt_ids, [target], example.label, example.id))
-    if len(groups) < len(short):
+            count += 1
+    if count < len(short):
         logger.warning(
             "dropped %d of %d examples whose response is longer than %d tokens (data.max_response_tokens)",
-            len(short) - len(groups),
+            len(short) - count,
             len(short),
             data.max_response_tokens,
         )
-    return EncodedGroups(groups, len(examples) - len(groups), prompts.cut)
+    return EncodedGroups(groups.finish(), len(examples) - count, prompts.cut)
 
 
 def _encode(
     tokenizer: PreTrainedTokenizerBase, examples: Sequence[JudgeExample], data: DataConfig
 ) -> tuple[list[list[int]], list[str]]:
     """Token ids of every prompt; and the ids of those examples whose text contains control tokens."""
-    if not examples:
-        return [], []
     templated = _templated(tokenizer, data)
     control = ControlTokens.of(tokenizer)
     careful: dict[int, str] = {}

@@ -3,7 +3,7 @@
 import logging
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -14,8 +14,11 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from real_megatron.agreement import check_ranks_agree
+from real_megatron.batch.types import Group
 from real_megatron.config import RunConfig
 from real_megatron.data import encode_prompts, label_column, load_examples
+from real_megatron.data.lazy import LazySequence
+from real_megatron.data.stored_groups import StoredGroups
 from real_megatron.errors import ConfigError, DataError
 from real_megatron.evaluation.metrics import Estimate, agreement
 from real_megatron.evaluation.report import evaluation_path, how_answered
@@ -28,7 +31,7 @@ from real_megatron.judging.kept import KeptReadings
 from real_megatron.judging.reading import Reading, answers_of, mean_answer
 from real_megatron.locks import hold
 from real_megatron.rollout.engine import naming_prompts
-from real_megatron.runtime import from_rank_0, join_torchrun, rank
+from real_megatron.runtime import from_rank_0, join_torchrun, once_a_host, rank
 from real_megatron.scores import ScoreScale
 
 logger = logging.getLogger(__name__)
@@ -50,11 +53,28 @@ class EvaluationPrompt:
     """The group within which correlation is computed too."""
 
 
+class StoredPrompts(LazySequence[EvaluationPrompt]):
+    """Prompts in a file that the ranks of a host share (`StoredGroups`)."""
+
+    def __init__(self, prompts: Iterable[EvaluationPrompt]) -> None:
+        self._groups = StoredGroups.of(
+            Group(prompt.prompt_ids, [], prompt.label, prompt.id, {"columns": [prompt.cluster, prompt.within]})
+            for prompt in prompts
+        )
+
+    def __len__(self) -> int:
+        return len(self._groups)
+
+    def _make(self, index: int) -> EvaluationPrompt:
+        group = self._groups[index]
+        return EvaluationPrompt(group.example_id, group.label, group.prompt_ids, *group.meta["columns"])
+
+
 @dataclass(frozen=True)
 class EvaluationSet:
     """The prompts of a test set, and what became of those beyond `data.max_prompt_tokens`."""
 
-    prompts: list[EvaluationPrompt]
+    prompts: Sequence[EvaluationPrompt]
     dropped: int = 0
     cut: int = 0
 
@@ -96,7 +116,7 @@ def evaluate(
         judge = held.enter_context(
             Judge.from_pretrained(model, revision=revision, config=config, work_dir=work_dir, start=False)
         )
-        sets = load_evaluation_sets(config, judge.tokenizer, judge.scale)
+        sets = once_a_host(lambda: load_evaluation_sets(config, judge.tokenizer, judge.scale))
         results = evaluate_sets(judge, sets, output, about={"model": judge.name}, keep=True, on_progress=on_progress)
     for name, result in results.items() if rank() == 0 else ():
         seen = any(result.counts[kind] for kind in ("no_anchor", "unanswered"))
@@ -121,10 +141,10 @@ def load_evaluation_sets(
                 f"data.eval.{name}: no prompt of {source.path} is short enough: raise data.max_prompt_tokens, or "
                 "set data.long_prompts=cut_left"
             )
-        prompts = [
+        prompts = StoredPrompts(
             EvaluationPrompt(example.id, example.label, ids, *(_text(example.meta, key) for key in keys))
             for example, ids in encoded.kept
-        ]
+        )
         sets[name] = EvaluationSet(prompts, encoded.dropped, encoded.cut)
     return sets
 

@@ -9,6 +9,7 @@ from shutil import disk_usage
 from statistics import fmean
 from typing import Literal
 
+import numpy as np
 from rich.markup import escape
 from rich.table import Table
 
@@ -102,12 +103,12 @@ def _layout(layout: Layout) -> str:
 def _data(config: RunConfig, prepared: Prepared) -> list[Line]:
     data, scale = prepared.data, prepared.scale
     kept = f"{len(data.groups):,} examples ({data.dropped:,} dropped, {data.cut:,} cut), prompts of "
-    kept += _lengths([len(group.prompt_ids) for group in data.groups])
+    kept += _lengths(data.groups.prompt_lengths)
     if not config.is_rl:
-        kept += ", responses of " + _lengths([len(group.trajectories[0].response_ids) for group in data.groups])
+        kept += ", responses of " + _lengths(data.groups.response_lengths)
     lines = [("training", kept)]
     for name, test_set in prepared.evaluation_sets.items():
-        lengths = _lengths([len(prompt.prompt_ids) for prompt in test_set.prompts])
+        lengths = _lengths(np.array([len(prompt.prompt_ids) for prompt in test_set.prompts]))
         count = f"{len(test_set.prompts):,} examples ({test_set.dropped:,} dropped, {test_set.cut:,} cut)"
         lines.append((name, f"{count}, prompts of {lengths}"))
     scores = ", ".join(f"{text!r} {id}" for text, id in zip(scale.texts, scale.score_ids, strict=True))
@@ -119,7 +120,7 @@ def _data(config: RunConfig, prepared: Prepared) -> list[Line]:
     return lines
 
 
-def _lengths(counts: Sequence[int]) -> str:
+def _lengths(counts: np.ndarray) -> str:
     return f"{fmean(counts):,.0f} tokens on average, {max(counts):,} at most"
 
 
@@ -136,16 +137,15 @@ def _longest_example(config: RunConfig, prepared: Prepared, found: DryRun) -> in
     """Tokens of the longest prompt with one response. Warns of those that are beyond the budget of a micro-batch, which
     they then make by themselves."""
     response = config.data.max_response_tokens if config.is_rl else 0
-    totals = [
-        len(group.prompt_ids) + (response or len(group.trajectories[0].response_ids)) for group in prepared.data.groups
-    ]
-    long = sum(total > config.batch.max_tokens for total in totals)
+    groups = prepared.data.groups
+    totals = groups.prompt_lengths + (response or groups.response_lengths)
+    long = int((totals > config.batch.max_tokens).sum())
     if long:
         found.warnings.append(
             f"batch.max_tokens is {config.batch.max_tokens:,}: {long:,} of {len(totals):,} examples with one response "
-            f"are longer (up to {max(totals):,} tokens) and make longer micro-batches: raise it to plan for them"
+            f"are longer (up to {totals.max():,} tokens) and make longer micro-batches: raise it to plan for them"
         )
-    return max(totals)
+    return int(totals.max())
 
 
 # --- memory ----------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from real_megatron.batch.types import Group
 from real_megatron.config import DataSource, RunConfig
 from real_megatron.data import EncodedGroups, JudgeExample, encode_prompts, encode_targets, load_examples
 from real_megatron.data.critiques import find_leak
+from real_megatron.data.stored_groups import StoredGroups
 from real_megatron.errors import ConfigError, DataError
 from real_megatron.hf.stop_ids import stop_ids
 from real_megatron.scores import ScoreScale
@@ -21,8 +22,8 @@ def prompt_groups(
     """Prompt and label of every training example, without responses yet. Too long prompts: `data.long_prompts`."""
     examples = [example for _, loaded in _load(config, scale, critiques=False) for example in loaded]
     prompts = encode_prompts(tokenizer, examples, config.data)
-    groups = [Group(ids, [], example.label, example.id, example.meta) for example, ids in prompts.kept]
-    return _some(EncodedGroups(groups, prompts.dropped, prompts.cut))
+    groups = (Group(ids, [], example.label, example.id, example.meta) for example, ids in prompts.kept)
+    return _some(EncodedGroups(StoredGroups.of(groups), prompts.dropped, prompts.cut))
 
 
 def target_groups(

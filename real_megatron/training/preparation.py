@@ -1,7 +1,7 @@
-"""What a run needs before its ranks meet: settings, output, layout, schedule, tokenizer and data, read and checked.
+"""What a run needs before its policy: settings, output, layout, tokenizer, then data and schedule, read and checked.
 
-Nothing here needs a GPU, the model's weights or a process group, so that a dry run does the same as a run, and fails
-with the same messages.
+Nothing here needs a GPU or the model's weights, and only `prepare_together` a process group, so that a dry run does the
+same as a run, and fails with the same messages.
 """
 
 from collections.abc import Callable, Iterator
@@ -24,6 +24,7 @@ from real_megatron.policy.model import check_model
 from real_megatron.policy.optimizer import check_warmup
 from real_megatron.policy.parallel_groups import check_ranks
 from real_megatron.rollout.factory import Node, check_servers
+from real_megatron.runtime import once_a_host
 from real_megatron.scores import ScoreScale
 from real_megatron.sections import read_tree
 from real_megatron.training.batch_order import BatchOrder
@@ -31,21 +32,28 @@ from real_megatron.training.best import check_best
 from real_megatron.training.checkpoints import CheckpointStore, reading
 from real_megatron.training.lengths import check_lengths
 from real_megatron.training.metrics import check_sinks
-from real_megatron.training.resume import check_same_run, saved_inputs
+from real_megatron.training.resume import check_same_run, inputs, saved_inputs
 
 Load = Callable[[RunConfig, Path, PreTrainedTokenizerBase, ScoreScale], EncodedGroups]
 """From the configuration, the start model's directory, its tokenizer and the score scale."""
 
 
 @dataclass(frozen=True)
-class Prepared:
-    """What a run starts with."""
+class Settings:
+    """What a run starts with, but for its data."""
 
     model_dir: Path
     """The directory of the Hugging Face checkpoint to start from."""
     description: ModelDescription
     tokenizer: PreTrainedTokenizerBase
     scale: ScoreScale
+    store: CheckpointStore
+
+
+@dataclass(frozen=True)
+class Prepared(Settings):
+    """What a run starts with."""
+
     data: EncodedGroups
     """The training groups."""
     evaluation_sets: dict[str, EvaluationSet]
@@ -53,18 +61,13 @@ class Prepared:
     steps: int
     updates: int
     """Optimizer updates of all steps."""
-    store: CheckpointStore
 
 
-def prepare(config: RunConfig, load: Load, world: int, planned: Node | None = None) -> Prepared:
-    """Read and check everything that needs neither weights nor GPUs. Settings, output, layout and schedule come before
-    a data set is read: what fails fast comes first.
+def check_settings(config: RunConfig, world: int, planned: Node | None = None) -> Settings:
+    """Read and check what needs neither data nor other ranks: what fails fast comes first.
 
-    load: makes the training groups. world: ranks of the run. planned: for a dry run, the node whose GPUs ranks and
-    local servers will have; weights of a model on the hub are not downloaded then.
-
-    Raises ConfigError, DataError or CheckpointError when data, scale, layout and model do not fit together, or the
-    output directory holds another run.
+    world, planned: as of `prepare`. Raises ConfigError or CheckpointError when scale, layout and model do not fit
+    together, or the output directory holds another run.
     """
     if not config.model.path:
         raise ConfigError("model.path is not set: name the Hugging Face checkpoint to start from")
@@ -84,14 +87,51 @@ def prepare(config: RunConfig, load: Load, world: int, planned: Node | None = No
     tokenizer = load_tokenizer(model_dir)
     check_vocabulary(model_dir, tokenizer)
     scale = ScoreScale.resolve(tokenizer, config.scale.scores, config.scale.values, config.scale.anchor)
-    data = load(config, model_dir, tokenizer, scale)
-    evaluation_sets = load_evaluation_sets(config, tokenizer, scale)
-    check_lengths(config, model_dir, data.groups, evaluation_sets)
+    return Settings(model_dir, description, tokenizer, scale, store)
+
+
+def prepare(config: RunConfig, load: Load, world: int, planned: Node | None = None) -> Prepared:
+    """Read and check everything that needs neither weights nor GPUs, in one process.
+
+    load: makes the training groups. world: ranks of the run. planned: for a dry run, the node whose GPUs ranks and
+    local servers will have; weights of a model on the hub are not downloaded then.
+
+    Raises ConfigError, DataError or CheckpointError when data, scale, layout and model do not fit together, or the
+    output directory holds another run.
+    """
+    return _read(config, check_settings(config, world, planned), load)
+
+
+def prepare_together(config: RunConfig, settings: Settings, load: Load) -> tuple[Prepared, dict[str, str]]:
+    """`settings` with the data, and its `inputs`. The first rank of each host reads, tokenises and stores the data; the
+    others map what it has stored. Collective; raises as `once_a_host`, of errors those of `prepare`."""
+
+    def read() -> tuple[EncodedGroups, dict[str, EvaluationSet], dict[str, str]]:
+        prepared = _read(config, settings, load)
+        found = inputs(config, settings.model_dir, prepared.data.groups)
+        return prepared.data, prepared.evaluation_sets, found
+
+    data, evaluation_sets, found = once_a_host(read)
+    return _scheduled(config, settings, data, evaluation_sets), found
+
+
+def _read(config: RunConfig, settings: Settings, load: Load) -> Prepared:
+    data = load(config, settings.model_dir, settings.tokenizer, settings.scale)
+    evaluation_sets = load_evaluation_sets(config, settings.tokenizer, settings.scale)
+    check_lengths(config, settings.model_dir, data.groups, evaluation_sets)
+    return _scheduled(config, settings, data, evaluation_sets)
+
+
+def _scheduled(
+    config: RunConfig, settings: Settings, data: EncodedGroups, evaluation_sets: dict[str, EvaluationSet]
+) -> Prepared:
     order = BatchOrder(len(data.groups), config.batch.prompts, config.seed)
     steps = order.steps_of(config.epochs) if config.epochs is not None else config.steps
     updates = steps * config.batch.mini_batches
     check_warmup(config.optimizer, updates)
-    return Prepared(model_dir, description, tokenizer, scale, data, evaluation_sets, order, steps, updates, store)
+    return Prepared(
+        **vars(settings), data=data, evaluation_sets=evaluation_sets, order=order, steps=steps, updates=updates
+    )
 
 
 def export_directory(config: RunConfig) -> Path:

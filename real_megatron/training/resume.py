@@ -3,14 +3,13 @@
 import copy
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from real_megatron.batch.types import Group
 from real_megatron.config import ParallelConfig, RolloutConfig, RunConfig
 from real_megatron.data import load_template
 from real_megatron.data.files import source_digest
+from real_megatron.data.stored_groups import StoredGroups
 from real_megatron.errors import CheckpointError, ConfigError
 from real_megatron.hf.identity import model_files
 from real_megatron.sections import flatten
@@ -76,17 +75,17 @@ def check_same_run(saved: dict[str, Any], config: RunConfig, where: str) -> None
         )
 
 
-def inputs(config: RunConfig, model_dir: Path, groups: Sequence[Group]) -> dict[str, str]:
+def inputs(config: RunConfig, model_dir: Path, groups: StoredGroups) -> dict[str, str]:
     """Digests of what a run reads, by a name for messages: the data sets, the template, the files of the start model
-    (which is also the reference of the KL term), and the groups that all of them give.
+    (which is also the reference of the KL term), and the groups that all of them give (`StoredGroups.digest`).
 
     The groups stand for what has no file of its own: the code of a format `module:name`, the tokenizer's library. Ids
     are left out, as they may come from a file's name. `model_files` says what is covered of large weights.
     """
     found = {f"data.train.{i}": source_digest(source) for i, source in enumerate(config.data.train)}
-    found["data.template"] = _digest([load_template(config.data.template).text])
+    found["data.template"] = _digest(load_template(config.data.template).text)
     found |= {f"model.path: {name}": digest for name, digest in model_files(model_dir).items()}
-    found["training examples as tokens"] = _digest(_content(group) for group in groups)
+    found["training examples as tokens"] = groups.digest
     return found
 
 
@@ -131,14 +130,5 @@ def _without_places(saved: dict[str, Any]) -> dict[str, Any]:
     return tree
 
 
-def _content(group: Group) -> dict[str, Any]:
-    # Not `asdict`, which copies every token by itself.
-    return {**vars(group), "example_id": None, "trajectories": [vars(target) for target in group.trajectories]}
-
-
-def _digest(items: Iterable[Any]) -> str:
-    """A digest of plain data, item by item: all training examples at once would be a text of gigabytes."""
-    digest = hashlib.blake2b(digest_size=16)
-    for item in items:
-        digest.update(json.dumps(item, sort_keys=True, default=str).encode("utf-8", "surrogatepass") + b"\n")
-    return digest.hexdigest()
+def _digest(text: str) -> str:
+    return hashlib.blake2b(json.dumps(text).encode() + b"\n", digest_size=16).hexdigest()

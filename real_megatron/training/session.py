@@ -28,8 +28,8 @@ from real_megatron.runtime import default_dtype, from_rank_0, host_group, join_t
 from real_megatron.training.best import BestCheckpoint
 from real_megatron.training.checkpoints import reading
 from real_megatron.training.export import save_hf, write_run
-from real_megatron.training.preparation import Load, export_directory, prepare
-from real_megatron.training.resume import check_same_inputs, inputs, saved_inputs
+from real_megatron.training.preparation import Load, check_settings, export_directory, prepare_together
+from real_megatron.training.resume import check_same_inputs, saved_inputs
 from real_megatron.training.step_log import StepLog
 from real_megatron.training.stop import StopSignal, Terminated
 from real_megatron.training.timer import PhaseTimer
@@ -41,15 +41,18 @@ logger = logging.getLogger(__name__)
 class Session:
     """A run: its data, policy, engine and checkpoints. Every rank holds one; its methods are collective.
 
-    Built in order: what fails fast comes first. Settings, output, layout and schedule are checked before a data set or
-    a model is read. `load` makes the training groups. The rollout engine is started by `start_engine`, at the latest by
-    the first evaluation. No other run can use the output directory until `close`. Raises ConfigError, DataError or
-    CheckpointError when data, scale, layout and model do not fit together, the output directory holds another run, or
-    another uses it.
+    Built in order: what fails fast comes first. Settings, output and layout are checked before ranks meet, data is read
+    before the model, once on each host. `load` makes the training groups. The rollout engine is started by
+    `start_engine`, at the latest by the first evaluation. No other run can use the output directory until `close`.
+    Raises ConfigError, DataError or CheckpointError when data, scale, layout and model do not fit together, the output
+    directory holds another run, or another uses it.
     """
 
     def __init__(self, config: RunConfig, load: Load) -> None:
-        prepared = prepare(config, load, world_size())
+        settings = check_settings(config, world_size())
+        join_torchrun(config.parallel.timeout_minutes)
+        check_ranks_agree(config)  # before data is read by the configuration of one of them
+        prepared, self.inputs = prepare_together(config, settings, load)
         self.config = config
         self.store = prepared.store
         self.model_dir = prepared.model_dir
@@ -63,13 +66,10 @@ class Session:
         """Steps done before: those of the checkpoint that was resumed."""
         self.metrics_of_start: dict[str, float] = {}
         """Metrics of the last of those steps."""
-        join_torchrun(config.parallel.timeout_minutes)
         self.best = BestCheckpoint(self.store, config.checkpoint.best)
         with ExitStack() as held:
             from_rank_0(lambda: self._take_output(held))
-            # On each rank: a host may have copies of the files.
-            self.inputs = inputs(config, self.model_dir, self.groups)
-            check_ranks_agree(config, self.inputs)
+            check_ranks_agree(config, self.inputs)  # hosts may have copies of the files
             self.policy = Policy(config, self.scale.score_ids, self.scale.values, prepared.updates, self.model_dir)
             self._lock = held.pop_all()
         self.stop = StopSignal(self.policy.runtime.device)

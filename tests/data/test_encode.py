@@ -5,7 +5,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from real_megatron.config import DataConfig
-from real_megatron.data import JudgeExample, encode_prompt, encode_prompts, encode_target, encode_targets
+from real_megatron.data import JudgeExample, encode, encode_prompt, encode_prompts, encode_target, encode_targets
 from real_megatron.data.byte_model import byte_tokenizer
 from real_megatron.data.encode import end_of_response
 from real_megatron.errors import DataError
@@ -66,7 +66,7 @@ def test_long_prompts_are_dropped_and_counted(caplog: pytest.LogCaptureFixture) 
     assert (prompts.dropped, prompts.cut) == (2, 0)
     assert [(e, len(ids)) for e, ids in prompts.kept] == [(examples[0], 1), (examples[1], 5)]
     assert "dropped 2 of 4 examples whose prompt is longer than 5 tokens (data.max_prompt_tokens)" in caplog.text
-    assert encode_prompts(byte_tokenizer(), [], DATA).kept == []
+    assert not encode_prompts(byte_tokenizer(), [], DATA).kept
 
 
 def test_long_prompts_are_cut_behind_their_begin_of_sequence(caplog: pytest.LogCaptureFixture) -> None:
@@ -80,6 +80,28 @@ def test_long_prompts_are_cut_behind_their_begin_of_sequence(caplog: pytest.LogC
     tokenizer.bos_token = "<pad>"
     cut = [ids for _, ids in encode_prompts(tokenizer, examples, data).kept]
     assert cut == [[256, *b"abcd"], [256, *b"bcde"], [256, *b"cdef"], [256, *b"defg"]]
+
+
+def test_what_is_counted_and_logged_is_of_all_chunks(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(encode, "CHUNK", 2)
+    examples = [
+        JudgeExample(f"row {i}", user(text).messages) for i, text in enumerate(["<eos>", "abcdefgh", "", "a<eos>"])
+    ]
+    data = DataConfig(max_prompt_tokens=7)
+    with pytest.raises(DataError, match="example row 2: the prompt is empty"):
+        encode_prompts(byte_tokenizer(), examples, data)
+    examples[2] = JudgeExample("row 2", user("bc").messages)
+    prompts = encode_prompts(byte_tokenizer(), examples, data)
+    assert [(e.id, bytes(ids)) for e, ids in prompts.kept] == [
+        ("row 0", b"<eos>"),
+        ("row 2", b"bc"),
+        ("row 3", b"a<eos>"),
+    ]
+    assert (len(prompts.kept), prompts.dropped, prompts.cut) == (3, 1, 0)
+    assert caplog.text.count("dropped 1 of 4 examples") == 1
+    assert "the prompts of 2 of 4 examples contain control tokens of the model, the first is row 0" in caplog.text
 
 
 def test_variables_of_the_chat_template() -> None:

@@ -7,6 +7,7 @@ import pytest
 
 from real_megatron.batch.types import Group
 from real_megatron.config import RunConfig
+from real_megatron.data.stored_groups import StoredGroups
 from real_megatron.errors import ConfigError
 from real_megatron.judging.evaluate import EvaluationPrompt, EvaluationSet
 from real_megatron.training.lengths import check_lengths
@@ -21,8 +22,8 @@ def model(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def groups(*lengths: int) -> list[Group]:
-    return [Group([1] * n, [], label=1.0, example_id=f"row-{n}") for n in lengths]
+def groups(*lengths: int) -> StoredGroups:
+    return StoredGroups.of(Group([1] * n, [], label=1.0, example_id=f"row-{n}") for n in lengths)
 
 
 def config(engine: str, *settings: str) -> RunConfig:

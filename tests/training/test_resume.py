@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 
 from real_megatron.batch.types import Group
 from real_megatron.config import ObjectiveConfig, OptimizerConfig, RunConfig, ScaleConfig
+from real_megatron.data.stored_groups import StoredGroups
 from real_megatron.errors import CheckpointError, ConfigError
 from real_megatron.hf.identity import file_digest
 from real_megatron.sections import known_keys
@@ -85,7 +86,8 @@ def digests(task: Path, groups: list[Group] | None = None) -> tuple[dict[str, st
         None,
         [f"data.train.0.path={task}/train.jsonl", f"data.template={task}/template.txt", f"model.path={task}/model"],
     )
-    return inputs(config, task / "model", groups or [Group([1], [], 2.0, "train-1")]), config
+    stored = StoredGroups.of(groups or [Group([1], [], 2.0, "train-1")])
+    return inputs(config, task / "model", stored), config
 
 
 @pytest.mark.parametrize(

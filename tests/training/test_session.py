@@ -1,6 +1,8 @@
 """What a run does when something goes wrong, or is asked for that the plain run does not use."""
 
+import json
 import math
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,6 +12,7 @@ import torch
 from real_megatron.config import RunConfig
 from real_megatron.locks import only_writer
 from real_megatron.training import session
+from tests.support.host_ranks import error_on_own_host
 from tests.support.ranks import run_ranks
 from tests.support.tiny_runs import (
     error_of_own_run,
@@ -56,6 +59,17 @@ def test_ranks_that_were_started_for_other_runs_are_named(task: Path, tmp_path: 
     configs = [tiny_config(task, tmp_path / "run", optimizer={"lr": lr}) for lr in (1e-3, 1e-6)]
     for message in run_ranks(2, error_of_own_run, configs):
         assert "rank 1 on " in message and "  optimizer.lr: 1e-06 there, 0.001 on rank 0\n" in message
+    assert not list((tmp_path / "run").glob("*"))
+
+
+def test_hosts_with_other_copies_of_a_file_are_named(task: Path, tmp_path: Path) -> None:
+    hosts = [tmp_path / "a", tmp_path / "b"]
+    for host, label in zip(hosts, (1, 2), strict=True):
+        host.mkdir()
+        (host / "train.jsonl").write_text(json.dumps({"prompt": "great movie", "label": label}) + "\n")
+    config = tiny_config(task, tmp_path / "run", data={"train": [{"path": "train.jsonl"}]})
+    for message in run_ranks(2, error_on_own_host, config, hosts):
+        assert re.search(r"rank 1 on .*\n  data.train.0: '\w+' there.*\n  training examples as tokens: '\w+'", message)
     assert not list((tmp_path / "run").glob("*"))
 
 
