@@ -23,6 +23,7 @@ from matplotlib.figure import Figure
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [path for path in (str(ROOT), str(ROOT / "tools")) if path not in sys.path]
 
+from host_work import host_parts, host_table  # noqa: E402
 from published import BLOG, PHASES, SLIME, STEPS, SUMMARY, SYNCS, VERL, description_of  # noqa: E402
 
 from benchmarks.report import table  # noqa: E402
@@ -52,6 +53,7 @@ WORKLOAD = Workload(
 )
 WIDTH = 120
 SENSITIVITY_SIZES = (64, 256, 1024)
+HOST_WORK = (("Qwen3-32B", 32), ("Qwen3-235B-A22B", 256))
 
 
 @dataclass(frozen=True)
@@ -276,8 +278,9 @@ def page(strong_curves: Curves, weak_curves: Curves) -> list[str]:
         "3. [Strong scaling](#strong-scaling)",
         "4. [Weak scaling](#weak-scaling)",
         "5. [If bandwidths are others](#if-bandwidths-are-others)",
-        "6. [What is not in it](#what-is-not-in-it)",
-        "7. [Measuring](#measuring)",
+        "6. [Host work, before and after](#host-work-before-and-after)",
+        "7. [What is not in it](#what-is-not-in-it)",
+        "8. [Measuring](#measuring)",
         "",
         "## What is projected",
         "",
@@ -359,6 +362,17 @@ def page(strong_curves: Curves, weak_curves: Curves) -> list[str]:
         "",
         *sensitivity(strong_curves),
         "",
+        "## Host work, before and after",
+        "",
+        "What the hosts do around the GPUs' work, in a step with servers, and at a save and a resume: as it was when "
+        "every rank got, cut and counted all responses, weights were exported to every rank in the table's order and "
+        "checkpoints gathered the optimizer's state; and now. Seconds are waited for by all GPUs. Bytes come to the "
+        "node, or the rank, that has the most. Rates of one core and bytes a token are measured "
+        "([benchmarks/results/host_cpu.md](../benchmarks/results/host_cpu.md), `python -m benchmarks.host`), the rest "
+        "is counted or projected (`tools/host_work.py`).",
+        "",
+        *host_work(strong_curves),
+        "",
         "## What is not in it",
         "",
         "Stragglers and failures; evaluation and checkpoints; the first steps, in which kernels compile; the spread of "
@@ -373,6 +387,16 @@ def page(strong_curves: Curves, weak_curves: Curves) -> list[str]:
         "`tools/gpu_acceptance.sh` is what to run first on a GPU ([gpu_acceptance.md](gpu_acceptance.md)).",
     ]
     return lines
+
+
+def host_work(curves: Curves) -> list[str]:
+    """The table of the host's work, of the layouts that `HOST_WORK` names."""
+    models = []
+    for model, gpus in HOST_WORK:
+        point = next(point for point in curves[model] if point.gpus == gpus)
+        parts = host_parts(point.layout, point.workload, point.servers, GPU)
+        models.append((f"{model.removeprefix('Qwen3-')} on {gpus} GPUs", parts))
+    return host_table(models)
 
 
 def wrapped(lines: Sequence[str]) -> str:
