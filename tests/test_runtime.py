@@ -65,6 +65,7 @@ def test_a_rank_that_cannot_take_what_was_made_ends_all() -> None:
     assert [end for end, _ in run_ranks(3, made_once, None, True)] == [failed, "OSError: no such file", failed]
 
 
+@pytest.mark.usefixtures("no_process_group")
 @pytest.mark.parametrize(("port", "may_pass"), [("no number", False), (None, True)])
 def test_ranks_that_cannot_meet_may_meet_later(
     port: str | None, may_pass: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -79,6 +80,7 @@ def test_ranks_that_cannot_meet_may_meet_later(
     assert apart.value.may_pass == may_pass != (tmp_path / "refused").exists()
 
 
+@pytest.mark.usefixtures("no_process_group")
 def test_tasks_of_slurm_without_torchrun_are_not_taken_for_runs_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "32")

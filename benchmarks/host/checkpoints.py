@@ -60,7 +60,11 @@ def rows(ranks: int) -> list[Row]:
         found = []
         large = {name: size for name, size in LARGE.items() if size[0] == ranks}
         for name, (world, parallel) in {"": (ranks, {}), **large}.items():
-            hf = AutoConfig.for_model(**json.loads((CONFIGS / f"{name}.json").read_text("utf-8"))) if name else MODEL
+            hf = (
+                AutoConfig.for_model(**json.loads((CONFIGS / f"{name}.json").read_text(encoding="utf-8")))
+                if name
+                else MODEL
+            )
             config = run_config("", parallel, "bfloat16" if name else "float32")
             found += counted(Layout(describe(hf), config.parallel, config.model, world), f", {name}" if name else "")
         return found

@@ -122,7 +122,7 @@ def _cost(work: Callable[[], Any]) -> tuple[tuple[float, float], Any]:
 
 def own_memory() -> int:
     """Resident bytes of this process that are no pages of a file."""
-    status = Path("/proc/self/status").read_text("utf-8")
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
     return 1024 * int(next(line.split()[1] for line in status.splitlines() if line.startswith("RssAnon:")))
 
 

@@ -8,13 +8,10 @@ that the seconds are those of what travels and of what is made of it; ranks shar
 
 import argparse
 import gc
-import multiprocessing as mp
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -22,6 +19,7 @@ import numpy as np
 import psutil
 import torch.distributed as dist
 
+from benchmarks.host.ranks import run
 from benchmarks.host.row import Row
 from benchmarks.measure import peak_bytes, reset_peak, return_freed_memory
 from real_megatron.batch.types import Trajectory
@@ -202,8 +200,7 @@ def _counting(seen: _Seen) -> Iterator[None]:
         yield
 
 
-def _rank(part: str, variant: str, rank: int, ranks: int, meeting: str, results: Any) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=ranks)
+def _measure(part: str, variant: str) -> _Seen:
     call, seen = _WAYS[part, variant](), _Seen()
     gc.collect()
     return_freed_memory()
@@ -219,23 +216,6 @@ def _rank(part: str, variant: str, rank: int, ranks: int, meeting: str, results:
     seen.left = reset_peak("cpu") - before
     dist.barrier()
     del result
-    results.put(seen)
-    dist.destroy_process_group()
-
-
-def _measured(part: str, variant: str, ranks: int) -> list[_Seen]:
-    context = mp.get_context("forkserver")
-    # Imported once, in the process that ranks are forked from: 32 imports would take longer than the work.
-    context.set_forkserver_preload(["benchmarks.host.responses"])
-    results = context.Queue()
-    with tempfile.TemporaryDirectory() as directory:
-        about = ranks, str(Path(directory) / "meeting"), results
-        processes = [context.Process(target=_rank, args=(part, variant, rank, *about)) for rank in range(ranks)]
-        for process in processes:
-            process.start()
-        seen = [results.get(timeout=600) for _ in processes]
-        for process in processes:
-            process.join()
     return seen
 
 
@@ -249,14 +229,14 @@ def rows(ranks: int) -> list[Row]:
     """Both parts, both ways, at so many ranks."""
     found = []
     for part in (SERVERS, READINGS):
-        after = _measured(part, "after", ranks)
+        after = run(ranks, _measure, part, "after")
         if part == SERVERS and not _fits(ranks):
             # The message does not depend on the number of ranks, each of which gets it from each other one, padded.
-            two = _measured(part, "before", 2)
+            two = run(2, _measure, part, "before")
             message = max(seen.received for seen in two)
             before = Row(part, "before", ranks, None, message * (ranks - 1), 2 * message * ranks, "counted")
         else:
-            before = _row(part, "before", ranks, _measured(part, "before", ranks), after)
+            before = _row(part, "before", ranks, run(ranks, _measure, part, "before"), after)
         found += [before, _row(part, "after", ranks, after, after)]
     return found
 

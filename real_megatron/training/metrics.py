@@ -263,7 +263,7 @@ def distinct_n(texts: Iterable[ArrayLike], n: int) -> float:
             grams = np.unique(grams, return_inverse=True)[1]
         grams = grams * base + ids[starts + offset]
     grams.sort()  # some ten times as fast as np.unique, which puts them into a hash table
-    return (1 + np.count_nonzero(grams[1:] != grams[:-1])) / len(grams)
+    return (1 + int(np.count_nonzero(grams[1:] != grams[:-1]))) / len(grams)
 
 
 def _markdown(row: dict[str, Any]) -> str:

@@ -219,7 +219,8 @@ class Session:
             "step": done,
             "config": self.config.model_dump(mode="json"),
             "inputs": self.inputs,
-            "metrics": metrics,
+            # A number of numpy, which a checkpoint could not be read with, may be one of them.
+            "metrics": {name: float(value) for name, value in metrics.items()},
         }
 
         def describe(directory: Path) -> None:

@@ -226,11 +226,13 @@ def train_and_evaluate(config: RunConfig, output: Path) -> None:
     judging.evaluate(config, output=output)
 
 
-def evaluate(config: RunConfig, output: Path) -> tuple[int, dict[str, str]]:
-    """The run's exported checkpoint, evaluated by all ranks: how often this rank computed metrics, and what it got."""
+def evaluate(config: RunConfig, output: Path) -> tuple[int, dict[str, str], int]:
+    """The run's exported checkpoint, evaluated by all ranks: how often this rank computed metrics, what numbers it got,
+    and how many predictions."""
     with patch.object(judging, "agreement", wraps=judging.agreement) as computed:
         results = judging.evaluate(config, output=output)
-    return computed.call_count, {name: str(result) for name, result in results.items()}
+    numbers = {name: str(replace(result, predictions=[])) for name, result in results.items()}
+    return computed.call_count, numbers, sum(len(result.predictions) for result in results.values())
 
 
 def critiques(config: RunConfig, model: Path, output: Path, samples: int) -> int:

@@ -133,6 +133,7 @@ def test_wandb_continues_a_resumed_run_and_begins_another_from_the_start(
 def test_distinct_n() -> None:
     assert distinct_n([[1, 2, 3], [1, 2, 4]], 2) == 3 / 4
     assert distinct_n([[1, 1, 1, 1]], 1) == 1 / 4
+    assert type(distinct_n([[1, 2]], 1)) is float  # not of numpy: checkpoints hold it, and are read without its types
     assert math.isnan(distinct_n([[1]], 2)) and math.isnan(distinct_n([], 1)) and math.isnan(distinct_n([[], []], 1))
 
 

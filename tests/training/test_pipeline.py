@@ -150,8 +150,9 @@ def test_a_converted_checkpoint_of_the_run_is_asked_like_the_run(pipeline: Path,
 
 def test_ranks_share_the_examples_of_an_evaluation(pipeline: Path, tmp_path: Path) -> None:
     config = RunConfig.from_yaml(pipeline / "real/config.yaml")
-    (computed, found), (elsewhere, same) = run_ranks(2, evaluate, config, tmp_path)
+    (computed, found, predictions), (elsewhere, same, others) = run_ranks(2, evaluate, config, tmp_path)
     assert (computed, elsewhere) == (2, 0) and found == same, "rank 0 computes both decodings' metrics, for all"
+    assert predictions and not others, "predictions stay with rank 0"
     one, two = (Evaluation.load(path / "evaluation/dev.json") for path in (pipeline / "checkpoint", tmp_path))
     assert [p.critiques for p in two.predictions] == [p.critiques for p in one.predictions]
     # Batches of other sizes: float32 logits differ in the last bits.
