@@ -30,9 +30,9 @@ class Ways(NamedTuple):
 
 
 # Measured on one core, per response of 600 tokens: benchmarks/results/host_cpu.md.
-CUT = Ways(2.0e-3, 0.8e-3)
-DISTINCT = Ways(2.0e-3, 0.1e-3)
-REPLY = Ways(1.6e-3, 0.9e-3)
+CUT = Ways(3.8e-3, 0.85e-3)
+DISTINCT = Ways(2.1e-3, 0.10e-3)
+REPLY = Ways(1.9e-3, 0.69e-3)
 TOKEN_BYTES = Ways(13.2, 9.05)
 """Of a sampled token and its log-prob: pickled lists; tensors."""
 TOKENS = 600
