@@ -16,6 +16,8 @@ from benchmarks.host.row import Row
 
 PARTS = ("responses", "texts", "metrics", "data", "weights", "checkpoints")
 TARGET = 256
+COUNTED = ("texts", "weights", "checkpoints")
+"""Parts that count, and do not run, at so many ranks."""
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -27,11 +29,17 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def extrapolated(points: Sequence[Row], value: str) -> float | None:
-    """The value at `TARGET` ranks, on the line through those of the two largest numbers of ranks; at least the last."""
+    """The value at `TARGET` ranks, from those of the two largest numbers of ranks n < m: the same where it hardly
+    changes, L (n − 1) / n where it grows like that (what comes from all others of a whole L), else on the line."""
     known = [(row.ranks, getattr(row, value)) for row in points if getattr(row, value) is not None]
-    if len(known) < 2 or known[-1][0] >= TARGET:
+    if len(known) < 2:
         return None
     (n, a), (m, b) = known[-2:]
+    near = 0.05 * b
+    if abs(b - a) <= near:
+        return float(b)
+    if n > 1 and abs((whole := a * n / (n - 1)) * (m - 1) / m - b) <= near:
+        return float(whole * (TARGET - 1) / TARGET)
     return float(max(b + (b - a) / (m - n) * (TARGET - m), 0.0))
 
 
@@ -41,7 +49,7 @@ def page(rows: Sequence[Row], preamble: Sequence[str]) -> list[str]:
         *preamble,
         "",
         "A rank's seconds, the bytes that it receives from others or reads from files, and the memory that it needs on "
-        f"top; of the rank that has the most. At {TARGET} ranks: extrapolated on a line through the last two sizes. "
+        f"top; of the rank that has the most. At {TARGET} ranks: counted, or extrapolated from the last two. "
         "Counted: worked out from sizes by the same code, not run. Ranks share the cores above, so that seconds of "
         "what every rank does grow with the ranks here, where on a cluster they would not.",
     ]
@@ -53,7 +61,7 @@ def page(rows: Sequence[Row], preamble: Sequence[str]) -> list[str]:
             found = [next((row for row in ways[way] if row.ranks == ranks), None) for way in ("before", "after")]
             how = next(row.how for row in found if row is not None)
             table.append([f"{ranks:,}", *_pairs(found), how])
-        if sizes[-1] < TARGET:
+        if sizes[-1] < TARGET and len(sizes) > 1:
             ends = [
                 Row(part, "after", TARGET, *(extrapolated(way, v) for v in ("seconds", "moved", "held")), "counted")
                 for way in ways.values()
@@ -98,7 +106,7 @@ def main() -> None:
     rows: list[Row] = []
     for part in args.parts:
         module = importlib.import_module(f"benchmarks.host.{part}")
-        for ranks in args.ranks:
+        for ranks in [*args.ranks, *((TARGET,) if part in COUNTED and TARGET not in args.ranks else ())]:
             rows += module.rows(ranks)
             report.save(page(rows, preamble), args.output)
     report.publish(page(rows, preamble), args.output)
