@@ -13,7 +13,7 @@ from real_megatron.config import DataConfig
 from real_megatron.data.control_tokens import ControlTokens, encode_plain
 from real_megatron.data.example import JudgeExample
 from real_megatron.data.lazy import LazySequence, TokenRows
-from real_megatron.data.stored_groups import GroupWriter, StoredGroups
+from real_megatron.data.stored_groups import StoredGroups
 from real_megatron.errors import DataError
 from real_megatron.scores import CONTEXT, ScoreScale
 
@@ -195,24 +195,24 @@ def encode_targets(
 
     stop_ids: the tokens at which the checkpoint's generation stops (see `end_of_response`)
     """
-    groups = GroupWriter()
-    count = 0
     end = end_of_response(tokenizer, stop_ids, data)
     prompts = encode_prompts(tokenizer, examples, data)
     short = prompts.kept
-    for example, prompt_ids in short:
-        target = encode_target(tokenizer, scale, example, end)
-        if len(target.response_ids) <= data.max_response_tokens:
-            groups.append(Group(prompt_ids, [target], example.label, example.id))
-            count += 1
-    if count < len(short):
+    targets = (
+        Group(prompt_ids, [encode_target(tokenizer, scale, example, end)], example.label, example.id)
+        for example, prompt_ids in short
+    )
+    groups = StoredGroups.of(
+        group for group in targets if len(group.trajectories[0].response_ids) <= data.max_response_tokens
+    )
+    if len(groups) < len(short):
         logger.warning(
             "dropped %d of %d examples whose response is longer than %d tokens (data.max_response_tokens)",
-            len(short) - count,
+            len(short) - len(groups),
             len(short),
             data.max_response_tokens,
         )
-    return EncodedGroups(groups.finish(), len(examples) - count, prompts.cut)
+    return EncodedGroups(groups, len(examples) - len(groups), prompts.cut)
 
 
 def _encode(

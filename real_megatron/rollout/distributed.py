@@ -135,9 +135,10 @@ class DistributedRollout:
         encode: a rank's items as a message, uint8 [bytes], which it broadcasts; the rank itself keeps its items
         decode: the items, from another rank's message
         """
-        own, message, sizes = self._served(lengths, serve, encode)
+        shares = self._shares(lengths)
+        own, message, sizes = self._served(shares[self._rank], serve, encode)
         results: dict[int, T] = {}
-        for rank, indices in enumerate(self._shares(lengths)):
+        for rank, indices in enumerate(shares):
             if not sizes[rank]:
                 continue
             received = message if rank == self._rank else torch.empty(sizes[rank], dtype=torch.uint8)
@@ -148,13 +149,14 @@ class DistributedRollout:
 
     def collect(self, lengths: Sequence[int], serve: Serve[T]) -> list[T]:
         """As `share`, but to the first rank alone, as pickled objects; the other ranks return an empty list."""
-        own, message, sizes = self._served(lengths, serve, _pickled if self._rank else _nothing)
+        shares = self._shares(lengths)
+        own, message, sizes = self._served(shares[self._rank], serve, _pickled if self._rank else _nothing)
         if self._rank:
             if sizes[self._rank]:
                 dist.send(message, group_dst=0, group=self._group)
             return []
         results: dict[int, T] = {}
-        for rank, indices in enumerate(self._shares(lengths)):
+        for rank, indices in enumerate(shares):
             items = own
             if rank:
                 if not sizes[rank]:
@@ -201,10 +203,9 @@ class DistributedRollout:
         return [order[rank :: self._size] for rank in range(self._size)]
 
     def _served(
-        self, lengths: Sequence[int], serve: Serve[T], encode: Callable[[list[T]], Tensor]
+        self, indices: list[int], serve: Serve[T], encode: Callable[[list[T]], Tensor]
     ) -> tuple[list[T], Tensor, list[int]]:
-        """This rank's items and its message, and the bytes of every rank's."""
-        indices = self._shares(lengths)[self._rank]
+        """This rank's items, those of `indices`, and its message, and the bytes of every rank's."""
         own: list[T] = []
         message = _nothing(own)
 

@@ -68,7 +68,6 @@ def train(config: RunConfig) -> None:
                             groups, metrics = generate(run, objective, step)
                         else:
                             groups, metrics = ahead.take(step)
-                    metrics = from_rank_0(metrics.copy)  # which has those of the texts; checkpoints ask for equal ones
                     unanswered = steps_without_answer(groups, unanswered, scores)
                     metrics["rollout/steps_without_answer"] = unanswered
                     # Annotate: log-probs that the objective compares with, where it needs them.
@@ -92,7 +91,8 @@ def train(config: RunConfig) -> None:
                 stopping = run.stopping(done)
                 if stopping or run.checkpoint_due(done):
                     with timer.phase("checkpoint"):
-                        run.save(done, metrics)
+                        # Of rank 0, which has those of the texts: checkpoints ask for equal ones.
+                        run.save(done, from_rank_0(metrics.copy))
                 if run.evaluation_due(done):
                     if stopping:
                         raise run.terminated(done)
