@@ -64,13 +64,15 @@ class SGLangEngine(RemoteEngine):
             self._loop.run(self._warn_of_rounded_logits())
 
     async def _warn_of_rounded_logits(self) -> None:
-        rounded = []
+        rounding: set[str] = set()
 
         async def one(replica: Replica) -> None:
             if await self._control.rounds_logits(replica):
-                rounded.append(replica.url)
+                rounding.add(replica.url)
 
         await self._each_up(one)
+        # As they are configured, not as they answered.
+        rounded = [replica.url for replica in self._pool.replicas if replica.url in rounding]
         if rounded:
             logger.warning(
                 "%s: logits are rounded to 16 bits there, and float32 in the policy: start the servers with "
