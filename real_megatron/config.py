@@ -206,6 +206,16 @@ class ScaleConfig(Section):
         None, description="Numeric value of each score; default: the number itself, or 1, 2, … for letters."
     )
     anchor: str = Field("[RESULT] ", min_length=1, description="Text that precedes the score in a response.")
+    spellings: dict[str, list[str]] = Field(
+        default_factory=dict,
+        description='Further texts of a score, as `score: [texts]`, such as `"5": ["5.0", five]`: their probabilities '
+        "are added to the score's.",
+    )
+    ends: list[str] = Field(
+        default_factory=list,
+        description="For a score that is the beginning of another, as 1 of 10: texts one of which must follow it, such "
+        "as a closing tag; `eos` is the end of sequence. Empty: whatever does not go on to another score ends it.",
+    )
     probabilities: Probabilities = Field(
         "full",
         description="Expected score over the whole vocabulary's probabilities, or renormalised over the score tokens; "

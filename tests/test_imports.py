@@ -24,10 +24,10 @@ ALLOWED: dict[str, set[str]] = {
     "sections": {"errors"},
     "config": {"sections"},
     "agreement": {"config", "sections", "runtime", "errors"},
-    "scores": {"errors"},
+    "scores": {"config", "errors"},
     "head": set(),
     "objective": {"scores", "config", "registry", "errors"},
-    "batch": set(),
+    "batch": {"scores"},
     "hf": {"locks", "files", "errors"},
     "bridge": {"hf", "processes", "registry", "terminal", "errors"},
     "policy": {"bridge", "hf", "head", "objective", "batch", "config", "processes", "runtime"}

@@ -1,0 +1,219 @@
+"""The score scale: score texts, their token ids in context, their numeric values, and the anchor before them.
+
+A judge's response is `CoT + anchor + score`. Everything is found by tokenising those texts with the model's own
+tokenizer, never by rules about model names.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from real_megatron.config import ScaleConfig
+from real_megatron.errors import ConfigError
+from real_megatron.scores.nearest import nearest_score
+from real_megatron.scores.texts import common_prefix, decode, encode_all, show, text_after, token_boundary, visible
+from real_megatron.scores.tree import ScoreTree
+
+EOS = "eos"
+"""What `scale.ends` calls the tokenizer's end of sequence."""
+
+
+@dataclass(frozen=True)
+class ScoreScale:
+    """The scores K in a tokenizer's tokens, and the anchor that precedes them. Build it with `ScoreScale.of`, or with
+    `ScoreScale.resolve`."""
+
+    texts: list[str]
+    """Score texts as configured, for example `["1", "2", "3", "4", "5"]`."""
+    values: list[float]
+    """Numeric value v_k of each score."""
+    tree: ScoreTree
+    """The scores' token ids as they follow the anchor."""
+    anchor_ids: list[int]
+    """Tokens of the effective anchor, as the tokenizer encodes it within a response."""
+    anchor_text: str
+    """Text of the effective anchor, as the tokenizer decodes it; `cut` looks for it. Shorter than the configured anchor
+    where the anchor's end belongs to the score's tokens: `"[RESULT] "` becomes `"[RESULT]"` if `" 4"` is one token."""
+
+    @classmethod
+    def of(cls, tokenizer: Any, config: ScaleConfig) -> "ScoreScale":
+        """The scale that a run's configuration describes; see `resolve`."""
+        return cls.resolve(tokenizer, config.scores, config.values, config.anchor, config.spellings, config.ends)
+
+    @classmethod
+    def resolve(
+        cls,
+        tokenizer: Any,
+        scores: Sequence[str],
+        values: Sequence[float] | None = None,
+        anchor: str = "[RESULT] ",
+        spellings: Mapping[str, Sequence[str]] | None = None,
+        ends: Sequence[str] = (),
+    ) -> "ScoreScale":
+        """Find the scores' tokens and the effective anchor.
+
+        tokenizer: any Hugging Face tokenizer. Each `anchor + score` is tokenised; the longest common token prefix
+            within the anchor is the effective anchor, and what follows it are the score's tokens
+        values: default to the numbers themselves, or 1, 2, … when no score text is a number
+        spellings: further texts of a score
+        ends: texts one of which must follow a score that is the beginning of another; `eos` is the end of sequence
+
+        Raises ConfigError, naming the text, its tokens and the fix, when the scale does not fit the tokenizer.
+        """
+        texts = list(scores)
+        numbers = _values(texts, values)
+        if not visible(anchor):
+            raise ConfigError(
+                f"scale.anchor: the anchor {anchor!r} has no visible character; give a text such as '[RESULT] '"
+            )
+        ways = _spellings(texts, spellings or {})
+        written = [text for own in ways for text in own]
+        context, rows = encode_all(tokenizer, [anchor + text for text in written])
+        length = common_prefix(rows)
+        while length and not visible(anchor).startswith(visible(text_after(tokenizer, context, rows[0][:length]))):
+            length -= 1
+        anchor_ids = rows[0][:length]
+        anchor_text = text_after(tokenizer, context, anchor_ids) if anchor_ids else ""
+        if not visible(anchor_text):
+            raise ConfigError(
+                f"the tokens of the scores after the anchor {anchor!r} have no common beginning with visible text: "
+                f"{show(tokenizer, rows[0])}, {show(tokenizer, rows[1])}; end the anchor differently, for example "
+                "with ': ' or '] '"
+            )
+        paths = {text: row[length:] for text, row in zip(written, rows, strict=True)}
+        _check_paths(tokenizer, paths, anchor_text)
+        tree = ScoreTree([[paths[text] for text in own] for own in ways])
+        if ends:
+            inner = [
+                text for text, path in paths.items() if any(tuple(path) == branch.path for branch in tree.branches)
+            ]
+            tree = _with_ends(tokenizer, ways, paths, anchor, inner, ends)
+        return cls(texts, numbers, tree, anchor_ids, anchor_text)
+
+    @property
+    def score_ids(self) -> list[int]:
+        """Token id of each score, of a scale whose scores are one token each. Raises ValueError for others."""
+        if not self.tree.flat or self.tree.size < self.tree.width:
+            raise ValueError(f"the scores {self.texts} are not one token each: their token ids are a tree")
+        return list(self.tree.branches[0].ids)
+
+    def cut(self, tokenizer: Any, ids: Sequence[int]) -> int | None:
+        """Position of a response's score: the smallest t for which `ids[:t]` decodes to a text that ends with the
+        effective anchor. None when the anchor is absent or ends only inside of tokens.
+
+        The text is searched, not the token ids, because sampled tokens may spell the anchor in more than one way.
+        """
+        ids = list(ids)
+        text = decode(tokenizer, ids)
+        start = text.find(self.anchor_text)
+        while start >= 0:
+            t = token_boundary(tokenizer, ids, text, start + len(self.anchor_text))
+            if t is not None:
+                return t
+            start = text.find(self.anchor_text, start + 1)
+        return None
+
+    def label_index(self, label: float) -> int:
+        """Index of the score whose value is nearest to `label` (`nearest_score`)."""
+        return nearest_score(self.values, label)
+
+
+def _spellings(texts: list[str], further: Mapping[str, Sequence[str]]) -> list[list[str]]:
+    """Per score all of its texts, the configured one first."""
+    if unknown := [text for text in further if text not in texts]:
+        raise ConfigError(f"scale.spellings names {unknown[0]!r}, which is no score; the scores are {texts}")
+    ways = [[text, *further.get(text, ())] for text in texts]
+    seen: set[str] = set()
+    for text in (text for own in ways for text in own):
+        if not text.strip():
+            raise ConfigError(f"scale.spellings holds an empty text {text!r}; each spelling needs a visible text")
+        if text in seen:
+            raise ConfigError(f"scale.spellings: {text!r} is given twice; give each text to one score, once")
+        seen.add(text)
+    return ways
+
+
+def _check_paths(tokenizer: Any, paths: Mapping[str, list[int]], anchor_text: str) -> None:
+    """Refuse texts that the tokenizer cannot write, or does not tell apart."""
+    first: dict[tuple[int, ...], str] = {}
+    for text, path in paths.items():
+        if not path:
+            raise ConfigError(f"score {text!r} has no tokens of its own after the anchor {anchor_text!r}")
+        if tokenizer.unk_token_id in path:
+            raise ConfigError(
+                f"score {text!r} has the unknown token in this tokenizer: {show(tokenizer, path)}; use score texts "
+                "that its vocabulary has"
+            )
+        other = first.setdefault(tuple(path), text)
+        if other != text:
+            raise ConfigError(
+                f"scores {other!r} and {text!r} are the same tokens {show(tokenizer, path)} after the anchor "
+                f"{anchor_text!r}; use score texts that the tokenizer tells apart"
+            )
+
+
+def _with_ends(
+    tokenizer: Any,
+    ways: list[list[str]],
+    paths: Mapping[str, list[int]],
+    anchor: str,
+    inner: Sequence[str],
+    ends: Sequence[str],
+) -> ScoreTree:
+    """The tree whose inner spellings, those of the texts `inner`, are followed by the first token of an end."""
+    found: list[int] = []
+    for end in ends:
+        if end == EOS:
+            if tokenizer.eos_token_id is None:
+                raise ConfigError("scale.ends: this tokenizer has no end of sequence; name the text that ends a score")
+            found.append(tokenizer.eos_token_id)
+            continue
+        for text in inner:
+            _, (row, ended) = encode_all(tokenizer, [anchor + text, anchor + text + end])
+            if ended[: len(row)] != row or len(ended) == len(row):
+                raise ConfigError(
+                    f"scale.ends: {end!r} is no token of its own behind the score {text!r}: {show(tokenizer, ended)}; "
+                    "name a text that the tokenizer does not join with a score"
+                )
+            found.append(ended[len(row)])
+    try:
+        return ScoreTree([[paths[text] for text in own] for own in ways], list(dict.fromkeys(found)))
+    except ValueError as error:
+        raise ConfigError(f"scale.ends: {error}; leave that end out") from None
+
+
+def _values(texts: list[str], values: Sequence[float] | None) -> list[float]:
+    if len(texts) < 2:
+        raise ConfigError(f"a score scale needs at least two scores, got {texts}")
+    duplicates = sorted({text for text in texts if texts.count(text) > 1})
+    if duplicates:
+        raise ConfigError(f"scale.scores lists {duplicates} more than once; list each score once")
+    blank = [text for text in texts if not text.strip()]
+    if blank:
+        raise ConfigError(f"scale.scores holds an empty text {blank[0]!r}; each score needs a visible text")
+    if values is None:
+        numbers = [_number(text) for text in texts]
+        if all(number is None for number in numbers):
+            return [float(k + 1) for k in range(len(texts))]
+        words = [text for text, number in zip(texts, numbers, strict=True) if number is None]
+        if words:
+            raise ConfigError(f"scores {words} are not numbers while others are; give scale.values for all of them")
+        result = [number for number in numbers if number is not None]
+    else:
+        result = [float(value) for value in values]
+        if len(result) != len(texts):
+            raise ConfigError(f"scale.values has {len(result)} entries for {len(texts)} scores; give one per score")
+    if not all(math.isfinite(value) for value in result):
+        raise ConfigError(f"scale.values must be finite numbers, got {result}")
+    if len(set(result)) != len(result):
+        raise ConfigError(f"the score values {result} are not distinct; give each score its own value in scale.values")
+    return result
+
+
+def _number(text: str) -> float | None:
+    try:
+        number = float(text)
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None
