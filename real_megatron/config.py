@@ -7,6 +7,7 @@ Every section is one pydantic model; every field's description becomes a line of
 import io
 import re
 import sys
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, Literal, Self
 from urllib.parse import urlsplit
@@ -201,7 +202,11 @@ class BatchConfig(Section):
 class ScaleConfig(Section):
     """The score scale and how its texts are found in a response."""
 
-    scores: list[str] = Field(["1", "2", "3", "4", "5"], description="Score texts, lowest first.")
+    scores: list[str] = Field(
+        ["1", "2", "3", "4", "5"],
+        description="Score texts, lowest first: a list, or numbers such as `0..100` or `1..5 by 0.5`. Each "
+        "may be several tokens.",
+    )
     values: list[float] | None = Field(
         None, description="Numeric value of each score; default: the number itself, or 1, 2, … for letters."
     )
@@ -222,6 +227,11 @@ class ScaleConfig(Section):
         "in training, evaluation and judging alike.",
     )
 
+    @field_validator("scores", mode="before")
+    @classmethod
+    def _written_out(cls, value: Any) -> Any:
+        return _range(value) if isinstance(value, str) else value
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         if len(self.scores) < 2 or len(set(self.scores)) < len(self.scores):
@@ -229,6 +239,25 @@ class ScaleConfig(Section):
         if self.values is not None and len(self.values) != len(self.scores):
             raise ValueError(f"values has {len(self.values)} numbers for {len(self.scores)} scores: give one a score")
         return self
+
+
+_RANGE = re.compile(r"\s*(-?\d+(?:\.\d+)?)\s*\.\.\s*(-?\d+(?:\.\d+)?)(?:\s+by\s+(\d+(?:\.\d+)?))?\s*")
+LARGEST_SCALE = 1001
+
+
+def _range(text: str) -> list[str]:
+    """The numbers of `LOW..HIGH` or `LOW..HIGH by STEP` as they are written by hand: 1, 1.5, 2."""
+    found = _RANGE.fullmatch(text)
+    if not found:
+        raise ValueError(f"{text!r} is no list and no range: write [poor, fair, good], 0..100, or 1..5 by 0.5")
+    low, high, step = (Decimal(number or 1) for number in found.groups())
+    if not step or high <= low or (high - low) % step:
+        raise ValueError(f"{text!r}: {high} must be above {low} by a multiple of the step {step}")
+    count = int((high - low) / step) + 1
+    if count > LARGEST_SCALE:
+        raise ValueError(f"{text!r} has {count} scores; at most {LARGEST_SCALE} are possible")
+    numbers = (low + step * k for k in range(count))
+    return [f"{number:f}".rstrip("0").rstrip(".") if "." in f"{number:f}" else f"{number:f}" for number in numbers]
 
 
 _OBJECTIVE_DEFAULTS: dict[str, dict[str, Any]] = {

@@ -16,9 +16,12 @@ The graders' noise: the critiques of the training set have errors as humans make
 reversals, miscount, and some consist of "seems fine overall" only. The labels are right. So imitation learns the
 graders' habits, and only a reward on the score's error can remove them.
 
+The same task with scores 0 to 100 (`HUNDRED`): good +10, slip −10, reversed: s becomes 100 − s. Numbers are written in
+digits, one token each, so that a score is one, two or three tokens.
+
 What changes out of domain (`SHIFTED`): longer work (ten marks were never seen), half of it reversals, no notes.
 
-    python -m real_megatron.data.tiny_judge --output DIR [--seed 0]
+    python -m real_megatron.data.tiny_judge --output DIR [--seed 0] [--highest 100]
 
 writes train_sft.jsonl (with critiques), train_rl.jsonl, test_in_domain.jsonl, test_ood.jsonl and model/, a random
 checkpoint of a million parameters.
@@ -36,29 +39,48 @@ import typer
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-LOWEST, HIGHEST = 1, 5
-CHANGES = {"good": 1, "slip": -1, "note": 0}
 REVERSED = "reversed"
-MARKS = (*CHANGES, REVERSED)
+MARKS = ("good", "slip", "note", REVERSED)
 SLOTS = 11
 """One more than the largest number of marks: a blank always marks the end of the work."""
 BLANK = "-"
 ANCHOR = "[RESULT]"
 GUESSES = ("seems", "overall", "fine", "weak")
 PAD, EOS, UNKNOWN = "<pad>", "<eos>", "<unk>"
-VOCABULARY = (
-    PAD,
-    EOS,
-    UNKNOWN,
-    ANCHOR,
-    *map(str, range(LOWEST, HIGHEST + 1)),
-    *MARKS,
-    BLANK,
-    *GUESSES,
-    "start",
-    "marks",
-    "critique:",
-)
+
+
+@dataclass(frozen=True)
+class Grades:
+    """The scores of the task, and what a mark adds to the running one."""
+
+    lowest: int
+    highest: int
+    step: int
+    """What `good` adds and `slip` takes away."""
+
+    def change(self, state: int, mark: str) -> int:
+        """The running score after one more mark."""
+        if mark == REVERSED:
+            return self.lowest + self.highest - state
+        return state + self.step * {"good": 1, "slip": -1, "note": 0}[mark]
+
+    def hold(self, state: int) -> bool:
+        """Whether a number is a score."""
+        return self.lowest <= state <= self.highest
+
+    def clamp(self, state: int) -> int:
+        """The number limited to the scores, as a grader who has miscounted writes it."""
+        return min(self.highest, max(self.lowest, state))
+
+    @property
+    def vocabulary(self) -> tuple[str, ...]:
+        """The words of the task: the scores, or where they have several digits these."""
+        digits = range(10) if self.highest > 9 else range(self.lowest, self.highest + 1)
+        return (PAD, EOS, UNKNOWN, ANCHOR, *map(str, digits), *MARKS, BLANK, *GUESSES, "start", "marks", "critique:")
+
+
+FIVE = Grades(1, 5, 1)
+HUNDRED = Grades(0, 100, 10)
 
 
 @dataclass(frozen=True)
@@ -92,13 +114,14 @@ class Habits:
 class Problem:
     start: int
     marks: tuple[str, ...]
+    grades: Grades = FIVE
 
     @property
     def states(self) -> list[int]:
         """The running score after each mark."""
         states, state = [], self.start
         for mark in self.marks:
-            state = change(state, mark)
+            state = self.grades.change(state, mark)
             states.append(state)
         return states
 
@@ -112,29 +135,17 @@ class Problem:
         return " ".join(("start", str(self.start), "marks", *slots, "critique:"))
 
 
-def change(state: int, mark: str) -> int:
-    """The running score after one more mark."""
-    if mark == REVERSED:
-        return LOWEST + HIGHEST - state
-    return state + CHANGES[mark]
-
-
-def clamp(state: int) -> int:
-    """The score limited to the scale, as a grader who has miscounted writes it."""
-    return min(HIGHEST, max(LOWEST, state))
-
-
-def draw_problem(rng: random.Random, domain: Domain) -> Problem:
+def draw_problem(rng: random.Random, domain: Domain, grades: Grades = FIVE) -> Problem:
     """A problem whose running score never leaves the scale."""
     count = rng.randint(*domain.marks)
-    start = state = rng.randint(LOWEST, HIGHEST)
+    start = state = rng.randint(grades.lowest, grades.highest)
     marks: list[str] = []
     for _ in range(count):
-        fitting = {m: w for m, w in domain.weights.items() if LOWEST <= change(state, m) <= HIGHEST}
+        fitting = {m: w for m, w in domain.weights.items() if grades.hold(grades.change(state, m))}
         (mark,) = rng.choices(list(fitting), list(fitting.values()))
         marks.append(mark)
-        state = change(state, mark)
-    return Problem(start, tuple(marks))
+        state = grades.change(state, mark)
+    return Problem(start, tuple(marks), grades)
 
 
 def true_critique(problem: Problem) -> str:
@@ -146,31 +157,36 @@ def human_critique(rng: random.Random, problem: Problem, habits: Habits) -> str:
     """A critique with the graders' habits; its last score need not be the label."""
     if rng.random() < habits.guess:
         return f"{GUESSES[0]} {rng.choice(GUESSES[2:])} {GUESSES[1]}"
-    states, state = [], problem.start
+    grades, states, state = problem.grades, [], problem.start
     for mark in problem.marks:
         if mark != REVERSED or rng.random() >= habits.forget_reversal:
-            state = clamp(change(state, mark))
+            state = grades.clamp(grades.change(state, mark))
         if rng.random() < habits.miscount:
-            state = clamp(state + rng.choice((-1, 1)))
+            state = grades.clamp(state + grades.step * rng.choice((-1, 1)))
         states.append(state)
     return " ".join(map(str, states))
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per word."""
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(VOCABULARY)}, unk_token=UNKNOWN))
+def build_tokenizer(grades: Grades = FIVE) -> PreTrainedTokenizerFast:
+    """One token per word, and per digit of a number."""
+    words = {word: i for i, word in enumerate(grades.vocabulary)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token=UNKNOWN))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    if grades.highest > 9:
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [tokenizer.pre_tokenizer, pre_tokenizers.Digits(individual_digits=True)]
+        )
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PAD, eos_token=EOS, unk_token=UNKNOWN)
 
 
-def build_config() -> Qwen3Config:
+def build_config(grades: Grades = FIVE) -> Qwen3Config:
     """Qwen3's architecture with about a million parameters.
 
     Without `pad_token_id`: transformers would set that token's embedding to zero, where RMSNorm's derivative is
     1/√ε = 1000, and one `<pad>` that the model samples would dominate the gradient of its whole step.
     """
     return Qwen3Config(
-        vocab_size=len(VOCABULARY),
+        vocab_size=len(grades.vocabulary),
         hidden_size=128,
         intermediate_size=512,
         num_hidden_layers=4,
@@ -180,14 +196,20 @@ def build_config() -> Qwen3Config:
         max_position_embeddings=128,
         tie_word_embeddings=False,
         initializer_range=0.05,
-        eos_token_id=VOCABULARY.index(EOS),
+        eos_token_id=grades.vocabulary.index(EOS),
         bos_token_id=None,
         dtype="float32",
     )
 
 
 def write_task(
-    output: Path, seed: int = 0, sft: int = 6000, rl: int = 6000, test: int = 500, habits: Habits | None = None
+    output: Path,
+    seed: int = 0,
+    sft: int = 6000,
+    rl: int = 6000,
+    test: int = 500,
+    habits: Habits | None = None,
+    grades: Grades = FIVE,
 ) -> None:
     """Write the data files and the random checkpoint. Every file is a function of `seed` and its size alone."""
     output.mkdir(parents=True, exist_ok=True)
@@ -203,9 +225,9 @@ def write_task(
         rng = random.Random(f"{seed} {name}")
         with (output / f"{name}.jsonl").open("w", encoding="utf-8") as file:
             for index in range(count):
-                problem = draw_problem(rng, domain)
+                problem = draw_problem(rng, domain, grades)
                 while problem in seen:
-                    problem = draw_problem(rng, domain)
+                    problem = draw_problem(rng, domain, grades)
                 if name.startswith("test"):
                     seen.add(problem)
                 row = {"id": f"{name}-{index}", "prompt": problem.prompt, "label": problem.label}
@@ -213,17 +235,21 @@ def write_task(
                     row["cot"] = human_critique(rng, problem, habits)
                 file.write(json.dumps(row) + "\n")
     torch.manual_seed(seed)
-    model = Qwen3ForCausalLM(build_config())
+    model = Qwen3ForCausalLM(build_config(grades))
     model.save_pretrained(output / "model")
-    build_tokenizer().save_pretrained(output / "model")
+    build_tokenizer(grades).save_pretrained(output / "model")
 
 
 def main(
     output: Annotated[Path, typer.Option(help="Directory to write.")],
     seed: Annotated[int, typer.Option(help="Seed of problems, critiques and weights.")] = 0,
+    highest: Annotated[int, typer.Option(help="Scores 1 to 5, or 0 to 100.")] = 5,
 ) -> None:
     """Write the tiny-judge task: data files and a random checkpoint."""
-    write_task(output, seed)
+    scales = {grades.highest: grades for grades in (FIVE, HUNDRED)}
+    if highest not in scales:
+        raise typer.BadParameter(f"{highest}: the highest score is 5 or 100")
+    write_task(output, seed, grades=scales[highest])
     typer.echo(f"wrote the tiny-judge task to {output}")
 
 

@@ -125,9 +125,9 @@ class Judge:
             config = config.with_overrides([*chosen, *overrides])
         check_servers(config.rollout, trainer=False)
         tokenizer = load_tokenizer(directory)
-        scale = ScoreScale.resolve(tokenizer, config.scale.scores, config.scale.values, config.scale.anchor)
+        scale = ScoreScale.of(tokenizer, config.scale)
         # Other tokens beyond the vocabulary matter where a prompt has one, which the engine then refuses.
-        check_vocabulary(directory, tokenizer, [*scale.score_ids, *scale.anchor_ids])
+        check_vocabulary(directory, tokenizer, [*scale.tree.token_ids, *scale.anchor_ids])
         scratch = None
         if work_dir is None:  # removed by close(); left there if the engine fails, since its logs say why
             work_dir = scratch = Path(tempfile.mkdtemp(prefix="judge-"))

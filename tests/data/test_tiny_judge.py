@@ -7,16 +7,18 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from real_megatron.config import ScaleConfig
 from real_megatron.data.tiny_judge import (
     ANCHOR,
-    CHANGES,
+    FIVE,
+    HUNDRED,
     IN_DOMAIN,
     MARKS,
     REVERSED,
     SHIFTED,
     SLOTS,
-    VOCABULARY,
     Domain,
+    Grades,
     Habits,
     Problem,
     build_config,
@@ -27,6 +29,8 @@ from real_megatron.data.tiny_judge import (
     write_task,
 )
 from real_megatron.scores import ScoreScale
+
+CHANGES = {"good": 1, "slip": -1, "note": 0}
 
 FILES = {"train_sft": 60, "train_rl": 40, "test_in_domain": 30, "test_ood": 30}
 
@@ -45,9 +49,9 @@ def rows(task: Path, name: str) -> list[dict[str, object]]:
     return [json.loads(line) for line in (task / f"{name}.jsonl").read_text().splitlines()]
 
 
-def problems(domain: Domain, count: int = 4000) -> list[Problem]:
+def problems(domain: Domain, count: int = 4000, grades: Grades = FIVE) -> list[Problem]:
     rng = random.Random(0)
-    return [draw_problem(rng, domain) for _ in range(count)]
+    return [draw_problem(rng, domain, grades) for _ in range(count)]
 
 
 def test_a_problem_by_hand() -> None:
@@ -164,9 +168,30 @@ def test_tokenizer_round_trip(task: Path) -> None:
             ids = tokenizer.encode(text, add_special_tokens=False)
             assert tokenizer.decode(ids).split() == text.split() and tokenizer.unk_token_id not in ids
             assert len(ids) == len(text.split())  # one token a word
-    assert len(build_tokenizer()) == len(VOCABULARY) == len(set(VOCABULARY))
+    assert len(build_tokenizer()) == len(FIVE.vocabulary) == len(set(FIVE.vocabulary))
     scale = ScoreScale.resolve(tokenizer, list("12345"), anchor=f"{ANCHOR} ")
     assert tokenizer.convert_ids_to_tokens(scale.score_ids) == list("12345")
+
+
+def test_scores_to_a_hundred_are_written_in_digits() -> None:
+    """The label in closed form, as of 1 to 5; every score is a path of digits, of which a tree has eleven nodes."""
+    drawn = problems(IN_DOMAIN, 500, HUNDRED)
+    for problem in drawn:
+        assert all(0 <= state <= 100 for state in problem.states)
+        label, sign = 0, 1
+        for mark in reversed(problem.marks):
+            label += sign * (100 if mark == REVERSED else 10 * CHANGES[mark])
+            sign = -sign if mark == REVERSED else sign
+        assert problem.label == label + sign * problem.start
+    assert len({problem.label for problem in drawn}) > 80
+    tokenizer = build_tokenizer(HUNDRED)
+    text = f"{drawn[0].prompt} {true_critique(drawn[0])} {ANCHOR} {drawn[0].label}"
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    assert tokenizer.unk_token_id not in ids
+    assert "".join(tokenizer.decode(ids).split()) == "".join(text.split())
+    scale = ScoreScale.of(tokenizer, ScaleConfig.model_validate({"scores": "0..100"}))
+    assert [tokenizer.convert_ids_to_tokens(path) for path in scale.tree.paths] == [list(str(k)) for k in range(101)]
+    assert len(scale.tree.branches) == 11 and scale.tree.width == 10 + 9 * 10 + 1
 
 
 def test_the_checkpoint_is_a_small_qwen3(task: Path) -> None:
