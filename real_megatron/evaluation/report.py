@@ -12,6 +12,7 @@ from rich.measure import Measurement
 from rich.table import Table
 
 from real_megatron.errors import ConfigError, DataError
+from real_megatron.evaluation.calibration import calibration, ranges, shares
 from real_megatron.evaluation.metrics import LOWER_IS_BETTER, Estimate, paired_difference
 from real_megatron.evaluation.plots import evaluation_curves, learning_curves
 from real_megatron.evaluation.result import DECODINGS, Evaluation, clusters_of, groups_of
@@ -177,6 +178,7 @@ def _test_set(name: str, evaluations: Mapping[str, Evaluation]) -> list[str]:
     ]
     lines += [*notes, ""] if notes else []
     lines += _differences(evaluations)
+    lines += _calibration(evaluations)
     lines += _table(
         [
             "run",
@@ -235,6 +237,33 @@ def _differences(evaluations: Mapping[str, Evaluation]) -> list[str]:
     header = ["difference (examples)", "decoding", *(TITLES[m] for m in (*NAMES, *WITHIN)[:shown])]
     table = _table(header, [row[: 2 + shown] for row in rows])
     return ["Differences on the same examples, resampled together:", "", *table, *notes, *([""] if notes else [])]
+
+
+def _calibration(evaluations: Mapping[str, Evaluation]) -> list[str]:
+    """Tables of how the expected scores lie beside the labels, on average and over the scale."""
+    answered = {run: [p for p in e.predictions if p.rail is not None] for run, e in evaluations.items()}
+    answered = {run: predictions for run, predictions in answered.items() if predictions}
+    if not answered:
+        return []
+    scales = {run: evaluations[run].config["scale"]["values"] for run in answered}
+    rows = []
+    for run, predictions in answered.items():
+        found = calibration(predictions, scales[run])
+        rows.append([run, f"{found.bias:+.3f}", f"{found.spread:.3f}", f"{found.error:.3f}", f"{found.crps:.3f}"])
+    lines = ["Calibration of the expected score (RAIL), in units of the score:", ""]
+    lines += _table(["run", "mean − label", "spread ÷ labels' spread", "calibration error ↓", "CRPS ↓"], rows)
+    values = next(iter(scales.values()))
+    if any(other != values for other in scales.values()):
+        return lines
+    first = next(iter(answered.values()))
+    rail = {run: [p.rail for p in predictions if p.rail is not None] for run, predictions in answered.items()}
+    columns = {"labels": [p.label for p in first], **rail}
+    parts = [name for name, _ in ranges(values)]
+    lines += ["Expected scores over the scale:", ""]
+    return lines + _table(
+        ["", *parts],
+        [[run, *(f"{share:.1%}" for share in shares(numbers, values))] for run, numbers in columns.items()],
+    )
 
 
 def _notes(label: str, decoding: str, estimates: Mapping[str, Estimate]) -> list[str]:

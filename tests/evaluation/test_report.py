@@ -12,6 +12,7 @@ from rich.console import Console
 
 from real_megatron.errors import ConfigError, DataError
 from real_megatron.evaluation import plots
+from real_megatron.evaluation.calibration import calibration
 from real_megatron.evaluation.metrics import agreement
 from real_megatron.evaluation.report import (
     cell,
@@ -74,6 +75,13 @@ def test_the_table_compares_the_newest_evaluations(runs, tmp_path) -> None:
     for name in ("in_domain", "ood"):
         section = text.split(f"## {name}\n")[1].split("\n## ")[0]
         rows = [line for line in section.splitlines() if line.startswith("| ") and "---" not in line]
+        assert "|  | 1 | 2 | 3 | 4 | 5 |" in rows and [row for row in rows if row.startswith("| labels | ")]
+        (found,) = [row for row in rows if row.startswith("| SFT | ") and row.count("|") == 6]
+        expected = calibration(results[0].evaluations[-1].predictions, SCALE)
+        assert (
+            found
+            == f"| SFT | {expected.bias:+.3f} | {expected.spread:.3f} | {expected.error:.3f} | {expected.crps:.3f} |"
+        )
         for run, noise in (("SFT", 2.0), ("REAL", 0.5)):
             for decoding, title in (("rail", "RAIL"), ("sampled", "sampled score")):
                 (row,) = [line for line in rows if line.startswith(f"| {run} | {title} |")]
