@@ -1,11 +1,18 @@
 """From the configuration to an objective."""
 
+from collections.abc import Sequence
+
 from real_megatron.config import SUPERVISED, ObjectiveConfig, Probabilities
 from real_megatron.errors import ConfigError
 from real_megatron.objective.advantages import minimum_group_size
 from real_megatron.objective.reinforce import ReinforceObjective
 from real_megatron.objective.rewards import RewardOptions, find_reward
 from real_megatron.objective.sft import SupervisedObjective
+
+WIDTH = 4
+"""Of the scores 1 to 5, whose squared errors are as large as log-likelihoods."""
+CLOSE = 10
+"""Up to so many times larger or smaller squared errors need no other λ."""
 
 
 def build_objective(
@@ -34,6 +41,20 @@ def build_objective(
         is_cap=config.is_cap,
         is_level=config.is_level,
         floor=config.no_anchor_reward,
+    )
+
+
+def advice_on_lambda(config: ObjectiveConfig, values: Sequence[float]) -> str | None:
+    """What to set λ to on a scale with `values` that is much wider or narrower than 1 to 5, for which its default is
+    meant; None where it is given, or the loss has no squared error."""
+    squared = config.name in ("raft", "tract") or (config.name not in SUPERVISED and config.reward == "real")
+    factor = ((max(values) - min(values)) / WIDTH) ** 2
+    if not squared or "lam" in config.model_fields_set or 1 / CLOSE < factor < CLOSE:
+        return None
+    return (
+        f"scores from {min(values):g} to {max(values):g}: their squared errors are {factor:.3g} times those of scores "
+        f"from 1 to 5, and objective.lam, the weight of the log-likelihood beside them, is {config.lam:g}; the same "
+        f"balance as there is objective.lam={factor:.3g} with optimizer.clip_grad multiplied by {factor:.3g}"
     )
 
 

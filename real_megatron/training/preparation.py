@@ -4,6 +4,7 @@ Nothing here needs a GPU or the model's weights, and only `prepare_together` a p
 same as a run, and fails with the same messages.
 """
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from real_megatron.hf.directory import check_vocabulary, checkpoint_directory, l
 from real_megatron.hf.output import check_output
 from real_megatron.hf.side_files import RUN_FILE
 from real_megatron.judging.evaluate import EvaluationSet, load_evaluation_sets
+from real_megatron.objective.build import advice_on_lambda
 from real_megatron.policy.checkpoint import read_state
 from real_megatron.policy.model import check_model
 from real_megatron.policy.optimizer import check_warmup
@@ -33,6 +35,8 @@ from real_megatron.training.checkpoints import CheckpointStore, reading
 from real_megatron.training.lengths import check_lengths
 from real_megatron.training.metrics import check_sinks
 from real_megatron.training.resume import check_same_run, inputs, saved_inputs
+
+logger = logging.getLogger(__name__)
 
 Load = Callable[[RunConfig, Path, PreTrainedTokenizerBase, ScoreScale], EncodedGroups]
 """From the configuration, the start model's directory, its tokenizer and the score scale."""
@@ -87,6 +91,8 @@ def check_settings(config: RunConfig, world: int, planned: Node | None = None) -
     tokenizer = load_tokenizer(model_dir)
     check_vocabulary(model_dir, tokenizer)
     scale = ScoreScale.of(tokenizer, config.scale)
+    if advice := advice_on_lambda(config.objective, scale.values):
+        logger.warning("%s", advice)
     return Settings(model_dir, description, tokenizer, scale, store)
 
 

@@ -5,6 +5,7 @@ import pytest
 from real_megatron.config import ObjectiveConfig
 from real_megatron.errors import ConfigError
 from real_megatron.objective import build_objective, check
+from real_megatron.objective.build import advice_on_lambda
 from real_megatron.objective.reinforce import ReinforceObjective
 from real_megatron.objective.rewards import REWARDS, RewardOptions
 from real_megatron.objective.sft import SupervisedObjective
@@ -104,3 +105,21 @@ def test_a_reward_without_a_gradient_needs_term_1() -> None:
         with pytest.raises(ConfigError, match=f"the reward {reward} has no gradient: nothing would be learnt"):
             check(ObjectiveConfig(reward=reward, term1=False), mini_batches=1, responses=8)
     check(ObjectiveConfig(reward="binary_expected", term1=False), mini_batches=1, responses=8)
+
+
+@pytest.mark.parametrize(
+    ("given", "values", "expected"),
+    [
+        ({}, [0, 100], "objective.lam=625"),
+        ({"name": "raft"}, [0, 1], "objective.lam=0.0625"),
+        ({}, [1, 5], None),
+        ({}, [0, 9], None),
+        ({"lam": 1.0}, [0, 100], None),
+        ({"name": "sft"}, [0, 100], None),
+        ({"name": "jepo"}, [0, 100], None),
+        ({"name": "rloo"}, [0, 100], None),
+    ],
+)
+def test_a_wide_scale_wants_another_lambda(given: dict, values: list[float], expected: str | None) -> None:
+    advice = advice_on_lambda(ObjectiveConfig(**given), values)
+    assert advice is None if expected is None else expected in (advice or "")
