@@ -21,6 +21,7 @@ Probabilities = Literal["full", "renormalized"]
 Baseline = Literal["rloo", "group_mean", "none"]
 Ratio = Literal["none", "ppo", "truncated_is"]
 RatioLevel = Literal["sequence", "token"]
+AspectAdvantages = Literal["together", "separate"]
 NoAnchorRule = Literal["penalize", "force", "drop"]
 JudgedNoAnchorRule = Literal["force", "drop"]
 LongPromptsRule = Literal["drop", "cut_left"]
@@ -302,6 +303,11 @@ class ObjectiveConfig(Section):
         False,
         description="Divide advantages by the group's standard deviation; default of grpo: true. A reward that has a "
         "Term 2 also needs beta 0.",
+    )
+    aspect_advantages: AspectAdvantages = Field(
+        "together",
+        description="With scale.aspects: advantages of the weighted mean of their rewards, or the weighted mean of the "
+        "advantages of each, normalised and clamped by itself (differs with std_normalize or clamp).",
     )
     clamp: float | None = Field(None, gt=0, description="Clamp advantages to [-clamp, clamp].")
     token_mean: bool = Field(

@@ -40,6 +40,7 @@ def build_objective(
         clip=config.clip,
         is_cap=config.is_cap,
         is_level=config.is_level,
+        aspect_advantages=config.aspect_advantages,
         floor=config.no_anchor_reward,
     )
 

@@ -42,26 +42,35 @@ def score_metrics(scored: ScoredBatch, probabilities: Probabilities) -> MetricSu
     """How good the score distributions are.
 
     Means are over the responses that have an answer, as is that of the metric `reward`. Two are over all responses:
-    `valid`, the fraction that has an answer, and `response_tokens`, the number of loss-carrying tokens.
+    `valid`, the fraction that has an answer, and `response_tokens`, the number of loss-carrying tokens. With aspects
+    the means are over all their labelled scores, and those of one aspect are `ASPECT/NAME`.
     """
     with torch.no_grad():
-        has, values, labels = scored.has_answer, scored.values, scored.labels
-        logp = torch.where(has[:, None], scored.score_logprobs, 0.0)
-        prediction = expected_score(logp, values, probabilities)
-        error = prediction - labels
-        hit = (logp.argmax(-1) == label_index(labels, values)).to(logp.dtype)
-        tokens = logp.new_tensor([scored.token_logprobs.numel(), scored.size])
-        return {
-            "expected_score": pair(prediction, has),
-            "squared_error": pair(error**2, has),
-            "absolute_error": pair(error.abs(), has),
-            "label_logprob": pair(label_logprob(logp, values, labels), has),
-            "accuracy": pair(hit, has),
-            "score_entropy": pair(score_entropy(logp), has),
-            "score_mass": pair(score_mass(logp), has),
-            "valid": pair(has.to(logp.dtype)),
-            "response_tokens": tokens,
-        }
+        parts = [_score_metrics(own, own.has_answer & (share > 0), probabilities) for share, own in scored.parts()]
+        metrics = {name: torch.stack([part[name] for part in parts]).sum(0) for name in parts[0]}
+        for aspect, part in zip(scored.aspects, parts, strict=False):
+            metrics |= {f"{aspect.name}/{name}": value for name, value in part.items()}
+        has = scored.has_answer.to(scored.score_logprobs.dtype)
+        tokens = has.new_tensor([scored.token_logprobs.numel(), scored.size])
+        return metrics | {"valid": pair(has), "response_tokens": tokens}
+
+
+def _score_metrics(scored: ScoredBatch, has: Tensor, probabilities: Probabilities) -> MetricSums:
+    """Of the trajectories for which `has` [N] holds, on one scale."""
+    values, labels = scored.values, scored.labels
+    logp = torch.where(has[:, None], scored.score_logprobs, 0.0)
+    prediction = expected_score(logp, values, probabilities)
+    error = prediction - labels
+    hit = (logp.argmax(-1) == label_index(labels, values)).to(logp.dtype)
+    return {
+        "expected_score": pair(prediction, has),
+        "squared_error": pair(error**2, has),
+        "absolute_error": pair(error.abs(), has),
+        "label_logprob": pair(label_logprob(logp, values, labels), has),
+        "accuracy": pair(hit, has),
+        "score_entropy": pair(score_entropy(logp), has),
+        "score_mass": pair(score_mass(logp), has),
+    }
 
 
 def merge(micro_batches: Iterable[MetricSums]) -> MetricSums:

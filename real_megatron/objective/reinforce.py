@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from real_megatron.config import Baseline, Ratio, RatioLevel
+from real_megatron.config import AspectAdvantages, Baseline, Ratio, RatioLevel
 from real_megatron.objective import policy_gradient as pg
 from real_megatron.objective.advantages import advantages, minimum_group_size
 from real_megatron.objective.kl import k3
@@ -31,6 +31,7 @@ class ReinforceObjective:
     other; its anchor tokens have no loss because they were not sampled. Dropped ones are not in the batch. A score that
     the reward samples is one more of the c_{i,t}. A reward without a gradient has no Term 2. With `token_mean` Term 1
     and the KL term are averaged over the batch's tokens; Term 2 is always a mean over responses, whatever their length.
+    Of a response with several aspects r_i is the mean of their rewards by weight, over those that have a label.
     """
 
     reward: Reward
@@ -47,6 +48,9 @@ class ReinforceObjective:
     is_cap: float = 2.0
     is_level: RatioLevel = "token"
     """`sequence`: a response's weight π(c)/μ(c) multiplies all its terms; `token`: each token's own, not Term 2."""
+    aspect_advantages: AspectAdvantages = "together"
+    """`together`: advantages of the weighted mean of the aspects' rewards; `separate`: the weighted mean of each
+    aspect's advantages, with its own normalisation and clamping."""
     floor: float | None = None
     """Reward of a response without an answer; None: the reward's margin below the worst answer of its group, or where
     it has none, or responses are not compared, the reward's own floor."""
@@ -76,35 +80,55 @@ class ReinforceObjective:
         """`ScoredBatch.sampled` must be given: responses end with a score token that was sampled."""
         return self.reward.samples_score
 
-    def _rewards(self, scored: ScoredBatch) -> Tensor:
-        return compute_rewards(
-            self.reward,
-            scored.score_logprobs,
-            scored.has_answer,
-            scored.values,
-            scored.labels,
-            self.options,
-            self.floor,
-            scored.responses,
-            scored.sampled,
-        )
-
     def rewards(self, scored: ScoredBatch) -> Tensor:
-        """[N] rewards of whole groups, without gradient, as advantages compare them: the scoring pass of groups that
-        are split over micro-batches."""
+        """[N] rewards of whole groups, without gradient, as advantages compare them."""
         scored.validate()
         with torch.no_grad():
-            return self._compared(self._rewards(scored), scored)
+            return _total([(share, self._compared(r, own)) for share, r, own in self._parts(scored)])
+
+    def advantages(self, scored: ScoredBatch) -> Tensor:
+        """[N] advantages of whole groups, without gradient: the scoring pass of groups that are split over
+        micro-batches."""
+        scored.validate()
+        with torch.no_grad():
+            return self._advantages(self._parts(scored))
+
+    def _parts(self, scored: ScoredBatch) -> list[tuple[Tensor, Tensor, ScoredBatch]]:
+        """Of each aspect its share [N], its rewards [N] with gradient, and the batch of it alone."""
+        return [
+            (
+                share,
+                compute_rewards(
+                    self.reward,
+                    own.score_logprobs,
+                    own.has_answer,
+                    own.values,
+                    own.labels,
+                    self.options,
+                    self.floor,
+                    own.responses,
+                    own.sampled,
+                ),
+                own,
+            )
+            for share, own in scored.parts()
+        ]
+
+    def _advantages(self, parts: list[tuple[Tensor, Tensor, ScoredBatch]]) -> Tensor:
+        compared = [(share, self._compared(r, own)) for share, r, own in parts]
+        group = parts[0][2].group
+        if self.aspect_advantages == "separate":
+            return _total([(share, self._centred(r, group)) for share, r in compared])
+        return self._centred(_total(compared), group)
+
+    def _centred(self, rewards: Tensor, group: Tensor) -> Tensor:
+        return advantages(rewards, group, baseline=self.baseline, std_normalize=self.std_normalize, clamp=self.clamp)
 
     def _compared(self, rewards: Tensor, scored: ScoredBatch) -> Tensor:
         margin = self.reward.margin
         if self.floor is not None or margin is None or minimum_group_size(self.baseline, self.std_normalize) < 2:
             return rewards.detach()
         return below_the_worst(rewards.detach(), scored.has_answer, scored.group, margin(scored.values, self.options))
-
-    def advantages(self, rewards: Tensor, group: Tensor) -> Tensor:
-        """[N] advantages of rewards [N] of whole groups [N], as this objective is configured."""
-        return advantages(rewards, group, baseline=self.baseline, std_normalize=self.std_normalize, clamp=self.clamp)
 
     def __call__(self, scored: ScoredBatch, totals: Totals) -> tuple[Tensor, MetricSums]:
         """See `Objective`. Raises FloatingPointError for values that are not finite, and ValueError where log-probs or
@@ -115,7 +139,8 @@ class ReinforceObjective:
         per_trajectory = 1.0 / max(totals.trajectories, 1.0)
         fraction = n * per_trajectory
 
-        r = self._rewards(scored)
+        parts = self._parts(scored)
+        r = _total([(share, own) for share, own, _ in parts])
         weights = pg.Weights(torch.ones_like(tokens), torch.ones_like(r), torch.zeros_like(tokens))
         if self.ratio == "truncated_is":
             weights = pg.truncated_weights(
@@ -131,7 +156,7 @@ class ReinforceObjective:
         if self.term1:
             a = scored.advantages
             if a is None:
-                a = self.advantages(self._compared(r, scored), scored.group)
+                a = self._advantages(parts)
             token_a = a.to(tokens.dtype)[trajectory]
             if self.ratio == "ppo":
                 term, clipped = pg.ppo_loss(tokens, self._sampler_logprobs(scored), token_a, self.clip)
@@ -177,3 +202,14 @@ class ReinforceObjective:
                 "ScoredBatch.ref_logprobs"
             )
         return scored.token_logprobs.detach()
+
+
+def _total(parts: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """[N] the sum of shares [N] times numbers [N]."""
+    (share, numbers), *others = parts
+    if not others:
+        return numbers
+    total = share * numbers
+    for share, numbers in others:
+        total = total + share * numbers
+    return total

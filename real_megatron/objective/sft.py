@@ -17,9 +17,9 @@ class SupervisedObjective:
 
     The next-token mean is over all loss-carrying tokens of the batch. With `score_nll` the score token is among them:
     its log-probability comes from `score_logprobs` (the score nearest to the label), never from a token row. The
-    squared error is a mean over responses. SFT: squared = 0, lam = 1. RAFT trains on a data set's CoTs, TRACT on the
-    model's own: the same loss on other data, both with `score_nll` off, as TRACT's published code has it (arXiv
-    2503.04381, equation 4).
+    squared error is a mean over responses. Of several aspects both are means by weight, over those with a label. SFT:
+    squared = 0, lam = 1. RAFT trains on a data set's CoTs, TRACT on the model's own: the same loss on other data, both
+    with `score_nll` off, as TRACT's published code has it (arXiv 2503.04381, equation 4).
     """
 
     squared: float = 0.0
@@ -43,12 +43,17 @@ class SupervisedObjective:
                 "examples out of the data"
             )
         nll, count = -scored.token_logprobs, totals.tokens
+        squares = scored.score_logprobs.new_zeros(scored.size)
+        scores = squares
+        for share, own in scored.parts():
+            scores = scores - share * label_logprob(own.score_logprobs, own.values, own.labels)
+            error = expected_score(own.score_logprobs, own.values, self.probabilities) - own.labels
+            squares = squares + share * error**2
         if self.score_nll:
-            nll = torch.cat([nll, -label_logprob(scored.score_logprobs, scored.values, scored.labels)])
+            nll = torch.cat([nll, scores])
             count += totals.trajectories
-        error = expected_score(scored.score_logprobs, scored.values, self.probabilities) - scored.labels
         term_nll = self.lam * nll.sum() / max(count, 1.0)
-        term_squared = self.squared * (error**2).sum() / max(totals.trajectories, 1.0)
+        term_squared = self.squared * squares.sum() / max(totals.trajectories, 1.0)
         loss = term_nll + term_squared
         fraction = scored.size / max(totals.trajectories, 1.0)
         metrics = {"loss": loss_pair(loss, fraction), "loss_nll": loss_pair(term_nll, fraction), "nll": pair(nll)}

@@ -1,11 +1,13 @@
 """What an objective reads and returns: the model's log-probabilities of a micro-batch, batch totals, metrics."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
+
+from real_megatron.scores import Aspect
 
 MetricSums = dict[str, Tensor]
 """Name -> tensor [2], (sum, weight), or tensor [1], a maximum, or tensor [1, n], a sample. `metrics.merge` adds them
@@ -42,7 +44,8 @@ class NotFinite(FloatingPointError):
 
 @dataclass
 class ScoredBatch:
-    """The model's view of one micro-batch of N trajectories (responses) over a scale of S scores.
+    """The model's view of one micro-batch of N trajectories (responses) over a scale of S scores, or over the scales of
+    A aspects with S scores in all.
 
     Tokens are those that carry a loss: for RL every sampled response token, for SFT every target token but the score
     token, whose log-probability is in `score_logprobs`. Natural logarithms throughout; float32 in training.
@@ -57,7 +60,7 @@ class ScoredBatch:
     has_answer: Tensor
     """[N] bool: False where the response has no anchor."""
     labels: Tensor
-    """[N]: y* on the scale's values."""
+    """[N]: y* on the scale's values; with aspects [N, A], NaN where there is none."""
     group: Tensor
     """[N] int64: group of the trajectory, 0..G-1."""
     values: Tensor
@@ -74,10 +77,32 @@ class ScoredBatch:
     """[N] int64: index of the score that was sampled behind the anchor, what rewards with `samples_score` read; -1
     where the sampled token is no score."""
 
+    aspects: Sequence[Aspect] = ()
+    """Which scores are those of each aspect; none where the scale has no aspects."""
+
     @property
     def size(self) -> int:
         """Number of trajectories N."""
         return self.score_logprobs.shape[0]
+
+    def parts(self) -> list[tuple[Tensor, "ScoredBatch"]]:
+        """The batch of each aspect alone, and the aspect's share [N] of each trajectory's reward: its weight over those
+        of all aspects with a label, 0 where it has none (its label is a score's value there). Without aspects the batch
+        itself, with share 1.
+        """
+        if not self.aspects:
+            return [(torch.ones_like(self.labels), self)]
+        labelled = ~self.labels.isnan()
+        weights = labelled * self.labels.new_tensor([aspect.weight for aspect in self.aspects])
+        shares = weights / weights.sum(1, keepdim=True)
+        parts = []
+        for a, aspect in enumerate(self.aspects):
+            values = self.values[aspect.columns]
+            labels = torch.where(labelled[:, a], self.labels[:, a], values[0])
+            logprobs = self.score_logprobs[:, aspect.columns]
+            own = replace(self, score_logprobs=logprobs, values=values, labels=labels, aspects=())
+            parts.append((shares[:, a], own))
+        return parts
 
     def validate(self) -> None:
         """Raise ValueError where shapes disagree, and NotFinite where a value that is read is not finite.
@@ -90,6 +115,8 @@ class ScoredBatch:
         self._check_shapes(tensors)
         bad = {name: ~torch.isfinite(tensor.detach()) for name, tensor in tensors.items() if tensor.is_floating_point()}
         bad["score_logprobs"] = bad["score_logprobs"] & self.has_answer[:, None]
+        if self.aspects:  # labels may be missing, but not all of a response
+            bad["labels"] = self.labels.isinf() | self.labels.isnan().all(1, keepdim=True)
         if not bool(torch.stack([flags.any() for flags in bad.values()]).any()):
             return
         places: list[str] = []
@@ -114,7 +141,8 @@ class ScoredBatch:
             "score_logprobs": (n, scores),
             "values": (scores,),
             **dict.fromkeys(("token_logprobs", "token_trajectory", "old_logprobs", "ref_logprobs"), (tokens,)),
-            **dict.fromkeys(("has_answer", "labels", "group", "advantages", "sampled"), (n,)),
+            **dict.fromkeys(("has_answer", "group", "advantages", "sampled"), (n,)),
+            "labels": (n, len(self.aspects)) if self.aspects else (n,),
         }
         for name, tensor in tensors.items():
             if tuple(tensor.shape) != shapes[name]:
@@ -162,6 +190,6 @@ class GroupObjective(Objective, Protocol):
         """[N] rewards, without gradient."""
         ...
 
-    def advantages(self, rewards: Tensor, group: Tensor) -> Tensor:
-        """[N] advantages of the rewards [N] of whole groups; `group` [N] int64 as in `ScoredBatch`."""
+    def advantages(self, scored: ScoredBatch) -> Tensor:
+        """[N] advantages of whole groups, without gradient."""
         ...

@@ -300,7 +300,7 @@ class Policy:
         if not large:
             return list(groups)
         scored = self.scored(large)
-        advantages = iter(objective.advantages(objective.rewards(scored), scored.group).tolist())
+        advantages = iter(objective.advantages(scored).tolist())
 
         def with_advantages(group: Group) -> Group:
             return replace(group, trajectories=[replace(t, advantage=next(advantages)) for t in group.trajectories])

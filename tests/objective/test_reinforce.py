@@ -85,7 +85,7 @@ def test_micro_batches_of_whole_groups_add_up_to_the_batch(variant: str, batch: 
 def test_split_groups_with_precomputed_advantages_add_up_too(variant: str, batch: Batch, totals: TotalsOf) -> None:
     objective, scored = build(**VARIANTS[variant]), batch()
     whole = contributions(objective, [scored], totals(scored), scored)
-    advantages = objective.advantages(objective.rewards(scored), scored.group)
+    advantages = objective.advantages(scored)
     assert not advantages.requires_grad
     micro_batches = [micro_batch(scored, list(range(i, min(i + 2, 9))), advantages) for i in range(0, 9, 2)]
     split = contributions(objective, micro_batches, totals(scored), scored)
@@ -108,7 +108,7 @@ def test_every_token_of_a_response_carries_its_advantage_and_no_other(batch: Bat
     """The first and the last token of each response included: no slice is off by one."""
     objective, scored = build(), batch()
     _, (d_tokens, _), _ = contributions(objective, [scored], totals(scored), scored)
-    advantages = objective.advantages(objective.rewards(scored), scored.group)
+    advantages = objective.advantages(scored)
     assert d_tokens.tolist() == pytest.approx([-float(advantages[i]) / 9 for i in scored.token_trajectory])
 
 
@@ -167,7 +167,7 @@ def test_truncated_responses_are_punished_and_not_trained_as_answers(batch: Batc
     # Its tokens become less likely, and its reward is part of the others' baseline.
     tokens = scored.token_trajectory == 2
     assert tokens.any() and (d_tokens[tokens] > 0).all()
-    advantages = objective.advantages(rewards, scored.group)
+    advantages = objective.advantages(scored)
     assert float(advantages[0]) == pytest.approx(float(rewards[0] - rewards[1:].mean()))
     assert summarize(pairs)["valid"] == pytest.approx(0.75)
     assert summarize(pairs)["reward"] == pytest.approx(float(rewards[[0, 1, 3]].mean()))
@@ -256,7 +256,7 @@ def test_presets_are_the_published_combinations(batch: Batch, totals: TotalsOf) 
         torch.testing.assert_close(build(name=name).rewards(scored), hit, **EXACT)
     rewards = build(name="grpo").rewards(scored)
     want = torch.cat([(r - r.mean()) / (r.std() + 1e-6) for r in rewards.split([3, 2, 4])])
-    torch.testing.assert_close(build(name="grpo").advantages(rewards, scored.group), want, **EXACT)
+    torch.testing.assert_close(build(name="grpo").advantages(scored), want, **EXACT)
     assert build(name="grpo").ratio == "ppo" and build(name="rloo").ratio == "none"
 
 
@@ -266,7 +266,7 @@ def test_metrics_by_hand(batch: Batch, totals: TotalsOf) -> None:
     numbers = summarize(objective(scored, totals(scored))[1])
     has, logp = scored.has_answer, scored.score_logprobs.detach()[scored.has_answer]
     error = logp.exp() @ scored.values - scored.labels[has]
-    advantages = objective.advantages(objective.rewards(scored), scored.group)
+    advantages = objective.advantages(scored)
     ratio = (scored.token_logprobs.detach() - scored.old_logprobs).exp()
     a = advantages[scored.token_trajectory]
     clipped = torch.where(a > 0, ratio > 1.2, ratio < 0.8).double()
