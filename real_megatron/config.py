@@ -200,6 +200,23 @@ class BatchConfig(Section):
     share_prompt: bool = Field(True, description="The responses of a group share one copy of their prompt.")
 
 
+class AspectConfig(Section):
+    """One aspect of a rubric. What is not given is as in `scale`."""
+
+    anchor: str = Field(
+        "", description="Text before the aspect's score, behind scale.anchor; empty: its name and `: `."
+    )
+    scores: list[str] | None = Field(None, description="Score texts, as scale.scores.")
+    values: list[float] | None = Field(None, description="Numeric value of each score, as scale.values.")
+    spellings: dict[str, list[str]] | None = Field(None, description="Further texts of a score, as scale.spellings.")
+    weight: float = Field(1.0, gt=0, description="Weight of the aspect's reward, and in the overall score.")
+
+    @field_validator("scores", mode="before")
+    @classmethod
+    def _written_out(cls, value: Any) -> Any:
+        return _range(value) if isinstance(value, str) else value
+
+
 class ScaleConfig(Section):
     """The score scale and how its texts are found in a response."""
 
@@ -222,6 +239,11 @@ class ScaleConfig(Section):
         description="For a score that is the beginning of another, as 1 of 10: texts one of which must follow it, such "
         "as a closing tag; `eos` is the end of sequence. Empty: whatever does not go on to another score ends it.",
     )
+    aspects: dict[str, AspectConfig] = Field(
+        default_factory=dict,
+        description="Several scores of a response, as `aspect: {anchor: ..., scores: ..., weight: ...}`; "
+        "`aspect: {}` takes scores, values and spellings from here. Labels are then a list or a mapping.",
+    )
     probabilities: Probabilities = Field(
         "full",
         description="Expected score over the whole vocabulary's probabilities, or renormalised over the score tokens; "
@@ -239,6 +261,11 @@ class ScaleConfig(Section):
             raise ValueError(f"scores must be two or more different texts, not {self.scores}")
         if self.values is not None and len(self.values) != len(self.scores):
             raise ValueError(f"values has {len(self.values)} numbers for {len(self.scores)} scores: give one a score")
+        for name in self.aspects:
+            if not re.fullmatch(r"\w[\w-]{0,49}", name):
+                raise ValueError(f"aspects: {name!r} names metrics and files: use letters, digits, `_` and `-`")
+        if len(self.aspects) == 1:
+            raise ValueError("aspects has one aspect: give two or more, or one scale in scores")
         return self
 
 

@@ -52,3 +52,5 @@ class Group:
     example_id: str = ""
     meta: dict[str, Any] = field(default_factory=dict)
     """The data row's further columns, for rewards that read them."""
+    labels: tuple[float | None, ...] = ()
+    """Where the scale has aspects the label of each, None where there is none; `label` is their mean by weight then."""

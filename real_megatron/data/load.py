@@ -12,9 +12,11 @@ from real_megatron.data.critiques import without_end
 from real_megatron.data.example import JudgeExample
 from real_megatron.data.files import read_records
 from real_megatron.data.formats import BadRecord, Reader, find_format, read_prompt, score_columns, shown
+from real_megatron.data.labels import aspect_labels, label_names
 from real_megatron.data.record import naming, plain_record
 from real_megatron.data.template import PLAIN, Template, load_template
 from real_megatron.errors import ConfigError, DataError
+from real_megatron.scores import Aspect, weighted_mean
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +46,7 @@ def load_examples(
     values: Sequence[float] | None = None,
     keep: Sequence[str] = (),
     critiques: bool = True,
+    aspects: Sequence[Aspect] = (),
 ) -> list[JudgeExample]:
     """All examples of a data set, their prompts written with `template` (a built-in name, a file, or a Template).
 
@@ -53,7 +56,8 @@ def load_examples(
     has the column. `values` are the scale's numeric values: a label outside their range is an error. Critiques end
     before their own score statement (`source.score_statement`, `source.critique_end`); cut ones are counted and logged.
     `keep` names columns, or fields that the format makes, which must be in `meta` beside what the format puts there.
-    Without `critiques` those of the records are left alone, whatever they are: `cot` is None.
+    Without `critiques` those of the records are left alone, whatever they are: `cot` is None. With `aspects` the
+    column of the label holds that of each (`aspect_labels`).
 
     Raises DataError, naming file, row and the fix, at the first record that does not fit, and ConfigError for an
     unknown format or template.
@@ -61,13 +65,19 @@ def load_examples(
     template = load_template(template)
     format = find_format(source.format)
     column = label_column(source)
-    records = map_columns(source, list(read_records(source)), column)
-    if column is not None and records and all(record.get(column) is None for _, record in records):
+    if aspects and column is None:
+        raise ConfigError(
+            f"scale.aspects: the format {source.format} does not say which column holds the labels; register it with "
+            'score="COLUMN"'
+        )
+    named = [] if column is None else label_names(column, aspects)
+    records = map_columns(source, list(read_records(source)), named)
+    if named and records and all(record.get(name) is None for _, record in records for name in named):
         found = ", ".join(score_columns(record for _, record in records)) or "none"
-        named = ", ".join(dict.fromkeys(repr(name) for _, record in records for name in record))
+        present = ", ".join(dict.fromkeys(repr(name) for _, record in records for name in record))
         raise DataError(
             f"{source.path}: no record has {column!r}, the label's column; columns with numbers: {found}; name one of "
-            f"them in data.*.score, or give the file that has scores (its columns are {named[:300]})"
+            f"them in data.*.score, or give the file that has scores (its columns are {present[:300]})"
         )
     read = format.reader(column)
     # A name that is not UTF-8 comes as surrogates, which no file of results can hold.
@@ -76,13 +86,17 @@ def load_examples(
     places: dict[str, str] = {}
     unlabelled = with_critique = cut = emptied = 0
     for number, (where, record) in enumerate(records, 1):
+        labels: tuple[float | None, ...] = ()
+        if aspects and column is not None:
+            labels, record = _of_aspects(where, record, column, aspects)
         example = _example(record, read, template, where, f"{name}-{number}", keep, critiques)
+        example.labels = labels
         if not example.has_label:
             if format.needs_label:
                 raise DataError(f"{where}: no label; training and evaluation need one in every record")
             unlabelled += 1
             continue
-        if values is not None and not min(values) <= example.label <= max(values):
+        if not aspects and values is not None and not min(values) <= example.label <= max(values):
             raise DataError(
                 f"{where}: label {example.label:g} is outside of the score scale [{min(values):g}, {max(values):g}]; "
                 "correct the label or configure scale.scores and scale.values"
@@ -124,6 +138,18 @@ def example_from_record(
     with naming(where):
         plain = plain_record(record)
     return _example(plain, read_prompt, load_template(template), where, default_id)
+
+
+def _of_aspects(
+    where: str, record: Mapping[str, Any], column: str, aspects: Sequence[Aspect]
+) -> tuple[tuple[float | None, ...], dict[str, Any]]:
+    """The labels of a record, and the record with their mean by weight as its label."""
+    try:
+        labels = aspect_labels(record, column, aspects)
+    except BadRecord as error:
+        raise DataError(f"{where}: {error}") from None
+    overall = None if all(label is None for label in labels) else weighted_mean(aspects, labels)
+    return labels, {**record, column: overall}
 
 
 def _ended(critique: str, source: DataSource, values: Sequence[float] | None) -> str:

@@ -73,9 +73,9 @@ class StoredGroups(LazySequence[Group]):
         tokens = array("i", self._map[start : (start := start + 4 * (prompt + max(response, 0)))]).tolist()
         mask = self._map[start : (start := start + max(response, 0))]
         facts = json.loads(self._map[start : start + about])
-        given = facts.pop("response")
+        given, labels = facts.pop("response"), tuple(facts.pop("labels"))
         trajectories = [] if response < 0 else [Trajectory(tokens[prompt:], loss_mask=list(map(bool, mask)), **given)]
-        return Group(tokens[:prompt], trajectories, label, **facts)
+        return Group(tokens[:prompt], trajectories, label, labels=labels, **facts)
 
 
 class GroupWriter:
@@ -103,7 +103,7 @@ class GroupWriter:
         response = None
         if given is not None:
             response = {name: value for name, value in vars(given).items() if name not in ("response_ids", "loss_mask")}
-        facts = {"example_id": group.example_id, "meta": group.meta, "response": response}
+        facts = {"example_id": group.example_id, "meta": group.meta, "response": response, "labels": group.labels}
         try:
             about = json.dumps(facts).encode()
         except TypeError as error:
@@ -141,6 +141,8 @@ def _opened(path: str, device: int, inode: int, *about: Any) -> StoredGroups:
 def _content(group: Group) -> bytes:
     # Not `asdict`, which copies every token by itself.
     content = {**vars(group), "example_id": None, "trajectories": [vars(target) for target in group.trajectories]}
+    if not group.labels:  # the digest of groups without aspects, as checkpoints have it
+        del content["labels"]
     return json.dumps(content, sort_keys=True).encode() + b"\n"
 
 

@@ -29,7 +29,8 @@ class Calibration:
     its size: the expected calibration error."""
     crps: float
     """Mean over the examples of ∫ (F(s) − 1[s ≥ label])² ds, F the cumulative score distribution, renormalised over the
-    scale (continuous ranked probability score). A proper score; of a distribution that is one point |point − label|."""
+    scale (continuous ranked probability score). A proper score; of a distribution that is one point |point − label|.
+    NaN where the predictions have no distribution."""
 
 
 def calibration(predictions: Sequence[Prediction], values: Sequence[float]) -> Calibration:
@@ -43,7 +44,7 @@ def calibration(predictions: Sequence[Prediction], values: Sequence[float]) -> C
         bias=float((x - y).mean()),
         spread=float(x.std() / deviation) if deviation else float("nan"),
         error=float(sum(gaps) / len(x)),
-        crps=float(_crps(np.array([p.probabilities for p in predictions], float), y, np.asarray(values)).mean()),
+        crps=_mean_crps(predictions, y, np.asarray(values)),
     )
 
 
@@ -71,6 +72,13 @@ def shares(numbers: ArrayLike, values: Sequence[float]) -> list[float]:
 
 def _numbers(predictions: Sequence[Prediction]) -> tuple[Array, Array]:
     return np.array([p.rail for p in predictions], float), np.array([p.label for p in predictions], float)
+
+
+def _mean_crps(predictions: Sequence[Prediction], labels: Array, values: Array) -> float:
+    distributions = [p.probabilities for p in predictions if p.probabilities is not None]
+    if len(distributions) < len(predictions):
+        return float("nan")
+    return float(_crps(np.array(distributions, float), labels, values).mean())
 
 
 def _crps(probabilities: Array, labels: Array, values: Array) -> Array:

@@ -249,7 +249,8 @@ def _calibration(evaluations: Mapping[str, Evaluation]) -> list[str]:
     rows = []
     for run, predictions in answered.items():
         found = calibration(predictions, scales[run])
-        rows.append([run, f"{found.bias:+.3f}", f"{found.spread:.3f}", f"{found.error:.3f}", f"{found.crps:.3f}"])
+        crps = f"{found.crps:.3f}" if math.isfinite(found.crps) else "–"
+        rows.append([run, f"{found.bias:+.3f}", f"{found.spread:.3f}", f"{found.error:.3f}", crps])
     lines = ["Calibration of the expected score (RAIL), in units of the score:", ""]
     lines += _table(["run", "mean − label", "spread ÷ labels' spread", "calibration error ↓", "CRPS ↓"], rows)
     values = next(iter(scales.values()))

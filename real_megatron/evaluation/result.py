@@ -25,7 +25,7 @@ class Prediction:
     sampled: float | None
     """Score drawn from the distribution; with several critiques the mean of one draw each."""
     probabilities: list[float] | None
-    """Score distribution π(k) over the whole vocabulary, in the scale's order."""
+    """Score distribution π(k) over the whole vocabulary, in the scale's order; None of the mean of several aspects."""
     critiques: list[str]
     cluster: str | None = None
     """Predictions of one cluster are resampled together; None: by itself."""
@@ -64,6 +64,9 @@ class Evaluation:
     """Of the training, during which the judge was evaluated."""
     predictions: list[Prediction] = field(default_factory=list)
     """One per example."""
+    aspects: list["Evaluation"] = field(default_factory=list)
+    """Where the scale has aspects the same of each, as `NAME.ASPECT`, over the examples with a label of it; its files
+    are its own."""
 
     def summary(self) -> dict[str, float]:
         """Flat numbers for metric sinks: `rail/pearson`, `sampled/mse`, …; the shares of responses `no_anchor`,

@@ -114,7 +114,10 @@ def _begin(output: Path, partial: Path, settings: dict[str, Any]) -> None:
 def _sample(judge: Judge, samples: int, partial: Path, on_progress: Callable[[int, int], None] | None = None) -> None:
     config, tokenizer, scale = judge.config, judge.tokenizer, judge.scale
     data, rollout = config.data, config.rollout
-    sources = [load_examples(source, data.template, scale.values, critiques=False) for source in data.train]
+    sources = [
+        load_examples(source, data.template, scale.values, critiques=False, aspects=scale.aspects)
+        for source in data.train
+    ]
     # Ids may repeat in other data sets.
     examples = [(f"{number}/{e.id}" if len(sources) > 1 else e.id, e) for number, s in enumerate(sources) for e in s]
     ids = {id(example): name for name, example in examples}
@@ -160,7 +163,8 @@ def _written(
 
 
 def _row(name: str, example: JudgeExample, cot: str) -> Row:
-    return {**example.meta, "id": name, "messages": example.messages, "label": example.label, "cot": cot}
+    label = list(example.labels) if example.labels else example.label
+    return {**example.meta, "id": name, "messages": example.messages, "label": label, "cot": cot}
 
 
 def _go_on(partial: Path) -> int:

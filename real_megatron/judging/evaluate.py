@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from real_megatron.agreement import check_ranks_agree
 from real_megatron.batch.types import Group
 from real_megatron.config import RunConfig
-from real_megatron.data import encode_prompts, label_column, load_examples
+from real_megatron.data import JudgeExample, encode_prompts, label_column, load_examples
 from real_megatron.data.lazy import LazySequence
 from real_megatron.data.stored_groups import StoredGroups
 from real_megatron.errors import ConfigError, DataError
@@ -28,7 +28,7 @@ from real_megatron.hf.output import check_output
 from real_megatron.judging.job import weights_written
 from real_megatron.judging.judge import Judge
 from real_megatron.judging.kept import KeptReadings
-from real_megatron.judging.reading import Reading, answers_of, mean_answer
+from real_megatron.judging.reading import Answer, Reading, answers_of, mean_answer, weighted_answer
 from real_megatron.locks import hold
 from real_megatron.rollout.engine import naming_prompts
 from real_megatron.runtime import from_rank_0, join_torchrun, once_a_host, rank
@@ -51,6 +51,8 @@ class EvaluationPrompt:
     """Examples of one cluster are resampled together; None: by itself."""
     within: str | None = None
     """The group within which correlation is computed too."""
+    labels: tuple[float | None, ...] = ()
+    """Where the scale has aspects the label of each, None where there is none."""
 
 
 class StoredPrompts(LazySequence[EvaluationPrompt]):
@@ -58,7 +60,14 @@ class StoredPrompts(LazySequence[EvaluationPrompt]):
 
     def __init__(self, prompts: Iterable[EvaluationPrompt]) -> None:
         self._groups = StoredGroups.of(
-            Group(prompt.prompt_ids, [], prompt.label, prompt.id, {"columns": [prompt.cluster, prompt.within]})
+            Group(
+                prompt.prompt_ids,
+                [],
+                prompt.label,
+                prompt.id,
+                {"columns": [prompt.cluster, prompt.within]},
+                prompt.labels,
+            )
             for prompt in prompts
         )
 
@@ -67,7 +76,8 @@ class StoredPrompts(LazySequence[EvaluationPrompt]):
 
     def _make(self, index: int) -> EvaluationPrompt:
         group = self._groups[index]
-        return EvaluationPrompt(group.example_id, group.label, group.prompt_ids, *group.meta["columns"])
+        cluster, within = group.meta["columns"]
+        return EvaluationPrompt(group.example_id, group.label, group.prompt_ids, cluster, within, group.labels)
 
 
 @dataclass(frozen=True)
@@ -134,19 +144,21 @@ def load_evaluation_sets(
     for name, source in data.eval.items():
         keys = source.cluster or CLUSTER, source.within
         keep = [key for key in (source.cluster, source.within) if key]
-        examples = load_examples(source, data.template, scale.values, keep, critiques=False)
+        examples = load_examples(source, data.template, scale.values, keep, critiques=False, aspects=scale.aspects)
         encoded = encode_prompts(tokenizer, examples, data)
         if not encoded.kept:
             raise ConfigError(
                 f"data.eval.{name}: no prompt of {source.path} is short enough: raise data.max_prompt_tokens, or "
                 "set data.long_prompts=cut_left"
             )
-        prompts = StoredPrompts(
-            EvaluationPrompt(example.id, example.label, ids, *(_text(example.meta, key) for key in keys))
-            for example, ids in encoded.kept
-        )
+        prompts = StoredPrompts(_prompt(example, ids, *keys) for example, ids in encoded.kept)
         sets[name] = EvaluationSet(prompts, encoded.dropped, encoded.cut)
     return sets
+
+
+def _prompt(example: JudgeExample, ids: list[int], cluster: str, within: str | None) -> EvaluationPrompt:
+    meta, labels = example.meta, example.labels
+    return EvaluationPrompt(example.id, example.label, ids, _text(meta, cluster), _text(meta, within), labels)
 
 
 def evaluate_sets(
@@ -160,20 +172,20 @@ def evaluate_sets(
     on_progress: Callable[[str, int, int], None] | None = None,
 ) -> dict[str, Evaluation]:
     """Judge every set; rank 0 saves each result in `directory` (see `evaluation_path`). Collective: results as of
-    `evaluate_set`.
+    `evaluate_set`. Where the scale has aspects there is one more result for each, `NAME.ASPECT`.
 
     about: what else the numbers depend on, such as the model's path; kept with the results, as is the column that a
         set of `data.eval` has its labels from (`label_column`; null where the format's reader decides).
     keep: keep the readings of a set that is not complete, and use those that are there
     """
-    results = {}
+    results: dict[str, Evaluation] = {}
     for name, test_set in sets.items():
         source = judge.config.data.eval.get(name)
         labels = {} if source is None else {"label_column": label_column(source)}
         if on_progress is not None:
             on_progress(name, 0, len(test_set.prompts))
         kept = _kept(judge, test_set, evaluation_path(directory, name, step)) if keep else None
-        results[name] = evaluate_set(
+        found = evaluate_set(
             judge,
             test_set.prompts,
             name,
@@ -182,8 +194,10 @@ def evaluate_sets(
             on_progress=on_progress and partial(_tell, on_progress, name, len(test_set.prompts)),
             kept=kept,
         )
-        results[name].counts |= {"prompts_dropped": test_set.dropped, "prompts_cut": test_set.cut}
-        from_rank_0(lambda name=name: results[name].save(evaluation_path(directory, name, step)))  # type: ignore[misc]
+        for one in (found, *found.aspects):
+            one.counts |= {"prompts_dropped": test_set.dropped, "prompts_cut": test_set.cut}
+            from_rank_0(lambda one=one: one.save(evaluation_path(directory, one.name, step)))  # type: ignore[misc]
+            results[one.name] = one
         if kept is not None:
             kept.end()
     return results
@@ -221,6 +235,7 @@ def evaluate_set(
     note). `about` is kept with the result; `on_progress` is called with the number of examples done; `kept`, of rank 0,
     has the readings of an earlier call and takes those of this one. Collective: readings come to rank 0, which computes
     metrics, counts and means. Every rank returns these; predictions stay with rank 0, and the others return none.
+    Where the scale has aspects, an example's score and label are means by weight over the aspects that have a label.
 
     Raises DataError when there is no example, an id occurs twice, or the engine cannot take a prompt.
     """
@@ -249,29 +264,62 @@ def evaluate_set(
             kept.add(rows[start:])
         if on_progress is not None:
             on_progress(start + len(chunk))
-    predictions = [_prediction(example, row) for example, row in zip(examples, rows, strict=rank() == 0)]
+    config = dict(about or {}) | {"bootstrap": settings.bootstrap, **_grouping(judge, name, examples)}
+    overall = _evaluation(judge, name, examples, rows, None, step, config)
+    # Aspects that no example has a label of have no result.
+    labelled = [
+        a for a in range(len(judge.scale.aspects)) if any(example.labels[a] is not None for example in examples)
+    ]
+    overall.aspects = [_evaluation(judge, name, examples, rows, a, step, config) for a in labelled]
+    return overall
+
+
+def _evaluation(
+    judge: Judge,
+    name: str,
+    examples: Sequence[EvaluationPrompt],
+    rows: Sequence[Sequence[Reading]],
+    aspect: int | None,
+    step: int | None,
+    config: Mapping[str, Any],
+) -> Evaluation:
+    """The readings, of rank 0, beside the labels: those of one aspect, or None: of the scale, or of all its aspects."""
+    chosen = [k for k, example in enumerate(examples) if aspect is None or example.labels[aspect] is not None]
+    own = [rows[k] for k in chosen] if rank() == 0 else []
+    scale = judge.scale
+    predictions = [_prediction(scale, examples[k], row, aspect) for k, row in zip(chosen, own, strict=rank() == 0)]
+    part = None if aspect is None else scale.aspects[aspect]
+    values = sorted(set(scale.values)) if part is None and scale.aspects else (part or scale.parts[0]).values
     # The resamples take the processors of a whole host: one rank is enough.
-    metrics, counts, means = from_rank_0(lambda: _numbers(judge, rows, predictions))
+    metrics, counts, means = from_rank_0(lambda: _numbers(judge, own, predictions, values, aspect))
+    settings = judge_settings(judge)
+    if part is not None:
+        settings["scale"] = {"scores": part.texts, "values": values, "anchor": scale.anchor_text, "aspect": part.name}
+    elif scale.aspects:
+        settings["scale"] = {"values": values, "anchor": scale.anchor_text, "aspects": settings["scale"]["aspects"]}
     return Evaluation(
-        name=name,
+        name=name if part is None else f"{name}.{part.name}",
         metrics=metrics,
         counts=counts,
         means=means,
-        config=dict(about or {})
-        | {**judge_settings(judge), "bootstrap": settings.bootstrap, **_grouping(judge, name, examples)},
+        config={**settings, **config},
         step=step,
         predictions=predictions,
     )
 
 
 def _numbers(
-    judge: Judge, rows: Sequence[Sequence[Reading]], predictions: Sequence[Prediction]
+    judge: Judge,
+    rows: Sequence[Sequence[Reading]],
+    predictions: Sequence[Prediction],
+    values: Sequence[float],
+    aspect: int | None,
 ) -> tuple[dict[str, dict[str, Estimate]], dict[str, int], dict[str, float]]:
     """Metrics, counts and means of the readings of every example."""
     answered = [p for p in predictions if p.rail is not None]
     readings = [reading for row in rows for reading in row]
-    metrics = {decoding: _agreement(judge, answered, decoding) for decoding in DECODINGS}
-    return metrics, _counts(readings, len(rows), len(rows) - len(answered)), _means(readings)
+    metrics = {decoding: _agreement(judge, answered, decoding, values) for decoding in DECODINGS}
+    return metrics, _counts(readings, len(rows), len(rows) - len(answered)), _means(readings, aspect)
 
 
 def judge_settings(judge: Judge) -> dict[str, Any]:
@@ -285,8 +333,12 @@ def judge_settings(judge: Judge) -> dict[str, Any]:
         "seed": config.seed,
         "no_anchor_rule": config.evaluation.no_anchor,
         "probabilities": config.scale.probabilities,
-        "scale": {"scores": scale.texts, "values": scale.values, "anchor": scale.anchor_text},
+        "scale": {"scores": scale.texts, "values": scale.values, "anchor": scale.anchor_text, **_aspects(scale)},
     }
+
+
+def _aspects(scale: ScoreScale) -> dict[str, Any]:
+    return {"aspects": {aspect.name: aspect.weight for aspect in scale.aspects}} if scale.aspects else {}
 
 
 def forget_evaluations(directory: Path, step: int) -> None:
@@ -313,25 +365,35 @@ def _grouping(judge: Judge, name: str, examples: Sequence[EvaluationPrompt]) -> 
     }
 
 
-def _agreement(judge: Judge, answered: Sequence[Prediction], decoding: str) -> dict[str, Estimate]:
+def _agreement(
+    judge: Judge, answered: Sequence[Prediction], decoding: str, scale_values: Sequence[float]
+) -> dict[str, Estimate]:
     if not answered:
         note = f"no response has the anchor {judge.scale.anchor_text!r}"
         return {name: Estimate(math.nan, math.nan, math.nan, note) for name in NAMES}
     values = [getattr(p, decoding) for p in answered]
     labels = [p.label for p in answered]
     settings = judge.config.evaluation.bootstrap, judge.config.seed
-    return agreement(values, labels, judge.scale.values, *settings, clusters_of(answered), groups_of(answered))
+    return agreement(values, labels, scale_values, *settings, clusters_of(answered), groups_of(answered))
 
 
-def _prediction(example: EvaluationPrompt, readings: Sequence[Reading]) -> Prediction:
-    answer, critiques = mean_answer(answers_of(readings)), [reading.critique for reading in readings]
+def _prediction(
+    scale: ScoreScale, example: EvaluationPrompt, readings: Sequence[Reading], aspect: int | None
+) -> Prediction:
+    answer, label = mean_answer(answers_of(readings)), example.label
+    if aspect is not None:
+        answer = None if answer is None else answer.aspects[aspect]
+        label = example.labels[aspect] or 0.0
+    elif answer is not None and scale.aspects:
+        labelled = [own if y is not None else None for own, y in zip(answer.aspects, example.labels, strict=True)]
+        answer = weighted_answer(scale.aspects, labelled)
     return Prediction(
         example.id,
-        example.label,
+        label,
         None if answer is None else answer.expected,
         None if answer is None else answer.sampled,
-        None if answer is None else answer.probabilities,
-        critiques,
+        None if answer is None or not answer.probabilities else answer.probabilities,
+        [reading.critique for reading in readings],
         example.cluster,
         example.within,
     )
@@ -348,15 +410,20 @@ def _counts(readings: Sequence[Reading], examples: int, unanswered: int) -> dict
     }
 
 
-def _means(readings: Sequence[Reading]) -> dict[str, float]:
-    distributions = [answer.probabilities for answer in answers_of(readings)]
+def _means(readings: Sequence[Reading], aspect: int | None) -> dict[str, float]:
+    answers = answers_of(readings)
+    if aspect is not None:
+        answers = [answer.aspects[aspect] for answer in answers]
     return {
         "response_tokens": fmean(r.tokens for r in readings),
-        "score_mass": fmean(map(sum, distributions)) if distributions else math.nan,
-        "score_entropy": fmean(map(_entropy, distributions)) if distributions else math.nan,
+        "score_mass": fmean(answer.mass for answer in answers) if answers else math.nan,
+        "score_entropy": fmean(map(_entropy, answers)) if answers else math.nan,
     }
 
 
-def _entropy(probabilities: Sequence[float]) -> float:
-    mass = sum(probabilities)
-    return -sum(p / mass * math.log(p / mass) for p in probabilities if p) if mass else math.nan
+def _entropy(answer: Answer) -> float:
+    """Of the distribution, renormalised; of several aspects the mean."""
+    if answer.aspects:
+        return fmean(map(_entropy, answer.aspects))
+    mass = answer.mass
+    return -sum(p / mass * math.log(p / mass) for p in answer.probabilities if p) if mass else math.nan

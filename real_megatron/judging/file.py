@@ -80,6 +80,7 @@ def judge_file(
     - the fields that `keep_fields` names, with the input's values
     - `score`, `score_renormalized`, `score_mass`, `distribution`, `sampled_score`, `critique`, `no_anchor`,
       `truncated`: as `Score` describes them; null where no critique came to a score
+    - `aspects`, where the scale has some: what `AspectScore` has of each, by name
     - `samples`, where there are several critiques (`evaluation.samples`): a list of these fields for each; the row's
       own numbers are their means, its critique, `no_anchor` and `truncated` the first one's
     - `row`: a digest of the input's line
@@ -211,7 +212,10 @@ def _result(judge: Judge, readings: list[Reading]) -> dict[str, Any]:
     samples = row.pop("samples")
     for sample in samples:
         del sample["samples"]
-    return {key: row[key] for key in RESULT} | ({"samples": samples} if samples else {})
+    several = ("aspects",) if judge.scale.aspects else ()
+    for one in () if several else samples:
+        del one["aspects"]
+    return {key: row[key] for key in (*RESULT, *several)} | ({"samples": samples} if samples else {})
 
 
 def fields_to_keep(names: Sequence[str]) -> list[str]:
@@ -219,7 +223,7 @@ def fields_to_keep(names: Sequence[str]) -> list[str]:
 
     Raises ConfigError for a name that the row has itself.
     """
-    own = [name for name in names if name in (*RESULT, "samples", "row")]
+    own = [name for name in names if name in (*RESULT, "aspects", "samples", "row")]
     if own:
         raise ConfigError(
             f"keep_fields: {own[0]!r} is a field of the output row itself; give the input's column another name"

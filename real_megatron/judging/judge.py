@@ -16,7 +16,7 @@ from real_megatron.config import RunConfig
 from real_megatron.data import Template, encode_prompt, example_from_record, fit_prompt, load_template
 from real_megatron.errors import DataError
 from real_megatron.hf.directory import check_vocabulary, checkpoint_directory, load_tokenizer
-from real_megatron.judging.reading import Reading, answers_of, example_seed, mean_answer, read_response
+from real_megatron.judging.reading import Answer, Reading, answers_of, example_seed, mean_answer, read_response
 from real_megatron.judging.settings import judge_config
 from real_megatron.rollout.distributed import collect
 from real_megatron.rollout.embedded.seeded import uniforms
@@ -33,9 +33,20 @@ Prompt = str | Sequence[Mapping[str, str]] | Mapping[str, Any]
 
 
 @dataclass(frozen=True)
+class AspectScore:
+    """What a judge says of one aspect (`scale.aspects`); the fields are as of `Score`."""
+
+    score: float
+    score_renormalized: float
+    score_mass: float
+    distribution: dict[str, float]
+    sampled_score: float
+
+
+@dataclass(frozen=True)
 class Score:
     """A judge's answer to one prompt. With several critiques the numbers are means over those that have a score, and
-    critique, no_anchor and truncated are the first one's."""
+    critique, no_anchor and truncated are the first one's. With several aspects they are means by weight."""
 
     score: float | None
     """Expected score (RAIL), as the judge was trained (`scale.probabilities`): `full` is Σ_k v_k π(k) over the whole
@@ -47,7 +58,7 @@ class Score:
     score_mass: float | None
     """Σ_k π(k), the probability that what follows the anchor is a score at all. Near 1 for a trained judge."""
     distribution: dict[str, float] | None
-    """Score text → π(k), its probability over the whole vocabulary; the sum is `score_mass`."""
+    """Score text → π(k), its probability over the whole vocabulary; the sum is `score_mass`. None with aspects."""
     sampled_score: float | None
     """The value of a score drawn from the distribution, renormalised over the scale."""
     critique: str
@@ -59,6 +70,8 @@ class Score:
     """It did not because it was cut at `data.max_response_tokens`."""
     samples: list["Score"] = field(default_factory=list)
     """Each critique with its own score, where there are several."""
+    aspects: dict[str, AspectScore] = field(default_factory=dict)
+    """Where the judge's scale has aspects, what it says of each."""
 
 
 class Judge:
@@ -246,7 +259,8 @@ class Judge:
         renormalized = self.config.scale.probabilities == "renormalized"
         rows = []
         for id, group in zip(ids, groups, strict=True):
-            draws = [uniforms(example_seed(seed, "score", id), k, 1)[0] for k in range(len(group))]
+            aspects = len(self.scale.parts)
+            draws = [uniforms(example_seed(seed, "score", id), k, aspects).tolist() for k in range(len(group))]
             rows.append(
                 [
                     read_response(self.tokenizer, self.scale, response, draw, renormalized)
@@ -266,14 +280,23 @@ class Judge:
         return Score(
             None if answer is None else answer.expected,
             None if answer is None else answer.renormalized,
-            None if answer is None else sum(answer.probabilities),
-            None if answer is None else dict(zip(self.scale.texts, answer.probabilities, strict=True)),
+            None if answer is None else answer.mass,
+            None if answer is None or self.scale.aspects else _distribution(self.scale.texts, answer),
             None if answer is None else answer.sampled,
             first.critique,
             first.no_anchor,
             first.truncated,
             list(samples),
+            {} if answer is None else self._aspects(answer),
         )
+
+    def _aspects(self, answer: Answer) -> dict[str, AspectScore]:
+        return {
+            aspect.name: AspectScore(
+                own.expected, own.renormalized, own.mass, _distribution(aspect.texts, own), own.sampled
+            )
+            for aspect, own in zip(self.scale.aspects, answer.aspects, strict=True)
+        }
 
     def close(self) -> None:
         """End the engine and the servers that it started."""
@@ -289,6 +312,10 @@ class Judge:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _distribution(texts: Sequence[str], answer: Answer) -> dict[str, float]:
+    return dict(zip(texts, answer.probabilities, strict=True))
 
 
 def _record(prompt: Prompt) -> Mapping[str, Any]:

@@ -62,4 +62,9 @@ class KeptReadings:
 
 def _reading(fields: dict[str, Any]) -> Reading:
     answer = fields.pop("answer")
-    return Reading(answer=None if answer is None else Answer(**answer), **fields)
+    return Reading(answer=None if answer is None else _answer(answer), **fields)
+
+
+def _answer(fields: dict[str, Any]) -> Answer:
+    aspects = tuple(map(_answer, fields.pop("aspects")))
+    return Answer(aspects=aspects, **fields)

@@ -1,7 +1,7 @@
 """What a judge says about a prompt: critiques, and their score distributions read as numbers."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from real_megatron.errors import EngineError
 from real_megatron.rollout.scoring import ScoredResponse
-from real_megatron.scores import ScoreScale, decode
+from real_megatron.scores import Aspect, ScoreScale, decode, weighted_mean
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,14 @@ class Answer:
     sampled: float
     """The value of one score drawn from π, renormalised over the scale."""
     probabilities: list[float]
-    """π(k) over the whole vocabulary, in the scale's order."""
+    """π(k) over the whole vocabulary, in the scale's order. Of several aspects none: each has its own."""
+    aspects: tuple["Answer", ...] = ()
+    """Where the scale has aspects the score of each; the numbers above are their means by weight."""
+
+    @property
+    def mass(self) -> float:
+        """Σ_k π(k); of several aspects the mean."""
+        return fmean(aspect.mass for aspect in self.aspects) if self.aspects else sum(self.probabilities)
 
 
 @dataclass(frozen=True)
@@ -53,11 +60,11 @@ def read_response(
     tokenizer: PreTrainedTokenizerBase,
     scale: ScoreScale,
     response: ScoredResponse,
-    uniform: float,
+    uniforms: Sequence[float],
     renormalized: bool,
 ) -> Reading:
-    """A response as numbers. `uniform` in [0, 1) draws the sampled score; `renormalized` takes the expectation over the
-    score tokens only.
+    """A response as numbers. `uniforms` in [0, 1), one an aspect, draw the sampled scores; `renormalized` takes
+    expectations over the scores only.
 
     Raises EngineError for log-probs that are not numbers: such a model can score no prompt.
     """
@@ -65,7 +72,7 @@ def read_response(
     answer = None
     if response.score_logprobs is not None:
         text = text.removesuffix(scale.anchor_text)
-        answer = _answer(scale, response.score_logprobs, uniform, renormalized)
+        answer = _answer(scale, response.score_logprobs, uniforms, renormalized)
     found = answer is not None and not response.forced_anchor
     truncated = not found and response.finish_reason == "length"
     return Reading(text, answer, not found, truncated, len(response.response_ids))
@@ -76,11 +83,29 @@ def mean_answer(answers: Sequence[Answer]) -> Answer | None:
     if not answers:
         return None
     columns = zip(*(answer.probabilities for answer in answers), strict=True)
+    aspects = zip(*(answer.aspects for answer in answers), strict=True)
+    means = [mean_answer(of_aspect) for of_aspect in aspects]
     return Answer(
         fmean(answer.expected for answer in answers),
         fmean(answer.renormalized for answer in answers),
         fmean(answer.sampled for answer in answers),
         [fmean(column) for column in columns],
+        tuple(mean for mean in means if mean is not None),
+    )
+
+
+def weighted_answer(aspects: Sequence[Aspect], answers: Sequence[Answer | None]) -> Answer:
+    """One score of several aspects: the means by weight over those that are there, of which there must be one."""
+
+    def mean(number: Callable[[Answer], float]) -> float:
+        return weighted_mean(aspects, [None if answer is None else number(answer) for answer in answers])
+
+    return Answer(
+        mean(lambda answer: answer.expected),
+        mean(lambda answer: answer.renormalized),
+        mean(lambda answer: answer.sampled),
+        [],
+        tuple(answer for answer in answers if answer is not None),
     )
 
 
@@ -89,7 +114,15 @@ def answers_of(readings: Sequence[Reading]) -> list[Answer]:
     return [reading.answer for reading in readings if reading.answer is not None]
 
 
-def _answer(scale: ScoreScale, score_logprobs: list[float], uniform: float, renormalized: bool) -> Answer:
+def _answer(scale: ScoreScale, score_logprobs: list[float], uniforms: Sequence[float], renormalized: bool) -> Answer:
+    found = [
+        _of_aspect(aspect.values, score_logprobs[aspect.columns], uniform, renormalized)
+        for aspect, uniform in zip(scale.parts, uniforms, strict=True)
+    ]
+    return weighted_answer(scale.aspects, found) if scale.aspects else found[0]
+
+
+def _of_aspect(values: Sequence[float], score_logprobs: list[float], uniform: float, renormalized: bool) -> Answer:
     logp = np.asarray(score_logprobs, dtype=np.float64)
     if not np.isfinite(logp.max()):  # the maximum of any NaN is NaN
         what = "NaN" if np.isnan(logp.max()) else "infinite"
@@ -99,5 +132,5 @@ def _answer(scale: ScoreScale, score_logprobs: list[float], uniform: float, reno
     q = np.exp(logp - logp.max())
     q /= q.sum()
     drawn = min(int(np.searchsorted(q.cumsum(), uniform, side="right")), len(q) - 1)
-    full, within = (float(weights @ np.asarray(scale.values)) for weights in (p, q))
-    return Answer(within if renormalized else full, within, scale.values[drawn], p.tolist())
+    full, within = (float(weights @ np.asarray(values)) for weights in (p, q))
+    return Answer(within if renormalized else full, within, values[drawn], p.tolist())

@@ -13,7 +13,7 @@ from real_megatron.sections import read_tree
 # What describes the model. The rest, such as programs to start and servers to use, is no business of a checkpoint that
 # may have been downloaded.
 FOLLOWED = {
-    "scale": ("scores", "values", "anchor", "spellings", "ends", "probabilities"),
+    "scale": ("scores", "values", "anchor", "spellings", "ends", "aspects", "probabilities"),
     "data": (
         *("template", "chat_template", "chat_template_args"),
         *("max_prompt_tokens", "long_prompts", "max_response_tokens"),

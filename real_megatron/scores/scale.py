@@ -9,8 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from real_megatron.config import ScaleConfig
+from real_megatron.config import AspectConfig, ScaleConfig
 from real_megatron.errors import ConfigError
+from real_megatron.scores.aspects import Aspect
 from real_megatron.scores.nearest import nearest_score
 from real_megatron.scores.texts import common_prefix, decode, encode_all, show, text_after, token_boundary, visible
 from real_megatron.scores.tree import ScoreTree
@@ -35,10 +36,14 @@ class ScoreScale:
     anchor_text: str
     """Text of the effective anchor, as the tokenizer decodes it; `cut` looks for it. Shorter than the configured anchor
     where the anchor's end belongs to the score's tokens: `"[RESULT] "` becomes `"[RESULT]"` if `" 4"` is one token."""
+    aspects: tuple[Aspect, ...] = ()
+    """Where a response has several scores: which of `texts` and `values`, one aspect's after the other's, are whose."""
 
     @classmethod
     def of(cls, tokenizer: Any, config: ScaleConfig) -> "ScoreScale":
-        """The scale that a run's configuration describes; see `resolve`."""
+        """The scale that a run's configuration describes, with its aspects; see `resolve`."""
+        if config.aspects:
+            return _with_aspects(tokenizer, config)
         return cls.resolve(tokenizer, config.scores, config.values, config.anchor, config.spellings, config.ends)
 
     @classmethod
@@ -70,17 +75,8 @@ class ScoreScale:
         ways = _spellings(texts, spellings or {})
         written = [text for own in ways for text in own]
         context, rows = encode_all(tokenizer, [anchor + text for text in written])
-        length = common_prefix(rows)
-        while length and not visible(anchor).startswith(visible(text_after(tokenizer, context, rows[0][:length]))):
-            length -= 1
-        anchor_ids = rows[0][:length]
-        anchor_text = text_after(tokenizer, context, anchor_ids) if anchor_ids else ""
-        if not visible(anchor_text):
-            raise ConfigError(
-                f"the tokens of the scores after the anchor {anchor!r} have no common beginning with visible text: "
-                f"{show(tokenizer, rows[0])}, {show(tokenizer, rows[1])}; end the anchor differently, for example "
-                "with ': ' or '] '"
-            )
+        anchor_ids, anchor_text = _effective_anchor(tokenizer, context, rows, anchor)
+        length = len(anchor_ids)
         paths = {text: row[length:] for text, row in zip(written, rows, strict=True)}
         _check_paths(tokenizer, paths, anchor_text)
         tree = ScoreTree([[paths[text] for text in own] for own in ways])
@@ -114,9 +110,70 @@ class ScoreScale:
             start = text.find(self.anchor_text, start + 1)
         return None
 
+    @property
+    def parts(self) -> tuple[Aspect, ...]:
+        """The aspects, or the scale itself as the only one."""
+        return self.aspects or (Aspect("", self.texts, self.values),)
+
     def label_index(self, label: float) -> int:
         """Index of the score whose value is nearest to `label` (`nearest_score`)."""
         return nearest_score(self.values, label)
+
+
+def _with_aspects(tokenizer: Any, config: ScaleConfig) -> ScoreScale:
+    """A scale whose anchor is what the anchors of all aspects begin with. An aspect's own anchor is given, not read."""
+    scales = [_of_aspect(tokenizer, name, aspect, config) for name, aspect in config.aspects.items()]
+    starts = [scale.anchor_ids for scale in scales]
+    context, _ = encode_all(tokenizer, [config.anchor])
+    anchor_ids, anchor_text = _effective_anchor(tokenizer, context, starts, config.anchor)
+    given = [tuple(start[len(anchor_ids) :]) for start in starts]
+    if len(set(given)) < len(given):
+        raise ConfigError(
+            f"scale.aspects: the anchors of {', '.join(config.aspects)} must differ; as tokens they are "
+            f"{[show(tokenizer, list(ids)) for ids in given]}"
+        )
+    aspects: list[Aspect] = []
+    texts: list[str] = []
+    values: list[float] = []
+    for (name, aspect), scale in zip(config.aspects.items(), scales, strict=True):
+        aspects.append(Aspect(name, scale.texts, scale.values, len(values), aspect.weight))
+        texts += scale.texts
+        values += scale.values
+    tree = ScoreTree.joined([scale.tree for scale in scales], given)
+    return ScoreScale(texts, values, tree, anchor_ids, anchor_text, tuple(aspects))
+
+
+def _of_aspect(tokenizer: Any, name: str, aspect: AspectConfig, config: ScaleConfig) -> ScoreScale:
+    own = aspect.scores is not None
+    spellings = aspect.spellings if aspect.spellings is not None else {} if own else config.spellings
+    values = aspect.values if aspect.values is not None else None if own else config.values
+    try:
+        return ScoreScale.resolve(
+            tokenizer,
+            config.scores if aspect.scores is None else aspect.scores,
+            values,
+            config.anchor + (aspect.anchor or f"{name}: "),
+            spellings,
+            config.ends,
+        )
+    except ConfigError as error:
+        raise ConfigError(f"scale.aspects.{name}: {error}") from None
+
+
+def _effective_anchor(tokenizer: Any, context: list[int], rows: list[list[int]], anchor: str) -> tuple[list[int], str]:
+    """The tokens, within the anchor, with which all rows begin, and their text."""
+    length = common_prefix(rows)
+    while length and not visible(anchor).startswith(visible(text_after(tokenizer, context, rows[0][:length]))):
+        length -= 1
+    ids = rows[0][:length]
+    text = text_after(tokenizer, context, ids) if ids else ""
+    if not visible(text):
+        raise ConfigError(
+            f"the tokens of the scores after the anchor {anchor!r} have no common beginning with visible text: "
+            f"{show(tokenizer, rows[0])}, {show(tokenizer, rows[1])}; end the anchor differently, for example "
+            "with ': ' or '] '"
+        )
+    return ids, text
 
 
 def _spellings(texts: list[str], further: Mapping[str, Sequence[str]]) -> list[list[str]]:

@@ -89,6 +89,35 @@ class ScoreTree:
                 found.append(Spelling(score, steps, tuple(place[path, token] for token in children[path])))
         self.spellings = tuple(sorted(found, key=lambda spelling: spelling.score))
         """Every way to write a score, by score."""
+        self.most_tokens = max(len(path) + (path in children) for path in score_of)
+        """How many tokens behind the anchor decide a score, at most."""
+
+    @classmethod
+    def joined(cls, trees: Sequence["ScoreTree"], given: Sequence[Sequence[int]]) -> "ScoreTree":
+        """The scores of several aspects as one tree, those of the first aspect first.
+
+        given: per aspect the tokens before its score, its own anchor. They are put there, not asked for: log-probs
+            are those of the score behind them
+        """
+        joined = cls.__new__(cls)
+        joined.paths, joined.ends = [], tuple(end for tree in trees for end in tree.ends)
+        branches, spellings, width = [], [], 0
+        for tree, before in zip(trees, map(tuple, given), strict=True):
+            branches += [Branch(before + branch.path, branch.ids) for branch in tree.branches]
+            spellings += [
+                Spelling(
+                    len(joined.paths) + spelling.score,
+                    tuple(width + step for step in spelling.steps),
+                    tuple(width + step for step in spelling.rest),
+                )
+                for spelling in tree.spellings
+            ]
+            joined.paths += [before + path for path in tree.paths]
+            width += tree.width
+        joined.branches, joined.spellings, joined.width = tuple(branches), tuple(spellings), width
+        joined.most_tokens = max(len(before) + tree.most_tokens for tree, before in zip(trees, given, strict=True))
+        joined._score_of, joined._children = {}, {}
+        return joined
 
     @classmethod
     def of_tokens(cls, ids: Sequence[int]) -> "ScoreTree":
@@ -103,17 +132,12 @@ class ScoreTree:
     @property
     def flat(self) -> bool:
         """Whether every spelling is one token, so that one distribution behind the anchor says everything."""
-        return len(self.branches) == 1
-
-    @property
-    def most_tokens(self) -> int:
-        """How many tokens behind the anchor decide a score, at most."""
-        return max(len(path) + (path in self._children) for path in self._score_of)
+        return len(self.branches) == 1 and not self.branches[0].path
 
     @property
     def token_ids(self) -> list[int]:
-        """Every token id of the tree, ends included, ascending."""
-        return sorted({id for branch in self.branches for id in branch.ids})
+        """Every token id of the tree, ends and what is given included, ascending."""
+        return sorted({id for branch in self.branches for id in (*branch.path, *branch.ids)})
 
     def read(self, tokens: Sequence[int]) -> tuple[int | None, int]:
         """What the tokens behind an anchor say: (index of the score, or None where they say none; how many of the
@@ -121,6 +145,8 @@ class ScoreTree:
 
         The token that ends a score which could go on counts among them. Where the tokens are over before anything is
         decided the score is None, and the number one more than there are tokens.
+
+        Not of joined trees: their scores are not alternatives.
         """
         path: tuple[int, ...] = ()
         for t, token in enumerate(tokens):
@@ -136,7 +162,7 @@ class ScoreTree:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, ScoreTree):
             return NotImplemented
-        return self._score_of == other._score_of and self.ends == other.ends
+        return self.branches == other.branches and self.spellings == other.spellings
 
     def __hash__(self) -> int:
-        return hash((tuple(self._score_of.items()), self.ends))
+        return hash((self.branches, self.spellings))

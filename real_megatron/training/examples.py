@@ -22,7 +22,7 @@ def prompt_groups(
     """Prompt and label of every training example, without responses yet. Too long prompts: `data.long_prompts`."""
     examples = [example for _, loaded in _load(config, scale, critiques=False) for example in loaded]
     prompts = encode_prompts(tokenizer, examples, config.data)
-    groups = (Group(ids, [], example.label, example.id, example.meta) for example, ids in prompts.kept)
+    groups = (Group(ids, [], example.label, example.id, example.meta, example.labels) for example, ids in prompts.kept)
     return _some(EncodedGroups(StoredGroups.of(groups), prompts.dropped, prompts.cut))
 
 
@@ -56,23 +56,33 @@ def _load(config: RunConfig, scale: ScoreScale, critiques: bool) -> Iterator[tup
     if not config.data.train:
         raise ConfigError("data.train is empty: name at least one training data set")
     for source in config.data.train:
-        yield source, load_examples(source, config.data.template, scale.values, critiques=critiques)
+        yield (
+            source,
+            load_examples(source, config.data.template, scale.values, critiques=critiques, aspects=scale.aspects),
+        )
 
 
 def _check_critiques(source: DataSource, examples: list[JudgeExample], scale: ScoreScale) -> None:
     if source.score_statement == "keep":
         return
     anchor = scale.anchor_text.strip()
-    given = [(e.id, e.cot.partition(anchor)[0], scale.label_index(e.label)) for e in examples if e.cot is not None]
-    leak = find_leak([cot for _, cot, _ in given], [label for *_, label in given], scale.texts, scale.values)
-    if leak.found:
-        shown = "; ".join(f"{given[i][0]}: {given[i][1].strip()[-80:]!r}" for i in leak.examples)
-        raise DataError(
-            f"{source.path}: {leak.stated} of {leak.critiques} critiques say the label in their first or last "
-            f"sentences (by chance: {leak.by_chance:.0f}), so that the judge would learn to copy it: {shown}; set "
-            "critique_end of this data set to a regular expression that matches where the statement begins, or "
-            "score_statement: keep if it is meant"
-        )
+    for a, aspect in enumerate(scale.parts):
+        labels = [e.labels[a] if scale.aspects else e.label for e in examples]
+        given = [
+            (e.id, e.cot.partition(anchor)[0], aspect.label_index(label))
+            for e, label in zip(examples, labels, strict=True)
+            if e.cot is not None and label is not None
+        ]
+        leak = find_leak([cot for _, cot, _ in given], [label for *_, label in given], aspect.texts, aspect.values)
+        if leak.found:
+            shown = "; ".join(f"{given[i][0]}: {given[i][1].strip()[-80:]!r}" for i in leak.examples)
+            raise DataError(
+                f"{source.path}: {leak.stated} of {leak.critiques} critiques say the label"
+                f"{f' of {aspect.name}' if aspect.name else ''} in their first or last sentences (by chance: "
+                f"{leak.by_chance:.0f}), so that the judge would learn to copy it: {shown}; set critique_end of this "
+                "data set to a regular expression that matches where the statement begins, or score_statement: keep if "
+                "it is meant"
+            )
 
 
 def _some(encoded: EncodedGroups) -> EncodedGroups:

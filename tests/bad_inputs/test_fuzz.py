@@ -280,7 +280,7 @@ def test_responses_of_any_text_are_read(text: str, logprobs: list[float], draw: 
     assert cut is not None and (text + SCALE.anchor_text).startswith(bytes(ids[:cut]).decode())
     given = {name: None for name in ScoredResponse.__dataclass_fields__}
     given |= {"response_ids": ids[:cut], "score_logprobs": logprobs, "forced_anchor": False, "finish_reason": "stop"}
-    reading = read_response(TOKENIZER, SCALE, ScoredResponse(**given), draw, renormalized=True)
+    reading = read_response(TOKENIZER, SCALE, ScoredResponse(**given), [draw], renormalized=True)
     assert reading.answer is not None and 1 <= reading.answer.expected <= 3.0000001
     assert reading.answer.sampled in SCALE.values and SCALE.anchor_text not in reading.critique
     without_end(text, None, True, SCALE.values)

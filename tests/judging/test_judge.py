@@ -204,6 +204,7 @@ def test_exactly_these_keys_of_a_checkpoint_are_followed(tmp_path: Path) -> None
             followed.add(key)
     assert followed == {
         *("scale.scores", "scale.values", "scale.anchor", "scale.probabilities"),
+        *("scale.spellings", "scale.ends", "scale.aspects"),
         *("data.template", "data.chat_template", "data.chat_template_args"),
         *("data.max_prompt_tokens", "data.long_prompts", "data.max_response_tokens"),
         *("evaluation.samples", "evaluation.temperature", "evaluation.top_p", "evaluation.no_anchor"),
@@ -307,7 +308,7 @@ def test_the_library_is_loaded_lazily() -> None:
 
 def test_a_saved_configuration_that_is_damaged_is_named(tmp_path: Path) -> None:
     (tmp_path / "real_megatron.yaml").write_text(yaml.safe_dump({"scale": {"scores": "no list"}}))
-    with pytest.raises(ConfigError, match=r"real_megatron\.yaml: `scale\.scores`: must be a list"):
+    with pytest.raises(ConfigError, match=r"real_megatron\.yaml: scale\.scores: 'no list' is no list"):
         judge_config(tmp_path)
 
 
@@ -341,7 +342,7 @@ def test_a_checkpoint_that_is_not_whole_is_refused(damage: str, message: str, mo
 @pytest.mark.parametrize("value", [float("nan"), float("-inf")])
 def test_scores_that_are_no_numbers_end_the_job(value: float, judge: Judge) -> None:
     with pytest.raises(EngineError, match="score log-probs are (NaN|infinite): its weights are damaged"):
-        _answer(judge.scale, [value] * 5, 0.5, renormalized=True)
+        _answer(judge.scale, [value] * 5, [0.5], renormalized=True)
 
 
 def test_a_prompt_that_the_engine_refuses_is_named(judge: Judge, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -356,7 +357,7 @@ def test_a_prompt_that_the_engine_refuses_is_named(judge: Judge, monkeypatch: py
 def test_a_distribution_whose_mass_underflows_is_still_drawn_from(judge: Judge) -> None:
     """Log-probs near −800 are 0 in float64: their ratios, 1 to 3 here, are not."""
     logprobs = [-800.0, -800.0 + math.log(3.0), -math.inf, -math.inf, -math.inf]
-    found = [_answer(judge.scale, logprobs, uniform, renormalized=True) for uniform in (0.2, 0.3)]
+    found = [_answer(judge.scale, logprobs, [uniform], renormalized=True) for uniform in (0.2, 0.3)]
     assert [answer.sampled for answer in found] == [1.0, 2.0]
     assert found[0].expected == pytest.approx(0.25 * 1 + 0.75 * 2) and found[0].probabilities == [0.0] * 5
 
@@ -374,6 +375,6 @@ def test_a_distribution_whose_mass_underflows_is_still_drawn_from(judge: Judge) 
 def test_a_critique_is_truncated_where_its_length_ended_it(
     response: ScoredResponse, no_anchor: bool, truncated: bool, judge: Judge
 ) -> None:
-    reading = read_response(judge.tokenizer, judge.scale, response, 0.5, renormalized=True)
+    reading = read_response(judge.tokenizer, judge.scale, response, [0.5], renormalized=True)
     assert (reading.no_anchor, reading.truncated, reading.tokens) == (no_anchor, truncated, 1)
     assert (reading.answer is None) == (response.score_logprobs is None)

@@ -2,8 +2,8 @@
 
 The policy is a table of logits in float64, small enough to enumerate every CoT and every score. Two forms: each
 aspect's score is read behind the critique alone; or the second is read behind the first, which is sampled, an action as
-the CoT is. The objective's gradient comes from central differences of J(θ); at step 1e-5 they are accurate to about 1e-9
-here.
+the CoT is. The objective's gradient comes from central differences of J(θ); at step 1e-5 they are accurate to about
+1e-9 here.
 """
 
 import itertools
