@@ -8,6 +8,7 @@ import pytest
 
 from real_megatron.config import DataSource
 from real_megatron.data import JudgeExample, load_examples
+from real_megatron.data.formats import FORMATS, read_prompt, register_format
 from real_megatron.errors import ConfigError, DataError
 from real_megatron.scores import Aspect
 
@@ -67,8 +68,10 @@ def test_a_bad_label_is_named(tmp_path: Path, row: dict[str, Any], message: str)
         load(tmp_path, [{"label": [1, 0]}, row])
 
 
-def test_a_file_without_labels_and_a_format_without_a_column(tmp_path: Path) -> None:
+def test_a_file_without_labels_and_a_format_without_a_column(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(DataError, match="no record has 'label', the label's column"):
         load(tmp_path, [{"scores": [1, 2]}])
+    monkeypatch.setattr(FORMATS, "_known", {known: FORMATS[known] for known in FORMATS})
+    register_format("own")(read_prompt)
     with pytest.raises(ConfigError, match="scale.aspects: the format .* does not say which column holds the labels"):
-        load(tmp_path, [{}], format="tests.support.extension_format:read_pair")
+        load(tmp_path, [{}], format="own")
