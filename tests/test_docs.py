@@ -34,6 +34,7 @@ from real_megatron.objective import (
 from real_megatron.objective.rewards import compute_rewards
 from real_megatron.rollout.engine import EngineSpec, SamplingParams
 from real_megatron.rollout.factory import build_engine
+from real_megatron.scores import Branch
 from real_megatron.sections import describe_keys, section_type
 from tests.support.documents import (
     CHECKS,
@@ -428,7 +429,10 @@ def test_the_engine_of_the_document_runs(tmp_path: Path) -> None:
     engine, known = build_engine(spec("engine:plain")), build_engine(spec("transformers"))
     prompts, watch = [[72, 105], [33]], (49, 50)
     torch.testing.assert_close(
-        engine.next_token_logprobs(prompts, watch), known.next_token_logprobs(prompts, watch), rtol=0, atol=1e-5
+        engine.branch_logprobs(prompts, [Branch((), tuple(watch))]),
+        known.branch_logprobs(prompts, [Branch((), tuple(watch))]),
+        rtol=0,
+        atol=1e-5,
     )
     params = SamplingParams(n=2, temperature=0.8, top_p=0.9, max_new_tokens=4, watch_ids=watch)
     groups = engine.generate(prompts, params, seeds=[1, 2])

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 from real_megatron.errors import EngineError, PromptRefused
 from real_megatron.rollout.embedded.head import use_float32_logits
 from real_megatron.rollout.engine import EngineSpec, Response, SamplingParams, register_engine
+from real_megatron.scores import Branch
 
 
 class PlainEngine:
@@ -65,9 +66,12 @@ class PlainEngine:
     def _logits(self, ids: list[int]) -> Tensor:
         return self.model(torch.tensor([ids], device=self.model.device)).logits[0, -1].float().cpu()
 
-    def next_token_logprobs(self, sequences: Sequence[list[int]], ids: Sequence[int]) -> Tensor:
+    def branch_logprobs(self, sequences: Sequence[list[int]], branches: Sequence[Branch]) -> Tensor:
         self.health()
-        return torch.stack([self._logits(sequence).log_softmax(-1)[list(ids)] for sequence in sequences])
+        return torch.stack([torch.cat([self._behind(sequence, b) for b in branches]) for sequence in sequences])
+
+    def _behind(self, sequence: list[int], branch: Branch) -> Tensor:
+        return self._logits([*sequence, *branch.path]).log_softmax(-1)[list(branch.ids)]
 
     def update_weights(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
         self.version = None  # nothing is served from a mixture of old and new weights

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from real_megatron.errors import EngineError, PromptRefused
 from real_megatron.rollout.engine import BadResponse, Response, RolloutEngine, SamplingParams, drain
+from real_megatron.scores import Branch
 
 T = TypeVar("T")
 
@@ -52,7 +53,7 @@ class FollowerEngine:
     ) -> list[list[Response]]:
         raise AssertionError("a FollowerEngine serves nothing: rank 0 generates for all ranks")
 
-    def next_token_logprobs(self, sequences: Sequence[list[int]], ids: Sequence[int]) -> Tensor:
+    def branch_logprobs(self, sequences: Sequence[list[int]], branches: Sequence[Branch]) -> Tensor:
         raise AssertionError("a FollowerEngine serves nothing: rank 0 scores for all ranks")
 
     def update_weights(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
@@ -84,7 +85,7 @@ class DistributedRollout:
     """RolloutEngine over all ranks of a group. Every method is collective: all ranks call it, with equal arguments.
 
     With an engine on each rank (embedded), each rank serves some of the prompts; with FollowerEngines on all ranks but
-    the first (servers), the first serves all of them. `generate` and `next_token_logprobs` return the identical list on
+    the first (servers), the first serves all of them. `generate` and `branch_logprobs` return the identical list on
     every rank. `share` and `collect` let the rank that has served a prompt make of the responses what is asked for, so
     that no more than that travels: once to each rank, or to the first one alone.
 
@@ -114,13 +115,13 @@ class DistributedRollout:
 
         return self.share([len(prompt) for prompt in prompts], serve, _pickled, _unpickled)
 
-    def next_token_logprobs(self, sequences: Sequence[list[int]], ids: Sequence[int]) -> Tensor:
+    def branch_logprobs(self, sequences: Sequence[list[int]], branches: Sequence[Branch]) -> Tensor:
         def serve(engine: RolloutEngine, indices: list[int]) -> list[list[float]]:
-            rows: list[list[float]] = engine.next_token_logprobs([sequences[i] for i in indices], ids).tolist()
+            rows: list[list[float]] = engine.branch_logprobs([sequences[i] for i in indices], branches).tolist()
             return rows
 
         rows = self.share([len(sequence) for sequence in sequences], serve, _pickled, _unpickled)
-        return torch.tensor(rows).reshape(len(sequences), len(ids))
+        return torch.tensor(rows).reshape(len(sequences), sum(len(branch.ids) for branch in branches))
 
     def share(
         self,

@@ -16,6 +16,7 @@ from real_megatron.errors import DataError, EngineError, PromptRefused
 from real_megatron.hf.side_files import read_config
 from real_megatron.hf.stop_ids import stop_ids
 from real_megatron.registry import Registry, calling_module
+from real_megatron.scores import Branch
 
 
 @dataclass(frozen=True)
@@ -68,11 +69,13 @@ class RolloutEngine(Protocol):
         """
         ...
 
-    def next_token_logprobs(self, sequences: Sequence[list[int]], ids: Sequence[int]) -> Tensor:
-        """Log-probabilities (T = 1, whole vocabulary) of the tokens `ids` as continuation of each sequence.
+    def branch_logprobs(self, sequences: Sequence[list[int]], branches: Sequence[Branch]) -> Tensor:
+        """Log-probabilities (T = 1, whole vocabulary) of each branch's tokens `ids` behind a sequence and the branch's
+        path.
 
-        Returns fp32 `[len(sequences), len(ids)]` on CPU. This is RAIL's score distribution. Errors as of `generate`;
-        PromptRefused counts in `sequences`.
+        Returns fp32 `[len(sequences), ids of all branches]` on CPU, one branch's after the other's. This is RAIL's
+        score distribution: that of single tokens is one branch without a path. Errors as of `generate`; PromptRefused
+        counts in `sequences`.
         """
         ...
 

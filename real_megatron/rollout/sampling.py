@@ -26,7 +26,7 @@ class Sampled:
     """`n` per prompt; fewer, possibly none, under the rule `drop`."""
     metrics: dict[str, float]
     """Fractions of all responses: `no_anchor` (of which `truncated` by length, `split_anchor`: the anchor ends inside a
-    token), `forced`, `dropped`, and where scores are sampled `off_scale` (the sampled token is no score);
+    token), `forced`, `dropped`, and where scores are sampled `off_scale` (what is sampled is no score);
     `empty_groups` (count); `response_tokens` (mean) and `response_tokens_max`."""
 
 
@@ -45,9 +45,10 @@ def sample_trajectories(
     A response that has no anchor at a token boundary: `penalize` keeps it whole, without an answer position; `force`
     appends the anchor, without token loss (see `with_anchor`); `drop` leaves it out.
 
-    With `score` the token behind the anchor is sampled too, be it a score or another one. It is the trajectory's last
-    token and carries a token loss. A response without room for it counts as one without an anchor; behind a forced
-    anchor a second request samples it.
+    With `score` what stands behind the anchor is sampled too, be it a score or something else: the tokens up to the one
+    that decides it (`ScoreTree.read`). They are the trajectory's last tokens and carry a token loss. A response without
+    room for them counts as one without an anchor. A second request samples them behind a forced anchor, and where
+    scores are several tokens behind every anchor.
 
     With an engine of many ranks each response is made a trajectory on the rank that samples it, and every rank returns
     the same. Log-probs are rounded to float32, in which they travel.
@@ -84,12 +85,14 @@ def _sample(
     score: bool,
 ) -> list[SampledGroup]:
     # Where the token behind the anchor is no score, the response goes on, and is cut.
-    stop = score_stop_texts(tokenizer, scale) if score else (scale.anchor_text,)
-    responses = engine.generate(prompts, replace(params, stop=stop), seeds)
+    at_once = score and scale.tree.flat
+    stop = score_stop_texts(tokenizer, scale) if at_once else (scale.anchor_text,)
+    longest = critique_tokens(scale, params.max_new_tokens)
+    responses = engine.generate(prompts, replace(params, stop=stop, max_new_tokens=longest), seeds)
     check_complete(responses, len(prompts), params.n)
-    groups = [_group(row, tokenizer, scale, params, rule, score) for row in responses]
+    groups = [_group(row, tokenizer, scale, longest, rule, at_once) for row in responses]
     if score:
-        _sample_behind_forced_anchors(engine, prompts, [group.trajectories for group in groups], params, seeds)
+        _sample_scores(engine, scale, prompts, [group.trajectories for group in groups], params, seeds)
         for group in groups:
             group.counts.off_scale = sum(_off_scale(t, scale) for t in group.trajectories)
     return groups
@@ -99,11 +102,12 @@ def _group(
     responses: list[Response],
     tokenizer: PreTrainedTokenizerBase,
     scale: ScoreScale,
-    params: SamplingParams,
+    longest: int,
     rule: NoAnchorRule,
     score: bool,
 ) -> SampledGroup:
-    """The responses to a prompt, cut, with their counts; no scores yet behind forced anchors."""
+    """The responses to a prompt, of `longest` tokens at most, cut, with their counts. With `score` the token behind the
+    anchor is kept; but for forced anchors, behind which there is none yet."""
     group = SampledGroup()
     counts = group.counts
     for response in responses:
@@ -120,8 +124,7 @@ def _group(
                 counts.dropped += 1
                 continue
             counts.forced += rule == "force"
-        longest = params.max_new_tokens - score
-        forced = with_anchor(response, scale, longest) if cut is None and rule == "force" else None
+        forced = with_anchor(response, scale, longest - score) if cut is None and rule == "force" else None
         group.trajectories.append(_trajectory(response, cut, forced, score))
     return group
 
@@ -159,10 +162,17 @@ def with_anchor(response: Response, scale: ScoreScale, longest: int) -> tuple[li
     return response.token_ids[:own] + scale.anchor_ids, own
 
 
+def critique_tokens(scale: ScoreScale, most: int) -> int:
+    """How many of `most` tokens of a response are for what stands before a score. Single tokens are sampled with it;
+    scores of several tokens follow in requests of their own, and what they take is kept free."""
+    return most if scale.tree.flat else max(1, most - scale.tree.most_tokens)
+
+
 def score_stop_texts(tokenizer: PreTrainedTokenizerBase, scale: ScoreScale) -> tuple[str, ...]:
-    """The anchor followed by each score, as the tokenizer writes them."""
+    """The anchor followed by each score, as the tokenizer writes them; of scores that are one token each."""
     start = len(tokenizer.decode(scale.anchor_ids))
-    return tuple(scale.anchor_text + tokenizer.decode([*scale.anchor_ids, score])[start:] for score in scale.score_ids)
+    tokens = scale.tree.branches[0].ids
+    return tuple(scale.anchor_text + tokenizer.decode([*scale.anchor_ids, token])[start:] for token in tokens)
 
 
 def _trajectory(
@@ -196,22 +206,30 @@ def _float32(numbers: list[float]) -> list[float]:
     return rounded
 
 
-def _sample_behind_forced_anchors(
+def _sample_scores(
     engine: RolloutEngine,
+    scale: ScoreScale,
     prompts: Sequence[list[int]],
     trajectories: list[list[Trajectory]],
     params: SamplingParams,
     seeds: Sequence[int] | None,
 ) -> None:
-    """Sample one token behind each forced anchor and add it, with its log-prob, to the trajectory."""
-    places = [(i, k) for i, group in enumerate(trajectories) for k, t in enumerate(group) if t.forced_anchor]
+    """Sample a score behind each anchor that has none yet, and add its tokens, with their log-probs, to the
+    trajectory."""
+    places = [
+        (i, k)
+        for i, group in enumerate(trajectories)
+        for k, t in enumerate(group)
+        if t.answer_index is not None and t.answer_index + 1 == len(t.response_ids)
+    ]
     if not places:
         return
     sequences = [prompts[i] + trajectories[i][k].response_ids for i, k in places]
     # Seeds that no sample of the prompt's first request has drawn from: engines give sample k the seed, or seed + k.
     further = None if seeds is None else [seeds[i] + params.n + k for i, k in places]
+    behind = replace(params, n=1, max_new_tokens=scale.tree.most_tokens, stop=())
     try:
-        sampled = engine.generate(sequences, replace(params, n=1, max_new_tokens=1, stop=()), further)
+        sampled = engine.generate(sequences, behind, further)
     except PromptRefused as refusal:
         raise PromptRefused(places[refusal.index][0], str(refusal)) from refusal
     try:
@@ -220,11 +238,15 @@ def _sample_behind_forced_anchors(
         raise bad.at(places[bad.index][0]) from bad
     for (i, k), (response,) in zip(places, sampled, strict=True):
         trajectory = trajectories[i][k]
-        trajectory.response_ids = [*trajectory.response_ids, response.token_ids[0]]
-        trajectory.loss_mask = [*trajectory.loss_mask, True]
-        trajectory.old_logprobs = [*(trajectory.old_logprobs or []), *_float32(response.logprobs[:1])]
+        # What follows the token that decides is no part of the score.
+        used = min(scale.tree.read(response.token_ids)[1], len(response.token_ids))
+        trajectory.response_ids = [*trajectory.response_ids, *response.token_ids[:used]]
+        trajectory.loss_mask = [*trajectory.loss_mask, *[True] * used]
+        trajectory.old_logprobs = [*(trajectory.old_logprobs or []), *_float32(response.logprobs[:used])]
         trajectory.weight_version = min(trajectory.weight_version, response.weight_version)
 
 
 def _off_scale(trajectory: Trajectory, scale: ScoreScale) -> bool:
-    return trajectory.answer_index is not None and trajectory.response_ids[-1] not in scale.score_ids
+    if trajectory.answer_index is None:
+        return False
+    return scale.tree.read(trajectory.response_ids[trajectory.answer_index + 1 :])[0] is None

@@ -53,7 +53,7 @@ def train(config: RunConfig) -> None:
             with timer.phase("sync"):
                 run.publish(done)
 
-        scores = run.scale.score_ids if objective.needs_sampled_scores else None
+        scores = run.scale.tree if objective.needs_sampled_scores else None
         unanswered = run.metrics_of_start.get("rollout/steps_without_answer", 0.0)
         ahead: OneStepOff[Batch] | None = None
         if config.rollout.staleness:

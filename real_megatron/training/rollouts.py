@@ -13,7 +13,7 @@ from real_megatron.batch.types import Group, Trajectory
 from real_megatron.errors import UserError
 from real_megatron.objective import mismatch_metrics, summarize
 from real_megatron.policy.policy import Policy
-from real_megatron.scores import decode
+from real_megatron.scores import ScoreTree, decode
 from real_megatron.training.metrics import distinct_n
 from real_megatron.training.reference import spread
 
@@ -38,15 +38,16 @@ def trainable(groups: Sequence[Group], smallest: int) -> list[Group]:
     return kept
 
 
-def steps_without_answer(groups: Sequence[Group], before: float, scores: Sequence[int] | None = None) -> float:
+def steps_without_answer(groups: Sequence[Group], before: float, scores: ScoreTree | None = None) -> float:
     """How many steps in a row, this one included, had no response with an answer, after `before` such steps.
 
-    scores: token ids of the scores, where the reward needs a sampled one: the anchor alone is no answer then
+    scores: of the scale, where the reward needs a sampled score: the anchor alone is no answer then
 
     Raises NothingToTrain at `PATIENCE`: rewards are equal then, and no term has a gradient.
     """
-    answers = (t for group in groups for t in group.trajectories if t.answer_index is not None)
-    if any(scores is None or t.response_ids[-1] in scores for t in answers):
+    answers = (t for group in groups for t in group.trajectories)
+    behind = (t.response_ids[t.answer_index + 1 :] for t in answers if t.answer_index is not None)
+    if any(scores is None or scores.read(tokens)[0] is not None for tokens in behind):
         return 0.0
     if before + 1 >= PATIENCE:
         raise NothingToTrain(

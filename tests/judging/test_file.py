@@ -140,8 +140,8 @@ def test_two_jobs_into_one_output_are_one_too_many(run, engine, tmp_path) -> Non
                     refused.append(str(error))
             return engine.generate(*args)
 
-        def next_token_logprobs(self, *args):
-            return engine.next_token_logprobs(*args)
+        def branch_logprobs(self, *args):
+            return engine.branch_logprobs(*args)
 
     assert run(engine=Interrupted()).judged == 7
     assert len(refused) == 3 and all(f"{output} is being written by another job" in text for text in refused)
@@ -245,8 +245,8 @@ def test_what_was_judged_before_the_engine_failed_is_kept(run, engine, tmp_path)
                 raise RuntimeError("the server is gone")
             return engine.generate(*args)
 
-        def next_token_logprobs(self, *args):
-            return engine.next_token_logprobs(*args)
+        def branch_logprobs(self, *args):
+            return engine.branch_logprobs(*args)
 
     with pytest.raises(RuntimeError, match="the server is gone"):
         run(engine=Failing())
@@ -268,8 +268,8 @@ class WithoutNumbers:
                 response.watched = [[math.nan] * len(row) for row in response.watched]
         return groups
 
-    def next_token_logprobs(self, sequences, ids):
-        found = self.engine.next_token_logprobs(sequences, ids)
+    def branch_logprobs(self, sequences, branches):
+        found = self.engine.branch_logprobs(sequences, branches)
         found[[self.damaged in (None, ids[: len(self.damaged or [])]) for ids in sequences]] = math.nan
         return found
 
@@ -307,7 +307,7 @@ def test_a_refused_prompt_is_one_bad_row_and_the_others_are_asked_once_more(run,
             asked.append(len(prompts))
             return self.engine.generate(prompts, params, seeds)
 
-        next_token_logprobs = property(lambda self: self.engine.next_token_logprobs)
+        branch_logprobs = property(lambda self: self.engine.branch_logprobs)
 
     rows = [{"id": f"r{i}", "prompt": "a " * (300 if i in (1, 5) else i + 1)} for i in range(7)]
     source.write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -23,6 +23,7 @@ from real_megatron.judging.judge import Score
 from real_megatron.judging.reading import _answer, read_response
 from real_megatron.judging.settings import judge_config
 from real_megatron.rollout.scoring import ScoredResponse
+from real_megatron.scores import Branch
 from real_megatron.sections import known_keys
 from real_megatron.training.session import Session
 from tests.support.policy_ranks import make_config
@@ -119,7 +120,7 @@ def test_a_token_that_the_model_lacks_matters_where_a_prompt_has_it(tmp_path: Pa
         with pytest.raises(DataError, match=r"^prompt 0: .*'<image>', id 258, outside the vocabulary of 258 "):
             judge.score(PROMPTS)
         with pytest.raises(PromptRefused, match="'<image>'"):
-            judge.engine.next_token_logprobs([[1], [258]], [1])
+            judge.engine.branch_logprobs([[1], [258]], [Branch((), (1,))])
     with pytest.raises(CheckpointError, match="token '<image>' has the id 258, .* vocab_size in config.json is 258"):
         Judge.from_pretrained(model, overrides=["scale.scores=[<image>, B]"])
     with pytest.raises(CheckpointError, match="token '<image>' has the id 258"):  # training may meet any token

@@ -21,8 +21,9 @@ from real_megatron.rollout.remote import client
 from real_megatron.rollout.remote.rotary import check_served_rotary
 from real_megatron.rollout.sampling import sample_trajectories
 from real_megatron.rollout.sglang.engine import SGLangEngine
+from real_megatron.rollout.vllm import replies as vllm_replies
 from real_megatron.rollout.vllm.engine import VLLMEngine
-from real_megatron.scores import ScoreScale
+from real_megatron.scores import Branch, ScoreScale, ScoreTree
 from tests.support.rollout_fake_server import VOCABULARY, WATCHED, FakeServer, expected_ids, logprob
 from tests.support.rollout_models import tiny_qwen3, word_level
 from tests.support.rollout_specs import engine_spec
@@ -109,7 +110,7 @@ class CutAtTheThird(ScoreScale):
 
 def test_scores_are_sampled_behind_own_and_forced_anchors(make, flavour):
     engine, (fake,) = make(1, flavour)
-    scale = CutAtTheThird([7, 8], [1.0, 2.0], [7, 8], [20, 21], "c [RESULT]")
+    scale = CutAtTheThird(["7", "8"], [1.0, 2.0], ScoreTree.of_tokens([7, 8]), [20, 21], "c [RESULT]")
     sampled = sample_trajectories(engine, word_level(), scale, PROMPTS[:4], PARAMS, "force", [5, 6, 7, 8], score=True)
     forced = 0
     for prompt, group in zip(PROMPTS, sampled.trajectories, strict=False):
@@ -128,7 +129,7 @@ def test_single_samples_and_no_prompts(make, flavour):
     engine, _ = make(1, flavour)
     check(engine.generate(PROMPTS, SamplingParams(n=1, max_new_tokens=8)), n=1)
     assert engine.generate([], PARAMS) == []
-    assert engine.next_token_logprobs([], [1]).shape == (0, 1)
+    assert engine.branch_logprobs([], [Branch((), (1,))]).shape == (0, 1)
 
 
 def test_a_vllm_server_draws_one_greedy_response_for_all_samples(make):
@@ -247,12 +248,12 @@ def test_out_of_range_requests_never_leave(make, flavour):
             engine.generate(bad, PARAMS)
         assert refused.value.index == index
     with pytest.raises(PromptRefused, match="49 tokens; with 0 new ones") as refused:
-        engine.next_token_logprobs([[1], [1] * 49], [1])
+        engine.branch_logprobs([[1], [1] * 49], [Branch((), (1,))])
     assert refused.value.index == 1
     with pytest.raises(ValueError, match="2 prompts, but 1 seeds"):
         engine.generate([[1], [2]], PARAMS, [1])
     with pytest.raises(ValueError, match="vocabulary"):
-        engine.next_token_logprobs([[1]], [VOCABULARY])
+        engine.branch_logprobs([[1]], [Branch((), (VOCABULARY,))])
     assert fake.generations == 0
 
 
@@ -264,9 +265,9 @@ def test_a_server_takes_no_sequence_whose_frequencies_depend_on_others(make, fla
     longrope.save_pretrained(tmp_path / "model")
     engine, _ = make(1, flavour)
     longest = {"sglang": 18, "vllm": 19}[flavour]
-    engine.next_token_logprobs([[1] * longest], [1])
+    engine.branch_logprobs([[1] * longest], [Branch((), (1,))])
     with pytest.raises(PromptRefused, match=f"{longest + 1} tokens; with 0 new ones it exceeds the {longest} "):
-        engine.next_token_logprobs([[1] * (longest + 1)], [1])
+        engine.branch_logprobs([[1] * (longest + 1)], [Branch((), (1,))])
 
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
@@ -313,9 +314,15 @@ def test_the_rotary_embedding_is_checked_before_anything_is_asked(tmp_path):
 
 
 def test_scores_are_read_in_the_order_asked_for(make, flavour):
-    engine, _ = make(2, flavour)
-    scored = engine.next_token_logprobs(PROMPTS, [7, 3, 50])
+    engine, fakes = make(2, flavour)
+    scored = engine.branch_logprobs(PROMPTS, [Branch((), (7, 3, 50))])
     torch.testing.assert_close(scored, torch.tensor([[WATCHED - 7, WATCHED - 3, WATCHED - 50]]).expand(len(PROMPTS), 3))
+    tree = [Branch((), (7, 3)), Branch((5,), (3,)), Branch((6,), (50, 7)), Branch((6, 7), (9,))]
+    values = [WATCHED - 7, WATCHED - 3, WATCHED - 1005 - 3, WATCHED - 1006 - 50, WATCHED - 1006 - 7, WATCHED - 2007 - 9]
+    requests = sum(fake.generations for fake in fakes)
+    scored = engine.branch_logprobs(PROMPTS, tree)
+    torch.testing.assert_close(scored, torch.tensor([values]).expand(len(PROMPTS), 6))
+    assert sum(fake.generations for fake in fakes) == requests + len(PROMPTS)  # one request for all branches
     watched = engine.generate(PROMPTS[:2], SamplingParams(n=2, max_new_tokens=8, watch_ids=(9, 4)))[1][1].watched
     assert watched == [[WATCHED - 9, WATCHED - 4]] * 6
 
@@ -666,8 +673,26 @@ def test_more_than_a_vllm_server_takes_in_a_request_is_refused_before_it_is_sent
     with pytest.raises(EngineError, match="5 stop texts: a vLLM server takes 4"):
         engine.generate(PROMPTS, SamplingParams(max_new_tokens=8, stop=tuple("abcde")))
     with pytest.raises(EngineError, match="129 tokens whose log-probabilities are asked for: a vLLM server takes 128"):
-        engine.next_token_logprobs(PROMPTS, [1] * 129)
+        engine.generate(PROMPTS, SamplingParams(max_new_tokens=8, watch_ids=(1,) * 129))
     assert fake.generations == 0
+
+
+def test_branches_of_more_tokens_than_a_vllm_server_takes_are_several_requests(make, monkeypatch):
+    engine, (fake,) = make(1, "vllm")
+    tree = [Branch((), tuple(range(70))), Branch((5,), tuple(range(60, 100))), Branch((6,), (11, 50))]
+    monkeypatch.setattr(vllm_replies, "_MOST_WATCHED", 99)
+    scored = engine.branch_logprobs(PROMPTS[:1], tree)
+    assert scored.shape == (1, 112) and fake.generations == 2
+    assert [len(body["logprob_token_ids"]) for body in fake.bodies] == [70, 42]
+    assert scored[0, [0, 69]].tolist() == [WATCHED, WATCHED - 69]
+
+
+def test_a_batch_of_branches_counts_whole_or_not_at_all(make, flavour):
+    engine, (fake,) = make(1, flavour)
+    fake.faults = ["wrong_k"]
+    scored = engine.branch_logprobs(PROMPTS[:1], [Branch((), (7,)), Branch((5,), (3,))])
+    torch.testing.assert_close(scored, torch.tensor([[WATCHED - 7, WATCHED - 1005 - 3]]))
+    assert fake.generations == 2
 
 
 def test_a_vllm_server_looks_for_stop_texts_among_special_tokens_too(make):

@@ -26,6 +26,7 @@ from real_megatron.rollout.remote.process import LAUNCHER
 from real_megatron.rollout.sglang import distributed_transport
 from real_megatron.rollout.sglang.engine import SGLangEngine
 from real_megatron.rollout.vllm.engine import VLLMEngine
+from real_megatron.scores import Branch
 from tests.support.rollout_fake_server import FAKE, VOCABULARY, FakeServer, expected_ids, python_that_runs
 from tests.support.rollout_models import tiny_qwen3
 from tests.support.rollout_specs import engine_spec
@@ -178,7 +179,7 @@ def test_every_request_to_a_local_server_carries_a_key_of_the_run(build, model, 
     """The server here refuses each one without. Neither other users nor logs see the key."""
     engine = build(flavour, serve_loaded=False)
     engine.update_weights(model.named_parameters(), 1)
-    assert works(engine) and engine.next_token_logprobs(PROMPTS, [3]).shape == (3, 1)
+    assert works(engine) and engine.branch_logprobs(PROMPTS, [Branch((), (3,))]).shape == (3, 1)
     engine.sleep()
     engine.update_weights(model.named_parameters(), 2)
     engine.wake()

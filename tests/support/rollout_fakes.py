@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from real_megatron.rollout.embedded.engine import TransformersEngine
 from real_megatron.rollout.engine import Response
-from real_megatron.scores import ScoreScale
+from real_megatron.scores import ScoreScale, ScoreTree
 from tests.support.rollout_models import tiny_qwen3
 
 
@@ -15,7 +15,7 @@ class DecodingScale(ScoreScale):
     """A score anchor found by decoding every prefix; no scores."""
 
     def __init__(self, anchor_text: str, anchor_ids: list[int]) -> None:
-        super().__init__([], [], [], anchor_ids, anchor_text)
+        super().__init__([], [], ScoreTree.of_tokens([]), anchor_ids, anchor_text)
 
     def cut(self, tokenizer, ids):
         for t in range(1, len(ids) + 1):
@@ -38,8 +38,8 @@ class ScriptedEngine:
         self.asked.append((list(prompts), params, seeds))
         return self.responses
 
-    def next_token_logprobs(self, sequences, ids):
-        return torch.tensor([[-float(len(s)) - i for i in ids] for s in sequences])
+    def branch_logprobs(self, sequences, branches):
+        return torch.tensor([[-float(len(s) + len(b.path)) - i for b in branches for i in b.ids] for s in sequences])
 
     def update_weights(self, tensors, version):
         self.weights = dict(tensors)

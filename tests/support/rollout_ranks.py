@@ -17,7 +17,7 @@ from real_megatron.rollout.embedded.engine import TransformersEngine
 from real_megatron.rollout.engine import Response, SamplingParams
 from real_megatron.rollout.factory import build_engine
 from real_megatron.rollout.sampling import sample_trajectories
-from real_megatron.scores import ScoreScale
+from real_megatron.scores import Branch, ScoreScale
 from tests.support.rollout_fakes import ScriptedEngine
 from tests.support.rollout_models import byte_level, tiny_qwen3
 from tests.support.rollout_specs import engine_spec
@@ -46,7 +46,7 @@ def embedded():
     log: list[str] = []
     engine.update_weights(collective_export(model(), log), 5)
     groups = engine.generate(PROMPTS, PARAMS, SEEDS)
-    scores = engine.next_token_logprobs(PROMPTS, [5, 9])
+    scores = engine.branch_logprobs(PROMPTS, [Branch((), (5, 9))])
     engine.health()
     return [[(r.token_ids, r.logprobs, r.weight_version) for r in g] for g in groups], scores.tolist()
 
@@ -65,7 +65,10 @@ def refused(long: tuple[int, ...], asleep: tuple[int, ...] = ()):
     if rank in asleep:
         own.sleep()
     errors = []
-    for ask in (lambda: engine.generate(prompts, PARAMS, SEEDS), lambda: engine.next_token_logprobs(prompts, [5])):
+    for ask in (
+        lambda: engine.generate(prompts, PARAMS, SEEDS),
+        lambda: engine.branch_logprobs(prompts, [Branch((), (5,))]),
+    ):
         try:
             ask()
         except (PromptRefused, EngineError) as error:
@@ -201,7 +204,7 @@ def owned(fail: str = ""):
     try:
         engine.update_weights(collective_export(model(), log), 3)
         groups = engine.generate(PROMPTS, PARAMS, SEEDS)
-        scores = engine.next_token_logprobs(PROMPTS, [1, 2]).tolist()
+        scores = engine.branch_logprobs(PROMPTS, [Branch((), (1, 2))]).tolist()
         engine.sleep()
         engine.wake()
         engine.health()

@@ -6,6 +6,7 @@ import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from real_megatron.rollout.engine import Response, RolloutEngine, SamplingParams
+from real_megatron.scores import Branch
 from tests.support.rollout_models import byte_level
 
 TOKENIZER = byte_level()
@@ -80,7 +81,7 @@ def check_syncs(engine: RolloutEngine, config: PretrainedConfig, params: Samplin
         assert worst(model) < 1e-4
         assert previous is None or worst(previous) > 0.1
         assert {r.weight_version for g in groups for r in g} == {version}
-        scored = engine.next_token_logprobs(PROMPTS, [40, 5, 300])
+        scored = engine.branch_logprobs(PROMPTS, [Branch((), (40, 5, 300))])
         with torch.no_grad():
             exact = torch.stack([model(torch.tensor([p])).logits[0, -1].log_softmax(-1)[[40, 5, 300]] for p in PROMPTS])
         torch.testing.assert_close(scored, exact, atol=1e-4, rtol=0)

@@ -10,7 +10,7 @@ from real_megatron.config import DataConfig
 from real_megatron.data import JudgeExample, encode_prompt, encode_target
 from real_megatron.data.byte_model import make_byte_model
 from real_megatron.rollout.embedded.engine import TransformersEngine
-from real_megatron.scores import ScoreScale
+from real_megatron.scores import Branch, ScoreScale
 from tests.support.policy_ranks import make_config
 from tests.support.ranks import run_ranks
 from tests.support.training_ranks import scored_by_the_policy
@@ -51,5 +51,5 @@ def test_policy_and_engine_read_the_end_of_sequence_tokens_of_a_prompt(tmp_path:
     engine = TransformersEngine.from_pretrained(tmp_path, tokenizer)
     before_score = prompt + target.response_ids[: target.answer_index + 1]
     padded = [before_score, [*b"much longer than the other sequence, so that the first one is padded on its left"]]
-    read = engine.next_token_logprobs(padded, scale.score_ids)[0]
+    read = engine.branch_logprobs(padded, [Branch((), tuple(scale.score_ids))])[0]
     torch.testing.assert_close(read, want_scores, rtol=0, atol=1e-5)

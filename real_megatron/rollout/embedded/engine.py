@@ -25,11 +25,13 @@ from real_megatron.errors import EngineError, PromptRefused
 from real_megatron.hf.model import load_model
 from real_megatron.hf.rotary import longest_sequence
 from real_megatron.hf.stop_ids import stop_ids
+from real_megatron.rollout.embedded.branches import branch_logprobs, furthest_paths, positions
 from real_megatron.rollout.embedded.head import use_float32_logits
 from real_megatron.rollout.embedded.seeded import SeededTokens, uniforms
 from real_megatron.rollout.embedded.stop import StopAutomaton, StopTexts
 from real_megatron.rollout.embedded.weights import copy_weights
 from real_megatron.rollout.engine import EngineSpec, Response, SamplingParams, check_ids, register_engine
+from real_megatron.scores import Branch
 
 logger = logging.getLogger(__name__)
 
@@ -127,24 +129,17 @@ class TransformersEngine:
                         results[i].extend(batch[row * len(samples) : (row + 1) * len(samples)])
         return results
 
-    def next_token_logprobs(self, sequences: Sequence[list[int]], ids: Sequence[int]) -> Tensor:
+    def branch_logprobs(self, sequences: Sequence[list[int]], branches: Sequence[Branch]) -> Tensor:
         self.health()
-        self._check(sequences, 0)
-        result = torch.empty(len(sequences), len(ids))
-        index = torch.tensor(ids, device=self._device)
+        paths = furthest_paths(branches)
+        self._check(sequences, max(map(len, paths), default=0))
+        result = torch.empty(len(sequences), sum(len(branch.ids) for branch in branches))
         order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
         with torch.inference_mode():
-            for chunk in _chunks(order, self.batch_size):
+            for chunk in _chunks(order, max(1, self.batch_size // max(1, len(paths)))):
                 progress.mark()
                 tokens, mask = self._left_pad([sequences[i] for i in chunk])
-                logits = self.model(
-                    input_ids=tokens,
-                    attention_mask=mask,
-                    position_ids=_positions(mask),
-                    use_cache=False,
-                    logits_to_keep=1,
-                ).logits[:, -1]
-                result[chunk] = logits.float().log_softmax(-1).index_select(1, index).cpu()
+                result[chunk] = branch_logprobs(self.model, tokens, mask, branches, paths).cpu()
         return result
 
     def update_weights(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
@@ -198,7 +193,7 @@ class TransformersEngine:
             self.model(
                 input_ids=tokens[:, :-1],
                 attention_mask=mask[:, :-1],
-                position_ids=_positions(mask[:, :-1]),
+                position_ids=positions(mask[:, :-1]),
                 past_key_values=cache,
                 use_cache=True,
                 logits_to_keep=1,
@@ -283,10 +278,6 @@ def _collect(generated: Tensor, chooser: SeededTokens, ended: Tensor, reached: T
         )
         for row, (ids, values, end, done, stop) in enumerate(zip(*(column.tolist() for column in columns), strict=True))
     ]
-
-
-def _positions(mask: Tensor) -> Tensor:
-    return (mask.cumsum(-1) - 1).clamp_(min=0)
 
 
 def _chunks(order: list[int], size: int) -> Iterator[list[int]]:

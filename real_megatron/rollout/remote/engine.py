@@ -32,6 +32,7 @@ from real_megatron.rollout.remote.loop import LoopThread
 from real_megatron.rollout.remote.replica import Replica, ReplicaPool
 from real_megatron.rollout.remote.rotary import check_served_rotary
 from real_megatron.rollout.remote.servers import api_key, configured_servers, port_taken
+from real_megatron.scores import Branch
 
 T = TypeVar("T")
 
@@ -130,10 +131,10 @@ class RemoteEngine(ABC):
         """Raises Retryable unless the reply holds exactly `params.n` whole responses from the current weights."""
 
     @abstractmethod
-    def _scoring_body(self, sequence: list[int], ids: Sequence[int]) -> dict[str, Any]: ...
+    def _scoring_body(self, sequence: list[int], branches: Sequence[Branch]) -> dict[str, Any]: ...
 
     @abstractmethod
-    def _parse_scoring(self, reply: Any, replica: Replica, ids: Sequence[int]) -> list[float]: ...
+    def _parse_scoring(self, reply: Any, replica: Replica, branches: Sequence[Branch]) -> list[float]: ...
 
     @abstractmethod
     async def _loaded(self, replica: Replica) -> tuple[str, str]:
@@ -240,23 +241,31 @@ class RemoteEngine(ABC):
 
         yield from self._each(len(prompts), one)
 
-    def next_token_logprobs(self, sequences: Sequence[list[int]], ids: Sequence[int]) -> Tensor:
-        self._check(sequences, 0)
-        if any(not 0 <= i < self._vocab_size for i in ids):
-            raise ValueError(f"token ids {list(ids)} are not all in the vocabulary of {self._vocab_size}")
+    def branch_logprobs(self, sequences: Sequence[list[int]], branches: Sequence[Branch]) -> Tensor:
+        self._check(sequences, max((len(branch.path) for branch in branches), default=0))
+        named = [i for branch in branches for i in (*branch.path, *branch.ids)]
+        if any(not 0 <= i < self._vocab_size for i in named):
+            raise ValueError(f"token ids {named} are not all in the vocabulary of {self._vocab_size}")
 
-        async def one(index: int) -> list[float]:
+        async def some(index: int, asked: Sequence[Branch]) -> list[float]:
             return await self._client.request(
                 f"scoring of sequence {index}",
                 self._path,
-                self._scoring_body(sequences[index], ids),
-                lambda reply, replica: self._parse_scoring(reply, replica, ids),
+                self._scoring_body(sequences[index], asked),
+                lambda reply, replica: self._parse_scoring(reply, replica, asked),
             )
 
-        result = torch.empty(len(sequences), len(ids))
+        async def one(index: int) -> list[float]:
+            return [value for asked in self._together(branches) for value in await some(index, asked)]
+
+        result = torch.empty(len(sequences), sum(len(branch.ids) for branch in branches))
         for index, values in self._each(len(sequences), one):
             result[index] = torch.tensor(values)
         return result
+
+    def _together(self, branches: Sequence[Branch]) -> Sequence[Sequence[Branch]]:
+        """The branches as those of one request each: all in one, unless a server takes fewer."""
+        return [branches]
 
     def health(self) -> None:
         self._check_awake()

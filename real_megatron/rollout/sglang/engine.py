@@ -22,6 +22,7 @@ from real_megatron.rollout.sglang.disk_transport import DiskTransport
 from real_megatron.rollout.sglang.distributed_transport import DistributedTransport
 from real_megatron.rollout.sglang.tensor_transport import TensorTransport
 from real_megatron.rollout.sglang.transport import SyncTargets, Transport
+from real_megatron.scores import Branch
 
 logger = logging.getLogger(__name__)
 
@@ -88,11 +89,11 @@ class SGLangEngine(RemoteEngine):
     def _parse_generation(self, reply: Any, replica: Replica, params: SamplingParams) -> list[Response]:
         return replies.parse_generation(reply, params, self._current_labels(replica), self._served_version())
 
-    def _scoring_body(self, sequence: list[int], ids: Sequence[int]) -> dict[str, Any]:
-        return replies.scoring_body(sequence, ids)
+    def _scoring_body(self, sequence: list[int], branches: Sequence[Branch]) -> dict[str, Any]:
+        return replies.scoring_body(sequence, branches)
 
-    def _parse_scoring(self, reply: Any, replica: Replica, ids: Sequence[int]) -> list[float]:
-        return replies.parse_scoring(reply, ids, self._current_labels(replica))
+    def _parse_scoring(self, reply: Any, replica: Replica, branches: Sequence[Branch]) -> list[float]:
+        return replies.parse_scoring(reply, branches, self._current_labels(replica))
 
     def _current_labels(self, replica: Replica) -> set[str]:
         # Behind a router any server may have answered.

@@ -7,6 +7,7 @@ from typing import Any
 from real_megatron.errors import EngineError
 from real_megatron.rollout.engine import Response, SamplingParams
 from real_megatron.rollout.remote.errors import Retryable, StaleReply
+from real_megatron.scores import Branch
 
 RESERVED_TOKENS = 2
 """SGLang 0.5.21 ends a response this many tokens before its context length, whatever was asked for."""
@@ -37,13 +38,14 @@ def generation_body(prompt: list[int], params: SamplingParams, stop_ids: Sequenc
     return body
 
 
-def scoring_body(sequence: list[int], ids: Sequence[int]) -> dict[str, Any]:
-    """A request for the log-probabilities of `ids` behind a sequence; nothing is generated."""
+def scoring_body(sequence: list[int], branches: Sequence[Branch]) -> dict[str, Any]:
+    """A request for the log-probabilities behind the branches of a sequence, a batch of as many inputs; nothing is
+    generated."""
     return {
-        "input_ids": sequence,
+        "input_ids": [[*sequence, *branch.path] for branch in branches],
         "sampling_params": {"temperature": 1.0, "max_new_tokens": 0},
         "return_logprob": True,
-        "token_ids_logprob": list(ids),
+        "token_ids_logprob": [list(branch.ids) for branch in branches],
     }
 
 
@@ -64,11 +66,18 @@ def parse_generation(reply: Any, params: SamplingParams, labels: set[str], versi
         raise Retryable(f"the reply has not the expected form: {error!r}") from error
 
 
-def parse_scoring(reply: Any, ids: Sequence[int], labels: set[str]) -> list[float]:
-    """Log-probabilities in the order of `ids`. Raises Retryable or StaleReply."""
+def parse_scoring(reply: Any, branches: Sequence[Branch], labels: set[str]) -> list[float]:
+    """Log-probabilities in the order of the branches and their ids. Raises Retryable or StaleReply."""
+    if not isinstance(reply, list) or len(reply) != len(branches):
+        raise Retryable(f"the reply is not one of {len(branches)} inputs")
     try:
-        check_labels(reply["meta_info"], labels)
-        return _values(reply["meta_info"]["output_token_ids_logprobs"][0], ids)
+        for one in reply:
+            check_labels(one["meta_info"], labels)
+        return [
+            value
+            for one, branch in zip(reply, branches, strict=True)
+            for value in _values(one["meta_info"]["output_token_ids_logprobs"][0], branch.ids)
+        ]
     except (KeyError, TypeError, IndexError, AttributeError) as error:
         raise Retryable(f"the reply has not the expected form: {error!r}") from error
 

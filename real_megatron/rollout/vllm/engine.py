@@ -21,6 +21,7 @@ from real_megatron.rollout.remote.spool import CheckpointSpool
 from real_megatron.rollout.vllm import replies
 from real_megatron.rollout.vllm.command import RESERVED_TOKENS, SERVED_NAME, server_command
 from real_megatron.rollout.vllm.settings import check_settings
+from real_megatron.scores import Branch
 
 
 @register_engine("vllm", server_package="vllm", reserved_tokens=RESERVED_TOKENS, server_command=server_command)
@@ -63,12 +64,14 @@ class VLLMEngine(RemoteEngine):
     def _parse_generation(self, reply: Any, replica: Replica, params: SamplingParams) -> list[Response]:
         return replies.parse_generation(reply, params, self._served_version())
 
-    def _scoring_body(self, sequence: list[int], ids: Sequence[int]) -> dict[str, Any]:
-        params = SamplingParams(max_new_tokens=1, watch_ids=tuple(ids))
-        return replies.generation_body(SERVED_NAME, sequence, params, None)
+    def _together(self, branches: Sequence[Branch]) -> Sequence[Sequence[Branch]]:
+        return replies.scored_together(branches)
 
-    def _parse_scoring(self, reply: Any, replica: Replica, ids: Sequence[int]) -> list[float]:
-        return replies.parse_scoring(reply, ids)
+    def _scoring_body(self, sequence: list[int], branches: Sequence[Branch]) -> dict[str, Any]:
+        return replies.scoring_body(SERVED_NAME, sequence, branches)
+
+    def _parse_scoring(self, reply: Any, replica: Replica, branches: Sequence[Branch]) -> list[float]:
+        return replies.parse_scoring(reply, branches)
 
     async def _confirm(self, replica: Replica) -> None:
         # vLLM's replies do not name their weights, but an attached server that was started anew has lost its label. A

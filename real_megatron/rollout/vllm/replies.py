@@ -7,6 +7,7 @@ from typing import Any
 from real_megatron.errors import EngineError
 from real_megatron.rollout.engine import Response, SamplingParams
 from real_megatron.rollout.remote.errors import Retryable
+from real_megatron.scores import Branch
 
 _MOST_STOPS = 4
 _MOST_WATCHED = 128
@@ -74,10 +75,37 @@ def _drawn(params: SamplingParams) -> int:
     return params.n if params.temperature else 1
 
 
-def parse_scoring(reply: Any, ids: Sequence[int]) -> list[float]:
-    """Log-probabilities of `ids` at the first generated position. Raises Retryable."""
+def scoring_body(model: str, sequence: list[int], branches: Sequence[Branch]) -> dict[str, Any]:
+    """A request for the log-probabilities behind the branches of a sequence, with as many prompts; the one token that
+    is drawn behind each is of no interest. All prompts watch the tokens of all branches."""
+    params = SamplingParams(max_new_tokens=1, watch_ids=tuple(dict.fromkeys(i for b in branches for i in b.ids)))
+    body = generation_body(model, sequence, params, None)
+    return body | {"prompt": [[*sequence, *branch.path] for branch in branches]}
+
+
+def scored_together(branches: Sequence[Branch]) -> list[list[Branch]]:
+    """The branches, in order, as requests in which a server takes all their tokens."""
+    requests: list[list[Branch]] = [[]]
+    for branch in branches:
+        watched = {i for other in (*requests[-1], branch) for i in other.ids}
+        if requests[-1] and len(watched) > _MOST_WATCHED:
+            requests.append([])
+        requests[-1].append(branch)
+    return requests
+
+
+def parse_scoring(reply: Any, branches: Sequence[Branch]) -> list[float]:
+    """Log-probabilities at the first generated position, in the order of the branches and their ids. Raises
+    Retryable."""
     try:
-        return _values(reply["choices"][0]["logprobs"]["top_logprobs"][0], _names(ids))
+        choices = sorted(reply["choices"], key=lambda choice: choice["index"])
+        if [choice["index"] for choice in choices] != list(range(len(branches))):
+            raise Retryable(f"{len(choices)} choices for {len(branches)} prompts")
+        return [
+            value
+            for choice, branch in zip(choices, branches, strict=True)
+            for value in _values(choice["logprobs"]["top_logprobs"][0], _names(branch.ids))
+        ]
     except (KeyError, TypeError, IndexError, AttributeError) as error:
         raise Retryable(f"the reply has not the expected form: {error!r}") from error
 

@@ -10,6 +10,7 @@ from real_megatron.errors import EngineError, PromptRefused
 from real_megatron.rollout.embedded.engine import TransformersEngine, build
 from real_megatron.rollout.embedded.seeded import uniforms
 from real_megatron.rollout.engine import SamplingParams
+from real_megatron.scores import Branch
 from tests.support.rollout_models import byte_level, tiny_qwen3
 from tests.support.rollout_specs import engine_spec
 
@@ -100,9 +101,9 @@ def test_result_depends_on_prompt_and_seed_only(model, engine):
     assert unseeded[0] != unseeded[1]
 
 
-def test_next_token_logprobs(model, engine):
+def test_branch_logprobs(model, engine):
     ids = [5, 300, 17]
-    scored = engine.next_token_logprobs(PROMPTS * 2, ids)
+    scored = engine.branch_logprobs(PROMPTS * 2, [Branch((), tuple(ids))])
     assert scored.dtype == torch.float32 and scored.shape == (10, 3)
     for row, prompt in zip(scored, PROMPTS * 2, strict=True):
         with torch.no_grad():

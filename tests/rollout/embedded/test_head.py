@@ -12,6 +12,7 @@ from real_megatron.rollout.embedded import head as head_module
 from real_megatron.rollout.embedded.engine import TransformersEngine, build
 from real_megatron.rollout.embedded.head import Float32Head, use_float32_logits
 from real_megatron.rollout.engine import SamplingParams
+from real_megatron.scores import Branch
 from tests.support.rollout_models import byte_level, tiny_qwen3
 from tests.support.rollout_specs import engine_spec
 
@@ -52,19 +53,19 @@ class Watch:
 def test_scores_that_tie_when_rounded_are_told_apart(checkpoint):
     engine = serve(checkpoint)
     watch = Watch(engine)
-    engine.next_token_logprobs(PROMPTS, [0])
+    engine.branch_logprobs(PROMPTS, [Branch((), (0,))])
     logits = watch.logits(0)
     # Of the pairs that are equal in bfloat16, the one whose float64 logits differ most.
     gap = (logits[0][:, None] - logits[0]).masked_fill(logits[0][:, None].bfloat16() != logits[0].bfloat16(), 0)
     first, second = divmod(int(gap.argmax()), logits.shape[1])
     assert gap.max() > 0.1
     ids = [first, second, 5, 300]
-    found = engine.next_token_logprobs(PROMPTS, ids)
+    found = engine.branch_logprobs(PROMPTS, [Branch((), tuple(ids))])
     exact = logits.log_softmax(-1)[:, ids]
     assert found.dtype == torch.float32
     torch.testing.assert_close(found.double(), exact, **CLOSE)
     torch.testing.assert_close((found[0, 0] - found[0, 1]).double(), gap.max(), **CLOSE)
-    rounded = serve(checkpoint, fp32_logits=False).next_token_logprobs(PROMPTS, ids)
+    rounded = serve(checkpoint, fp32_logits=False).branch_logprobs(PROMPTS, [Branch((), tuple(ids))])
     assert rounded[0, 0] == rounded[0, 1]
     # Where the watched tokens were the whole scale, the expected score.
     values = torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.float64)
