@@ -28,22 +28,9 @@ def test_mask_shows_a_response_its_prompt_and_itself_only():
     assert torch.equal(SHARED.mask(), expected)
 
 
-DEEP = SegmentTree((Segment(2), Segment(3, 0), Segment(1, 1), Segment(2, 2), Segment(1, 1), Segment(2, 0), Segment(1)))
-
-
-@pytest.mark.parametrize("window", [None, 1, 2, 3, 5])
-@pytest.mark.parametrize("tree", [SHARED, DEEP])
-def test_pairs_count_the_mask(tree, window):
-    assert tree.attention_pairs(window) == int(tree.mask(window).sum())
-
-
-def test_a_token_sees_those_before_it_whose_subtree_goes_on():
-    assert DEEP.positions().tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 5, 2, 3, 0]
-    assert DEEP.subtree_ends().tolist() == [11, 11, 9, 9, 9, 8, 8, 8, 9, 11, 11, 12]
-    token = torch.arange(DEEP.total)
-    expected = (token <= token[:, None]) & (token[:, None] < DEEP.subtree_ends())
-    assert torch.equal(DEEP.mask(), expected)
-    assert [DEEP.ancestors(i) for i in range(7)] == [[], [0], [0, 1], [0, 1, 2], [0, 1], [0], []]
+@pytest.mark.parametrize("window", [None, 1, 2, 3])
+def test_pairs_count_the_mask(window):
+    assert SHARED.attention_pairs(window) == int(SHARED.mask(window).sum())
 
 
 def test_window_counts_the_token_itself_across_the_prompt_boundary():
@@ -52,16 +39,10 @@ def test_window_counts_the_token_itself_across_the_prompt_boundary():
 
 
 @pytest.mark.parametrize(
-    ("segments", "message"),
-    [
-        ((Segment(1, parent=0),), "segment 0: its parent 0 must come before it"),
-        ((Segment(1), Segment(1, parent=2), Segment(1)), "segment 1: its parent 2 must"),
-        ((Segment(1), Segment(1), Segment(1, parent=0)), "segment 2: between its parent 0 and it stands another"),
-        ((Segment(1), Segment(1, 0), Segment(1, 0), Segment(1, 1)), "segment 3: between its parent 1 and it"),
-    ],
+    "segments", [(Segment(1, parent=0),), (Segment(1), Segment(1, parent=0), Segment(1, parent=1))]
 )
-def test_a_segment_comes_behind_its_parents_subtrees(segments, message):
-    with pytest.raises(ValueError, match=message):
+def test_a_parent_must_be_an_earlier_prompt(segments):
+    with pytest.raises(ValueError, match="segment"):
         SegmentTree(segments)
 
 
