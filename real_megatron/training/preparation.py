@@ -86,7 +86,7 @@ def check_settings(config: RunConfig, world: int, planned: Node | None = None) -
     description = check_model(config, model_dir)
     tokenizer = load_tokenizer(model_dir)
     check_vocabulary(model_dir, tokenizer)
-    scale = ScoreScale.resolve(tokenizer, config.scale.scores, config.scale.values, config.scale.anchor)
+    scale = ScoreScale.of(tokenizer, config.scale)
     return Settings(model_dir, description, tokenizer, scale, store)
 
 

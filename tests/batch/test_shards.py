@@ -10,8 +10,10 @@ from real_megatron.batch.packing import pack
 from real_megatron.batch.segments import Segment, SegmentTree
 from real_megatron.batch.shards import TokenShard, shard_tokens
 from real_megatron.batch.types import Group, Trajectory
+from real_megatron.scores import ScoreTree
 
-SCORES = [7, 8, 9]
+SCORES = ScoreTree([[[7]], [[8]], [[7, 9]], [[8, 6, 6]]])
+"""Branches of two ids and of one: rows ask for different numbers of them."""
 GROUPS = [
     Group(
         [1, 2, 3, 4, 5],

@@ -22,6 +22,7 @@ from real_megatron.policy.attention import HeadRows
 from real_megatron.policy.judge_head import JudgeHead
 from real_megatron.policy.optimizer import chained
 from real_megatron.policy.policy import Policy
+from real_megatron.scores import ScoreTree
 from tests.support.ranks import forget_policies
 
 VOCAB = 90
@@ -121,7 +122,7 @@ def make_config(checkpoint: Path, **sections: Any) -> RunConfig:
 
 
 def make_policy(config: RunConfig) -> Policy:
-    return Policy(config, SCORE_IDS, SCORE_VALUES, total_updates=10)
+    return Policy(config, ScoreTree.of_tokens(SCORE_IDS), SCORE_VALUES, total_updates=10)
 
 
 def train(config: RunConfig, steps: int = 3) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
