@@ -30,7 +30,7 @@ ALLOWED: dict[str, set[str]] = {
     "batch": {"scores"},
     "hf": {"locks", "files", "errors"},
     "bridge": {"hf", "processes", "registry", "terminal", "errors"},
-    "policy": {"bridge", "hf", "head", "objective", "batch", "config", "processes", "runtime"}
+    "policy": {"bridge", "hf", "head", "objective", "batch", "scores", "config", "processes", "runtime"}
     | {"progress", "hardware", "errors"},
     "planning": {"policy", "bridge", "batch", "hf", "config", "hardware", "errors"},
     "rollout": {"head", "batch", "hf", "scores", "config", "registry", "runtime"} | {"progress", "errors"},

@@ -1,7 +1,8 @@
 """Groups → packed micro-batches: which tokens run, and which rows ask the output head for which vocabulary ids."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import torch
@@ -9,7 +10,9 @@ from torch import Tensor
 
 from real_megatron.batch.segments import Segment, SegmentTree
 from real_megatron.batch.shards import TokenShard
+from real_megatron.batch.token_tree import TokenTree
 from real_megatron.batch.types import Group, Trajectory
+from real_megatron.scores import ScoreTree
 
 
 @dataclass
@@ -17,7 +20,8 @@ class PackedMicrobatch:
     """Whole groups, packed without padding between sequences.
 
     The head is asked for two kinds of rows. Token rows (first) ask one id each: the next token of a loss-carrying
-    response token. Answer rows (then) ask all score ids at the answer position of trajectories that have one.
+    response token. Answer rows (then) ask the ids of the score tree's branches, one row a branch, behind the answer
+    position of trajectories that have one.
     """
 
     tokens: Tensor
@@ -27,13 +31,14 @@ class PackedMicrobatch:
     row_positions: Tensor
     """Index into `tokens` of each head row, int64 `[R]`."""
     ids: Tensor
-    """Vocabulary ids asked for, int64 `[nnz]`: one per token row, then all score ids per answer row."""
+    """Vocabulary ids asked for, int64 `[nnz]`: one per token row, then those of all branches per answer."""
     offsets: Tensor
     """Row r asks `ids[offsets[r]:offsets[r + 1]]`, int64 `[R + 1]`."""
     token_trajectory: Tensor
     """Trajectory index of each token row, int64 `[N_tok]`."""
     answer_trajectory: Tensor
-    """Trajectory index of each answer row, int64 `[N_answer]`."""
+    """Trajectory index of each answer, int64 `[N_answer]`. An answer has as many rows as the score tree has branches,
+    one behind the other."""
     group: Tensor
     """Group index of each trajectory, int64 `[N]`."""
     labels: Tensor
@@ -59,120 +64,93 @@ class PackedMicrobatch:
 
 
 def pack(
-    groups: Sequence[Group], score_ids: Sequence[int], share_prompt: bool = True, multiple: int = 1, empty: int = 1
+    groups: Sequence[Group], scores: ScoreTree, share_prompt: bool = True, multiple: int = 1, empty: int = 1
 ) -> PackedMicrobatch:
-    """Pack whole groups into one micro-batch.
+    """Pack whole groups into one micro-batch; see `pack_trees`. share_prompt: as of `TokenTree`."""
+    return pack_trees([TokenTree(group, scores, share_prompt) for group in groups], scores, multiple, empty)
 
-    With `share_prompt` a group is packed as [prompt | response 1 | … | response K], the prompt's tokens once;
-    without, as K whole sequences. The total is padded to a multiple of `multiple` tokens (context and sequence
-    parallelism shard it), by a segment that no row reads. An empty list packs to padding alone, `empty` tokens or more.
+
+def pack_trees(trees: Sequence[TokenTree], scores: ScoreTree, multiple: int = 1, empty: int = 1) -> PackedMicrobatch:
+    """Pack whole groups, laid out already, into one micro-batch.
+
+    scores: the tree of scores that they were laid out with. The total is padded to a multiple of `multiple` tokens
+    (context and sequence parallelism shard it), by a segment that no row reads. An empty list packs to padding alone,
+    `empty` tokens or more.
 
     Raises ValueError when some trajectories have log-probs or an advantage and others have none.
     """
+    groups = [tree.group for tree in trees]
+    trajectories = [trajectory for group in groups for trajectory in group.trajectories]
     tokens: list[int] = []
     segments: list[Segment] = []
-    token_positions: list[int] = []
-    token_ids: list[int] = []
-    token_trajectory: list[int] = []
-    answer_positions: list[int] = []
-    answer_trajectory: list[int] = []
-    trajectories: list[Trajectory] = []
-    group_index: list[int] = []
-
-    for g, group in enumerate(groups):
-        prompt_length = len(group.prompt_ids)
-        prompt_start = len(tokens)
-        first = len(segments)
-        segments += [
-            replace(s, parent=None if s.parent is None else s.parent + first)
-            for s in tree_of(group, share_prompt).segments
-        ]
-        if share_prompt:
-            tokens += group.prompt_ids
-        for trajectory in group.trajectories:
-            if not share_prompt:
-                prompt_start = len(tokens)
-                tokens += group.prompt_ids
-            start = len(tokens)
-            tokens += trajectory.response_ids
-            index = len(trajectories)
-            for t, (token, carries_loss) in enumerate(zip(trajectory.response_ids, trajectory.loss_mask, strict=True)):
-                if carries_loss:
-                    # The row that predicts token t is the one before it: the prompt's last for the first.
-                    token_positions.append(start + t - 1 if t else prompt_start + prompt_length - 1)
-                    token_ids.append(token)
-                    token_trajectory.append(index)
-            if trajectory.answer_index is not None:
-                answer_positions.append(start + trajectory.answer_index)
-                answer_trajectory.append(index)
-            trajectories.append(trajectory)
-            group_index.append(g)
-
+    token_rows: list[list[int]] = []
+    answer_rows: list[list[int]] = []
+    for tree in trees:
+        start, first = len(tokens), len(segments)
+        tokens += tree.tokens
+        parents = (None if parent is None else parent + first for parent in tree.parents)
+        segments += map(Segment, tree.lengths, parents)
+        token_rows += tree.token_rows(start)
+        answer_rows += tree.answer_rows(start)
     wanted = len(tokens) or empty
     padding = wanted + -wanted % multiple - len(tokens)
     if padding:
         tokens += [0] * padding
         segments.append(Segment(padding))
-    offsets = torch.cat(
-        (
-            torch.arange(len(token_ids)),
-            len(token_ids) + len(score_ids) * torch.arange(len(answer_positions) + 1),
-        )
-    )
+    token_ids = [id for t in trajectories for id, keep in zip(t.response_ids, t.loss_mask, strict=True) if keep]
+    answered = [i for i, trajectory in enumerate(trajectories) if trajectory.answer_index is not None]
+    asked = [id for branch in scores.branches for id in branch.ids]
+    widths = torch.tensor([len(branch.ids) for branch in scores.branches]).repeat(len(answered))
     return PackedMicrobatch(
         tokens=torch.tensor(tokens, dtype=torch.long),
         tree=SegmentTree(tuple(segments)),
-        row_positions=torch.tensor(token_positions + answer_positions, dtype=torch.long),
-        ids=torch.tensor(token_ids + list(score_ids) * len(answer_positions), dtype=torch.long),
-        offsets=offsets,
-        token_trajectory=torch.tensor(token_trajectory, dtype=torch.long),
-        answer_trajectory=torch.tensor(answer_trajectory, dtype=torch.long),
-        group=torch.tensor(group_index, dtype=torch.long),
+        row_positions=torch.tensor([*chain(*token_rows), *chain(*answer_rows)], dtype=torch.long),
+        ids=torch.cat((torch.tensor(token_ids, dtype=torch.long), torch.tensor(asked).repeat(len(answered)))),
+        offsets=torch.cat((torch.arange(len(token_ids) + 1), len(token_ids) + widths.cumsum(0))),
+        token_trajectory=torch.repeat_interleave(torch.tensor(list(map(len, token_rows)), dtype=torch.long)),
+        answer_trajectory=torch.tensor(answered, dtype=torch.long),
+        group=torch.tensor([g for g, group in enumerate(groups) for _ in group.trajectories], dtype=torch.long),
         labels=torch.tensor([group.label for group in groups for _ in group.trajectories], dtype=torch.float32),
         old_logprobs=_per_token(trajectories, "old_logprobs"),
         ref_logprobs=_per_token(trajectories, "ref_logprobs"),
         advantages=_advantages(trajectories),
-        sampled=sampled_scores(groups, score_ids),
+        sampled=sampled_scores(groups, scores),
         responses=responses_of(groups),
-        examples=[groups[g].example_id for g in group_index],
+        examples=[group.example_id for group in groups for _ in group.trajectories],
     )
 
 
-def tree_of(group: Group, share_prompt: bool = True) -> SegmentTree:
+def tree_of(group: Group, scores: ScoreTree, share_prompt: bool = True) -> SegmentTree:
     """The segments of one group, as `pack` arranges them."""
-    prompt = len(group.prompt_ids)
-    if not share_prompt:
-        return SegmentTree(tuple(Segment(prompt + len(t.response_ids)) for t in group.trajectories))
-    responses = (Segment(len(t.response_ids), parent=0) for t in group.trajectories if t.response_ids)
-    return SegmentTree((Segment(prompt), *responses))
+    return TokenTree(group, scores, share_prompt).segments
 
 
-def tokens_of(group: Group, share_prompt: bool = True) -> int:
+def tokens_of(group: Group, scores: ScoreTree, share_prompt: bool = True) -> int:
     """Tokens that a group occupies in a micro-batch."""
-    prompts = 1 if share_prompt else len(group.trajectories)
-    return prompts * len(group.prompt_ids) + sum(len(t.response_ids) for t in group.trajectories)
+    return TokenTree(group, scores, share_prompt).total
 
 
-def rows_of(group: Group) -> int:
-    """Rows of a group that reach the output head: loss-carrying tokens and answers."""
-    return sum(sum(t.loss_mask) + (t.answer_index is not None) for t in group.trajectories)
+def rows_of(group: Group, scores: ScoreTree) -> int:
+    """Rows of a group that reach the output head: loss-carrying tokens, and the branches of each answer."""
+    return TokenTree(group, scores).rows
 
 
-def sampled_scores(groups: Sequence[Group], score_ids: Sequence[int]) -> Tensor | None:
-    """Index in `score_ids` of the token behind each trajectory's answer position, int64 `[N]`, in order.
+def sampled_scores(groups: Sequence[Group], scores: ScoreTree) -> Tensor | None:
+    """Index of the score that the tokens behind each trajectory's answer position say, int64 `[N]`, in order.
 
-    -1 where that token is no score, and where there is no answer position. None where an answer position is a
-    response's last token: no score was sampled.
+    -1 where they say none, and where there is no answer position. None where an answer position is a response's last
+    token: no score was sampled.
     """
-    index = {score: k for k, score in enumerate(score_ids)}
     found = []
     for trajectory in (t for group in groups for t in group.trajectories):
         if trajectory.answer_index is None:
             found.append(-1)
-        elif trajectory.answer_index + 1 < len(trajectory.response_ids):
-            found.append(index.get(trajectory.response_ids[trajectory.answer_index + 1], -1))
-        else:
+            continue
+        behind = trajectory.response_ids[trajectory.answer_index + 1 :]
+        if not behind:
             return None
+        score, _ = scores.read(behind)
+        found.append(-1 if score is None else score)
     return torch.tensor(found, dtype=torch.long)
 
 

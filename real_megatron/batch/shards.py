@@ -1,14 +1,13 @@
 """Which tokens of a micro-batch each context-parallel rank runs."""
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from real_megatron.batch.balance import longest_first
-from real_megatron.batch.segments import SegmentTree
 
 BLOCK = 128
 """Most consecutive tokens that are assigned together: flex_attention's block of queries, which then are contiguous."""
@@ -26,15 +25,18 @@ class TokenShard:
         """Packing index of each token of the shard, int64 `[total]`."""
         return torch.cat([torch.arange(first, end) for first, end in self.ranges])
 
-    def segment_ranges(self, tree: SegmentTree) -> list[tuple[int, int, int]]:
-        """The shard as (segment, first, one past the last) with tokens counted within the segment, in order."""
-        ends = list(accumulate(tree.lengths))
+    def cut(self, starts: Sequence[int]) -> list[tuple[int, int, int]]:
+        """The shard's ranges, cut where parts of the packing order begin: (part, first, one past the last), in order.
+
+        starts: the first token of each part, ascending from 0
+        """
         found = []
         for first, end in self.ranges:
-            for i, (segment, stop) in enumerate(zip(tree.segments, ends, strict=True)):
-                start = stop - segment.length
-                if max(first, start) < min(end, stop):
-                    found.append((i, max(first, start) - start, min(end, stop) - start))
+            part = bisect_right(starts, first) - 1
+            while first < end:
+                stop = min(end, starts[part + 1]) if part + 1 < len(starts) else end
+                found.append((part, first, stop))
+                first, part = stop, part + 1
         return found
 
 

@@ -5,7 +5,7 @@ their prompt's keys and values. This module takes the micro-batch's `SegmentTree
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +23,7 @@ from real_megatron.head import GatherRows
 from real_megatron.hf.rotary import Rotary
 from real_megatron.policy.context import gather_keys_values
 from real_megatron.policy.flex import flex_segment_attention
+from real_megatron.policy.runs import runs_of
 
 
 @dataclass(frozen=True)
@@ -130,31 +131,24 @@ def segment_attention(
     window: int | None = None,
     shard: TokenShard | None = None,
 ) -> Tensor:
-    """Attention segment by segment through torch's scaled_dot_product_attention.
+    """Attention run by run (`runs_of`) through torch's scaled_dot_product_attention.
 
     query `[T of the shard, heads, d]` (without a shard: all T), key and value `[T, kv_heads, d]` → the query's shape.
     `split` (rather than indexing) keeps the backward pass linear in T.
     """
-    whole = [(i, 0, length) for i, length in enumerate(tree.lengths)]
-    ranges = whole if shard is None else shard.segment_ranges(tree)
-    queries = query.transpose(0, 1).split([end - first for _, first, end in ranges], dim=1)
-    keys, values = (x.transpose(0, 1).split(tree.lengths, dim=1) for x in (key, value))
+    calls = runs_of(tree, query.size(1) * query.size(2), window, shard, query.device)
+    queries = query.transpose(0, 1).split([run.end - run.first for run in calls.runs], dim=1)
+    keys, values = (x.transpose(0, 1).split(calls.lengths, dim=1) for x in (key, value))
     outputs = []
-    for q, (i, first, end) in zip(queries, ranges, strict=True):
-        k, v = keys[i][:, :end], values[i][:, :end]
-        parent = tree.segments[i].parent
-        if parent is not None:
-            k = torch.cat((keys[parent], k), dim=1)
-            v = torch.cat((values[parent], v), dim=1)
-        causal = first == 0 and parent is None and (window is None or window >= end)
-        mask = None if causal else _mask(q.size(1), k.size(1), window, q.device)
+    for q, run in zip(queries, calls.runs, strict=True):
+        k, v = (_taken(pieces, run.pieces) for pieces in (keys, values))
         outputs.append(
             F.scaled_dot_product_attention(
                 q[None],
                 k[None],
                 v[None],
-                attn_mask=mask,
-                is_causal=causal,
+                attn_mask=run.mask,
+                is_causal=run.mask is None,
                 scale=scale,
                 enable_gqa=q.size(0) > k.size(0),
             )[0]
@@ -162,8 +156,7 @@ def segment_attention(
     return torch.cat(outputs, dim=1).transpose(0, 1)
 
 
-def _mask(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
-    """Causal mask aligned at the last key, bool `[queries, keys]`, limited to `window` keys."""
-    distance = torch.arange(keys - queries, keys, device=device)[:, None] - torch.arange(keys, device=device)[None, :]
-    mask = distance >= 0
-    return mask if window is None else mask & (distance < window)
+def _taken(pieces: Sequence[Tensor], wanted: Sequence[tuple[int, int]]) -> Tensor:
+    """The first so many tokens of each of these pieces, one after the other."""
+    parts = [pieces[i][:, :length] for i, length in wanted]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)

@@ -56,20 +56,16 @@ def _kernel() -> Callable[..., Any]:
 @lru_cache(maxsize=16)
 def _mask(tree: SegmentTree, window: int | None, shard: TokenShard | None, device: torch.device) -> BlockMask:
     """The mask that all layers of a micro-batch share (one per window size); kept for its backward pass."""
-    lengths = torch.tensor(tree.lengths)
-    segment = torch.repeat_interleave(torch.arange(len(tree.segments)), lengths).to(device)
-    parent = torch.tensor([-1 if s.parent is None else s.parent for s in tree.segments])
-    parent = torch.repeat_interleave(parent, lengths).to(device)
-    position = tree.positions().to(device)
-    queries = (torch.arange(tree.total) if shard is None else shard.index()).to(device)
-    q_segment, q_parent, q_position = segment[queries], parent[queries], position[queries]
+    ends, position = tree.subtree_ends().to(device), tree.positions().to(device)
+    # A tensor also without a shard, where it counts: the compiled kernel is one.
+    token = (torch.arange(tree.total) if shard is None else shard.index()).to(device)
+    q_position = position[token]
 
     # As a tensor: a captured Python number becomes a symbol of the compiled kernel.
     limit = None if window is None else torch.tensor(window, device=device)
 
     def admits(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        own = (q_segment[q] == segment[k]) & (q_position[q] >= position[k])
-        admitted = own | (q_parent[q] == segment[k])
+        admitted = (k <= token[q]) & (token[q] < ends[k])
         return admitted if limit is None else admitted & (q_position[q] - position[k] < limit)
 
-    return block_mask(admits, queries.numel(), tree.total, device)
+    return block_mask(admits, token.numel(), tree.total, device)

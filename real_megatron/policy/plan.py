@@ -5,24 +5,27 @@ and takes its own micro-batches. Nothing is communicated, and ranks that differ 
 get the same micro-batches.
 """
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from real_megatron.batch.balance import balance, imbalance
-from real_megatron.batch.packing import PackedMicrobatch, pack, rows_of, tokens_of, tree_of
+from real_megatron.batch.packing import PackedMicrobatch, pack_trees
 from real_megatron.batch.shards import shard_tokens
+from real_megatron.batch.token_tree import TokenTree
 from real_megatron.batch.types import Group
 from real_megatron.bridge import ModelDescription
 from real_megatron.config import BatchConfig, ParallelConfig
 from real_megatron.policy import flops
 from real_megatron.policy.block_mask import BLOCK
+from real_megatron.scores import ScoreTree
 
 
 @dataclass(frozen=True)
 class Distribution:
     """Where the groups of a training step run."""
 
-    microbatches: list[list[list[Group]]]
+    microbatches: list[list[list[TokenTree]]]
     """Per data-parallel rank its micro-batches, not packed yet: whole groups, or subgroups."""
     metrics: dict[str, float]
     """See `Planner.plan`."""
@@ -41,11 +44,11 @@ class Plan:
 class Planner:
     """Plans the micro-batches of data-parallel rank `data_rank` of `data_size`.
 
-    description: the model, for the FLOPs that the plan evens out. score_ids: vocabulary ids of the scores.
+    description: the model, for the FLOPs that the plan evens out. tree: of the scores' tokens.
     """
 
     description: ModelDescription
-    score_ids: Sequence[int]
+    tree: ScoreTree
     parallel: ParallelConfig
     batch: BatchConfig
     data_rank: int
@@ -65,89 +68,101 @@ class Planner:
 
         Metrics: `microbatches` (of all ranks), `imbalance` (fraction of the busiest data-parallel rank's work for which
         the average one waits), `tokens` (run through the model, the scoring pass included), `information_tokens`
-        (prompts once, and responses), `model_flops` (of those, forward and backward) and `split_groups`.
+        (every distinct one once: prompts, responses and the branches that scores are read on), `model_flops` (of those,
+        forward and backward), `shared_beginnings` (fraction of response tokens that are not run, since another response
+        of the micro-batch begins with them) and `split_groups`.
         """
         found = self.arrange(groups, scoring_pass)
         return Plan([self.pack(mine) for mine in found.microbatches[self.data_rank]], found.metrics)
 
     def arrange(self, groups: Sequence[Group], scoring_pass: bool = False) -> Distribution:
         """The micro-batches of all data-parallel ranks, as `plan` packs them."""
-        whole = [group for group in groups if self.fits(group)]
-        large = [group for group in groups if not self.fits(group)]
-        subgroups = [subgroup for group in large for subgroup in self.split(group)]
-        microbatches: list[list[list[Group]]] = [[] for _ in range(self.data_size)]
+        trees = [self.token_tree(group) for group in groups]
+        whole = [tree for tree in trees if self.fits(tree)]
+        large = [tree for tree in trees if not self.fits(tree)]
+        parts = [part for tree in large for part in self.split(tree)]
+        microbatches: list[list[list[TokenTree]]] = [[] for _ in range(self.data_size)]
         count, waiting, work = 0, 0.0, 0.0
-        for kind in (whole, subgroups):
+        for kind in (whole, parts):
             if not kind:
                 continue
-            costs = [self._flops(group, self.batch.share_prompt) for group in kind]
+            costs = [self._flops(tree) for tree in kind]
             distributed = self._balance(kind, costs)
             for mine, chosen in zip(microbatches, distributed, strict=True):
                 mine += [[kind[i] for i in items] for items in chosen]
             count += sum(len(mine) for mine in distributed)
             waiting += imbalance(costs, distributed) * sum(costs)
             work += sum(costs)
-        tokens = sum(map(self._tokens, [*whole, *subgroups]))
+        run = [*whole, *parts]
+        tokens = sum(tree.total for tree in run)
         if scoring_pass:
             # Subgroups again: that pass has split the same groups in the same way.
-            tokens += sum(map(self._tokens, subgroups))
+            tokens += sum(part.total for part in parts)
+        shared = trees if self.batch.share_prompt else [TokenTree(group, self.tree) for group in groups]
+        responses = sum(len(t.response_ids) for group in groups for t in group.trajectories)
         return Distribution(
             microbatches,
             {
                 "microbatches": float(count),
                 "imbalance": waiting / work,
                 "tokens": float(tokens),
-                "information_tokens": float(sum(tokens_of(group) for group in groups)),
-                "model_flops": sum(self._flops(group, share_prompt=True) for group in groups),
+                "information_tokens": float(sum(tree.total for tree in shared)),
+                "model_flops": sum(self._flops(tree) for tree in shared),
+                "shared_beginnings": sum(tree.repeated for tree in run) / max(1, responses),
                 "split_groups": float(len(large)),
             },
         )
 
-    def distribute(self, groups: Sequence[Group]) -> list[list[list[int]]]:
-        """Per data-parallel rank its micro-batches, as lists of indices of `groups`, with even FLOPs."""
-        return self._balance(groups, [self._flops(group, self.batch.share_prompt) for group in groups])
+    def distribute(self, trees: Sequence[TokenTree]) -> list[list[list[int]]]:
+        """Per data-parallel rank its micro-batches, as lists of indices of `trees`, with even FLOPs."""
+        return self._balance(trees, [self._flops(tree) for tree in trees])
 
-    def fits(self, group: Group) -> bool:
-        """Whether the group is within the token budget of a micro-batch."""
-        return self._tokens(group) <= self.batch.max_tokens
+    def token_tree(self, group: Group) -> TokenTree:
+        """The tokens of a group, as its micro-batch has them."""
+        return TokenTree(group, self.tree, self.batch.share_prompt)
 
-    def split(self, group: Group) -> list[Group]:
+    def fits(self, tree: TokenTree) -> bool:
+        """Whether a group is within the token budget of a micro-batch."""
+        return tree.total <= self.batch.max_tokens
+
+    def split(self, tree: TokenTree) -> list[TokenTree]:
         """The group, or subgroups of it within the token budget (one trajectory alone always makes one)."""
-        if self.fits(group):
-            return [group]
-        subgroups: list[Group] = []
-        for trajectory in group.trajectories:
-            grown = replace(group, trajectories=[*subgroups[-1].trajectories, trajectory]) if subgroups else None
-            if grown and self.fits(grown):
-                subgroups[-1] = grown
-            else:
-                subgroups.append(replace(group, trajectories=[trajectory]))
-        return subgroups
+        if self.fits(tree):
+            return [tree]
+        group, parts = tree.group, list[TokenTree]()
+        rest = list(group.trajectories)
 
-    def pack(self, groups: Sequence[Group]) -> PackedMicrobatch:
+        def beginning(count: int) -> TokenTree:
+            return self.token_tree(replace(group, trajectories=rest[:count]))
+
+        while rest:
+            counts = range(1, len(rest) + 1)
+            count = max(1, bisect_right(counts, self.batch.max_tokens, key=lambda count: beginning(count).total))
+            parts.append(beginning(count))
+            rest = rest[count:]
+        return parts
+
+    def pack(self, trees: Sequence[TokenTree]) -> PackedMicrobatch:
         """Pack one micro-batch; under context parallelism with the tokens of each rank."""
         parallel = self.parallel
         # Context-parallel ranks have equally many tokens, which sequence parallelism shards evenly once more.
         multiple = parallel.context * (parallel.tensor if parallel.sequence_parallel else 1)
         # Padding alone is a block of queries a rank: for the few tokens of `multiple` attention would compile anew.
-        microbatch = pack(groups, self.score_ids, self.batch.share_prompt, multiple, empty=BLOCK * parallel.context)
+        microbatch = pack_trees(trees, self.tree, multiple, empty=BLOCK * parallel.context)
         if parallel.context == 1:
             return microbatch
         costs = flops.uneven_flops(self.description, microbatch.tree, microbatch.row_positions)
         return replace(microbatch, shards=shard_tokens(costs, parallel.context))
 
-    def _balance(self, groups: Sequence[Group], costs: Sequence[float]) -> list[list[list[int]]]:
+    def _balance(self, trees: Sequence[TokenTree], costs: Sequence[float]) -> list[list[list[int]]]:
         return balance(
             costs,
-            [self._tokens(group) for group in groups],
+            [tree.total for tree in trees],
             self.batch.max_tokens,
             self.data_size,
             # The interleaved schedule runs micro-batches in rounds of the pipeline size.
             multiple=self.parallel.pipeline if self.parallel.virtual_pipeline else 1,
         )
 
-    def _tokens(self, group: Group) -> int:
-        return tokens_of(group, self.batch.share_prompt)
-
-    def _flops(self, group: Group, share_prompt: bool) -> float:
-        return flops.training_flops(self.description, tree_of(group, share_prompt), rows_of(group))
+    def _flops(self, tree: TokenTree) -> float:
+        return flops.training_flops(self.description, tree.segments, tree.rows)

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from real_megatron import bridge, progress
 from real_megatron.batch.packing import PackedMicrobatch, responses_of, sampled_scores
+from real_megatron.batch.score_logprobs import score_logprobs
 from real_megatron.batch.types import Group
 from real_megatron.config import RunConfig
 from real_megatron.hf.directory import checkpoint_directory
@@ -52,6 +53,7 @@ from real_megatron.policy.optimizer import allocate_moments, build_optimizer, bu
 from real_megatron.policy.pending_save import PendingSave
 from real_megatron.policy.plan import Planner
 from real_megatron.policy.update_guard import Fault, UpdateGuard
+from real_megatron.scores import ScoreTree
 
 
 @dataclass
@@ -71,7 +73,7 @@ class Policy:
     Every rank of the run holds one and calls the same methods with the same arguments: they are collective.
 
     config: the run's configuration; `config.model.path` names a Hugging Face checkpoint, whose weights are loaded.
-    score_ids, score_values: vocabulary ids and numeric values of the scores, lowest first.
+    tree, values: the scores' tokens, and their numeric values.
     total_updates: optimizer updates of the whole run, for the learning-rate schedule.
     model_dir: the directory of that checkpoint, where the caller has found it already.
 
@@ -83,26 +85,21 @@ class Policy:
     def __init__(
         self,
         config: RunConfig,
-        score_ids: Sequence[int],
-        score_values: Sequence[float],
+        tree: ScoreTree,
+        values: Sequence[float],
         total_updates: int,
         model_dir: Path | None = None,
     ) -> None:
         self.config = config
-        self.score_ids = list(score_ids)
+        self.tree = tree
         self.runtime = parallel_groups.initialize(config.parallel, config.seed)
         # The policy that reinforcement learning trains is the one that its responses were sampled from.
         self.temperature = config.rollout.temperature if config.is_rl else 1.0
-        self.values = torch.tensor(score_values, dtype=torch.float32, device=self.runtime.device)
+        self.values = torch.tensor(values, dtype=torch.float32, device=self.runtime.device)
         self.model_dir = model_dir or checkpoint_directory(config.model.path, config.model.revision)
         self.description = check_model(config, self.model_dir)
         self.planner = Planner(
-            self.description,
-            self.score_ids,
-            config.parallel,
-            config.batch,
-            self.runtime.data_rank,
-            self.runtime.data_size,
+            self.description, tree, config.parallel, config.batch, self.runtime.data_rank, self.runtime.data_size
         )
         self.chunks = build_model(self.description, config.parallel, config.model)
         bridge.load_hf(self.chunks, self.description, self.model_dir)
@@ -187,11 +184,13 @@ class Policy:
 
     def logprobs(self, groups: Sequence[Group]) -> list[list[TrajectoryLogprobs]]:
         """Forward only: log-probs of every group's trajectories, on every rank."""
-        subgroups = [subgroup for group in groups for subgroup in self.planner.split(group)]
+        split = [self.planner.split(self.planner.token_tree(group)) for group in groups]
+        subgroups = [part for parts in split for part in parts]
         plan = self.planner.distribute(subgroups)
 
         def consume(microbatch: PackedMicrobatch, logprobs: Tensor) -> tuple[Tensor, Tensor]:
-            return logprobs.new_zeros(()), logprobs.float().cpu()
+            sampled, scores = self._of_tokens_and_scores(microbatch, logprobs)
+            return logprobs.new_zeros(()), torch.cat((sampled, scores.flatten())).float().cpu()
 
         with torch.no_grad():
             for chunk in self.ddp_chunks:
@@ -205,22 +204,22 @@ class Policy:
                 temperature=self.temperature,
             )
         # All ranks know the plan, and so how many log-probs each data-parallel rank has, of what.
-        sizes = [sum(self._numbers(subgroups[i]) for items in one for i in items) for one in plan]
+        sizes = [sum(self._numbers(subgroups[i].group) for items in one for i in items) for one in plan]
         everything = self._gathered(torch.cat([torch.empty(0), *results]), sizes)
         found: dict[int, list[TrajectoryLogprobs]] = {}
         for one, numbers in zip(plan, everything, strict=True):
             values = iter(numbers.tolist())
             for items in one:
-                rows = _per_trajectory([subgroups[i] for i in items], values, len(self.score_ids))
+                rows = _per_trajectory([subgroups[i].group for i in items], values, self.tree.size)
                 found |= zip(items, rows, strict=True)
         ordered = iter(found[i] for i in range(len(subgroups)))
-        return [[t for _ in self.planner.split(group) for t in next(ordered)] for group in groups]
+        return [[t for _ in parts for t in next(ordered)] for parts in split]
 
     def scored(self, groups: Sequence[Group]) -> ScoredBatch:
         """What `GroupObjective.rewards` reads of the groups: score log-probs and labels of all their trajectories in
         order, without gradient, without token log-probs. On the host, on every rank. Forward only. Collective."""
         scores = [t.scores for group in self.logprobs(groups) for t in group]
-        zeros = [0.0] * len(self.score_ids)
+        zeros = [0.0] * self.tree.size
         return ScoredBatch(
             token_logprobs=torch.zeros(0),
             token_trajectory=torch.zeros(0, dtype=torch.long),
@@ -229,7 +228,7 @@ class Policy:
             labels=torch.tensor([group.label for group in groups for _ in group.trajectories]),
             group=torch.tensor([g for g, group in enumerate(groups) for _ in group.trajectories]),
             values=self.values.cpu(),
-            sampled=sampled_scores(groups, self.score_ids),
+            sampled=sampled_scores(groups, self.tree),
             responses=_views(responses_of(groups)),
         )
 
@@ -264,9 +263,8 @@ class Policy:
         return state
 
     def _scored(self, microbatch: PackedMicrobatch, logprobs: Tensor) -> ScoredBatch:
-        device, scores = self.runtime.device, len(self.score_ids)
-        tokens = microbatch.token_trajectory.numel()
-        answers = logprobs[tokens:].view(-1, scores)
+        device = self.runtime.device
+        sampled, scores = self._of_tokens_and_scores(microbatch, logprobs)
         answered = microbatch.answer_trajectory.to(device)
         count = microbatch.num_trajectories
         has_answer = torch.zeros(count, dtype=torch.bool, device=device)
@@ -276,9 +274,9 @@ class Policy:
             return None if x is None else x.to(device)
 
         return ScoredBatch(
-            token_logprobs=logprobs[:tokens],
+            token_logprobs=sampled,
             token_trajectory=microbatch.token_trajectory.to(device),
-            score_logprobs=answers.new_zeros(count, scores).index_copy(0, answered, answers),
+            score_logprobs=scores.new_zeros(count, self.tree.size).index_copy(0, answered, scores),
             has_answer=has_answer,
             labels=microbatch.labels.to(device),
             group=microbatch.group.to(device),
@@ -290,22 +288,28 @@ class Policy:
             responses=_views(microbatch.responses),
         )
 
+    def _of_tokens_and_scores(self, microbatch: PackedMicrobatch, logprobs: Tensor) -> tuple[Tensor, Tensor]:
+        """A micro-batch's log-probs `[nnz]` as those of its loss-carrying tokens `[N_tok]` and of each score at its
+        answers `[N_answer, S]`."""
+        tokens = microbatch.token_trajectory.numel()
+        return logprobs[:tokens], score_logprobs(self.tree, logprobs[tokens:].view(-1, self.tree.width))
+
     def _with_advantages(self, groups: Sequence[Group], objective: GroupObjective) -> list[Group]:
         """The groups, those beyond the token budget with the advantages that a scoring pass gives their trajectories.
 
         The responses of such a group are split over micro-batches, perhaps of different ranks, but their rewards are
         compared with each other: all of them must be known first.
         """
-        large = [group for group in groups if not self.planner.fits(group)]
-        if not large:
+        fits = [self.planner.fits(self.planner.token_tree(group)) for group in groups]
+        if all(fits):
             return list(groups)
-        scored = self.scored(large)
+        scored = self.scored([group for group, whole in zip(groups, fits, strict=True) if not whole])
         advantages = iter(objective.advantages(scored).tolist())
 
         def with_advantages(group: Group) -> Group:
             return replace(group, trajectories=[replace(t, advantage=next(advantages)) for t in group.trajectories])
 
-        return [group if self.planner.fits(group) else with_advantages(group) for group in groups]
+        return [group if whole else with_advantages(group) for group, whole in zip(groups, fits, strict=True)]
 
     def _reduce(self, results: Sequence[MetricSums]) -> dict[str, float]:
         """Metrics over all micro-batches and data-parallel ranks, on every rank. Collective."""
@@ -322,9 +326,9 @@ class Policy:
         return holder[0]
 
     def _numbers(self, group: Group) -> int:
-        """How many log-probs a forward pass gives of a group."""
+        """How many log-probs of tokens and scores a forward pass gives of a group."""
         answers = sum(t.answer_index is not None for t in group.trajectories)
-        return sum(sum(t.loss_mask) for t in group.trajectories) + answers * len(self.score_ids)
+        return sum(sum(t.loss_mask) for t in group.trajectories) + answers * self.tree.size
 
     def _gathered(self, mine: Tensor, sizes: Sequence[int]) -> Sequence[Tensor]:
         """Vectors of `sizes` float32 numbers, which the data-parallel ranks have on the last stage, on every rank.
@@ -349,7 +353,7 @@ def _fault(error: FloatingPointError, microbatch: PackedMicrobatch) -> Fault:
 
 
 def _per_trajectory(groups: Sequence[Group], values: Iterator[float], scores: int) -> list[list[TrajectoryLogprobs]]:
-    """The log-probs of a micro-batch's groups, in the order of the head's rows: all tokens, then all answers."""
+    """The log-probs of a micro-batch's groups: those of all tokens, then those of each answer's scores."""
     rows = [
         [TrajectoryLogprobs(list(islice(values, sum(t.loss_mask))), None) for t in group.trajectories]
         for group in groups

@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from real_megatron import bridge
+from real_megatron.batch.token_tree import branch_tokens
 from real_megatron.bridge.table import hf_shapes
 from real_megatron.config import RunConfig
 from real_megatron.errors import ConfigError
@@ -111,9 +112,13 @@ def _data(config: RunConfig, prepared: Prepared) -> list[Line]:
         lengths = _lengths(np.array([len(prompt.prompt_ids) for prompt in test_set.prompts]))
         count = f"{len(test_set.prompts):,} examples ({test_set.dropped:,} dropped, {test_set.cut:,} cut)"
         lines.append((name, f"{count}, prompts of {lengths}"))
-    scores = ", ".join(f"{text!r} {id}" for text, id in zip(scale.texts, scale.score_ids, strict=True))
+    paths = zip(scale.texts, scale.tree.paths, strict=True)
+    scores = ", ".join(f"{text!r} {' '.join(map(str, path))}" for text, path in paths)
     anchor = f"anchor {scale.anchor_text!r}: {counted(len(scale.anchor_ids), 'token')}"
-    lines.append(("scale", f"{anchor}; scores as tokens: {scores}"))
+    branches = (
+        "" if scale.tree.flat else f"; their branches add {counted(branch_tokens(scale.tree), 'token')} a response"
+    )
+    lines.append(("scale", f"{anchor}; scores as tokens: {scores}{branches}"))
     batch = counted(config.batch.prompts, "prompt" if config.is_rl else "example")
     steps, updates = counted(prepared.steps, "step"), counted(prepared.updates, "optimizer update")
     lines.append(("schedule", f"{steps} of {batch}, {updates}"))
@@ -134,11 +139,11 @@ def _trial(config: RunConfig, trial: TrialStep) -> str:
 
 
 def _longest_example(config: RunConfig, prepared: Prepared, found: DryRun) -> int:
-    """Tokens of the longest prompt with one response. Warns of those that are beyond the budget of a micro-batch, which
-    they then make by themselves."""
+    """Tokens of the longest prompt with one response and the branches that its score is read on. Warns of those beyond
+    the budget of a micro-batch, which they then make by themselves."""
     response = config.data.max_response_tokens if config.is_rl else 0
     groups = prepared.data.groups
-    totals = groups.prompt_lengths + (response or groups.response_lengths)
+    totals = groups.prompt_lengths + (response or groups.response_lengths) + branch_tokens(prepared.scale.tree)
     long = int((totals > config.batch.max_tokens).sum())
     if long:
         found.warnings.append(

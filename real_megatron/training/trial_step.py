@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from real_megatron.batch.packing import tokens_of
 from real_megatron.batch.types import Group, Trajectory
 from real_megatron.config import RunConfig
 from real_megatron.objective import Objective
@@ -54,8 +53,9 @@ def trial_steps(config: RunConfig, objective: Objective, prepared: Prepared, lay
     trials = []
     for share in RESPONSE_SHARES:
         length = max(1, int(share * config.data.max_response_tokens))
-        stand_in = Trajectory([0] * length, length - 1)
-        batch = [replace(group, trajectories=[stand_in] * config.rollout.n) for group in first]
+        # Of other tokens each: equal responses would be run once.
+        stand_ins = [Trajectory([k] * length, length - 1) for k in range(config.rollout.n)]
+        batch = [replace(group, trajectories=stand_ins) for group in first]
         about = f"responses of {length:,}"
         trials.append(_trial(config, objective, prepared, layout, about, [batch]))
     return trials
@@ -69,14 +69,12 @@ def _trial(
     about: str,
     batches: Sequence[list[Group]],
 ) -> TrialStep:
-    scores = prepared.scale.score_ids
+    scores = prepared.scale.tree
     planner = Planner(prepared.description, scores, config.parallel, config.batch, data_rank=0, data_size=layout.data)
     updates = [groups for batch in batches for groups in mini_batches(batch, config.batch.mini_batches)]
     plans = [planner.arrange(groups, scoring_pass=objective.needs_advantages) for groups in updates]
     everything = [mine for plan in plans for rank in plan.microbatches for mine in rank]
-    longest = max(everything, key=lambda mine: sum(tokens_of(group, config.batch.share_prompt) for group in mine))
-
-    packed = planner.pack(longest)
+    packed = planner.pack(max(everything, key=lambda mine: sum(tree.total for tree in mine)))
 
     def total(name: str) -> int:
         return int(sum(plan.metrics[name] for plan in plans))

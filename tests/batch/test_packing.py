@@ -5,8 +5,10 @@ import torch
 
 from real_megatron.batch.packing import pack, responses_of, rows_of, sampled_scores, tokens_of
 from real_megatron.batch.types import Group, Trajectory
+from real_megatron.scores import ScoreTree
 
-SCORES = [7, 8, 9]
+SCORE_IDS = [7, 8, 9]
+SCORES = ScoreTree.of_tokens(SCORE_IDS)
 
 
 def groups() -> list[Group]:
@@ -49,7 +51,7 @@ def expected_rows(groups: list[Group]) -> list[tuple[int, tuple[int, ...], list[
                 if keep:
                     token_rows.append((index, tuple(sequence[: len(group.prompt_ids) + i]), [t.response_ids[i]]))
             if t.answer_index is not None:
-                answer_rows.append((index, tuple(sequence[: len(group.prompt_ids) + t.answer_index + 1]), SCORES))
+                answer_rows.append((index, tuple(sequence[: len(group.prompt_ids) + t.answer_index + 1]), SCORE_IDS))
             index += 1
     return token_rows + answer_rows
 
@@ -83,15 +85,15 @@ def test_the_sampled_score_is_the_token_behind_the_answer_position():
 
 def test_a_shared_prompt_runs_once():
     group = groups()[0]
-    assert tokens_of(group, share_prompt=True) == 3 + 5 == pack([group], SCORES).tree.total
-    assert tokens_of(group, share_prompt=False) == 9 + 5 == pack([group], SCORES, share_prompt=False).tree.total
+    assert tokens_of(group, SCORES) == 3 + 5 == pack([group], SCORES).tree.total
+    assert tokens_of(group, SCORES, share_prompt=False) == 9 + 5 == pack([group], SCORES, share_prompt=False).tree.total
 
 
 def test_rows_of_a_group_are_those_that_it_packs_to():
-    assert [rows_of(group) for group in groups()] == [6, 2]
-    assert [rows_of(group) for group in with_sampled_scores()] == [7, 3]
+    assert [rows_of(group, SCORES) for group in groups()] == [6, 2]
+    assert [rows_of(group, SCORES) for group in with_sampled_scores()] == [7, 3]
     for group in groups() + with_sampled_scores():
-        assert rows_of(group) == pack([group], SCORES).row_positions.numel()
+        assert rows_of(group, SCORES) == pack([group], SCORES).row_positions.numel()
 
 
 def test_padding_is_a_segment_that_no_row_reads():

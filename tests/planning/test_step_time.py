@@ -21,6 +21,7 @@ from real_megatron.planning.update_time import bubble, gemm_efficiency, update_t
 from real_megatron.planning.workload import Layout, Workload
 from real_megatron.policy import flops
 from real_megatron.policy.plan import Planner
+from real_megatron.scores import ScoreTree
 from tests.support.layouts import described
 
 H100 = GPUS["H100"]
@@ -60,7 +61,7 @@ def updating(of: Layout, workload: Workload = JUDGE, efficiency: Efficiency = DE
 @pytest.fixture
 def real_groups() -> list[Group]:
     """20 groups of a prompt of 100 tokens and 4 responses of 50."""
-    return [Group([5] * 100, [Trajectory([6] * 50, 49) for _ in range(4)], label=1.0) for _ in range(20)]
+    return [Group([5] * 100, [Trajectory([6 + k] * 50, 49) for k in range(4)], label=1.0) for _ in range(20)]
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -177,7 +178,7 @@ def test_as_many_micro_batches_as_the_real_plan_has(real_groups):
             JUDGE, prompts=len(real_groups), responses=4, prompt_tokens=100, response_tokens=50, max_tokens=max_tokens
         )
         batch = BatchConfig(max_tokens=max_tokens)
-        plan = Planner(described("Qwen3-8B"), [1, 2], parallel, batch, 0, ranks).plan(real_groups)
+        plan = Planner(described("Qwen3-8B"), ScoreTree.of_tokens([1, 2]), parallel, batch, 0, ranks).plan(real_groups)
         found = microbatches(
             Layout(described("Qwen3-8B"), parallel, ModelConfig(), ranks * parallel.pipeline), workload, 1
         )

@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM, MistralConfig, Qwen3Config, Qwen3
 from real_megatron.batch.segments import Segment, SegmentTree
 from real_megatron.bridge import describe
 from real_megatron.policy import flops
+from tests.support.trees import random_tree
 
 COMMON = dict(
     vocab_size=96,
@@ -52,6 +53,16 @@ def test_uneven_flops_are_attention_and_head_token_by_token():
     per_token = flops.uneven_flops(description, tree, rows)
     assert per_token.sum() == flops.attention_flops(description, tree) + 5 * flops.head_flops(description)
     assert per_token[4] == 3 * 4 * 4 * 64 + 2 * 2 * 32 * 96
+
+
+@pytest.mark.parametrize("window", [None, 4, 100])
+def test_deep_trees_count_what_their_mask_admits(window):
+    """Token by token, as shards are balanced, and together. All counts are whole numbers below 2**53."""
+    config = Qwen3Config(**COMMON) if window is None else MistralConfig(**COMMON, sliding_window=window)
+    description, tree = describe(config), random_tree(3)
+    per_token = flops.uneven_flops(description, tree, torch.zeros(0, dtype=torch.long))
+    assert torch.equal(per_token, 3 * 4 * 64 * tree.mask(window).sum(-1).double())
+    assert per_token.sum() == flops.attention_flops(description, tree)
 
 
 def test_a_mixture_of_experts_counts_visited_experts():

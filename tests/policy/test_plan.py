@@ -15,6 +15,7 @@ from real_megatron.errors import ConfigError
 from real_megatron.policy import flops
 from real_megatron.policy.model import check_divides
 from real_megatron.policy.plan import Plan, Planner
+from real_megatron.scores import ScoreTree
 
 SIZES = dict(
     vocab_size=90,
@@ -26,13 +27,13 @@ SIZES = dict(
     head_dim=8,
 )
 MODEL = describe(Qwen3Config(**SIZES))
-SCORE_IDS = [10, 11, 12]
+SCORES = ScoreTree.of_tokens([10, 11, 12])
 
 
 def plan_all(groups: list[Group], batch: dict, ranks: int, scoring_pass: bool = False, **parallel) -> list[Plan]:
     """The plan of every data-parallel rank."""
     config = ParallelConfig(**parallel), BatchConfig(**batch)
-    return [Planner(MODEL, SCORE_IDS, *config, rank, ranks).plan(groups, scoring_pass) for rank in range(ranks)]
+    return [Planner(MODEL, SCORES, *config, rank, ranks).plan(groups, scoring_pass) for rank in range(ranks)]
 
 
 def make_group(prompt: int, responses: list[int], name: str = "") -> Group:
@@ -157,6 +158,7 @@ def test_metrics_by_hand():
         "tokens": 10 + 3 * 9,
         "information_tokens": 10 + 17,
         "model_flops": pytest.approx(cost(4, [3, 3]) + cost(5, [4, 4, 4])),
+        "shared_beginnings": 0,
         "split_groups": 1,
     }
 

@@ -14,7 +14,10 @@ from real_megatron.policy.forward import run_microbatches
 from real_megatron.policy.optimizer import build_scheduler
 from tests.support.bridge_ranks import tiny_config
 from tests.support.policy_ranks import (
+    HALVES,
+    TEN,
     VOCAB,
+    groups_of,
     head_error,
     load_and_continue,
     logprobs,
@@ -24,6 +27,7 @@ from tests.support.policy_ranks import (
     moments_before_and_after_a_step,
     save_and_continue,
     save_as_with_a_gpu,
+    scale_of,
     train,
     train_all,
     train_all_with_overlap,
@@ -55,6 +59,8 @@ OPTIMIZER = {"clip_grad": 0.3, "weight_decay": 1.0, "beta1": 0.8, "beta2": 0.99,
         {"objective": {"name": "grpo", "kl": 0.1}, "rollout": {"temperature": 0.8}},
         {"objective": {"name": "jepo"}, "rollout": {"temperature": 1.4}},
         {"optimizer": OPTIMIZER},
+        {"scale": TEN},
+        {"scale": HALVES, "objective": {"name": "rloo"}},
     ],
 )
 def test_a_step_equals_hugging_face_autograd_and_torch_adam(checkpoint, sections):
@@ -79,8 +85,8 @@ def test_a_step_equals_hugging_face_autograd_and_torch_adam(checkpoint, sections
     up = torch.optim.lr_scheduler.LinearLR(adam, 1 / 2, total_iters=1)
     schedule = torch.optim.lr_scheduler.SequentialLR(adam, [up, down], milestones=[1])
     for step, metrics in enumerate(curve):
-        groups = make_groups(seed=step, sampled=objective.needs_sampled_scores)
-        scored = hf_scored(model, groups, config.rollout.temperature)
+        groups = groups_of(config, step, objective.needs_sampled_scores)
+        scored = hf_scored(model, groups, config.rollout.temperature, *scale_of(config))
         totals = Totals(len(groups), scored.size, scored.token_logprobs.numel())
         loss, reference = objective(scored, totals)
         adam.zero_grad()
@@ -180,17 +186,27 @@ def test_every_layout_of_four_ranks_trains_the_same(checkpoint, one_rank):
         same_curve(result, one_rank)
 
 
-def test_sampled_scores_train_the_same_at_every_layout(checkpoint):
-    """With whole groups and with ones split over micro-batches; transformers is compared with above."""
-    rloo = {"objective": {"name": "rloo"}}
+def test_sampled_scores_and_scores_of_several_tokens_train_the_same_at_every_layout(checkpoint):
+    """With whole groups and with ones split over micro-batches; transformers is compared with above. Of several tokens:
+    prompt, shared beginning, response and branches against a sequence for every response and branch."""
     layouts = ("DP4", "TP2 SP CP2", "PP2 DP2")
-    configs = [make_config(checkpoint, parallel=LAYOUTS[layout], **rloo) for layout in layouts]
-    configs[-1].batch.__dict__["max_tokens"] = 16
-    expected, *found = run_ranks(4, train_all, configs, 2)[0]
-    assert all(metrics["split_groups"] > 0 for metrics in found[-1][0])
-    assert all(metrics["advantage_abs"] > 0 and "loss_term2" not in metrics for metrics in expected[0])
-    for result in found:
-        same_curve(result, expected)
+    sampled = [make_config(checkpoint, parallel=LAYOUTS[name], objective={"name": "rloo"}) for name in layouts]
+    sampled[-1].batch.__dict__["max_tokens"] = 16
+    branched = [make_config(checkpoint, scale=TEN, batch={"share_prompt": False, "max_tokens": 256})]
+    for name in ("TP2 SP CP2", "PP2 CP2"):
+        recompute = {"recompute": "full" if name == "PP2 CP2" else "none"}
+        branched.append(make_config(checkpoint, parallel=LAYOUTS[name], scale=TEN, model=recompute))
+    branched[-1].batch.__dict__["max_tokens"] = 40
+    results = run_ranks(4, train_all, [*sampled, *branched], 2)[0]
+    for expected, *found in (results[:3], results[3:]):
+        assert all(metrics["split_groups"] == 0 for metrics in expected[0])
+        assert all(metrics["split_groups"] > 0 for metrics in found[-1][0])
+        for result in found:
+            same_curve(result, expected)
+    assert all(metrics["advantage_abs"] > 0 and "loss_term2" not in metrics for metrics in results[0][0])
+    for apart, shared in zip(results[3][0], results[4][0], strict=True):
+        assert apart["shared_beginnings"] == 0 and shared["shared_beginnings"] > 0.2
+        assert apart["information_tokens"] == shared["information_tokens"] == shared["tokens"] < apart["tokens"]
 
 
 def test_gradients_reduced_during_backward_are_the_same(checkpoint, one_rank):

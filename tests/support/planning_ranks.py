@@ -19,6 +19,7 @@ from real_megatron.objective import build_objective
 from real_megatron.planning.saved_tensors import MicrobatchSize
 from real_megatron.policy import attention
 from real_megatron.policy.flex import flex_segment_attention
+from real_megatron.policy.runs import runs_of
 from tests.support.policy_ranks import VOCAB, make_policy
 from tests.support.ranks import forget_policies
 
@@ -92,7 +93,9 @@ def most_saved(cases: Sequence[tuple[RunConfig, int, bool]]) -> list[tuple[int, 
         groups = even_groups(count)
         microbatches = policy.planner.plan(groups).microbatches
         context = parallel_state.get_context_parallel_rank() if config.parallel.context > 1 else None
-        (size,) = {microbatch_size(microbatch, context) for microbatch in microbatches}
+        description = policy.description
+        width = description.num_heads * description.head_dim // config.parallel.tensor
+        (size,) = {microbatch_size(microbatch, context, width) for microbatch in microbatches}
         weights = {p.untyped_storage().data_ptr() for chunk in policy.chunks for p in chunk.parameters()}
         held.idle_counts()  # measured once for all tests of this process: not among our references
         with (
@@ -108,17 +111,14 @@ def most_saved(cases: Sequence[tuple[RunConfig, int, bool]]) -> list[tuple[int, 
     return found
 
 
-def microbatch_size(microbatch: PackedMicrobatch, context: int | None) -> MicrobatchSize:
-    """context: the context-parallel rank, where there are several."""
+def microbatch_size(microbatch: PackedMicrobatch, context: int | None, width: int) -> MicrobatchSize:
+    """context: the context-parallel rank, where there are several; width: of this rank's query heads together."""
     tree = microbatch.tree
-    ranges = [(i, 0, length) for i, length in enumerate(tree.lengths)]
-    if context is not None:
-        assert microbatch.shards is not None
-        ranges = microbatch.shards[context].segment_ranges(tree)
-    joined = masked = 0
-    for i, first, end in ranges:
-        parent = tree.segments[i].parent
-        keys = end + (0 if parent is None else tree.lengths[parent])
-        joined += 0 if parent is None else keys
-        masked += 0 if parent is None and first == 0 else (end - first) * keys
-    return MicrobatchSize(tree.total, microbatch.row_positions.numel(), joined, masked)
+    shard = None if context is None else microbatch.shards[context]
+    calls = runs_of(tree, width, None, shard, torch.device("cpu")).runs
+    return MicrobatchSize(
+        tree.total,
+        microbatch.row_positions.numel(),
+        joined_keys=sum(run.keys for run in calls if len(run.pieces) > 1),
+        masked_pairs=sum((run.end - run.first) * run.keys for run in calls if run.mask is not None),
+    )

@@ -16,6 +16,9 @@ TREES = {
     "shared prompts": SegmentTree(
         (Segment(13), Segment(7, 0), Segment(1, 0), Segment(9, 0), Segment(6), Segment(4, 4))
     ),
+    "branches of responses": SegmentTree(
+        (Segment(150), Segment(90, 0), Segment(2, 1), Segment(1, 1), Segment(130, 0), Segment(1, 4), Segment(2, 5))
+    ),
     "separate sequences": SegmentTree((Segment(17), Segment(2), Segment(21))),
 }
 

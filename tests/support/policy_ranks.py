@@ -14,7 +14,7 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from transformers import AutoModelForCausalLM, PretrainedConfig, Qwen3Config
 
 from real_megatron.batch.types import Group, Trajectory
-from real_megatron.config import RunConfig
+from real_megatron.config import RunConfig, ScaleConfig
 from real_megatron.head import reference_gathered_log_softmax
 from real_megatron.objective import build_objective
 from real_megatron.policy import checkpoint, cpu, model, optimizer
@@ -22,6 +22,7 @@ from real_megatron.policy.attention import HeadRows
 from real_megatron.policy.judge_head import JudgeHead
 from real_megatron.policy.optimizer import chained
 from real_megatron.policy.policy import Policy
+from real_megatron.scores import ScoreTree
 from tests.support.ranks import forget_policies
 
 VOCAB = 90
@@ -37,6 +38,11 @@ SIZES = dict(
 """Of a model of two narrow layers, of any family."""
 SCORE_IDS = [10, 11, 12]
 SCORE_VALUES = [1.0, 2.0, 3.0]
+TEN = {"scores": [str(k) for k in range(1, 11)]}
+"""A scale whose `10` is two tokens: `1` ends where no `0` follows."""
+HALVES = {"scores": [f"{k / 2:g}" for k in range(2, 11)], "ends": ["eos"]}
+"""1, 1.5, … 5: three tokens or one, which the end of sequence must follow."""
+EOS = 3
 
 
 def write_checkpoint(directory: Path, hf_config: PretrainedConfig | None = None) -> Path:
@@ -120,8 +126,65 @@ def make_config(checkpoint: Path, **sections: Any) -> RunConfig:
     return RunConfig.model_validate(base)
 
 
+def scale_of(config: RunConfig) -> tuple[ScoreTree, list[float]]:
+    """Tokens and values of the configured scale: the digits are 10 to 19, the point 20. By default three scores of one
+    token."""
+    if config.scale == ScaleConfig():
+        return ScoreTree.of_tokens(SCORE_IDS), SCORE_VALUES
+    spellings = [[[10 + "0123456789.".index(character) for character in text]] for text in config.scale.scores]
+    return ScoreTree(spellings, [EOS] * len(config.scale.ends)), [float(text) for text in config.scale.scores]
+
+
+def groups_of(config: RunConfig, seed: int, sampled: bool) -> list[Group]:
+    """`make_groups`. Where the scale has scores of several tokens, two responses of each group begin alike."""
+    tree, values = scale_of(config)
+    if tree.flat:
+        return make_groups(seed=seed, sampled=sampled)
+    rng = random.Random(seed)
+    groups = make_groups(seed=seed)
+    for group in groups:
+        group.label = rng.choice(values)
+        beginning = [rng.randrange(VOCAB) for _ in range(17)]
+        group.trajectories = [t if k == 1 else _longer(t, beginning, 0) for k, t in enumerate(group.trajectories)]
+    if not sampled:
+        return groups
+
+    def behind(k: int, group: Group) -> list[int]:
+        """The label's score, an ended one, another, the beginning of one, or none."""
+        path = tree.paths[values.index(group.label) if k == 0 else rng.randrange(tree.size)]
+        said = path if k == 0 else rng.choice([path, path[:1], (EOS,)])
+        return [*path, EOS][: tree.read([*path, EOS])[1]] if said == path else [*said, 4]
+
+    return [
+        replace(
+            group,
+            trajectories=[
+                t if t.answer_index is None else _longer(t, behind(k, group), len(t.response_ids))
+                for k, t in enumerate(group.trajectories)
+            ],
+        )
+        for group in groups
+    ]
+
+
+def _longer(t: Trajectory, ids: list[int], at: int) -> Trajectory:
+    """The trajectory with these tokens put in."""
+
+    def put(values: list, more: list) -> list:
+        return [*values[:at], *more, *values[at:]]
+
+    return replace(
+        t,
+        response_ids=put(t.response_ids, ids),
+        answer_index=None if t.answer_index is None else t.answer_index + (0 if at else len(ids)),
+        loss_mask=put(t.loss_mask, [True] * len(ids)),
+        old_logprobs=put(t.old_logprobs, [-2.2] * len(ids)),
+        ref_logprobs=put(t.ref_logprobs, [-2.7] * len(ids)),
+    )
+
+
 def make_policy(config: RunConfig) -> Policy:
-    return Policy(config, SCORE_IDS, SCORE_VALUES, total_updates=10)
+    return Policy(config, *scale_of(config), total_updates=10)
 
 
 def train(config: RunConfig, steps: int = 3) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
@@ -129,7 +192,7 @@ def train(config: RunConfig, steps: int = 3) -> tuple[list[dict[str, float]], di
     policy = make_policy(config)
     objective = build_objective(config.objective)
     sampled = getattr(objective, "needs_sampled_scores", False)
-    curve = [policy.train_step(make_groups(seed=step, sampled=sampled), objective) for step in range(steps)]
+    curve = [policy.train_step(groups_of(config, step, sampled), objective) for step in range(steps)]
     return curve, {name: tensor.clone() for name, tensor in policy.export()}
 
 

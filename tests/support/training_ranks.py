@@ -68,5 +68,5 @@ def scored_by_the_policy(
     config: RunConfig, groups: list[Group], scale: ScoreScale
 ) -> list[tuple[list[float], list[float] | None]]:
     """Log-probs of the loss-carrying tokens and of the scores, for every trajectory."""
-    policy = Policy(config, scale.score_ids, scale.values, total_updates=10)
+    policy = Policy(config, scale.tree, scale.values, total_updates=10)
     return [(t.tokens, t.scores) for group in policy.logprobs(groups) for t in group]

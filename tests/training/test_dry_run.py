@@ -68,7 +68,7 @@ def taken() -> Iterator[int]:
         (["parallel.tensor=2"], "does not divide the 3 ranks of this run"),
         (["parallel.tensor=3"], "parallel.tensor = 3 does not divide the model's 4 attention heads"),
         (["parallel.pipeline=3"], "does not divide the model's 2 layers"),
-        (["scale.scores=[AB, CD]"], "score 'AB' is 2 tokens"),
+        (["scale.anchor=' '"], "scale.anchor: the anchor ' ' has no visible character"),
         (["data.train.0.path=absent.jsonl"], "absent.jsonl"),
         (["data.train.0.path=TMP/bad.jsonl"], "bad.jsonl, line 2: not valid JSON"),
         (["output=TMP/train.jsonl/run"], "run cannot be a directory, since "),
