@@ -31,6 +31,7 @@ from real_megatron.policy import checkpoint, cpu
 from real_megatron.policy.megatron_versions import load_sharded
 from real_megatron.policy.optimizer import allocate_moments, chained, is_torch_adam, steps_everywhere
 from real_megatron.policy.policy import Policy
+from real_megatron.scores import ScoreTree
 
 SAVING, RESUMING = "saving a checkpoint", "resuming from a checkpoint"
 MEASURED_RANKS = 8
@@ -116,7 +117,7 @@ def run_config(model: str, parallel: dict[str, Any], dtype: str = "float32") -> 
 
 def measure(config: RunConfig, scratch: Path) -> dict[tuple[str, str], tuple[float, float, float]]:
     """(part, variant) → seconds, bytes received or read, bytes held."""
-    policy = Policy(config, [1, 2], [1.0, 2.0], total_updates=10)
+    policy = Policy(config, ScoreTree.of_tokens([1, 2]), [1.0, 2.0], total_updates=10)
     policy.allocate_optimizer_state()
     parts = optimizer_bytes(policy)
     whole = parts.clone()

@@ -1,5 +1,6 @@
 """Groups → packed micro-batches: which tokens run, and which rows ask the output head for which vocabulary ids."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import chain
@@ -42,7 +43,7 @@ class PackedMicrobatch:
     group: Tensor
     """Group index of each trajectory, int64 `[N]`."""
     labels: Tensor
-    """Ground-truth score of each trajectory, float32 `[N]`."""
+    """Ground-truth score of each trajectory, float32 `[N]`; of several aspects `[N, A]`, NaN where there is none."""
     old_logprobs: Tensor | None
     """Log-probability under the sampling policy per token row, float32 `[N_tok]`."""
     ref_logprobs: Tensor | None
@@ -110,7 +111,7 @@ def pack_trees(trees: Sequence[TokenTree], scores: ScoreTree, multiple: int = 1,
         token_trajectory=torch.repeat_interleave(torch.tensor(list(map(len, token_rows)), dtype=torch.long)),
         answer_trajectory=torch.tensor(answered, dtype=torch.long),
         group=torch.tensor([g for g, group in enumerate(groups) for _ in group.trajectories], dtype=torch.long),
-        labels=torch.tensor([group.label for group in groups for _ in group.trajectories], dtype=torch.float32),
+        labels=labels_of(groups),
         old_logprobs=_per_token(trajectories, "old_logprobs"),
         ref_logprobs=_per_token(trajectories, "ref_logprobs"),
         advantages=_advantages(trajectories),
@@ -133,6 +134,14 @@ def tokens_of(group: Group, scores: ScoreTree, share_prompt: bool = True) -> int
 def rows_of(group: Group, scores: ScoreTree) -> int:
     """Rows of a group that reach the output head: loss-carrying tokens, and the branches of each answer."""
     return TokenTree(group, scores).rows
+
+
+def labels_of(groups: Sequence[Group]) -> Tensor:
+    """The label of each trajectory in order, float32 `[N]`; of several aspects `[N, A]`, NaN where there is none."""
+    if any(group.labels for group in groups):
+        rows = [[math.nan if y is None else y for y in group.labels] for group in groups for _ in group.trajectories]
+        return torch.tensor(rows, dtype=torch.float32)
+    return torch.tensor([group.label for group in groups for _ in group.trajectories], dtype=torch.float32)
 
 
 def sampled_scores(groups: Sequence[Group], scores: ScoreTree) -> Tensor | None:

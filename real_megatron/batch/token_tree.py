@@ -72,7 +72,7 @@ class TokenTree:
         self._begins: list[_Node] = []
         """Per trajectory the node in which its response begins; where nothing is shared, its whole sequence."""
         self._alone: list[list[_Node]] = []
-        """Per trajectory the whole sequences of its branches but the root, where nothing is shared."""
+        """Per trajectory the whole sequences of its branches that have a path, where nothing is shared."""
         self.repeated = 0
         """Response tokens that are not run again, since another response has them too."""
         self.lengths: list[int] = []
@@ -101,9 +101,9 @@ class TokenTree:
             else:
                 self.repeated += len(ids) - node.insert(0, ids)
             self._begins.append(node)
-            if trajectory.answer_index is not None and len(self._paths) > 1:
+            if trajectory.answer_index is not None and any(self._paths):
                 *_, (answer, _, end) = node.along(0, ids[: trajectory.answer_index + 1])
-                for path in self._paths[1:]:
+                for path in filter(None, self._paths):
                     answer.insert(end, path)
         self._number(_Node(self.group.prompt_ids), None)
         # Not by recursion: a tree may be as deep as a response is long.
@@ -119,7 +119,7 @@ class TokenTree:
             ids = trajectory.response_ids
             self._begins.append(_Node(prompt + ids))
             self._number(self._begins[-1], None)
-            paths = self._paths[1:] if trajectory.answer_index is not None else []
+            paths = filter(None, self._paths) if trajectory.answer_index is not None else []
             self._alone.append([_Node(prompt + _answered(trajectory) + path) for path in paths])
             for node in self._alone[-1]:
                 self._number(node, None)
@@ -171,13 +171,16 @@ class TokenTree:
                 rows.append([])
                 continue
             *_, (answer, _, end) = self._along_response(trajectory, node, trajectory.answer_index + 1)
-            row = [first + answer.start + end - 1]
-            if self._shared:
-                for path in self._paths[1:]:
+            alone = iter([] if self._shared else self._alone[k])
+            row = []
+            for path in self._paths:
+                last, behind = answer, end
+                if path and self._shared:
                     *_, (last, _, behind) = answer.along(end, path)
-                    row.append(first + last.start + behind - 1)
-            else:
-                row += [first + alone.start + len(alone.tokens) - 1 for alone in self._alone[k]]
+                elif path:
+                    last = next(alone)
+                    behind = len(last.tokens)
+                row.append(first + last.start + behind - 1)
             rows.append(row)
         return rows
 

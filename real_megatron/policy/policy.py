@@ -29,7 +29,7 @@ from megatron.core.distributed import finalize_model_grads
 from torch import Tensor
 
 from real_megatron import bridge, progress
-from real_megatron.batch.packing import PackedMicrobatch, responses_of, sampled_scores
+from real_megatron.batch.packing import PackedMicrobatch, labels_of, responses_of, sampled_scores
 from real_megatron.batch.score_logprobs import score_logprobs
 from real_megatron.batch.types import Group
 from real_megatron.config import RunConfig
@@ -53,7 +53,7 @@ from real_megatron.policy.optimizer import allocate_moments, build_optimizer, bu
 from real_megatron.policy.pending_save import PendingSave
 from real_megatron.policy.plan import Planner
 from real_megatron.policy.update_guard import Fault, UpdateGuard
-from real_megatron.scores import ScoreTree
+from real_megatron.scores import Aspect, ScoreTree
 
 
 @dataclass
@@ -73,7 +73,7 @@ class Policy:
     Every rank of the run holds one and calls the same methods with the same arguments: they are collective.
 
     config: the run's configuration; `config.model.path` names a Hugging Face checkpoint, whose weights are loaded.
-    tree, values: the scores' tokens, and their numeric values.
+    tree, values, aspects: the scores' tokens, their numeric values, and where there are several aspects whose they are.
     total_updates: optimizer updates of the whole run, for the learning-rate schedule.
     model_dir: the directory of that checkpoint, where the caller has found it already.
 
@@ -89,9 +89,10 @@ class Policy:
         values: Sequence[float],
         total_updates: int,
         model_dir: Path | None = None,
+        aspects: Sequence[Aspect] = (),
     ) -> None:
         self.config = config
-        self.tree = tree
+        self.tree, self.aspects = tree, aspects
         self.runtime = parallel_groups.initialize(config.parallel, config.seed)
         # The policy that reinforcement learning trains is the one that its responses were sampled from.
         self.temperature = config.rollout.temperature if config.is_rl else 1.0
@@ -225,9 +226,10 @@ class Policy:
             token_trajectory=torch.zeros(0, dtype=torch.long),
             score_logprobs=torch.tensor([zeros if s is None else s for s in scores]),
             has_answer=torch.tensor([s is not None for s in scores]),
-            labels=torch.tensor([group.label for group in groups for _ in group.trajectories]),
+            labels=labels_of(groups),
             group=torch.tensor([g for g, group in enumerate(groups) for _ in group.trajectories]),
             values=self.values.cpu(),
+            aspects=self.aspects,
             sampled=sampled_scores(groups, self.tree),
             responses=_views(responses_of(groups)),
         )
@@ -281,6 +283,7 @@ class Policy:
             labels=microbatch.labels.to(device),
             group=microbatch.group.to(device),
             values=self.values,
+            aspects=self.aspects,
             old_logprobs=move(microbatch.old_logprobs),
             ref_logprobs=move(microbatch.ref_logprobs),
             advantages=move(microbatch.advantages),

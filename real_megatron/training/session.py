@@ -70,7 +70,9 @@ class Session:
         with ExitStack() as held:
             from_rank_0(lambda: self._take_output(held))
             check_ranks_agree(config, self.inputs)  # hosts may have copies of the files
-            self.policy = Policy(config, self.scale.tree, self.scale.values, prepared.updates, self.model_dir)
+            self.policy = Policy(
+                config, self.scale.tree, self.scale.values, prepared.updates, self.model_dir, self.scale.aspects
+            )
             self._lock = held.pop_all()
         self.stop = StopSignal(self.policy.runtime.device)
         self._stopped_by = 0
