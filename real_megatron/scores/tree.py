@@ -105,6 +105,10 @@ class ScoreTree:
         """Whether every spelling is one token, so that one distribution behind the anchor says everything."""
         return len(self.branches) == 1
 
+    def could_go_on(self, score: int) -> bool:
+        """Whether the score's first spelling is the beginning of another spelling, so that what follows it decides."""
+        return self.paths[score] in self._children
+
     @property
     def most_tokens(self) -> int:
         """How many tokens behind the anchor decide a score, at most."""
@@ -136,7 +140,8 @@ class ScoreTree:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, ScoreTree):
             return NotImplemented
-        return self._score_of == other._score_of and self.ends == other.ends
+        # In order: branches, and with them the columns of what an answer asks for, are in the order of the spellings.
+        return list(self._score_of.items()) == list(other._score_of.items()) and self.ends == other.ends
 
     def __hash__(self) -> int:
         return hash((tuple(self._score_of.items()), self.ends))
