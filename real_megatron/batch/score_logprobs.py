@@ -10,12 +10,13 @@ from torch import Tensor
 from real_megatron.scores import ScoreTree
 
 RESOLUTION = 1e-6
-"""Float32 log-probs near 0 are known to about this. Of a token that is surer to follow than that, the probability of
-all others counts as this much; its gradient remains."""
+"""Float32 log-probs near 0 are known to about this. Where the tokens that go on are surer to follow than that, the
+probability of all others counts as this much; the gradient remains."""
 
 
 def score_logprobs(tree: ScoreTree, logprobs: Tensor) -> Tensor:
-    """log π(k) of every score, `[..., tree.size]`, with gradient, in the dtype of `logprobs`.
+    """log π(k) of every score, `[..., tree.size]`, with gradient, in the dtype of `logprobs`: the sum along the path of
+    a spelling, and where that could go on also of its end; of several spellings the logarithm of their sum.
 
     logprobs: log π of what an answer asks for, over the whole vocabulary `[..., tree.width]`, in the order of
         `tree.branches`
@@ -28,9 +29,9 @@ def score_logprobs(tree: ScoreTree, logprobs: Tensor) -> Tensor:
     if rests is not None:
         # float64: the sum of likely tokens is near 1, and what is left of it is wanted.
         never = logprobs.new_full((*lead, 1), -torch.inf)
-        going_on = torch.cat([logprobs, never], dim=-1).double()[..., rests].logsumexp(-1)
-        limited = going_on + (going_on.clamp(max=-RESOLUTION) - going_on).detach()
-        columns.append(torch.log(-torch.expm1(limited)).to(logprobs.dtype))
+        going_on = torch.cat([logprobs, never], dim=-1).double().exp()[..., rests].sum(-1)
+        limited = going_on - (going_on - (1 - RESOLUTION)).clamp(min=0).detach()
+        columns.append(torch.log1p(-limited).to(logprobs.dtype))
     columns.append(logprobs.new_zeros((*lead, 1)))
     spelled = torch.cat(columns, dim=-1)[..., steps].sum(-1)
     if members is None:

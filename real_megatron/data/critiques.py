@@ -102,8 +102,11 @@ def _named(critique: str, patterns: Sequence[re.Pattern[str]], scale: re.Pattern
 
 def _spelled(text: str, value: float) -> re.Pattern[str]:
     forms = {text, plain_text(text) or text, f"{value:g}"}
+    if value == int(value):
+        forms.add(f"{value:.1f}")
     if value in range(len(WORDS)):
         word = WORDS[int(value)]
         forms |= {word, word.capitalize()}
     choice = "|".join(map(re.escape, sorted(forms, key=len, reverse=True)))
-    return re.compile(rf"(?<![\w.])(?:{choice})(?!\w|\.\d)")
+    # Not within a word or a number, and not the 1 of -1; in 3-4 the dash is no sign.
+    return re.compile(rf"(?<![\w.])(?<!(?<!\w)[-−])(?:{choice})(?!\w|\.\d)")

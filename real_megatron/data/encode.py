@@ -5,6 +5,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import NoReturn
 
 from transformers import PreTrainedTokenizerBase
 
@@ -14,8 +15,8 @@ from real_megatron.data.control_tokens import ControlTokens, encode_plain
 from real_megatron.data.example import JudgeExample
 from real_megatron.data.lazy import LazySequence, TokenRows
 from real_megatron.data.stored_groups import StoredGroups
-from real_megatron.errors import DataError
-from real_megatron.scores import CONTEXT, ScoreScale
+from real_megatron.errors import ConfigError, DataError
+from real_megatron.scores import CONTEXT, EOS, ScoreScale, decode
 
 logger = logging.getLogger(__name__)
 
@@ -160,10 +161,12 @@ def encode_target(
     A CoT that contains the anchor ends before it; the CoT stands on a line of its own before the anchor. Anchor and
     score are the scale's own tokens and not those of the whole text tokenised at once, so that training and generation
     agree on them. Texts of special tokens in the CoT are ordinary text; other added tokens, such as `<think>`, stay
-    tokens, since the model may write them itself. The score is the one nearest to the label. Its token carries no token
-    loss (its likelihood is that of the answer position, the last anchor token); every other token does.
+    tokens, since the model may write them itself. The score is the one nearest to the label, in its first spelling. Its
+    tokens carry no token loss: their likelihood is that of the answer (`score_logprobs`). Neither does the end behind a
+    score that could go on to another where `scale.ends` says what ends it, since the answer's likelihood holds it too.
+    Every other token does. With several aspects the response ends at the anchor, behind which each score is read alone.
 
-    Raises DataError for an example without a CoT or a label.
+    Raises DataError for an example without a CoT or a label; ConfigError where `scale.ends` lacks the end of a target.
     """
     if example.cot is None:
         raise DataError(f"example {example.id} has no critique: supervised training needs 'cot' in every record")
@@ -171,16 +174,33 @@ def encode_target(
         raise DataError(f"example {example.id} has no label: supervised training needs one in every record")
     cot = example.cot.partition(scale.anchor_text.strip())[0].strip()
     cot_ids = encode_plain(tokenizer, cot + CONTEXT, f"example {example.id}") if cot else []
-    score = scale.score_ids[scale.label_index(example.label)]
-    end = tokenizer.eos_token_id if end is None else end
-    ending = [] if end is None else [end]
     before = cot_ids + scale.anchor_ids
+    if scale.aspects:
+        return Trajectory(response_ids=before, answer_index=len(before) - 1, finish_reason="given")
+    tree, index = scale.tree, scale.label_index(example.label)
+    score = tree.paths[index]
+    end = tokenizer.eos_token_id if end is None else end
+    if tree.ends and end not in tree.ends:
+        _refuse_end(tokenizer, end)
+    ending = [] if end is None else [end]
+    ends_the_score = bool(tree.ends) and tree.could_go_on(index)
     return Trajectory(
-        response_ids=[*before, score, *ending],
+        response_ids=[*before, *score, *ending],
         answer_index=len(before) - 1,
-        loss_mask=[True] * len(before) + [False] + [True] * len(ending),
+        loss_mask=[True] * len(before) + [False] * len(score) + [not ends_the_score] * len(ending),
         finish_reason="given",
     )
+
+
+def _refuse_end(tokenizer: PreTrainedTokenizerBase, end: int | None) -> NoReturn:
+    if end is None:
+        raise ConfigError(
+            "scale.ends: this tokenizer has no end of sequence, so that nothing follows the score of a supervised "
+            "response; leave scale.ends empty"
+        )
+    text = decode(tokenizer, [end])
+    name = EOS if end == tokenizer.eos_token_id else text
+    raise ConfigError(f"scale.ends: supervised responses end with {text!r}, which is none of them; add {name!r}")
 
 
 def encode_targets(
@@ -199,7 +219,13 @@ def encode_targets(
     prompts = encode_prompts(tokenizer, examples, data)
     short = prompts.kept
     targets = (
-        Group(prompt_ids, [encode_target(tokenizer, scale, example, end)], example.label, example.id)
+        Group(
+            prompt_ids,
+            [encode_target(tokenizer, scale, example, end)],
+            example.label,
+            example.id,
+            labels=example.labels,
+        )
         for example, prompt_ids in short
     )
     groups = StoredGroups.of(

@@ -31,7 +31,7 @@ _KIND = r"(?:(?:overall|final|total|resulting|appropriate|assigned|suggested|num
 _SCORE = rf"(?:{_KIND}{{0,3}}(?:score|rating|grade|verdict)|{_KIND}mark)"
 
 # The score itself.
-_NUMBER = rf"(?:\d+(?:\.\d+)?|{'|'.join(WORDS)})"
+_NUMBER = rf"(?:[+−-]?\d+(?:\.\d+)?|{'|'.join(WORDS)})"
 _GIVEN_NUMBER = rf"(?P<value>{_NUMBER})(?![\w-])"
 _VALUE = rf"(?P<value>{_NUMBER}|(?-i:[A-HJ][+-]?))(?![\w-])"  # no grade I, which is a word
 _OUT_OF = rf"(?: ?,? ?(?:/|out of) ?(?P<most>{_NUMBER})| (?:points?|stars?)\b|,? on a scale [^.!?\n]{{1,30}})"
@@ -186,4 +186,4 @@ def _number(text: str | None) -> float | None:
         return None
     if text.lower() in WORDS:
         return float(WORDS.index(text.lower()))
-    return float(text) if text[0].isdigit() else None
+    return float(text.replace("−", "-")) if text[-1].isdigit() else None

@@ -2,8 +2,19 @@
 
 from real_megatron.scores.aspects import Aspect, weighted_mean
 from real_megatron.scores.nearest import TIE, nearest_score
-from real_megatron.scores.scale import ScoreScale
+from real_megatron.scores.scale import EOS, ScoreScale
 from real_megatron.scores.texts import CONTEXT, decode
 from real_megatron.scores.tree import Branch, ScoreTree
 
-__all__ = ["CONTEXT", "TIE", "Aspect", "Branch", "ScoreScale", "ScoreTree", "decode", "nearest_score", "weighted_mean"]
+__all__ = [
+    "CONTEXT",
+    "EOS",
+    "TIE",
+    "Aspect",
+    "Branch",
+    "ScoreScale",
+    "ScoreTree",
+    "decode",
+    "nearest_score",
+    "weighted_mean",
+]

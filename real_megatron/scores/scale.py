@@ -61,8 +61,10 @@ class ScoreScale:
         tokenizer: any Hugging Face tokenizer. Each `anchor + score` is tokenised; the longest common token prefix
             within the anchor is the effective anchor, and what follows it are the score's tokens
         values: default to the numbers themselves, or 1, 2, … when no score text is a number
-        spellings: further texts of a score
-        ends: texts one of which must follow a score that is the beginning of another; `eos` is the end of sequence
+        spellings: further texts of a score, whose probabilities are added to it. Those that this tokenizer does not
+            tell apart from the score's own text, or from each other, are left out
+        ends: texts one of which must follow a score that is the beginning of another; `eos` is the end of sequence. Of
+            a text its first token counts. Where no score begins another they say nothing
 
         Raises ConfigError, naming the text, its tokens and the fix, when the scale does not fit the tokenizer.
         """
@@ -77,14 +79,14 @@ class ScoreScale:
         context, rows = encode_all(tokenizer, [anchor + text for text in written])
         anchor_ids, anchor_text = _effective_anchor(tokenizer, context, rows, anchor)
         length = len(anchor_ids)
-        paths = {text: row[length:] for text, row in zip(written, rows, strict=True)}
-        _check_paths(tokenizer, paths, anchor_text)
-        tree = ScoreTree([[paths[text] for text in own] for own in ways])
-        if ends:
-            inner = [
-                text for text, path in paths.items() if any(tuple(path) == branch.path for branch in tree.branches)
-            ]
-            tree = _with_ends(tokenizer, ways, paths, anchor, inner, ends)
+        paths = {text: tuple(row[length:]) for text, row in zip(written, rows, strict=True)}
+        _check_paths(tokenizer, ways, paths, anchor_text)
+        tokens = [list(dict.fromkeys(paths[text] for text in own)) for own in ways]
+        tree = ScoreTree(tokens)
+        following = {branch.path: branch.ids for branch in tree.branches}
+        inner = {text: following[path] for text, path in paths.items() if path in following}
+        if ends and inner:
+            tree = ScoreTree(tokens, _end_ids(tokenizer, anchor, inner, ends))
         return cls(texts, numbers, tree, anchor_ids, anchor_text)
 
     @property
@@ -168,9 +170,10 @@ def _effective_anchor(tokenizer: Any, context: list[int], rows: list[list[int]],
     ids = rows[0][:length]
     text = text_after(tokenizer, context, ids) if ids else ""
     if not visible(text):
+        other = next((row for row in rows if row[:1] != rows[0][:1]), rows[1])
         raise ConfigError(
             f"the tokens of the scores after the anchor {anchor!r} have no common beginning with visible text: "
-            f"{show(tokenizer, rows[0])}, {show(tokenizer, rows[1])}; end the anchor differently, for example "
+            f"{show(tokenizer, rows[0])}, {show(tokenizer, other)}; end the anchor differently, for example "
             "with ': ' or '] '"
         )
     return ids, text
@@ -179,7 +182,7 @@ def _effective_anchor(tokenizer: Any, context: list[int], rows: list[list[int]],
 def _spellings(texts: list[str], further: Mapping[str, Sequence[str]]) -> list[list[str]]:
     """Per score all of its texts, the configured one first."""
     if unknown := [text for text in further if text not in texts]:
-        raise ConfigError(f"scale.spellings names {unknown[0]!r}, which is no score; the scores are {texts}")
+        raise ConfigError(f"scale.spellings names {unknown[0]!r}, which is no score; give spellings of {texts}")
     ways = [[text, *further.get(text, ())] for text in texts]
     seen: set[str] = set()
     for text in (text for own in ways for text in own):
@@ -191,40 +194,42 @@ def _spellings(texts: list[str], further: Mapping[str, Sequence[str]]) -> list[l
     return ways
 
 
-def _check_paths(tokenizer: Any, paths: Mapping[str, list[int]], anchor_text: str) -> None:
-    """Refuse texts that the tokenizer cannot write, or does not tell apart."""
-    first: dict[tuple[int, ...], str] = {}
-    for text, path in paths.items():
-        if not path:
-            raise ConfigError(f"score {text!r} has no tokens of its own after the anchor {anchor_text!r}")
-        if tokenizer.unk_token_id in path:
-            raise ConfigError(
-                f"score {text!r} has the unknown token in this tokenizer: {show(tokenizer, path)}; use score texts "
-                "that its vocabulary has"
-            )
-        other = first.setdefault(tuple(path), text)
-        if other != text:
-            raise ConfigError(
-                f"scores {other!r} and {text!r} are the same tokens {show(tokenizer, path)} after the anchor "
-                f"{anchor_text!r}; use score texts that the tokenizer tells apart"
-            )
+def _check_paths(
+    tokenizer: Any, ways: Sequence[Sequence[str]], paths: Mapping[str, tuple[int, ...]], anchor_text: str
+) -> None:
+    """Refuse texts that the tokenizer cannot write, and scores that it does not tell apart."""
+    first: dict[tuple[int, ...], tuple[int, str]] = {}
+    for score, own in enumerate(ways):
+        for text in own:
+            path = paths[text]
+            if not path:
+                raise ConfigError(
+                    f"score {text!r} has no tokens of its own after the anchor {anchor_text!r}; use another score text"
+                )
+            if tokenizer.unk_token_id in path:
+                raise ConfigError(
+                    f"score {text!r} has the unknown token in this tokenizer: {show(tokenizer, list(path))}; use score "
+                    "texts that its vocabulary has"
+                )
+            other, said = first.setdefault(path, (score, text))
+            if other != score:
+                raise ConfigError(
+                    f"scores {said!r} and {text!r} are the same tokens {show(tokenizer, list(path))} after the anchor "
+                    f"{anchor_text!r}; use score texts that the tokenizer tells apart"
+                )
 
 
-def _with_ends(
-    tokenizer: Any,
-    ways: list[list[str]],
-    paths: Mapping[str, list[int]],
-    anchor: str,
-    inner: Sequence[str],
-    ends: Sequence[str],
-) -> ScoreTree:
-    """The tree whose inner spellings, those of the texts `inner`, are followed by the first token of an end."""
-    found: list[int] = []
+def _end_ids(tokenizer: Any, anchor: str, inner: Mapping[str, Sequence[int]], ends: Sequence[str]) -> list[int]:
+    """The first token of each end.
+
+    inner: texts of scores that could go on, with the token ids that would go on from there
+    """
+    found: dict[int, str] = {}
     for end in ends:
         if end == EOS:
             if tokenizer.eos_token_id is None:
                 raise ConfigError("scale.ends: this tokenizer has no end of sequence; name the text that ends a score")
-            found.append(tokenizer.eos_token_id)
+            found[tokenizer.eos_token_id] = end
             continue
         for text in inner:
             _, (row, ended) = encode_all(tokenizer, [anchor + text, anchor + text + end])
@@ -233,11 +238,15 @@ def _with_ends(
                     f"scale.ends: {end!r} is no token of its own behind the score {text!r}: {show(tokenizer, ended)}; "
                     "name a text that the tokenizer does not join with a score"
                 )
-            found.append(ended[len(row)])
-    try:
-        return ScoreTree([[paths[text] for text in own] for own in ways], list(dict.fromkeys(found)))
-    except ValueError as error:
-        raise ConfigError(f"scale.ends: {error}; leave that end out") from None
+            found[ended[len(row)]] = end
+    for token, end in found.items():
+        for text, following in inner.items():
+            if token in following:
+                raise ConfigError(
+                    f"scale.ends: {end!r} begins with the token {show(tokenizer, [token])[0]!r}, which continues the "
+                    f"score {text!r} to another; leave that end out"
+                )
+    return list(found)
 
 
 def _values(texts: list[str], values: Sequence[float] | None) -> list[float]:

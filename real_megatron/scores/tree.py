@@ -134,6 +134,10 @@ class ScoreTree:
         """Whether every spelling is one token, so that one distribution behind the anchor says everything."""
         return len(self.branches) == 1 and not self.branches[0].path
 
+    def could_go_on(self, score: int) -> bool:
+        """Whether the score's first spelling is the beginning of another spelling, so that what follows it decides."""
+        return self.paths[score] in self._children
+
     @property
     def token_ids(self) -> list[int]:
         """Every token id of the tree, ends and what is given included, ascending."""
@@ -162,6 +166,7 @@ class ScoreTree:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, ScoreTree):
             return NotImplemented
+        # In order: branches, and with them the columns of what an answer asks for, are in the order of the spellings.
         return self.branches == other.branches and self.spellings == other.spellings
 
     def __hash__(self) -> int:

@@ -7,7 +7,8 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from real_megatron.batch.types import Group, Trajectory
-from real_megatron.objective import ReinforceObjective
+from real_megatron.config import Probabilities
+from real_megatron.objective import ReinforceObjective, ScoredBatch
 from real_megatron.objective.rail import expected_score
 from real_megatron.policy.policy import Policy
 from real_megatron.scores import ScoreScale, decode
@@ -31,7 +32,7 @@ def sample_rows(
     `id`, `prompt` and `response` as texts (with anchor and special tokens), `ending`: `anchor`, `forced` (the rule
     appended it), `length` or `eos`; `label`; `reward` as the responses of the group are compared by it. `answer`, the
     most probable score, or the one that was sampled where the reward needs one, and `expected_score` are None without
-    an anchor. Scores and rewards are those of the policy as it is now, before the step's update. No rows, and a
+    an anchor; with several aspects each of the three is a mapping of them. Scores and rewards are those of the policy as it is now, before the step's update. No rows, and a
     warning, where log-probs are not finite.
     """
     chosen = groups[:PROMPTS]
@@ -42,18 +43,17 @@ def sample_rows(
         if policy.runtime.rank == 0:
             logger.warning("no samples are shown of this step: %s", error)
         return []
-    predictions = iter(expected_score(scored.score_logprobs, scored.values, objective.options.probabilities).tolist())
-    best = iter(scored.score_logprobs.argmax(-1).tolist())
-    rows = []
+    answers = iter(_answers(scored, scale, objective.options.probabilities))
+    rows, names = [], [aspect.name for aspect in scale.aspects]
     for group in chosen:
         prompt = decode(tokenizer, group.prompt_ids)
         for k, trajectory in enumerate(group.trajectories):
-            reward, prediction, score = next(rewards), next(predictions), scale.texts[next(best)]
+            reward, (score, prediction) = next(rewards), next(answers)
             if k >= RESPONSES:
                 continue
             answered = trajectory.answer_index is not None
             if answered and objective.needs_sampled_scores:
-                score = decode(tokenizer, trajectory.response_ids[-1:])
+                score = decode(tokenizer, trajectory.response_ids[(trajectory.answer_index or 0) + 1 :])
             rows.append(
                 {
                     "id": group.example_id,
@@ -62,11 +62,26 @@ def sample_rows(
                     "ending": _ending(trajectory),
                     "answer": score if answered else None,
                     "expected_score": prediction if answered else None,
-                    "label": group.label,
+                    "label": dict(zip(names, group.labels, strict=True)) if names else group.label,
                     "reward": reward,
                 }
             )
     return rows
+
+
+def _answers(scored: ScoredBatch, scale: ScoreScale, probabilities: Probabilities) -> list[tuple[Any, Any]]:
+    """Of each response the text of the most probable score, and the expected score; of several aspects by name."""
+    columns = []
+    for aspect, (_, own) in zip(scale.parts, scored.parts(), strict=True):
+        best = [aspect.texts[k] for k in own.score_logprobs.argmax(-1).tolist()]
+        columns.append((best, expected_score(own.score_logprobs, own.values, probabilities).tolist()))
+    if not scale.aspects:
+        return list(zip(*columns[0], strict=True))
+    names = [aspect.name for aspect in scale.aspects]
+    return [
+        tuple({name: column[k][i] for name, column in zip(names, columns, strict=True)} for k in (0, 1))
+        for i in range(scored.size)
+    ]
 
 
 def _ending(trajectory: Trajectory) -> str:

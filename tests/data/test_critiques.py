@@ -2,6 +2,7 @@
 
 import random
 import signal
+from collections.abc import Sequence
 
 import pytest
 
@@ -138,6 +139,34 @@ def test_a_number_is_a_score_if_it_is_on_the_scale() -> None:
 
 
 @pytest.mark.parametrize(
+    ("score", "values"),
+    [
+        ("85", range(101)),
+        ("100", range(101)),
+        ("10", range(1, 11)),
+        ("4.5", [1, 1.5, 2, 2.5, 3, 3.5, 4, 4.5, 5]),
+        ("-1", range(-2, 3)),
+        ("+2", range(-2, 3)),
+    ],
+)
+def test_scores_of_several_tokens_are_cut(score: str, values: Sequence[float]) -> None:
+    most = max(values)
+    for end in (
+        f"So the overall score is {score}.",
+        f"**Final rating:** {score}/{most}",
+        f"Score: {score}",
+        f"I would give this response a score of {score} out of {most}.",
+        f"It deserves a {score}.",
+        f"So, {score} out of {most}.",
+        f"This corresponds to a score of {score}.",
+        f"<score>{score}</score>",
+    ):
+        assert without_end(f"{BEFORE} {end}", values=list(values)) == BEFORE
+    text = "The score is 101."
+    assert without_end(text, values=list(values)) == text
+
+
+@pytest.mark.parametrize(
     ("before", "kept"),
     [
         ('He said "good."', 'He said "good."'),
@@ -196,6 +225,19 @@ def test_critiques_that_say_the_label_are_found(form: str, word) -> None:
     # The same sentences without regard to the labels.
     rng = random.Random(0)
     assert not find_leak(rng.sample(said, 40), labels, *SCALE).found
+
+
+@pytest.mark.parametrize("form", ["It is a {}.", "{} it is", "{}!", "({})"])
+def test_scores_of_several_tokens_are_found_too(form: str) -> None:
+    """Each is its own score and no part of another: 1.5 is neither 1 nor 5, -1 is not 1, 85 is neither 8 nor 5."""
+    for scores in (["1", "1.5", "5"], ["-1", "0", "1"], ["5", "8", "85"], ["1", "10", "100"]):
+        for written in (scores, [f"{text}.0" if "." not in text else text for text in scores]):
+            values = [float(text) for text in scores]
+            said = [f"Good. {form.format(written[k % 3])}" for k in range(30)]
+            leak = find_leak(said, [k % 3 for k in range(30)], scores, values)
+            assert leak.found and leak.stated == 30
+    # A range is no sign: of 0 to 1.
+    assert not find_leak(["From 0-1."] * 30, [k % 2 for k in range(30)], ["0", "1"], [0.0, 1.0]).stated
 
 
 def test_a_task_that_works_with_scores_states_none() -> None:

@@ -1,14 +1,19 @@
+import functools
 from collections.abc import Callable
 
 import pytest
+import torch
 from tokenizers.processors import TemplateProcessing
+from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from real_megatron.config import DataConfig
+from real_megatron.batch.score_logprobs import score_logprobs
+from real_megatron.config import DataConfig, ObjectiveConfig
 from real_megatron.data import JudgeExample, encode, encode_prompt, encode_prompts, encode_target, encode_targets
 from real_megatron.data.byte_model import byte_tokenizer
 from real_megatron.data.encode import end_of_response
-from real_megatron.errors import DataError
+from real_megatron.errors import ConfigError, DataError
+from real_megatron.objective import ScoredBatch, Totals, build_objective
 from real_megatron.scores import ScoreScale
 from tests.support.rollout_models import byte_fallback, byte_level
 
@@ -150,6 +155,78 @@ def test_target_by_hand() -> None:
     assert target.answer_index == len(b"ok\n[RESULT] ") - 1
     assert target.loss_mask == [True] * 12 + [False, True]
     assert target.finish_reason == "given"
+
+
+HALVES = ["1", "1.5", "2", "2.5", "3"]
+
+
+def test_target_of_several_tokens_by_hand() -> None:
+    tokenizer = byte_tokenizer()
+    spellings = {"1.5": ["1,5"], "2": ["two"]}
+    scale = ScoreScale.resolve(tokenizer, HALVES, spellings=spellings)
+    ended = ScoreScale.resolve(tokenizer, HALVES, spellings=spellings, ends=["eos"])
+    for label, text in ((1.6, b"1.5"), (2.1, b"2"), (3.0, b"3")):
+        for own, end_has_a_loss in ((scale, True), (ended, text != b"2")):
+            target = encode_target(tokenizer, own, user("p", cot="ok", label=label))
+            assert target.response_ids == [*b"ok\n[RESULT] ", *text, 257]
+            assert target.answer_index == len(b"ok\n[RESULT] ") - 1
+            assert target.loss_mask == [True] * 12 + [False] * len(text) + [end_has_a_loss]
+    # What a judge reads in the target is the score that it was made for.
+    assert ended.tree.read(target.response_ids[12:]) == (4, 1)
+
+
+@pytest.mark.parametrize("ends", [[], ["eos"]], ids=["complement", "end"])
+def test_the_likelihood_of_a_target_is_that_of_its_tokens(ends: list[str]) -> None:
+    """A random model, float64: answer and token losses of `sft` together are the sum of the log-probs of the target's
+    tokens, each counted once. Sums of some 20 numbers of about 6: tolerance 1e-12.
+
+    Without ends a score that could go on has besides the probability that it does not: its end has a loss of its own.
+    """
+    tokenizer = byte_tokenizer()
+    scale = ScoreScale.resolve(tokenizer, HALVES, ends=ends)
+    tree, values = scale.tree, torch.tensor(scale.values, dtype=torch.float64)
+
+    @functools.cache
+    def model(prefix: tuple[int, ...]) -> Tensor:
+        g = torch.Generator().manual_seed(sum((i + 1) * token for i, token in enumerate(prefix)))
+        return torch.randn(len(tokenizer), generator=g, dtype=torch.float64).log_softmax(-1)
+
+    for k, value in enumerate(scale.values):
+        target = encode_target(tokenizer, scale, user("p", cot="ok", label=value))
+        ids, begin = target.response_ids, target.answer_index + 1
+        tokens = torch.stack([model(tuple(ids[:t]))[token] for t, token in enumerate(ids)])
+        asked = [model((*ids[:begin], *branch.path))[list(branch.ids)] for branch in tree.branches]
+        own = tokens[torch.tensor(target.loss_mask)]
+        scored = ScoredBatch(
+            token_logprobs=own,
+            token_trajectory=torch.zeros(len(own), dtype=torch.long),
+            score_logprobs=score_logprobs(tree, torch.cat(asked))[None],
+            has_answer=torch.tensor([True]),
+            labels=values[k : k + 1],
+            group=torch.tensor([0]),
+            values=values,
+        )
+        loss, _ = build_objective(ObjectiveConfig(name="sft"))(scored, Totals(1, 1, len(own)))
+        want = tokens.sum()
+        if not ends and tree.could_go_on(k):
+            goes_on = model(tuple(ids[: begin + 1]))[ord(".")]
+            want = want + (1 - goes_on.exp()).log()
+        torch.testing.assert_close(-loss * (len(own) + 1), want, rtol=0, atol=1e-12)
+
+
+def test_the_end_of_a_target_is_one_of_the_scales() -> None:
+    tokenizer = byte_tokenizer()
+    example = user("p", cot="ok", label=2)
+    lines = ScoreScale.resolve(tokenizer, HALVES, ends=["\n"])
+    with pytest.raises(ConfigError, match="scale.ends: supervised responses end with '<eos>', .*; add 'eos'"):
+        encode_target(tokenizer, lines, example)
+    with pytest.raises(ConfigError, match="scale.ends: supervised responses end with '<pad>', .*; add '<pad>'"):
+        encode_target(tokenizer, lines, example, 256)
+    both = ScoreScale.resolve(tokenizer, HALVES, ends=["\n", "<pad>"])
+    assert encode_target(tokenizer, both, example, 256).response_ids[-1] == 256
+    tokenizer.eos_token = None
+    with pytest.raises(ConfigError, match="has no end of sequence, .*; leave scale.ends empty"):
+        encode_target(tokenizer, lines, example)
 
 
 @pytest.mark.parametrize("make", [byte_tokenizer, byte_level, byte_fallback])
