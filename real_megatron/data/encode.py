@@ -219,14 +219,8 @@ def encode_targets(
     prompts = encode_prompts(tokenizer, examples, data)
     short = prompts.kept
     targets = (
-        Group(
-            prompt_ids,
-            [encode_target(tokenizer, scale, example, end)],
-            example.label,
-            example.id,
-            labels=example.labels,
-        )
-        for example, prompt_ids in short
+        Group(ids, [encode_target(tokenizer, scale, example, end)], example.label, example.id, {}, example.labels)
+        for example, ids in short
     )
     groups = StoredGroups.of(
         group for group in targets if len(group.trajectories[0].response_ids) <= data.max_response_tokens

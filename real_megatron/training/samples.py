@@ -32,8 +32,8 @@ def sample_rows(
     `id`, `prompt` and `response` as texts (with anchor and special tokens), `ending`: `anchor`, `forced` (the rule
     appended it), `length` or `eos`; `label`; `reward` as the responses of the group are compared by it. `answer`, the
     most probable score, or the one that was sampled where the reward needs one, and `expected_score` are None without
-    an anchor; with several aspects each of the three is a mapping of them. Scores and rewards are those of the policy as it is now, before the step's update. No rows, and a
-    warning, where log-probs are not finite.
+    an anchor; with several aspects these and `label` are mappings of them. Scores and rewards are those of the policy as
+    it is now, before the step's update. No rows, and a warning, where log-probs are not finite.
     """
     chosen = groups[:PROMPTS]
     scored = policy.scored(chosen)
@@ -78,10 +78,11 @@ def _answers(scored: ScoredBatch, scale: ScoreScale, probabilities: Probabilitie
     if not scale.aspects:
         return list(zip(*columns[0], strict=True))
     names = [aspect.name for aspect in scale.aspects]
-    return [
-        tuple({name: column[k][i] for name, column in zip(names, columns, strict=True)} for k in (0, 1))
-        for i in range(scored.size)
-    ]
+
+    def named(k: int, i: int) -> dict[str, Any]:
+        return {name: column[k][i] for name, column in zip(names, columns, strict=True)}
+
+    return [(named(0, i), named(1, i)) for i in range(scored.size)]
 
 
 def _ending(trajectory: Trajectory) -> str:
