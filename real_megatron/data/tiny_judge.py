@@ -19,9 +19,11 @@ graders' habits, and only a reward on the score's error can remove them.
 The same task with scores 0 to 100 (`HUNDRED`): good +10, slip −10, reversed: s becomes 100 − s. Numbers are written in
 digits, one token each, so that a score is one, two or three tokens.
 
+The same task with two aspects (`ASPECTS`): `final` is that score, `peak` the highest one on the way.
+
 What changes out of domain (`SHIFTED`): longer work (ten marks were never seen), half of it reversals, no notes.
 
-    python -m real_megatron.data.tiny_judge --output DIR [--seed 0] [--highest 100]
+    python -m real_megatron.data.tiny_judge --output DIR [--seed 0] [--highest 100] [--aspects]
 
 writes train_sft.jsonl (with critiques), train_rl.jsonl, test_in_domain.jsonl, test_ood.jsonl and model/, a random
 checkpoint of a million parameters.
@@ -30,7 +32,7 @@ checkpoint of a million parameters.
 import json
 import random
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -46,6 +48,7 @@ SLOTS = 11
 BLANK = "-"
 ANCHOR = "[RESULT]"
 GUESSES = ("seems", "overall", "fine", "weak")
+ASPECTS = ("final", "peak")
 PAD, EOS, UNKNOWN = "<pad>", "<eos>", "<unk>"
 
 
@@ -57,6 +60,8 @@ class Grades:
     highest: int
     step: int
     """What `good` adds and `slip` takes away."""
+    aspects: bool = False
+    """Whether there are two labels, those of `ASPECTS`."""
 
     def change(self, state: int, mark: str) -> int:
         """The running score after one more mark."""
@@ -76,7 +81,8 @@ class Grades:
     def vocabulary(self) -> tuple[str, ...]:
         """The words of the task: the scores, or where they have several digits these."""
         digits = range(10) if self.highest > 9 else range(self.lowest, self.highest + 1)
-        return (PAD, EOS, UNKNOWN, ANCHOR, *map(str, digits), *MARKS, BLANK, *GUESSES, "start", "marks", "critique:")
+        words = (PAD, EOS, UNKNOWN, ANCHOR, *map(str, digits), *MARKS, BLANK, *GUESSES, "start", "marks", "critique:")
+        return words + (ASPECTS if self.aspects else ())
 
 
 FIVE = Grades(1, 5, 1)
@@ -128,6 +134,10 @@ class Problem:
     @property
     def label(self) -> int:
         return self.states[-1]
+
+    @property
+    def peak(self) -> int:
+        return max(self.states)
 
     @property
     def prompt(self) -> str:
@@ -230,7 +240,8 @@ def write_task(
                     problem = draw_problem(rng, domain, grades)
                 if name.startswith("test"):
                     seen.add(problem)
-                row = {"id": f"{name}-{index}", "prompt": problem.prompt, "label": problem.label}
+                label = {"final": problem.label, "peak": problem.peak} if grades.aspects else problem.label
+                row = {"id": f"{name}-{index}", "prompt": problem.prompt, "label": label}
                 if name == "train_sft":
                     row["cot"] = human_critique(rng, problem, habits)
                 file.write(json.dumps(row) + "\n")
@@ -244,12 +255,13 @@ def main(
     output: Annotated[Path, typer.Option(help="Directory to write.")],
     seed: Annotated[int, typer.Option(help="Seed of problems, critiques and weights.")] = 0,
     highest: Annotated[int, typer.Option(help="Scores 1 to 5, or 0 to 100.")] = 5,
+    aspects: Annotated[bool, typer.Option("--aspects", help="Two labels: the final score and the highest.")] = False,
 ) -> None:
     """Write the tiny-judge task: data files and a random checkpoint."""
     scales = {grades.highest: grades for grades in (FIVE, HUNDRED)}
     if highest not in scales:
         raise typer.BadParameter(f"{highest}: the highest score is 5 or 100")
-    write_task(output, seed, grades=scales[highest])
+    write_task(output, seed, grades=replace(scales[highest], aspects=aspects))
     typer.echo(f"wrote the tiny-judge task to {output}")
 
 

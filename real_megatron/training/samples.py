@@ -32,7 +32,7 @@ def sample_rows(
     `id`, `prompt` and `response` as texts (with anchor and special tokens), `ending`: `anchor`, `forced` (the rule
     appended it), `length` or `eos`; `label`; `reward` as the responses of the group are compared by it. `answer`, the
     most probable score, or the one that was sampled where the reward needs one, and `expected_score` are None without
-    an anchor; with several aspects these and `label` are mappings of them. Scores and rewards are those of the policy as
+    an anchor; with several aspects these and `label` are mappings. Scores and rewards are those of the policy as
     it is now, before the step's update. No rows, and a warning, where log-probs are not finite.
     """
     chosen = groups[:PROMPTS]

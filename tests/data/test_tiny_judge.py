@@ -1,6 +1,7 @@
 import json
 import random
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -192,6 +193,20 @@ def test_scores_to_a_hundred_are_written_in_digits() -> None:
     scale = ScoreScale.of(tokenizer, ScaleConfig.model_validate({"scores": "0..100"}))
     assert [tokenizer.convert_ids_to_tokens(path) for path in scale.tree.paths] == [list(str(k)) for k in range(101)]
     assert len(scale.tree.branches) == 11 and scale.tree.width == 10 + 9 * 10 + 1
+
+
+def test_two_aspects_are_the_last_and_the_highest_score(tmp_path: Path) -> None:
+    write_task(tmp_path, 0, 20, 20, 20, grades=replace(FIVE, aspects=True))
+    write_task(tmp_path / "one", 0, 20, 20, 20)
+    for row, plain in zip(rows(tmp_path, "train_rl"), rows(tmp_path / "one", "train_rl"), strict=True):
+        _, start, _, *slots, _ = str(row["prompt"]).split()
+        states = Problem(int(start), tuple(slot for slot in slots if slot != "-")).states
+        assert row["label"] == {"final": states[-1], "peak": max(states)}
+        assert row["prompt"] == plain["prompt"] and plain["label"] == states[-1]
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    aspects = {name: {"anchor": f"{name} "} for name in ("final", "peak")}
+    scale = ScoreScale.of(tokenizer, ScaleConfig.model_validate({"aspects": aspects}))
+    assert [tokenizer.decode(branch.path) for branch in scale.tree.branches] == ["final", "peak"]
 
 
 def test_the_checkpoint_is_a_small_qwen3(task: Path) -> None:
