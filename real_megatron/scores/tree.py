@@ -167,7 +167,11 @@ class ScoreTree:
         if not isinstance(other, ScoreTree):
             return NotImplemented
         # In order: branches, and with them the columns of what an answer asks for, are in the order of the spellings.
-        return self.branches == other.branches and self.spellings == other.spellings
+        return self._key == other._key
 
     def __hash__(self) -> int:
-        return hash((self.branches, self.spellings))
+        return hash(self._key)
+
+    @property
+    def _key(self) -> tuple[object, ...]:
+        return self.branches, self.spellings, self.ends

@@ -7,7 +7,7 @@ from real_megatron.batch.score_logprobs import score_logprobs
 from real_megatron.config import RunConfig, ScaleConfig
 from real_megatron.errors import ConfigError
 from real_megatron.scores import ScoreScale, weighted_mean
-from tests.test_scores import KINDS
+from tests.support.scale_tokenizers import KINDS
 
 RUBRIC = "{coherence: {}, facts: {scores: 0..10, weight: 2}, tone: {anchor: 'Tone (A-C): ', scores: [A, B, C]}}"
 KNOWN = ("gpt2", "bytes", "llama3", "qwen", "mistral", "sentencepiece-joined")
