@@ -59,11 +59,18 @@ def advice_on_lambda(config: ObjectiveConfig, values: Sequence[float]) -> str | 
     )
 
 
-def check(config: ObjectiveConfig, *, mini_batches: int, responses: int) -> None:
+def check(config: ObjectiveConfig, *, mini_batches: int, responses: int, aspects: int = 0) -> None:
     """Raise ConfigError when the objective does not fit the batch: `mini_batches`, optimizer updates per rollout batch
-    (batch.mini_batches), and `responses` per prompt (rollout.n); or when its two terms do not fit each other."""
+    (batch.mini_batches), and `responses` per prompt (rollout.n); or the `aspects` of a response (scale.aspects), 0 where
+    it has one score; or when its two terms do not fit each other."""
     if config.name in SUPERVISED:
         return
+    if aspects and find_reward(config.reward).samples_score:
+        raise ConfigError(
+            f"objective.reward {config.reward} needs a score that is sampled, and with scale.aspects none is: each is "
+            "read behind the critique alone; set objective.reward to binary_expected, which has the sampled score "
+            "integrated out"
+        )
     if config.std_normalize and config.term1 and config.beta and find_reward(config.reward).has_gradient:
         raise ConfigError(
             "objective.std_normalize divides Term 1 by the standard deviation of each group's rewards, but not Term 2, "

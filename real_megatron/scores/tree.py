@@ -116,7 +116,7 @@ class ScoreTree:
             width += tree.width
         joined.branches, joined.spellings, joined.width = tuple(branches), tuple(spellings), width
         joined.most_tokens = max(len(before) + tree.most_tokens for tree, before in zip(trees, given, strict=True))
-        joined._score_of, joined._children = {}, {}
+        joined._score_of, joined._children = {}, {(): []}
         return joined
 
     @classmethod

@@ -91,7 +91,8 @@ def check_settings(config: RunConfig, world: int, planned: Node | None = None) -
     tokenizer = load_tokenizer(model_dir)
     check_vocabulary(model_dir, tokenizer)
     scale = ScoreScale.of(tokenizer, config.scale)
-    if advice := advice_on_lambda(config.objective, scale.values):
+    widest = max((part.values for part in scale.parts), key=lambda values: max(values) - min(values))
+    if advice := advice_on_lambda(config.objective, widest):
         logger.warning("%s", advice)
     return Settings(model_dir, description, tokenizer, scale, store)
 

@@ -108,7 +108,12 @@ def reinforcement_objective(config: RunConfig) -> ReinforceObjective:
     """The configured objective. Raises ConfigError for settings that cannot be trained with."""
     if not config.is_rl:
         raise ConfigError(f"objective.name is {config.objective.name}: use `real-megatron sft`, or set it to real")
-    check(config.objective, mini_batches=config.batch.mini_batches, responses=config.rollout.n)
+    check(
+        config.objective,
+        mini_batches=config.batch.mini_batches,
+        responses=config.rollout.n,
+        aspects=len(config.scale.aspects),
+    )
     if config.rollout.staleness and config.objective.ratio == "none":
         raise ConfigError(
             "rollout.staleness is 1: responses come from weights one step old and need an importance ratio; "

@@ -123,3 +123,11 @@ def test_a_reward_without_a_gradient_needs_term_1() -> None:
 def test_a_wide_scale_wants_another_lambda(given: dict, values: list[float], expected: str | None) -> None:
     advice = advice_on_lambda(ObjectiveConfig(**given), values)
     assert advice is None if expected is None else expected in (advice or "")
+
+
+def test_a_sampled_score_and_aspects_do_not_go_together() -> None:
+    for name in ("rloo", "grpo"):
+        with pytest.raises(ConfigError, match="objective.reward binary needs a score that is sampled"):
+            check(ObjectiveConfig(name=name), mini_batches=1, responses=8, aspects=2)
+    check(ObjectiveConfig(name="rloo", reward="binary_expected"), mini_batches=1, responses=8, aspects=2)
+    check(ObjectiveConfig(name="raft"), mini_batches=1, responses=8, aspects=2)

@@ -31,7 +31,6 @@ from real_megatron.rollout.sampling import sample_trajectories
 from real_megatron.rollout.sglang.control import Control
 from real_megatron.rollout.sglang.engine import SGLangEngine
 from real_megatron.rollout.vllm.engine import VLLMEngine
-from real_megatron.scores import Branch
 from real_megatron.training import rl
 from real_megatron.training.session import Session
 
@@ -113,7 +112,7 @@ def probe(session: Session) -> float:
     groups = [Group(prompt, t, label=1.0) for prompt, t in zip(prompts, sampled.trajectories, strict=True)]
     worst = difference(session.policy, groups)
     sequences = [group.prompt_ids + t.response_ids for group in groups for t in group.trajectories]
-    served = session.engine.branch_logprobs(sequences, [Branch((), tuple(session.policy.score_ids))])
+    served = session.engine.branch_logprobs(sequences, session.policy.tree.branches)
     exact = torch.tensor([t.scores for row in session.policy.logprobs(groups) for t in row])
     return max(worst, (served - exact).abs().max().item())
 

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from real_megatron.batch.types import Group
 from real_megatron.config import RunConfig
-from real_megatron.data.tiny_judge import build_config, build_tokenizer, write_task
+from real_megatron.data.tiny_judge import FIVE, Grades, build_config, build_tokenizer, write_task
 from real_megatron.errors import ConfigError, EngineError
 from real_megatron.judging import evaluate as judging
 from real_megatron.judging.critiques import write_critiques
@@ -35,16 +35,16 @@ from real_megatron.training.stop import Terminated
 from tests.support.ranks import forget_policies
 
 
-def write_tiny_task(directory: Path, head_dim: int = 8) -> Path:
+def write_tiny_task(directory: Path, head_dim: int = 8, grades: Grades = FIVE) -> Path:
     """The tiny-judge task with few examples and a model of two narrow layers instead of its own."""
-    write_task(directory, seed=0, sft=64, rl=48, test=8)
-    config = build_config()
+    write_task(directory, seed=0, sft=64, rl=48, test=8, grades=grades)
+    config = build_config(grades)
     config.hidden_size, config.intermediate_size, config.head_dim = 32, 64, head_dim
     config.num_hidden_layers = 2
     config.layer_types = config.layer_types[:2]
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config).save_pretrained(directory / "model")
-    build_tokenizer().save_pretrained(directory / "model")
+    build_tokenizer(grades).save_pretrained(directory / "model")
     return directory
 
 
