@@ -15,6 +15,8 @@ from real_megatron.data.formats import FORMATS
 from real_megatron.errors import UserError
 from real_megatron.evaluation.result import Prediction
 from real_megatron.judging.judge import Score
+from real_megatron.scores import ScoreScale
+from tests.support.scale_tokenizers import KINDS
 
 DOCUMENT = Path(__file__).parents[1] / "docs/data.md"
 TEXT = DOCUMENT.read_text(encoding="utf-8")
@@ -23,15 +25,16 @@ BLOCK = re.compile(r"^(?:(File|Configuration|Loads as|Error)(?: `([^`\n]*)`)?:\n
 
 def loaded(config: RunConfig) -> str:
     """What the examples of a configuration are, a line each, or why they are none."""
-    scale = [float(score) for score in config.scale.scores]
+    scale = ScoreScale.of(KINDS["bytes"][0](), config.scale)
     rows = []
     try:
         for source in config.data.train:
-            for e in load_examples(source, config.data.template, scale):
-                rows.append({"id": e.id, "label": e.label, "messages": e.messages, "cot": e.cot})
+            for e in load_examples(source, config.data.template, scale.values, aspects=scale.aspects):
+                label = list(e.labels) if scale.aspects else e.label
+                rows.append({"id": e.id, "label": label, "messages": e.messages, "cot": e.cot})
         for test_set in config.data.eval.values():
             keep = [column for column in (test_set.cluster, test_set.within) if column]
-            load_examples(test_set, config.data.template, scale, keep)
+            load_examples(test_set, config.data.template, scale.values, keep)
     except UserError as error:
         return f"{error}\n"
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

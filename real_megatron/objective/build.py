@@ -61,8 +61,8 @@ def advice_on_lambda(config: ObjectiveConfig, values: Sequence[float]) -> str | 
 
 def check(config: ObjectiveConfig, *, mini_batches: int, responses: int, aspects: int = 0) -> None:
     """Raise ConfigError when the objective does not fit the batch: `mini_batches`, optimizer updates per rollout batch
-    (batch.mini_batches), and `responses` per prompt (rollout.n); or the `aspects` of a response (scale.aspects), 0 where
-    it has one score; or when its two terms do not fit each other."""
+    (batch.mini_batches), and `responses` per prompt (rollout.n); or the `aspects` of a response (scale.aspects), 0
+    where it has one score; or when its two terms do not fit each other."""
     if config.name in SUPERVISED:
         return
     if aspects and find_reward(config.reward).samples_score:

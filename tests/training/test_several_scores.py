@@ -104,10 +104,8 @@ def test_metrics_samples_and_evaluations_are_of_each_aspect(run: tuple[str, Path
         assert row["final/label_logprob"] < 0 and row["eval/dev.peak/rail/mse"] > 0 if row["step"] == 2 else True
     assert all(set(sample["answer"]) == set(sample["label"]) == set(ASPECTS) for sample in samples)
     assert found == {f"dev{aspect}-step-000002" for aspect in ("", ".final", ".peak")}
-    whole, final, peak = (
-        Evaluation.load(directory / f"real/evaluation/dev{aspect}-step-000002.json")
-        for aspect in ("", ".final", ".peak")
-    )
+    saved = (f"dev{aspect}-step-000002.json" for aspect in ("", ".final", ".peak"))
+    whole, final, peak = (Evaluation.load(directory / "real/evaluation" / file) for file in saved)
     for overall, a, b in zip(whole.predictions, final.predictions, peak.predictions, strict=True):
         assert overall.rail is not None and a.rail is not None and b.rail is not None
         assert overall.rail == pytest.approx((a.rail + 3 * b.rail) / 4)
