@@ -239,11 +239,18 @@ def test_the_head_tells_megatron_of_its_gradient(tmp_path):
 
 
 def test_experts_without_tokens_have_a_gradient(tmp_path):
-    """Zeros, and not none: Megatron would wait for it when it reduces gradients during backward."""
+    """Zeros, and not none: Megatron would wait for it when it reduces gradients during backward. Experts see a token of
+    a branch or of a shared beginning once, and give it what they give it in sequences of its own."""
     hf = write_checkpoint(tmp_path, tiny_config("qwen3_moe", vocab_size=VOCAB, num_experts=16))
     config = make_config(hf, parallel={"expert": 2})
-    (expected,), (found,) = (run_ranks(2, call, [config])[0] for call in (train_all, train_all_with_overlap))
+    branched, apart = (
+        make_config(hf, parallel={"expert": 2}, scale=TEN, batch={"share_prompt": share, "max_tokens": 256})
+        for share in (True, False)
+    )
+    expected, whole = run_ranks(2, train_all, [config, apart])[0]
+    found, tree = run_ranks(2, train_all_with_overlap, [config, branched])[0]
     same_curve(found, expected)
+    same_curve(tree, whole)
 
 
 @pytest.mark.parametrize(
