@@ -254,18 +254,18 @@ def test_experts_without_tokens_have_a_gradient(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("parallel", "temperature", "head"),
-    [({"pipeline": 2}, 0.6, "logits"), ({"pipeline": 2, "context": 2}, 1.4, "linear")],
+    ("parallel", "temperature", "head", "scale"),
+    [({"pipeline": 2}, 0.6, "logits", {}), ({"pipeline": 2, "context": 2}, 1.4, "linear", TEN)],
     ids=["PP2 DP2", "PP2 CP2"],
 )
-def test_log_probs_reach_every_rank_and_equal_transformers(checkpoint, parallel, temperature, head):
+def test_log_probs_reach_every_rank_and_equal_transformers(checkpoint, parallel, temperature, head, scale):
     """Those of sampled tokens at the sampling temperature, those of scores at 1."""
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
-    groups = make_groups()
-    with torch.no_grad():
-        scored = hf_scored(model, groups, temperature)
     sections = {"batch": {"max_tokens": 48}, "rollout": {"temperature": temperature}, "model": {"head": head}}
-    everywhere = run_ranks(4, logprobs, make_config(checkpoint, parallel=parallel, **sections))
+    config = make_config(checkpoint, parallel=parallel, scale=scale, **sections)
+    with torch.no_grad():
+        scored = hf_scored(model, groups_of(config, 0, sampled=False), temperature, *scale_of(config))
+    everywhere = run_ranks(4, logprobs, config)
     assert all(found == everywhere[0] for found in everywhere)
     flat = [t for group in everywhere[0] for t in group]
     torch.testing.assert_close(
