@@ -197,7 +197,11 @@ class BatchConfig(Section):
         description="Sampling log-probs of the importance ratio: the rollout engine's, or recomputed by the policy "
         "before the first update.",
     )
-    share_prompt: bool = Field(True, description="The responses of a group share one copy of their prompt.")
+    share_prompt: bool = Field(
+        True,
+        description="The responses of a group share one copy of their prompt, and of what they begin with alike; the "
+        "branches of a score share their response. False: nothing is shared, for comparison.",
+    )
 
 
 class AspectConfig(Section):

@@ -9,15 +9,14 @@ class Trajectory:
     """One response to a prompt, as token ids, up to and including the score anchor, or the score behind it where the
     objective's reward needs a score that was sampled.
 
-    With the anchor as its last tokens, the distribution that follows the response's answer position is the score
-    distribution π(k | x, c, anchor).
+    What follows the response's answer position, the anchor's end, is the score distribution π(k | x, c, anchor).
     """
 
     response_ids: list[int]
-    """Response tokens. For RL: CoT, anchor and, where it is sampled, the score token. For SFT the score token and the
-    end of sequence may follow."""
+    """Response tokens. For RL: CoT, anchor and, where it is sampled, the score's tokens up to the one that decides it
+    (`ScoreTree.read`). For SFT the score's tokens and the end of sequence may follow."""
     answer_index: int | None
-    """Index into `response_ids` of the last anchor token: its next-token distribution is the score distribution.
+    """Index into `response_ids` of the last anchor token, behind which the score distribution is read.
     None when the response has no anchor (rule `penalize`)."""
     loss_mask: list[bool] = field(default_factory=list)
     """Per response token: True where log π(token) carries a token loss (sampled tokens; not a forced anchor)."""

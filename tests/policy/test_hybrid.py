@@ -18,6 +18,7 @@ except ConfigError as error:
 from tests.support.bridge_ranks import tiny_model
 from tests.support.hybrid_ranks import gradients, logits, stored_parts
 from tests.support.policy_ranks import (
+    TEN,
     load_and_continue,
     make_config,
     save_and_continue,
@@ -32,7 +33,7 @@ LAYOUTS = {
     "TP2 SP, full recompute": {"parallel": SEQUENCE, "model": {"recompute": "full"}},
     "DP2, distributed optimizer": {},
     "PP2 VPP2": {"parallel": {"pipeline": 2, "virtual_pipeline": 2}},
-    "CP2, selective recompute": {"parallel": {"context": 2}, "model": {"recompute": "selective"}},
+    "CP2, selective recompute": {"parallel": {"context": 2}, "model": {"recompute": "selective"}, "scale": TEN},
 }
 VARIANTS = ["qwen2", "qwen3", "qwen3_moe", "qwen3_moe_tied", "mixtral"]
 

@@ -178,6 +178,27 @@ def test_tokens_of_separate_prompts_by_hand():
     assert plan.metrics["microbatches"] == 1 + 2
 
 
+def test_branches_and_shared_beginnings_by_hand():
+    """A prompt of 4, responses of 16 + 3 and 16 + 5 that begin alike, and one token more each for 1 of 10. Together 30
+    tokens of 44; a budget of 26 splits them, 4 + 19 + 1 and 4 + 21 + 1."""
+    responses = [Trajectory([8] * 16 + [k] * k, 15 + k) for k in (3, 5)]
+    groups, tree = [Group([1] * 4, responses, label=1.0)], ScoreTree([[[5]], [[6]], [[5, 6]]])
+
+    def metrics(max_tokens, **batch):
+        settings = ParallelConfig(), BatchConfig(max_tokens=max_tokens, **batch)
+        return Planner(MODEL, tree, *settings, 0, 1).plan(groups).metrics
+
+    shared = SegmentTree((Segment(4), Segment(16, 0), Segment(3, 1), Segment(1, 2), Segment(5, 1), Segment(1, 4)))
+    # Loss-carrying tokens, and two rows an answer.
+    work = pytest.approx(flops.training_flops(MODEL, shared, 19 + 21 + 4))
+    whole, split, apart = metrics(30), metrics(26), metrics(96, share_prompt=False)
+    assert [found["tokens"] for found in (whole, split, apart)] == [30, 24 + 26, 23 + 24 + 25 + 26]
+    assert [found["shared_beginnings"] for found in (whole, split, apart)] == [16 / 40, 0, 0]
+    assert [found["split_groups"] for found in (whole, split, apart)] == [0, 1, 1]
+    for found in (whole, split, apart):
+        assert found["information_tokens"] == 30 and found["model_flops"] == work
+
+
 def test_imbalance_is_weighted_by_work():
     """One whole group on two ranks: one waits for half the time. Three equal subgroups: for a quarter of it."""
     plans = plan_all(HAND, {"max_tokens": 10}, 2)

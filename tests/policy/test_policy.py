@@ -239,26 +239,33 @@ def test_the_head_tells_megatron_of_its_gradient(tmp_path):
 
 
 def test_experts_without_tokens_have_a_gradient(tmp_path):
-    """Zeros, and not none: Megatron would wait for it when it reduces gradients during backward."""
+    """Zeros, and not none: Megatron would wait for it when it reduces gradients during backward. Experts see a token of
+    a branch or of a shared beginning once, and give it what they give it in sequences of its own."""
     hf = write_checkpoint(tmp_path, tiny_config("qwen3_moe", vocab_size=VOCAB, num_experts=16))
     config = make_config(hf, parallel={"expert": 2})
-    (expected,), (found,) = (run_ranks(2, call, [config])[0] for call in (train_all, train_all_with_overlap))
+    branched, apart = (
+        make_config(hf, parallel={"expert": 2}, scale=TEN, batch={"share_prompt": share, "max_tokens": 256})
+        for share in (True, False)
+    )
+    expected, whole = run_ranks(2, train_all, [config, apart])[0]
+    found, tree = run_ranks(2, train_all_with_overlap, [config, branched])[0]
     same_curve(found, expected)
+    same_curve(tree, whole)
 
 
 @pytest.mark.parametrize(
-    ("parallel", "temperature", "head"),
-    [({"pipeline": 2}, 0.6, "logits"), ({"pipeline": 2, "context": 2}, 1.4, "linear")],
+    ("parallel", "temperature", "head", "scale"),
+    [({"pipeline": 2}, 0.6, "logits", {}), ({"pipeline": 2, "context": 2}, 1.4, "linear", TEN)],
     ids=["PP2 DP2", "PP2 CP2"],
 )
-def test_log_probs_reach_every_rank_and_equal_transformers(checkpoint, parallel, temperature, head):
+def test_log_probs_reach_every_rank_and_equal_transformers(checkpoint, parallel, temperature, head, scale):
     """Those of sampled tokens at the sampling temperature, those of scores at 1."""
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
-    groups = make_groups()
-    with torch.no_grad():
-        scored = hf_scored(model, groups, temperature)
     sections = {"batch": {"max_tokens": 48}, "rollout": {"temperature": temperature}, "model": {"head": head}}
-    everywhere = run_ranks(4, logprobs, make_config(checkpoint, parallel=parallel, **sections))
+    config = make_config(checkpoint, parallel=parallel, scale=scale, **sections)
+    with torch.no_grad():
+        scored = hf_scored(model, groups_of(config, 0, sampled=False), temperature, *scale_of(config))
+    everywhere = run_ranks(4, logprobs, config)
     assert all(found == everywhere[0] for found in everywhere)
     flat = [t for group in everywhere[0] for t in group]
     torch.testing.assert_close(

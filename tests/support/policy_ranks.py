@@ -273,7 +273,9 @@ def train_all(
 
 
 def logprobs(config: RunConfig) -> list[list[tuple[list[float], list[float] | None]]]:
-    return [[(t.tokens, t.scores) for t in group] for group in make_policy(config).logprobs(make_groups())]
+    return [
+        [(t.tokens, t.scores) for t in group] for group in make_policy(config).logprobs(groups_of(config, 0, False))
+    ]
 
 
 def head_error(config: RunConfig) -> list[float]:

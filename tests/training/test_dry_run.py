@@ -156,6 +156,19 @@ def test_long_examples_are_counted(run: Any) -> None:
     assert "the longest has 30 tokens" in batches["responses of 20"]
 
 
+def test_scores_of_several_tokens_are_shown_with_what_their_branches_add(run: Any) -> None:
+    """`1` is the beginning of `10`: one token more for each response. 4 groups of 10 + 2 · 21 tokens."""
+    found = dry_run(run("scale.scores=['0', '1', '10']", "data.max_prompt_tokens=10"), "train", 1, H100)
+    assert shown(found, "data")["scale"] == (
+        "anchor '[RESULT] ': 9 tokens; scores as tokens: '0' 48, '1' 49, '10' 49 48; their branches add 1 token a "
+        "response"
+    )
+    batches = shown(found, "micro-batches")
+    assert batches["responses of 20"].startswith("4 a data-parallel rank, 208 tokens in all")
+    small = run("scale.scores=['0', '1', '10']", "data.max_prompt_tokens=10", "batch.max_tokens=25")
+    assert "(up to 31 tokens)" in dry_run(small, "train", 1, H100).warnings[0]
+
+
 def test_supervised_training_shows_its_own_responses(run: Any) -> None:
     """Of which the longest have 10 + 9 characters of critique, line break, anchor, score and end."""
     config = run("objective.name=raft", "data.max_response_tokens=25", "model.dtype=float32")
