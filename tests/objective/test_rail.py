@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from real_megatron.objective.rail import expected_score, label_index, label_logprob, score_entropy, score_mass
-from real_megatron.scores import ScoreScale
+from real_megatron.scores import ScoreScale, ScoreTree
 
 VALUES = torch.tensor([1.0, 2.0, 4.0])
 LOGP = torch.tensor([[0.1, 0.2, 0.5], [0.25, 0.0625, 0.0625]]).log()
@@ -41,7 +41,7 @@ def test_ties_are_the_same_in_training_and_in_targets(step: float) -> None:
     0.15 - 0.1 and 0.2 - 0.15 differ in float64 and in float32, each in its own direction.
     """
     values = [step * k for k in range(11)]
-    scale = ScoreScale([str(k) for k in range(11)], values, list(range(11)), [0], "")
+    scale = ScoreScale([str(k) for k in range(11)], values, ScoreTree.of_tokens(range(11)), [0], "")
     labels = [step * k / 2 for k in range(21)] + [step * (k + e) for k in range(11) for e in (-0.498, 0.498)]
     expected = [k // 2 for k in range(21)] + [k for k in range(11) for _ in range(2)]
     assert [scale.label_index(label) for label in labels] == expected
@@ -52,7 +52,7 @@ def test_ties_are_the_same_in_training_and_in_targets(step: float) -> None:
 
 def test_steps_of_a_scale_may_differ_by_orders_of_magnitude() -> None:
     values = [0.0, 1.0, 1e6]
-    scale = ScoreScale(["a", "b", "c"], values, [0, 1, 2], [0], "")
+    scale = ScoreScale(["a", "b", "c"], values, ScoreTree.of_tokens([0, 1, 2]), [0], "")
     labels = [0.4, 0.6, 1.0, 1e6]
     assert [scale.label_index(label) for label in labels] == [0, 1, 1, 2]
     assert label_index(torch.tensor(labels), torch.tensor(values)).tolist() == [0, 1, 1, 2]
