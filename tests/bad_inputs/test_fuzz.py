@@ -244,14 +244,28 @@ def test_headers_of_weights(tmp_path: Path, header: Any, data: bytes, more: int)
 
 
 @some
-@given(st.lists(st.text(max_size=3), max_size=4), st.none() | st.lists(st.floats(), max_size=4), st.text(max_size=5))
-def test_scales_of_any_text(scores: list[str], numbers: list[float] | None, anchor: str) -> None:
+@given(
+    st.lists(st.text(max_size=3), max_size=4),
+    st.none() | st.lists(st.floats(), max_size=4),
+    st.text(max_size=5),
+    st.lists(st.lists(st.text(max_size=3), max_size=2), max_size=4),
+    st.lists(st.text(max_size=3) | st.just("eos"), max_size=2),
+)
+def test_scales_of_any_text(
+    scores: list[str], numbers: list[float] | None, anchor: str, further: list[list[str]], ends: list[str]
+) -> None:
+    spellings = dict(zip(scores, further, strict=False))
     try:
-        scale = ScoreScale.resolve(TOKENIZER, scores, numbers, anchor)
+        scale = ScoreScale.resolve(TOKENIZER, scores, numbers, anchor, spellings, ends)
     except ConfigError as error:
         assert any(word in str(error) for word in ("score", "anchor", "scale"))
         return
-    assert len(set(scale.score_ids)) == len(scores) == len(set(scale.values))
+    tree = scale.tree
+    assert tree.size == len(scores) == len(set(scale.values))
+    for k, text in enumerate(scores):
+        for written in (text, *spellings.get(text, [])):
+            for end in tree.ends or [0x110000]:
+                assert tree.read([*TOKENIZER.encode(scale.anchor_text + written)[len(scale.anchor_ids) :], end])[0] == k
 
 
 @some

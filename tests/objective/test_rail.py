@@ -41,7 +41,7 @@ def test_ties_are_the_same_in_training_and_in_targets(step: float) -> None:
     0.15 - 0.1 and 0.2 - 0.15 differ in float64 and in float32, each in its own direction.
     """
     values = [step * k for k in range(11)]
-    scale = ScoreScale([str(k) for k in range(11)], values, ScoreTree.of_tokens(list(range(11))), [0], "")
+    scale = ScoreScale([str(k) for k in range(11)], values, ScoreTree.of_tokens(range(11)), [0], "")
     labels = [step * k / 2 for k in range(21)] + [step * (k + e) for k in range(11) for e in (-0.498, 0.498)]
     expected = [k // 2 for k in range(21)] + [k for k in range(11) for _ in range(2)]
     assert [scale.label_index(label) for label in labels] == expected
