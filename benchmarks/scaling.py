@@ -33,7 +33,7 @@ from benchmarks.measure import synchronize
 from benchmarks.step_contenders import (
     DEVICE,
     DTYPE,
-    SCORE_IDS,
+    SCORES,
     TOKENS_PER_WORD,
     add_model_sizes,
     make_groups,
@@ -65,7 +65,7 @@ def run_config(args: argparse.Namespace, checkpoint: str) -> RunConfig:
 def work(args: argparse.Namespace) -> None:
     """A rank: one step that warms up, then those that are timed; rank 0 prints a line of JSON."""
     config = run_config(args, args.checkpoint)
-    policy = Policy(config, SCORE_IDS, [1.0, 2.0, 3.0, 4.0, 5.0], total_updates=10_000)
+    policy = Policy(config, SCORES, [1.0, 2.0, 3.0, 4.0, 5.0], total_updates=10_000)
     objective = build_objective(config.objective, config.scale.probabilities)
     groups = make_groups(args.k, args.prompts, args.vocab) * policy.runtime.data_size
     seconds, tokens = [], 0.0
