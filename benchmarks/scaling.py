@@ -33,7 +33,7 @@ from benchmarks.measure import synchronize
 from benchmarks.step_contenders import (
     DEVICE,
     DTYPE,
-    SCORE_IDS,
+    SCORES,
     TOKENS_PER_WORD,
     add_model_sizes,
     make_groups,
@@ -51,7 +51,6 @@ from real_megatron.planning.update_time import update_time
 from real_megatron.planning.workload import Layout, Workload
 from real_megatron.policy.parallel_groups import no_transformer_engine
 from real_megatron.policy.policy import Policy
-from real_megatron.scores import ScoreTree
 
 ROOT = Path(__file__).parents[1]
 SIZES = ("hidden", "ffn", "layers", "vocab", "heads", "kv_heads", "head_dim", "prompts", "k", "steps", "max_tokens")
@@ -66,7 +65,7 @@ def run_config(args: argparse.Namespace, checkpoint: str) -> RunConfig:
 def work(args: argparse.Namespace) -> None:
     """A rank: one step that warms up, then those that are timed; rank 0 prints a line of JSON."""
     config = run_config(args, args.checkpoint)
-    policy = Policy(config, ScoreTree.of_tokens(SCORE_IDS), [1.0, 2.0, 3.0, 4.0, 5.0], total_updates=10_000)
+    policy = Policy(config, SCORES, [1.0, 2.0, 3.0, 4.0, 5.0], total_updates=10_000)
     objective = build_objective(config.objective, config.scale.probabilities)
     groups = make_groups(args.k, args.prompts, args.vocab) * policy.runtime.data_size
     seconds, tokens = [], 0.0

@@ -14,14 +14,24 @@ from real_megatron.batch.types import Group, Trajectory
 from real_megatron.config import RunConfig
 from real_megatron.objective import ScoredBatch, Totals, build_objective
 from real_megatron.policy.policy import Policy
+from real_megatron.scores import ScoreTree
 
 LENGTHS = Path(__file__).parent / "lengths" / "vicuna_bench.json"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 TOKENS_PER_WORD = 1.35
 SCORE_IDS = [16, 17, 18, 19, 20]
-CONTENDERS = ("a", "b", "ours", "binary")
+SCORES = ScoreTree.of_tokens(SCORE_IDS)
+"""1 to 5."""
+HUNDRED = ScoreTree([[[15 + int(digit) for digit in str(score)]] for score in range(101)])
+"""0 to 100, in a tokenizer that writes digits singly."""
+CONTENDERS = ("a", "b", "ours", "binary", "hundred")
 """What `build` knows."""
+
+
+def scores_of(contender: str) -> ScoreTree:
+    """The scores that a contender reads behind each response."""
+    return HUNDRED if contender == "hundred" else SCORES
 
 
 def add_model_sizes(parser: argparse.ArgumentParser, hidden: int) -> None:
@@ -72,7 +82,9 @@ def make_groups(k: int, prompts: int, vocab: int, seed: int = 0) -> list[Group]:
 class MegatronStep:
     """This package's training step."""
 
-    def __init__(self, checkpoint: Path, args: argparse.Namespace, share_prompt: bool, reward: str) -> None:
+    def __init__(
+        self, checkpoint: Path, args: argparse.Namespace, share_prompt: bool, reward: str, scores: ScoreTree
+    ) -> None:
         config = RunConfig.model_validate(
             {
                 "model": {"path": str(checkpoint)},
@@ -81,7 +93,9 @@ class MegatronStep:
                 "objective": {"reward": reward},
             }
         )
-        self.policy = Policy(config, SCORE_IDS, [1.0, 2.0, 3.0, 4.0, 5.0], total_updates=10_000)
+        first = 0 if scores is HUNDRED else 1
+        values = [float(first + k) for k in range(scores.size)]
+        self.policy = Policy(config, scores, values, total_updates=10_000)
         self.objective = build_objective(config.objective, config.scale.probabilities)
 
     def step(self, groups: list[Group]) -> dict[str, float]:
@@ -122,7 +136,7 @@ class TransformersStep:
         return {name: p.grad for name, p in self.model.named_parameters()}
 
     def _backward(self, groups: list[Group]) -> float:
-        totals = Totals(len(groups), sum(len(g.trajectories) for g in groups), sum(rows_of(g) for g in groups))
+        totals = Totals(len(groups), sum(len(g.trajectories) for g in groups), sum(rows_of(g, SCORES) for g in groups))
         total = 0.0
         for group in groups:
             with torch.no_grad():
@@ -176,4 +190,5 @@ def build(contender: str, checkpoint: Path, args: argparse.Namespace) -> Megatro
     """One of CONTENDERS, with the checkpoint's weights."""
     if contender == "a":
         return TransformersStep(checkpoint, args)
-    return MegatronStep(checkpoint, args, contender != "b", "binary_expected" if contender == "binary" else "real")
+    reward = "binary_expected" if contender == "binary" else "real"
+    return MegatronStep(checkpoint, args, contender != "b", reward, scores_of(contender))
