@@ -16,8 +16,8 @@ The graders' noise: the critiques of the training set have errors as humans make
 reversals, miscount, and some consist of "seems fine overall" only. The labels are right. So imitation learns the
 graders' habits, and only a reward on the score's error can remove them.
 
-The same task with scores 0 to 100 (`HUNDRED`): good +10, slip −10, reversed: s becomes 100 − s. Numbers are written in
-digits, one token each, so that a score is one, two or three tokens.
+The same task with scores 0 to 100 (`HUNDRED`), of which those divisible by 5 occur: good +10, slip −10, reversed: s
+becomes 100 − s. Numbers are written in digits, one token each, so that a score is one, two or three tokens.
 
 The same task with two aspects (`ASPECTS`): `final` is that score, `peak` the highest one on the way.
 
@@ -60,6 +60,8 @@ class Grades:
     highest: int
     step: int
     """What `good` adds and `slip` takes away."""
+    grain: int = 1
+    """Start scores, and so all running ones, are the lowest plus a multiple of it."""
     aspects: bool = False
     """Whether there are two labels, those of `ASPECTS`."""
 
@@ -86,7 +88,7 @@ class Grades:
 
 
 FIVE = Grades(1, 5, 1)
-HUNDRED = Grades(0, 100, 10)
+HUNDRED = Grades(0, 100, 10, grain=5)
 
 
 @dataclass(frozen=True)
@@ -148,7 +150,7 @@ class Problem:
 def draw_problem(rng: random.Random, domain: Domain, grades: Grades = FIVE) -> Problem:
     """A problem whose running score never leaves the scale."""
     count = rng.randint(*domain.marks)
-    start = state = rng.randint(grades.lowest, grades.highest)
+    start = state = rng.randrange(grades.lowest, grades.highest + 1, grades.grain)
     marks: list[str] = []
     for _ in range(count):
         fitting = {m: w for m, w in domain.weights.items() if grades.hold(grades.change(state, m))}
