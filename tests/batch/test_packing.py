@@ -143,3 +143,13 @@ def test_responses_follow_the_trajectories_with_their_rows_metadata():
     assert pack(read, SCORES).responses is None
     assert pack(groups(), SCORES).responses is None
     assert pack([], SCORES).responses == []
+
+
+def test_labels_of_aspects_are_a_row_each() -> None:
+    """A label that is missing is NaN; the overall label is not read then."""
+    found = groups()
+    found[0].labels, found[1].labels = (1.0, None), (None, 3.0)
+    nan = float("nan")
+    expected = torch.tensor([[1.0, nan]] * 3 + [[nan, 3.0]])
+    assert pack(found, SCORES).labels.dtype == torch.float32
+    torch.testing.assert_close(pack(found, SCORES).labels, expected, equal_nan=True)

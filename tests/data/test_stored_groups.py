@@ -107,3 +107,10 @@ def test_rows_of_tokens() -> None:
     for row in ([1, 2], [], [3]):
         rows.append(row)
     assert len(rows) == 3 and [*rows] == [[1, 2], [], [3]] and rows[-1] == [3] and rows[:2] == [[1, 2], []]
+
+
+def test_labels_of_aspects_are_kept() -> None:
+    given = [Group([1], [], 2.0, "a", labels=(1.5, None)), Group([2], [], 3.0, "b")]
+    stored = StoredGroups.of(given)
+    assert list(stored) == given
+    assert stored.digest != StoredGroups.of([Group([1], [], 2.0, "a", labels=(1.5, 2.0)), given[1]]).digest
