@@ -21,7 +21,7 @@ TREES = {
     "one digit": ScoreTree.of_tokens([1, 2, 3]),
     "1 to 10": ScoreTree([[digits(k)] for k in range(1, 11)]),
     "0 to 100 with an end": ScoreTree([[digits(k)] for k in range(101)], ends=[END]),
-    "two aspects": ScoreTree.joined([ScoreTree.of_tokens([1, 2]), ScoreTree([[[1]], [[1, 0]]])], [[30], [30, 31]]),
+    "two aspects": ScoreTree.joined([ScoreTree.of_tokens([1, 2]), ScoreTree([[[1]], [[1, 0]]])], [[30], [31, 30]]),
 }
 
 

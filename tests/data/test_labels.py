@@ -55,6 +55,7 @@ def test_columns_and_words_are_mapped(tmp_path: Path) -> None:
         ),
         ({"label": [1, 2, 3]}, "must be a list of 2 labels"),
         ({"label": {"tone": 1, "style": 2}}, "'label' has the aspect 'style'; scale.aspects has tone, facts"),
+        ({"label": [0, 0]}, "'label' of 'tone' is 0; it must be a number from 1 to 3"),
         ({"label": [4, 0]}, "'label' of 'tone' is 4; it must be a number from 1 to 3"),
         ({"label": [True, 0]}, "'label' of 'tone' is True"),
         ({"label": [1, "x"]}, "'label' of 'facts' is 'x'"),

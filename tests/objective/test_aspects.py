@@ -158,6 +158,12 @@ def test_supervised_losses_are_means_by_weight(name: str) -> None:
     torch.testing.assert_close(alone, parts[1], **TOLERANCE)
 
 
+def test_shares_are_over_what_each_response_has_labels_of() -> None:
+    labels = torch.tensor([[1.0, 0.0], [1.0, math.nan], [math.nan, 4.0], [2.0, 1.0]]).double()
+    shares = torch.stack([share for share, _ in replace(some(), labels=labels).parts()], 1)
+    assert shares.tolist() == [[0.25, 0.75], [1.0, 0.0], [0.0, 1.0], [0.25, 0.75]]
+
+
 def test_a_batch_says_what_is_wrong_with_its_labels() -> None:
     scored = some()
     with pytest.raises(ValueError, match=r"labels has shape \(4,\), expected \(4, 2\)"):
