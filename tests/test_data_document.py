@@ -11,12 +11,12 @@ import yaml
 
 from real_megatron.config import RunConfig
 from real_megatron.data import load_examples
+from real_megatron.data.byte_model import byte_tokenizer
 from real_megatron.data.formats import FORMATS
 from real_megatron.errors import UserError
 from real_megatron.evaluation.result import Prediction
 from real_megatron.judging.judge import Score
 from real_megatron.scores import ScoreScale
-from tests.support.scale_tokenizers import KINDS
 
 DOCUMENT = Path(__file__).parents[1] / "docs/data.md"
 TEXT = DOCUMENT.read_text(encoding="utf-8")
@@ -25,7 +25,7 @@ BLOCK = re.compile(r"^(?:(File|Configuration|Loads as|Error)(?: `([^`\n]*)`)?:\n
 
 def loaded(config: RunConfig) -> str:
     """What the examples of a configuration are, a line each, or why they are none."""
-    scale = ScoreScale.of(KINDS["bytes"][0](), config.scale)
+    scale = ScoreScale.of(byte_tokenizer(), config.scale)
     rows = []
     try:
         for source in config.data.train:
