@@ -52,8 +52,10 @@ def sample_rows(
             if k >= RESPONSES:
                 continue
             answered = trajectory.answer_index is not None
-            if answered and objective.needs_sampled_scores:
-                score = decode(tokenizer, trajectory.response_ids[(trajectory.answer_index or 0) + 1 :])
+            if trajectory.answer_index is not None and objective.needs_sampled_scores:
+                behind = trajectory.response_ids[trajectory.answer_index + 1 :]
+                sampled, _ = scale.tree.read(behind)
+                score = decode(tokenizer, behind) if sampled is None else scale.texts[sampled]
             rows.append(
                 {
                     "id": group.example_id,

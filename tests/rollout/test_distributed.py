@@ -2,7 +2,6 @@
 
 import pytest
 
-from real_megatron.scores import Branch
 from tests.support import rollout_ranks as ranks
 from tests.support.ranks import run_ranks
 
@@ -15,7 +14,7 @@ def test_embedded_engines_share_the_prompts_and_agree():
     (first, scores), *others = run_ranks(3, ranks.embedded)
     assert [[r.token_ids for r in g] for g in alone] == [[t for t, _, _ in g] for g in first]
     assert {version for group in first for _, _, version in group} == {5}
-    exact = engine.branch_logprobs(ranks.PROMPTS, [Branch((), (5, 9))])
+    exact = engine.branch_logprobs(ranks.PROMPTS, ranks.BRANCHES)
     # fp32; another batch shape sums in another order.
     for row, expected in zip(scores, exact.tolist(), strict=True):
         assert row == pytest.approx(expected, abs=1e-5)

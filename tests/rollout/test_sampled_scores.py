@@ -15,6 +15,10 @@ EOS = TOKENIZER.eos_token_id
 SCALE = ScoreScale.resolve(TOKENIZER, ["1", "4", "5"], None, "[RESULT] ")
 ANCHOR, FOUR = SCALE.anchor_ids, SCALE.score_ids[1]
 PROMPTS = [[1], [2], [3]]
+TO_FOURTEEN = ["1", "4", "5", "10", "14"]
+TREE_SCALE = ScoreScale.resolve(TOKENIZER, TO_FOURTEEN, None, "[RESULT] ")
+ENDED_SCALE = ScoreScale.resolve(TOKENIZER, TO_FOURTEEN, None, "[RESULT] ", ends=["eos"])
+ONE, ZERO = TREE_SCALE.tree.paths[3]
 
 
 def response(text: str, reason: str, tail: tuple[int, ...] = ()) -> Response:
@@ -112,24 +116,71 @@ def test_a_refusal_behind_a_forced_anchor_names_its_prompt():
     assert refused.value.index == 2
 
 
+@pytest.mark.parametrize(
+    "scale, scores",
+    [(TREE_SCALE, [3, 0, 1, None, 0, 3]), (ENDED_SCALE, [3, None, 1, None, 0, 3])],
+    ids=["any end", "end of sequence"],
+)
+def test_every_token_of_a_score_up_to_the_one_that_decides_is_an_action(scale, scores):
+    """Behind own and forced anchors: two digits; one digit and what ends it; a digit that nothing continues; no score.
+    What an engine samples behind that is no part of the response."""
+    reached = [response("good [RESULT]", "stop"), response("so it is [RESULT]", "stop")]
+    first = [reached, [response("ended", "eos", (EOS,)), response("cut off", "length")], reached]
+    behind = [[ONE, ZERO], [ONE, 7], [FOUR, 9], [8, ONE], [ONE, EOS], [ONE, ZERO]]
+    used = [2, 2, 1, 1, 2, 2]
+
+    class Engine(ScriptedEngine):
+        def generate(self, prompts, params, seeds=None):
+            found = super().generate(prompts, params, seeds)
+            own = [[Response(ids, [-7.0 - i, -8.0 - i], "length", 2)] for i, ids in enumerate(behind)]
+            return found if len(self.asked) == 1 else own
+
+    engine = Engine(first)
+    params = SamplingParams(n=2, temperature=0.7, max_new_tokens=24)
+    sampled = sample_trajectories(engine, TOKENIZER, scale, PROMPTS, params, "force", (40, 50, 60), score=True)
+    (_, critiques, _), (sequences, asked, seeds) = engine.asked
+    assert (critiques.stop, critiques.max_new_tokens, critiques.n) == (("[RESULT]",), 22, 2)
+    assert (asked.stop, asked.max_new_tokens, asked.n, asked.temperature) == ((), 2, 1, 0.7)
+    assert seeds == [42, 43, 52, 53, 62, 63]
+    trajectories = [t for group in sampled.trajectories for t in group]
+    for i, t in enumerate(trajectories):
+        answer = t.answer_index + 1
+        assert t.response_ids[answer:] == behind[i][: used[i]]
+        assert TOKENIZER.decode(t.response_ids[:answer]).endswith("[RESULT]")
+        assert t.old_logprobs[answer:] == [-7.0 - i, -8.0 - i][: used[i]]
+        assert len(t.old_logprobs) == len(t.loss_mask) == len(t.response_ids)
+        assert t.loss_mask[answer:] == [True] * used[i] and t.forced_anchor == (i in (2, 3))
+        assert sequences[i] == PROMPTS[i // 2] + t.response_ids[:answer]
+        assert scale.tree.read(t.response_ids[answer:]) == (scores[i], used[i])
+    assert sampled.metrics["off_scale"] == scores.count(None) / 6 and sampled.metrics["forced"] == 2 / 6
+
+
+@pytest.mark.parametrize("scale", [SCALE, TREE_SCALE, ENDED_SCALE], ids=["one token", "any end", "end of sequence"])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_the_embedded_engine_samples_scores_from_the_distribution_that_it_reports(temperature):
+def test_the_embedded_engine_samples_scores_from_the_distribution_that_it_reports(temperature, scale):
     """Every token's log-prob, the score's behind own and forced anchors included, against the whole vocabulary's at
     that position. fp32 with another batch shape and a cache."""
-    engine = anchoring_engine(TOKENIZER, SCALE)
+    engine = anchoring_engine(TOKENIZER, scale)
     prompts = [TOKENIZER.encode(text) for text in ("The answer", "poor")]
     params = SamplingParams(n=16, temperature=temperature, max_new_tokens=24)
-    sampled = sample_trajectories(engine, TOKENIZER, SCALE, prompts, params, "force", [1, 2], score=True)
-    kinds = set()
-    everything = list(range(len(TOKENIZER)))
+    sampled = sample_trajectories(engine, TOKENIZER, scale, prompts, params, "force", [1, 2], score=True)
+    kinds, off_scale, lengths = set(), 0, set()
+    everything = [Branch((), tuple(range(len(TOKENIZER))))]
     for prompt, group in zip(prompts, sampled.trajectories, strict=True):
-        logits = engine.branch_logprobs([prompt + t.response_ids[:-1] for t in group], [Branch((), tuple(everything))])
-        expected = torch.log_softmax(logits / temperature, -1)
-        for row, t in zip(expected, group, strict=True):
-            token = t.response_ids[-1]
-            assert t.answer_index == len(t.response_ids) - 2 and t.loss_mask[-1] and len(t.response_ids) <= 24
-            assert t.old_logprobs[-1] == pytest.approx(float(row[token]), abs=2e-5)
-            kinds.add((t.forced_anchor, token in SCALE.score_ids))
-    assert {(False, True), (True, True)} <= kinds  # (forced anchor, on the scale)
-    off_scale = [t.response_ids[-1] not in SCALE.score_ids for group in sampled.trajectories for t in group]
-    assert sampled.metrics["off_scale"] == sum(off_scale) / 32
+        for t in group:
+            behind = t.response_ids[t.answer_index + 1 :]
+            places = range(len(t.response_ids) - len(behind), len(t.response_ids))
+            logits = engine.branch_logprobs([prompt + t.response_ids[:place] for place in places], everything)
+            expected = torch.log_softmax(logits / temperature, -1)[range(len(behind)), behind]
+            torch.testing.assert_close(torch.tensor(t.old_logprobs)[places], expected, rtol=0, atol=2e-5)
+            score, used = scale.tree.read(behind)
+            assert used == len(behind) and all(t.loss_mask[place] for place in places) and len(t.response_ids) <= 24
+            off_scale += score is None
+            lengths.add(used)
+            kinds.add((t.forced_anchor, score is not None))
+    # (forced anchor, on the scale)
+    assert (
+        {(False, True), (True, True)} <= kinds if scale is SCALE else {forced for forced, _ in kinds} == {False, True}
+    )
+    assert max(lengths) == scale.tree.most_tokens
+    assert sampled.metrics["off_scale"] == off_scale / 32

@@ -51,6 +51,28 @@ def test_one_pass_equals_a_second_pass(engine, temperature, rule):
     assert (forced > 0) == (rule == "force" and temperature > 0)
 
 
+@pytest.mark.parametrize("ends", [[], ["eos"]], ids=["any end", "end of sequence"])
+def test_scores_of_several_tokens_are_read_token_by_token(ends):
+    """log π of each score, its tokens and its end asked for one at a time behind whole texts."""
+    scale = ScoreScale.resolve(TOKENIZER, ["1", "4", "5", "10", "14"], None, "[RESULT] ", ends=ends)
+    engine = anchoring_engine(TOKENIZER, scale)
+    everything = [Branch((), tuple(range(len(TOKENIZER))))]
+    params = SamplingParams(n=4, max_new_tokens=24)
+    groups = sample_scored(engine, TOKENIZER, scale, PROMPTS, params, "force", SEEDS)
+    assert {scored.forced_anchor for group in groups for scored in group} == {True, False}
+    for prompt, group in zip(PROMPTS, groups, strict=True):
+        for scored in group:
+            assert len(scored.response_ids) <= 24 - scale.tree.most_tokens
+            whole = prompt + scored.response_ids
+            first, second = engine.branch_logprobs([whole, [*whole, scale.tree.paths[0][0]]], everything).double()
+            one, four, five, (_, zero), (_, more) = scale.tree.paths
+            end = second[TOKENIZER.eos_token_id] if ends else (1 - second[[zero, more]].exp().sum()).log()
+            exact = [first[one] + end, first[four], first[five], first[one] + second[zero], first[one] + second[more]]
+            # fp32 with another batch shape and a cache.
+            found = torch.tensor(scored.score_logprobs, dtype=torch.float64)
+            torch.testing.assert_close(found, torch.stack([value.reshape(()) for value in exact]), atol=2e-5, rtol=0)
+
+
 def test_generation_stops_behind_the_score(engine):
     asked = []
 
@@ -70,9 +92,7 @@ def test_generation_stops_behind_the_score(engine):
     for row, responses in zip(groups, asked[1], strict=True):
         for scored, response in zip(row, responses, strict=True):
             cut = len(scored.response_ids)
-            if scored.score_logprobs is not None and response.token_ids[cut : cut + 1] in [
-                [i] for i in SCALE.score_ids
-            ]:
+            if cut < len(response.token_ids) and response.token_ids[cut] in SCALE.score_ids:
                 sampled += 1
                 if response.finish_reason == "stop":
                     assert len(response.token_ids) == cut + 1

@@ -155,6 +155,23 @@ def test_a_prompt_is_prefilled_once_for_all_its_samples(engine):
     assert len(cached) == PARAMS.n and min(cached) >= len(prompt) - 1
 
 
+def test_branches_of_a_response_are_read_behind_whole_texts(engine):
+    served_policy.check_branches(engine, CONFIG)
+
+
+def test_branches_of_a_response_find_it_in_the_cache(engine):
+    """One request a response, of which nothing is computed anew but its last token and the branches' own."""
+    engine.update_weights(policy(3).named_parameters(), 3)
+    prompt = [60 + i for i in range(32)]
+    ((response,),) = engine.generate([prompt], SamplingParams(max_new_tokens=16))
+    sequence = prompt + response.token_ids
+    branches = served_policy.TREE.branches
+    replies = post(engine, "/generate", engine._scoring_body(sequence, branches)).json()
+    for reply, branch in zip(replies, branches, strict=True):
+        assert reply["meta_info"]["prompt_tokens"] == len(sequence) + len(branch.path)
+        assert reply["meta_info"]["cached_tokens"] >= len(sequence) - 1
+
+
 def test_the_longest_prompt_gets_the_longest_response(engine):
     served_policy.check_longest(engine, 64, 64)
 
@@ -291,7 +308,7 @@ def test_recorded_replies_are_still_those_of_the_server(engine):
         if endings[0].keys() == recorded[0]["meta_info"]["finish_reason"].keys():
             break
     assert shape(reply[0]) == shape(recorded[0])
-    scored = post(engine, "/generate", engine._scoring_body(PROMPTS[0], [5, 6, 300])).json()
+    (scored,) = post(engine, "/generate", engine._scoring_body(PROMPTS[0], [Branch((), (5, 6, 300))])).json()
     assert shape(scored) == shape(RECORDED["score"]["body"])
     for path in ("/pause_generation", "/begin_weight_update", "/begin_weight_update#twice", "/end_weight_update"):
         reply = post(engine, path.split("#")[0], {"mode": "abort"} if "pause" in path else {})

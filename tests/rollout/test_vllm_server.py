@@ -82,6 +82,10 @@ def test_served_log_probs_are_the_policys_after_every_sync(engine):
     served_policy.check_syncs(engine, CONFIG, PARAMS)
 
 
+def test_branches_of_a_response_are_read_behind_whole_texts(engine):
+    served_policy.check_branches(engine, CONFIG)
+
+
 def test_requests_without_the_runs_key_are_refused(engine):
     """Also those that could load other weights, which vLLM itself would take."""
     replica = engine._pool.replicas[0]

@@ -69,7 +69,9 @@ def anchoring_engine(tokenizer: PreTrainedTokenizerBase, scale: ScoreScale) -> T
         embeddings, head = model.model.embed_tokens.weight, model.lm_head.weight
         embeddings[:, 0] = 0.5
         head[scale.anchor_ids[0], 0] += 3.0
-        for previous, following in zip(scale.anchor_ids, [*scale.anchor_ids[1:], scale.score_ids[0]], strict=True):
+        for previous, following in zip(
+            scale.anchor_ids, [*scale.anchor_ids[1:], scale.tree.branches[0].ids[0]], strict=True
+        ):
             direction = embeddings[previous].clone()
             direction[0] = 0
             head[following] += 4.0 * direction

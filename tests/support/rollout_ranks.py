@@ -40,13 +40,16 @@ def collective_export(source, log: list[str]):
         yield name, tensor
 
 
+BRANCHES = [Branch((), (5, 9)), Branch((7,), (3,)), Branch((7, 3), (9, 8))]
+
+
 def embedded():
     """Every rank has an engine: returns what each sees, as plain data."""
     engine = DistributedRollout(TransformersEngine(tiny_qwen3(320), byte_level(), batch_size=4))
     log: list[str] = []
     engine.update_weights(collective_export(model(), log), 5)
     groups = engine.generate(PROMPTS, PARAMS, SEEDS)
-    scores = engine.branch_logprobs(PROMPTS, [Branch((), (5, 9))])
+    scores = engine.branch_logprobs(PROMPTS, BRANCHES)
     engine.health()
     return [[(r.token_ids, r.logprobs, r.weight_version) for r in g] for g in groups], scores.tolist()
 

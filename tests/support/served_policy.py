@@ -6,7 +6,7 @@ import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from real_megatron.rollout.engine import Response, RolloutEngine, SamplingParams
-from real_megatron.scores import Branch
+from real_megatron.scores import Branch, ScoreTree
 from tests.support.rollout_models import byte_level
 
 TOKENIZER = byte_level()
@@ -86,6 +86,23 @@ def check_syncs(engine: RolloutEngine, config: PretrainedConfig, params: Samplin
             exact = torch.stack([model(torch.tensor([p])).logits[0, -1].log_softmax(-1)[[40, 5, 300]] for p in PROMPTS])
         torch.testing.assert_close(scored, exact, atol=1e-4, rtol=0)
         previous = model
+
+
+TREE = ScoreTree([[[40]], [[40, 5]], [[40, 300, 17]], [[6, 9]], [[6, 300]]], [EOS])
+
+
+def check_branches(engine: RolloutEngine, config: PretrainedConfig) -> None:
+    """The log-probs behind each branch of a tree are those of the whole text, and none are of another sequence."""
+    model = policy(config, 3)
+    engine.update_weights(model.named_parameters(), 3)
+    scored = engine.branch_logprobs(PROMPTS, TREE.branches)
+    for prompt, row in zip(PROMPTS, scored, strict=True):
+        with torch.no_grad():
+            exact = [
+                model(torch.tensor([[*prompt, *branch.path]])).logits[0, -1].log_softmax(-1)[list(branch.ids)]
+                for branch in TREE.branches
+            ]
+        torch.testing.assert_close(row, torch.cat(exact), atol=1e-4, rtol=0)
 
 
 def check_greedy(engine: RolloutEngine, config: PretrainedConfig, watch_ids: tuple[int, ...]) -> None:

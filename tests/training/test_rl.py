@@ -3,9 +3,11 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from real_megatron.batch.types import Group, Trajectory
 from real_megatron.policy.policy import TrajectoryLogprobs
+from real_megatron.scores import ScoreScale, ScoreTree
 from real_megatron.training.rollouts import (
     PATIENCE,
     NothingToTrain,
@@ -14,9 +16,11 @@ from real_megatron.training.rollouts import (
     trainable,
     with_policy_logprobs,
 )
+from real_megatron.training.samples import sample_rows
 from real_megatron.training.update import mini_batches
 from tests.support.policy_ranks import make_config, make_groups, write_checkpoint
 from tests.support.ranks import run_ranks
+from tests.support.rollout_models import byte_level
 from tests.support.training_ranks import two_updates
 
 
@@ -41,12 +45,37 @@ def test_a_run_ends_after_many_steps_in_a_row_without_an_answer() -> None:
         steps_without_answer(silent, count)
     # Where the score is sampled, an anchor with another token behind it is no answer.
     anchored = [Group([1], [Trajectory([1, 2, 7], 1)], label=1.0)]
-    assert steps_without_answer(anchored, 0.0) == steps_without_answer(anchored, 4.0, scores=[6, 7]) == 0
-    assert steps_without_answer(anchored, 0.0, scores=[6, 8]) == 1
+    answers, others = ScoreTree.of_tokens([6, 7]), ScoreTree.of_tokens([6, 8])
+    assert steps_without_answer(anchored, 0.0) == steps_without_answer(anchored, 4.0, answers) == 0
+    assert steps_without_answer(anchored, 0.0, others) == 1
     with pytest.raises(NothingToTrain, match="steps has a score anchor and a score, so that"):
-        steps_without_answer(anchored, count, scores=[6, 8])
+        steps_without_answer(anchored, count, others)
+    # Nor is the beginning of a score of several tokens.
+    beginning, whole = ([Group([1], [Trajectory([1, 2, *score], 1)], label=1.0)] for score in ([7], [7, 8]))
+    assert steps_without_answer(beginning, 0.0, ScoreTree([[[7, 8]], [[7, 9]]])) == 1
+    assert steps_without_answer(whole, 0.0, ScoreTree([[[7, 8]], [[7, 9]]])) == 0
     # One answer in the batch starts the count again.
     assert steps_without_answer([*silent, group([1], [2])], count) == 0
+
+
+def test_a_sample_shows_the_score_that_was_sampled() -> None:
+    """All of its tokens; what is no score as it was written."""
+    tokenizer = byte_level()
+    scale = ScoreScale.resolve(tokenizer, ["1", "5", "10"], None, "[RESULT] ")
+    groups = []
+    for text in ("good [RESULT] 10", "good [RESULT] 1.", "good [RESULT] so"):
+        ids = tokenizer.encode(text)
+        trajectory = Trajectory(ids, scale.cut(tokenizer, ids) - 1, finish_reason="stop")
+        groups.append(Group([1], [trajectory, Trajectory(ids[:2], None, finish_reason="eos")], label=1.0))
+    scored = SimpleNamespace(score_logprobs=torch.zeros(6, 3).log_softmax(-1), values=torch.tensor(scale.values))
+    policy = SimpleNamespace(scored=lambda chosen: scored)
+    objective = SimpleNamespace(
+        rewards=lambda scored: torch.zeros(6),
+        options=SimpleNamespace(probabilities="renormalized"),
+        needs_sampled_scores=True,
+    )
+    rows = sample_rows(policy, tokenizer, scale, groups, objective)
+    assert [row["answer"] for row in rows] == ["10", None, "1", None, " so", None]
 
 
 def test_mini_batches_cover_the_batch_in_order_and_are_balanced() -> None:

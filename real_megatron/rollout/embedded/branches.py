@@ -1,5 +1,6 @@
 """Log-probs behind the branches of a score tree, from a Hugging Face model with its KV cache."""
 
+import copy
 from collections.abc import Sequence
 
 import torch
@@ -22,11 +23,13 @@ def branch_logprobs(
     mask: Tensor,
     branches: Sequence[Branch],
     paths: Sequence[tuple[int, ...]],
+    most: int,
 ) -> Tensor:
     """[n, ids of all branches], float32: as `RolloutEngine.branch_logprobs`, of one batch.
 
     tokens, mask: sequences, padded on the left, and where they are, both int64 [n, width]
     paths: `furthest_paths(branches)`
+    most: rows of a batch, at most; no fewer than sequences
 
     The sequences run once. Behind each the paths run as a batch that continues from its keys and values, all of their
     tokens at once.
@@ -40,7 +43,12 @@ def branch_logprobs(
         use_cache=bool(paths),
         logits_to_keep=1,
     ).logits[:, -1]
-    further = _behind_paths(model, mask, cache, paths, branches) if cache is not None else {}
+    further: dict[tuple[int, ...], Tensor] = {}
+    size = most // len(tokens)
+    for start in range(0, len(paths), size):
+        # Continuing changes the cache: only the last batch may have it itself.
+        own = cache if start + size >= len(paths) else copy.deepcopy(cache)
+        further |= _behind_paths(model, mask, own, paths[start : start + size], branches)
     parts = []
     for branch in branches:
         logits = further[branch.path] if branch.path else behind
@@ -65,7 +73,7 @@ def _behind_paths(
     cache.batch_repeat_interleave(count)
     # Padded behind their ends, which earlier tokens do not see.
     rows = mask.new_tensor([[*path, *[0] * (longest - len(path))] for path in paths])
-    depths = sorted({len(branch.path) for branch in branches if branch.path})
+    depths = sorted({len(branch.path) for branch in branches if 0 < len(branch.path) <= longest})
     before = mask.repeat_interleave(count, dim=0)
     logits = model(
         input_ids=rows.repeat(len(mask), 1),

@@ -139,7 +139,7 @@ class TransformersEngine:
             for chunk in _chunks(order, max(1, self.batch_size // max(1, len(paths)))):
                 progress.mark()
                 tokens, mask = self._left_pad([sequences[i] for i in chunk])
-                result[chunk] = branch_logprobs(self.model, tokens, mask, branches, paths).cpu()
+                result[chunk] = branch_logprobs(self.model, tokens, mask, branches, paths, self.batch_size).cpu()
         return result
 
     def update_weights(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:

@@ -10,7 +10,7 @@ from real_megatron.errors import EngineError, PromptRefused
 from real_megatron.rollout.embedded.engine import TransformersEngine, build
 from real_megatron.rollout.embedded.seeded import uniforms
 from real_megatron.rollout.engine import SamplingParams
-from real_megatron.scores import Branch
+from real_megatron.scores import Branch, ScoreTree
 from tests.support.rollout_models import byte_level, tiny_qwen3
 from tests.support.rollout_specs import engine_spec
 
@@ -109,6 +109,35 @@ def test_branch_logprobs(model, engine):
         with torch.no_grad():
             exact = model(torch.tensor([prompt])).logits[0, -1].double().log_softmax(-1)[ids]
         torch.testing.assert_close(row.double(), exact, atol=2e-5, rtol=0)
+
+
+TREE = ScoreTree(
+    [[[5]], [[5, 300]], [[5, 17, 40, 9]], [[5, 17, 41]], [[6, 9]], [[300]], [[7, 8, 9]]], [TOKENIZER.eos_token_id]
+)
+WINDOW = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 7, 256])
+@pytest.mark.parametrize("changes", [{}, WINDOW, {"num_key_value_heads": 1, **WINDOW}], ids=["gqa", "window", "mqa"])
+def test_branches_are_read_behind_whole_texts(changes, batch_size):
+    """Sequences of many lengths, paths of many lengths: one batch with a cache against each text alone, without."""
+    model = random_model(tiny_qwen3(len(TOKENIZER) + 8, **changes))
+    engine = TransformersEngine(model.config, TOKENIZER, batch_size=batch_size)
+    engine.update_weights(model.state_dict().items(), version=4)
+    rows = []
+    engine.model.register_forward_pre_hook(
+        lambda _, args, given: rows.append(len(given["input_ids"])), with_kwargs=True
+    )
+    scored = engine.branch_logprobs(PROMPTS, TREE.branches)
+    assert max(rows) <= batch_size and scored.shape == (len(PROMPTS), TREE.width)
+    for row, prompt in zip(scored, PROMPTS, strict=True):
+        with torch.no_grad():
+            behind = [
+                model(torch.tensor([[*prompt, *branch.path]])).logits[0, -1].log_softmax(-1) for branch in TREE.branches
+            ]
+        exact = torch.cat([found[list(branch.ids)] for found, branch in zip(behind, TREE.branches, strict=True)])
+        # fp32 sums of another batch shape.
+        torch.testing.assert_close(row, exact, atol=1e-5, rtol=0)
 
 
 def test_defaults_of_the_checkpoint_do_not_leak_into_sampling(model, tmp_path):
