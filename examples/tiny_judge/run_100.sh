@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The tiny judge with scores 0 to 100, which are one, two or three tokens: task and model → SFT (RAFT) → REAL → report.
+# The tiny judge on a scale of 0 to 100, whose scores are one to three tokens: task and model → SFT (RAFT) → REAL → report.
 # On a machine with nothing but Python 3.11. Run it again after an interruption.
 #   bash examples/tiny_judge/run_100.sh
 set -euo pipefail
@@ -14,5 +14,5 @@ if [ ! -d "$out/real/hf" ]; then
     real_megatron train examples/tiny_judge/real_100.yaml
 fi
 real_megatron report "$out/sft" "$out/real" --output "$out" \
-    --title "The tiny judge with scores 0 to 100: SFT, then REAL"
+    --title "The tiny judge on a scale of 0 to 100: SFT, then REAL"
 echo "Report: $out/report.md"

@@ -16,8 +16,9 @@ The graders' noise: the critiques of the training set have errors as humans make
 reversals, miscount, and some consist of "seems fine overall" only. The labels are right. So imitation learns the
 graders' habits, and only a reward on the score's error can remove them.
 
-The same task with scores 0 to 100 (`HUNDRED`), of which those divisible by 5 occur: good +10, slip −10, reversed: s
-becomes 100 − s. Numbers are written in digits, one token each, so that a score is one, two or three tokens.
+The same task on a scale of 0 to 100 (`HUNDRED`): good +10, slip −10, reversed: s becomes 100 − s, from 10 to 90 in
+steps of 5. Numbers are written in digits, one token each. A comma follows each mark, so that marks stand as far apart
+in the prompt as running scores in the critique.
 
 The same task with two aspects (`ASPECTS`): `final` is that score, `peak` the highest one on the way.
 
@@ -45,7 +46,7 @@ REVERSED = "reversed"
 MARKS = ("good", "slip", "note", REVERSED)
 SLOTS = 11
 """One more than the largest number of marks: a blank always marks the end of the work."""
-BLANK = "-"
+BLANK, COMMA = "-", ","
 ANCHOR = "[RESULT]"
 GUESSES = ("seems", "overall", "fine", "weak")
 ASPECTS = ("final", "peak")
@@ -82,13 +83,18 @@ class Grades:
     @property
     def vocabulary(self) -> tuple[str, ...]:
         """The words of the task: the scores, or where they have several digits these."""
-        digits = range(10) if self.highest > 9 else range(self.lowest, self.highest + 1)
+        digits = range(10) if self.in_digits else range(self.lowest, self.highest + 1)
         words = (PAD, EOS, UNKNOWN, ANCHOR, *map(str, digits), *MARKS, BLANK, *GUESSES, "start", "marks", "critique:")
-        return words + (ASPECTS if self.aspects else ())
+        return (*words, *(ASPECTS if self.aspects else ()), *((COMMA,) if self.in_digits else ()))
+
+    @property
+    def in_digits(self) -> bool:
+        """Whether a score is two tokens."""
+        return self.highest > 9
 
 
 FIVE = Grades(1, 5, 1)
-HUNDRED = Grades(0, 100, 10, grain=5)
+HUNDRED = Grades(10, 90, 10, grain=5)
 
 
 @dataclass(frozen=True)
@@ -144,6 +150,8 @@ class Problem:
     @property
     def prompt(self) -> str:
         slots = [*self.marks, *[BLANK] * (SLOTS - len(self.marks))]
+        if self.grades.in_digits:
+            slots = [f"{slot} {COMMA}" for slot in slots]
         return " ".join(("start", str(self.start), "marks", *slots, "critique:"))
 
 
@@ -184,7 +192,7 @@ def build_tokenizer(grades: Grades = FIVE) -> PreTrainedTokenizerFast:
     words = {word: i for i, word in enumerate(grades.vocabulary)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token=UNKNOWN))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    if grades.highest > 9:
+    if grades.in_digits:
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
             [tokenizer.pre_tokenizer, pre_tokenizers.Digits(individual_digits=True)]
         )
@@ -260,7 +268,7 @@ def main(
     aspects: Annotated[bool, typer.Option("--aspects", help="Two labels: the final score and the highest.")] = False,
 ) -> None:
     """Write the tiny-judge task: data files and a random checkpoint."""
-    scales = {grades.highest: grades for grades in (FIVE, HUNDRED)}
+    scales = {5: FIVE, 100: HUNDRED}
     if highest not in scales:
         raise typer.BadParameter(f"{highest}: the highest score is 5 or 100")
     write_task(output, seed, grades=replace(scales[highest], aspects=aspects))

@@ -178,16 +178,21 @@ def test_scores_to_a_hundred_are_written_in_digits() -> None:
     """The label in closed form, as of 1 to 5; every score is a path of digits, of which a tree has eleven nodes."""
     drawn = problems(IN_DOMAIN, 500, HUNDRED)
     for problem in drawn:
-        assert all(0 <= state <= 100 for state in problem.states)
+        assert all(10 <= state <= 90 for state in problem.states)
         label, sign = 0, 1
         for mark in reversed(problem.marks):
             label += sign * (100 if mark == REVERSED else 10 * CHANGES[mark])
             sign = -sign if mark == REVERSED else sign
         assert problem.label == label + sign * problem.start
-    assert {problem.label for problem in drawn} == set(range(0, 101, 5))
+    assert {problem.label for problem in drawn} == set(range(10, 91, 5))
     tokenizer = build_tokenizer(HUNDRED)
     text = f"{drawn[0].prompt} {true_critique(drawn[0])} {ANCHOR} {drawn[0].label}"
     ids = tokenizer.encode(text, add_special_tokens=False)
+    # Marks and running scores stand two tokens apart, at the same distance from each other.
+    count = len(drawn[0].marks)
+    marks = [i for i, token in enumerate(tokenizer.convert_ids_to_tokens(ids)) if token in MARKS]
+    assert [b - a for a, b in zip(marks, marks[1:], strict=False)] == [2] * (count - 1)
+    assert len(ids) == 1 + 2 + 1 + 2 * SLOTS + 1 + 2 * count + 1 + 2
     assert tokenizer.unk_token_id not in ids
     assert "".join(tokenizer.decode(ids).split()) == "".join(text.split())
     scale = ScoreScale.of(tokenizer, ScaleConfig.model_validate({"scores": "0..100"}))

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from real_megatron.batch.types import Group, Trajectory
+from real_megatron.objective import ScoredBatch
 from real_megatron.policy.policy import TrajectoryLogprobs
 from real_megatron.scores import ScoreScale, ScoreTree
 from real_megatron.training.rollouts import (
@@ -67,7 +68,15 @@ def test_a_sample_shows_the_score_that_was_sampled() -> None:
         ids = tokenizer.encode(text)
         trajectory = Trajectory(ids, scale.cut(tokenizer, ids) - 1, finish_reason="stop")
         groups.append(Group([1], [trajectory, Trajectory(ids[:2], None, finish_reason="eos")], label=1.0))
-    scored = SimpleNamespace(score_logprobs=torch.zeros(6, 3).log_softmax(-1), values=torch.tensor(scale.values))
+    scored = ScoredBatch(
+        token_logprobs=torch.zeros(0),
+        token_trajectory=torch.zeros(0, dtype=torch.long),
+        score_logprobs=torch.zeros(6, 3).log_softmax(-1),
+        has_answer=torch.ones(6, dtype=torch.bool),
+        labels=torch.ones(6),
+        group=torch.arange(6) // 2,
+        values=torch.tensor(scale.values),
+    )
     policy = SimpleNamespace(scored=lambda chosen: scored)
     objective = SimpleNamespace(
         rewards=lambda scored: torch.zeros(6),

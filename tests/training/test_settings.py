@@ -77,7 +77,7 @@ def test_a_session_is_what_its_configuration_says(open_session, model: Path, tmp
     assert (run.scale.texts, run.scale.values, run.scale.anchor_text) == (["A", "B"], [0.0, 10.0], "Score: ")
     assert (run.order.num_examples, run.order.batch_size, run.order.seed) == (10, 3, 5)
     assert run.steps == 7  # two passes over ten examples, three at a time
-    assert run.policy.arguments == (config, run.scale.tree, run.scale.values, 7 * 2, model)
+    assert run.policy.arguments == (config, run.scale.tree, run.scale.values, 7 * 2, model, ())
     assert (run.store.directory, run.store.keep) == (tmp_path / "run/checkpoints", 7)
     run.close()
     assert open_session(config.with_overrides(["epochs=null", "steps=4"]), prompt_groups).steps == 4
