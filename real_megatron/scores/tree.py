@@ -89,7 +89,7 @@ class ScoreTree:
                 found.append(Spelling(score, steps, tuple(place[path, token] for token in children[path])))
         self.spellings = tuple(sorted(found, key=lambda spelling: spelling.score))
         """Every way to write a score, by score."""
-        self.most_tokens = max(len(path) + (path in children) for path in score_of)
+        self.most_tokens = max((len(path) + (path in children) for path in score_of), default=0)
         """How many tokens behind the anchor decide a score, at most."""
 
     @classmethod

@@ -366,11 +366,11 @@ def test_a_distribution_whose_mass_underflows_is_still_drawn_from(judge: Judge) 
 @pytest.mark.parametrize(
     ("response", "no_anchor", "truncated"),
     [
-        (ScoredResponse([97], [-1.0] * 5, None, False, "stop"), False, False),
-        (ScoredResponse([97], [-1.0] * 5, None, True, "length"), True, True),
-        (ScoredResponse([97], [-1.0] * 5, None, True, "eos"), True, False),
-        (ScoredResponse([97], None, None, False, "length"), True, True),
-        (ScoredResponse([97], None, None, False, "eos"), True, False),
+        (ScoredResponse([97], [-1.0] * 5, False, "stop"), False, False),
+        (ScoredResponse([97], [-1.0] * 5, True, "length"), True, True),
+        (ScoredResponse([97], [-1.0] * 5, True, "eos"), True, False),
+        (ScoredResponse([97], None, False, "length"), True, True),
+        (ScoredResponse([97], None, False, "eos"), True, False),
     ],
 )
 def test_a_critique_is_truncated_where_its_length_ended_it(

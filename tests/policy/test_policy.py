@@ -416,8 +416,8 @@ class Reading(Plain):
         self.scoring += scored.responses
         return torch.zeros(scored.size)
 
-    def advantages(self, rewards, group):
-        return rewards
+    def advantages(self, scored):
+        return self.rewards(scored)
 
     def __call__(self, scored, totals):
         assert len(scored.responses) == scored.size

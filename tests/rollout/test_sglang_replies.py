@@ -11,6 +11,7 @@ from real_megatron.errors import EngineError
 from real_megatron.rollout.engine import SamplingParams
 from real_megatron.rollout.remote.errors import Retryable, StaleReply
 from real_megatron.rollout.sglang.replies import generation_body, parse_generation, parse_scoring
+from real_megatron.scores import Branch
 
 RECORDED = json.loads((Path(__file__).parent / "recorded_sglang.json").read_text(encoding="utf-8"))
 LABEL = RECORDED["model_info"]["body"]["weight_version"]
@@ -53,7 +54,7 @@ def test_a_response_that_the_server_cut_short_is_an_error():
 
 
 def test_recorded_scoring():
-    values = parse_scoring(recorded("score"), [300, 5], {LABEL})
+    values = parse_scoring([recorded("score")], [Branch((), (300, 5))], {LABEL})
     by_id = {e[1]: e[0] for e in recorded("score")["meta_info"]["output_token_ids_logprobs"][0]}
     assert values == [by_id[300], by_id[5]]
 
@@ -106,7 +107,7 @@ def test_a_response_that_spans_an_update_is_stale():
     with pytest.raises(StaleReply, match="before"):
         parse_generation(reply, PARAMS, {LABEL}, 0)
     with pytest.raises(StaleReply, match="current are .\"another run's label"):
-        parse_scoring(recorded("score"), [5], {"another run's label"})
+        parse_scoring([recorded("score")], [Branch((), (5,))], {"another run's label"})
 
 
 def test_every_sampling_parameter_is_named():

@@ -32,10 +32,10 @@ class Faulty:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.real, name)
 
-    def rewards(self, scored: ScoredBatch) -> Tensor:
+    def advantages(self, scored: ScoredBatch) -> Tensor:
         if self.kind == "scoring":
             scored.score_logprobs = scored.score_logprobs * math.nan
-        return self.real.rewards(scored)
+        return self.real.advantages(scored)
 
     def __call__(self, scored: ScoredBatch, totals: Totals) -> tuple[Tensor, MetricSums]:
         if self.kind == "logprobs":
