@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from real_megatron.batch.types import Trajectory
 from real_megatron.config import NoAnchorRule
-from real_megatron.errors import EngineError, PromptRefused
+from real_megatron.errors import ConfigError, EngineError, PromptRefused
 from real_megatron.rollout.distributed import share
 from real_megatron.rollout.engine import BadResponse, Response, RolloutEngine, SamplingParams
 from real_megatron.rollout.sampled import SampledGroup, decode, encode
@@ -164,8 +164,17 @@ def with_anchor(response: Response, scale: ScoreScale, longest: int) -> tuple[li
 
 def critique_tokens(scale: ScoreScale, most: int) -> int:
     """How many of `most` tokens of a response are for what stands before a score. Single tokens are sampled with it;
-    scores of several tokens follow in requests of their own, and what they take is kept free."""
-    return most if scale.tree.flat else max(1, most - scale.tree.most_tokens)
+    scores of several tokens follow in requests of their own, and what they take is kept free. Raises ConfigError where
+    nothing is left."""
+    if scale.tree.flat:
+        return most
+    left = most - scale.tree.most_tokens
+    if left < 1:
+        raise ConfigError(
+            f"data.max_response_tokens is {most}, and a score alone takes {scale.tree.most_tokens} tokens: raise it, "
+            "so that there is room for a critique"
+        )
+    return left
 
 
 def score_stop_texts(tokenizer: PreTrainedTokenizerBase, scale: ScoreScale) -> tuple[str, ...]:

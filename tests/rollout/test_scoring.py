@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from real_megatron.errors import EngineError, PromptRefused
+from real_megatron.errors import ConfigError, EngineError, PromptRefused
 from real_megatron.rollout.engine import Response, SamplingParams
+from real_megatron.rollout.sampling import critique_tokens
 from real_megatron.rollout.scoring import sample_scored
-from real_megatron.scores import Branch, ScoreScale
+from real_megatron.scores import Branch, ScoreScale, ScoreTree
 from tests.support.rollout_fakes import ScriptedEngine, anchoring_engine
 from tests.support.rollout_models import byte_level
 
@@ -137,3 +138,10 @@ def test_an_engine_that_leaves_out_the_scores_is_an_error():
     silent = ScriptedEngine([[Response(ids, [-1.0] * len(ids), "stop", 0)]])
     with pytest.raises(EngineError, match="no score log-probabilities for prompt 0"):
         sample_scored(silent, TOKENIZER, SCALE, PROMPTS[:1], SamplingParams())
+
+
+def test_a_limit_that_leaves_no_room_for_a_critique_is_refused() -> None:
+    scale = ScoreScale(["1", "12"], [1.0, 12.0], ScoreTree([[[1]], [[1, 2]]]), [3], "[RESULT]")
+    assert critique_tokens(scale, 3) == 1 and critique_tokens(SCALE, 1) == 1
+    with pytest.raises(ConfigError, match="data.max_response_tokens is 2, and a score alone takes 2 tokens"):
+        critique_tokens(scale, 2)
