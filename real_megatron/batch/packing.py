@@ -155,10 +155,9 @@ def sampled_scores(groups: Sequence[Group], scores: ScoreTree) -> Tensor | None:
         if trajectory.answer_index is None:
             found.append(-1)
             continue
-        behind = trajectory.response_ids[trajectory.answer_index + 1 :]
-        if not behind:
+        if not trajectory.score_tokens:
             return None
-        score, _ = scores.read(behind)
+        score, _ = scores.read(trajectory.score_tokens)
         found.append(-1 if score is None else score)
     return torch.tensor(found, dtype=torch.long)
 

@@ -21,7 +21,7 @@ def score_logprobs(tree: ScoreTree, logprobs: Tensor) -> Tensor:
     logprobs: log π of what an answer asks for, over the whole vocabulary `[..., tree.width]`, in the order of
         `tree.branches`
     """
-    if tree.flat and tree.size == tree.width:
+    if tree.direct:
         return logprobs
     rests, steps, members = _places(tree, logprobs.device)
     lead = logprobs.shape[:-1]

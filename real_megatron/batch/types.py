@@ -39,6 +39,11 @@ class Trajectory:
         if not self.loss_mask:
             self.loss_mask = [True] * len(self.response_ids)
 
+    @property
+    def score_tokens(self) -> list[int]:
+        """What stands behind the answer position: a score that was sampled or given. None without an answer."""
+        return [] if self.answer_index is None else self.response_ids[self.answer_index + 1 :]
+
 
 @dataclass
 class Group:

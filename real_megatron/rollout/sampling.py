@@ -229,7 +229,7 @@ def _sample_scores(
         (i, k)
         for i, group in enumerate(trajectories)
         for k, t in enumerate(group)
-        if t.answer_index is not None and t.answer_index + 1 == len(t.response_ids)
+        if t.answer_index is not None and not t.score_tokens
     ]
     if not places:
         return
@@ -256,6 +256,4 @@ def _sample_scores(
 
 
 def _off_scale(trajectory: Trajectory, scale: ScoreScale) -> bool:
-    if trajectory.answer_index is None:
-        return False
-    return scale.tree.read(trajectory.response_ids[trajectory.answer_index + 1 :])[0] is None
+    return trajectory.answer_index is not None and scale.tree.read(trajectory.score_tokens)[0] is None

@@ -84,7 +84,7 @@ def sample_scored(
             raise PromptRefused(unread[error.index][1], str(error)) from error
         for (scored, _), values in zip(unread, logprobs.tolist(), strict=True):
             scored.score_logprobs = values
-    if scale.tree.size < scale.tree.width or not scale.tree.flat:
+    if not scale.tree.direct:
         read = [s for row in results for s in row if s.score_logprobs is not None]
         asked = torch.tensor([s.score_logprobs for s in read], dtype=torch.float64).reshape(-1, scale.tree.width)
         for scored, values in zip(read, score_logprobs(scale.tree, asked).tolist(), strict=True):

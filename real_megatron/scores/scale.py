@@ -92,7 +92,7 @@ class ScoreScale:
     @property
     def score_ids(self) -> list[int]:
         """Token id of each score, of a scale whose scores are one token each. Raises ValueError for others."""
-        if not self.tree.flat or self.tree.size < self.tree.width:
+        if not self.tree.direct:
             raise ValueError(f"the scores {self.texts} are not one token each: their token ids are a tree")
         return list(self.tree.branches[0].ids)
 

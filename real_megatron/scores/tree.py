@@ -134,6 +134,11 @@ class ScoreTree:
         """Whether every spelling is one token, so that one distribution behind the anchor says everything."""
         return len(self.branches) == 1 and not self.branches[0].path
 
+    @property
+    def direct(self) -> bool:
+        """Whether every score is one token, in one way, so that what an answer asks for is the scores themselves."""
+        return self.flat and self.size == self.width
+
     def could_go_on(self, score: int) -> bool:
         """Whether the score's first spelling is the beginning of another spelling, so that what follows it decides."""
         return self.paths[score] in self._children

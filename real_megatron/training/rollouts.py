@@ -45,9 +45,8 @@ def steps_without_answer(groups: Sequence[Group], before: float, scores: ScoreTr
 
     Raises NothingToTrain at `PATIENCE`: rewards are equal then, and no term has a gradient.
     """
-    responses = (t for group in groups for t in group.trajectories)
-    behind = (t.response_ids[t.answer_index + 1 :] for t in responses if t.answer_index is not None)
-    if any(scores is None or scores.read(tokens)[0] is not None for tokens in behind):
+    answers = (t for group in groups for t in group.trajectories if t.answer_index is not None)
+    if any(scores is None or scores.read(t.score_tokens)[0] is not None for t in answers):
         return 0.0
     if before + 1 >= PATIENCE:
         raise NothingToTrain(

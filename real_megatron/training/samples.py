@@ -52,8 +52,8 @@ def sample_rows(
             if k >= RESPONSES:
                 continue
             answered = trajectory.answer_index is not None
-            if trajectory.answer_index is not None and objective.needs_sampled_scores:
-                behind = trajectory.response_ids[trajectory.answer_index + 1 :]
+            if answered and objective.needs_sampled_scores:
+                behind = trajectory.score_tokens
                 sampled, _ = scale.tree.read(behind)
                 score = decode(tokenizer, behind) if sampled is None else scale.texts[sampled]
             rows.append(
